@@ -1,0 +1,108 @@
+"""Log-mel energies: the baseline without weights, and the mel front end that other families share.
+
+A 25 ms Hann window every 10 ms over audio at 16 kHz, 64 bands from 0 to 8 kHz. The bands are Slaney's: at the low
+end they lie 46 Hz apart, more than the DFT's 40 Hz bins, where HTK's 27 Hz would have neighbours share one bin.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xares_onnx.errors import UsageError
+from xares_onnx.exporters.core import Spec
+
+__all__ = ["LogMel", "MelPower", "build", "mel_filters"]
+
+SAMPLE_RATE = 16_000
+WINDOW_SAMPLES = 400  # 25 ms
+HOP_SAMPLES = 160  # 10 ms
+BANDS = 64
+
+# Rounding to 16 bits alone puts 3e-10 into every band: 2**-30 / 12 per sample, x 150, the sum of the window's squares,
+# / 40 Hz, as a filter's area is one in Hz and a bin's width 40. What lies under this floor is no sound.
+FLOOR = 1e-10
+
+
+def mel_filters(bands: int, window_samples: int, sample_rate: int) -> NDArray[np.float64]:
+    """Slaney's triangles from 0 Hz to Nyquist, each of unit area in Hz, shape=(bands, window_samples // 2 + 1).
+
+    Source: M. Slaney, Auditory Toolbox (1998), as librosa.filters.mel has it by default. The scale is linear up
+    to 1000 Hz (15 mel of 200/3 Hz) and logarithmic above (27 mel for a factor of 6.4).
+    """
+    linear_hz, linear_mel, octave = 1000.0, 15.0, np.log(6.4) / 27.0
+    nyquist = sample_rate / 2
+    top = (
+        linear_mel + np.log(nyquist / linear_hz) / octave
+        if nyquist > linear_hz
+        else nyquist * linear_mel / linear_hz
+    )
+    mels = np.linspace(0.0, top, bands + 2)
+    edges = np.where(
+        mels < linear_mel, mels * linear_hz / linear_mel, linear_hz * np.exp((mels - linear_mel) * octave)
+    )
+    low, centre, high = (edges[i : i + bands, None] for i in range(3))
+    bins = np.arange(window_samples // 2 + 1) * sample_rate / window_samples
+    triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clip(min=0.0)
+    filters: NDArray[np.float64] = triangles * 2.0 / (high - low)
+    return filters
+
+
+class MelPower(nn.Module):
+    """Mel power spectrogram, float32 [batch, samples] -> [batch, frames, bands].
+
+    The DFT is a strided convolution with windowed cosines and sines, made in double precision: several times
+    faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does: frame i
+    is then centred on sample i * hop, else on i * hop + window / 2.
+    """
+
+    dft: Tensor
+    filters: Tensor
+
+    def __init__(self, bands: int, *, centred: bool) -> None:
+        super().__init__()
+        self.padding = WINDOW_SAMPLES // 2 if centred else 0
+        time = np.arange(WINDOW_SAMPLES)
+        phase = 2 * np.pi / WINDOW_SAMPLES * np.outer(np.arange(WINDOW_SAMPLES // 2 + 1), time)
+        window = 0.5 - 0.5 * np.cos(2 * np.pi / WINDOW_SAMPLES * time)  # periodic Hann
+        kernels = np.concatenate([window * np.cos(phase), window * np.sin(phase)])
+        filters = mel_filters(bands, WINDOW_SAMPLES, SAMPLE_RATE)
+        self.register_buffer("dft", torch.from_numpy(kernels[:, None]).float())
+        # Twice side by side: the sum over bins then also adds the squares of cosine and sine.
+        self.register_buffer("filters", torch.from_numpy(np.tile(filters, 2)[:, :, None]).float())
+
+    def forward(self, audio: Tensor) -> Tensor:
+        spectrum = functional.conv1d(audio[:, None], self.dft, stride=HOP_SAMPLES, padding=self.padding)
+        return functional.conv1d(spectrum.square(), self.filters).transpose(1, 2)
+
+
+class LogMel(nn.Module):
+    """Natural logarithm of mel power, float32 [batch, samples] -> [batch, frames, 64]; without padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mel = MelPower(BANDS, centred=False)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        power: Tensor = self.mel(audio)
+        return power.clamp_min(FLOOR).log()
+
+
+def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    if checkpoint is not None:
+        raise UsageError(f"logmel has no weights; leave out the checkpoint {checkpoint!r}")
+    spec = Spec(
+        model_type="logmel",
+        sample_rate=SAMPLE_RATE,
+        hop_samples=HOP_SAMPLES,
+        receptive_field_samples=WINDOW_SAMPLES,
+        first_frame_center_samples=WINDOW_SAMPLES / 2,
+        min_samples=WINDOW_SAMPLES,
+        license="Apache-2.0",
+        source="xares_onnx.exporters.logmel",
+        comment=f"log-mel baseline without weights: {BANDS} Slaney bands, 25 ms Hann window, 10 ms hop",
+    )
+    return LogMel(), spec

@@ -1,0 +1,20 @@
+"""Score an audio encoder exported to ONNX on the X-ARES tasks."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "load_encoder"]
+
+if TYPE_CHECKING:
+    from .encoder import load_encoder
+    from .evaluation import evaluate
+
+_HOMES = {"evaluate": "evaluation", "load_encoder": "encoder"}
+
+
+def __getattr__(name: str) -> Any:
+    """Nothing heavy is imported before it is asked for."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,325 @@
+"""The encoder contract (DESIGN section 4): what is declared about a model, by whom, and the law of its frames.
+
+Nothing here runs a model; `measure` does, and fills a `Contract` from declarations and measurements.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from .errors import ContractError, UsageError, nearest
+
+InputLayout = Literal["BT", "B1T", "T"]
+OutputLayout = Literal["BTD", "BDT", "TD", "BD"]
+
+DEFAULT_SAMPLE_RATE = 16_000
+DEFAULT_CHUNK_SECONDS = 10.0
+CONTRACT_VERSION = 1
+
+# What may be declared, and how its text is read. `xares.` stands before each in a model's metadata.
+_DECLARABLE: dict[str, Callable[[str], Any]] = {
+    "input_kind": str,
+    "input": str,
+    "input_layout": str,
+    "lengths_input": str,
+    "output": str,
+    "output_layout": str,
+    "output_dim": int,
+    "sample_rate": int,
+    "hop_samples": int,
+    "receptive_field_samples": int,
+    "first_frame_center_samples": float,
+    "min_samples": int,
+    "max_samples": int,
+    "chunk_samples": int,
+    "amplitude": str,
+    "normalize": str,
+    "license": str,
+    "source": str,
+}
+_CHOICES: dict[str, frozenset[str]] = {
+    "input_kind": frozenset({"waveform"}),
+    "input_layout": frozenset({"BT", "B1T", "T"}),
+    "output_layout": frozenset({"BTD", "BDT", "TD", "BD"}),
+    "amplitude": frozenset({"unit", "int16"}),
+    "normalize": frozenset({"none", "zscore"}),
+}
+_POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
+
+
+class Declaration(msgspec.Struct, frozen=True):
+    """A value somebody declared, and who."""
+
+    value: str | int | float
+    source: str
+
+
+Declarations = dict[str, Declaration]
+
+
+class FrameLaw(msgspec.Struct, frozen=True):
+    """frames(n) = floor((n - receptive_field) / hop) + 1, in samples.
+
+    `receptive_field` is the law's constant: a front end that pads is shorter by its padding, down to 0 and below.
+    """
+
+    hop: int
+    receptive_field: int
+
+    def frames(self, samples: int) -> int:
+        return max(0, (samples - self.receptive_field) // self.hop + 1)
+
+    def first_length_with(self, frames: int) -> int:
+        """The shortest input, in samples, that gives this many frames."""
+        return self.receptive_field + (frames - 1) * self.hop
+
+
+class Contract(msgspec.Struct, frozen=True, kw_only=True):
+    """How to feed a model and read it. Lengths are in samples at `sample_rate`; `sources` says where each field is from.
+
+    A clip-only encoder (`output_layout` BD) has no hop and no frame centre.
+    """
+
+    input: str
+    input_layout: InputLayout
+    lengths_input: str | None
+    output: str
+    output_layout: OutputLayout
+    dim: int
+    sample_rate: int
+    hop_samples: int | None
+    receptive_field_samples: int | None
+    first_frame_center_samples: float | None
+    min_samples: int
+    max_samples: int | None
+    chunk_samples: int
+    amplitude: Literal["unit", "int16"]
+    normalize: Literal["none", "zscore"]
+    dynamic_batch: bool
+    batch_coupled: bool
+    license: str | None = None
+    source: str | None = None
+    sources: dict[str, str] = {}
+
+    @property
+    def clip_only(self) -> bool:
+        return self.hop_samples is None
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Each field as {"value", "source"}, for the record."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "sources"}
+        return {
+            name: {"value": value, "source": self.sources.get(name, "not declared" if value is None else "measured")}
+            for name, value in values.items()
+        }
+
+
+# ---------------------------------------------------------------- declarations
+
+
+def declared_on_command_line(pairs: Iterable[str]) -> Declarations:
+    """`--contract KEY=VALUE` options."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--contract {pair!r} must be KEY=VALUE, such as sample_rate=16000")
+        found[key.strip()] = value.strip()
+    return _read(found, "--contract", strict=True)
+
+
+def declared_in_sidecar(path: Path) -> Declarations:
+    """`<stem>.toml` beside the model, where there is one."""
+    text = _small_text(path)
+    if text is None:
+        return {}
+    try:
+        raw = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ContractError(f"{path} beside the model is not valid TOML: {error}") from error
+    return _read(raw, path.name, strict=True)
+
+
+def declared_in_metadata(metadata: Mapping[str, str]) -> Declarations:
+    """A model's own `metadata_props`: `xares.*` keys first, then sherpa-onnx's plain ones."""
+    plain = {key: metadata[key] for key in ("sample_rate", "output_dim") if key in metadata}
+    if metadata.get("normalize_samples") in ("0", "1"):  # sherpa-onnx: 0 means samples scaled to 16-bit integers
+        plain["amplitude"] = "unit" if metadata["normalize_samples"] == "1" else "int16"
+    own = {key.removeprefix("xares."): value for key, value in metadata.items() if key.startswith("xares.")}
+    version = own.pop("contract_version", None)
+    if version is not None and version.strip() != str(CONTRACT_VERSION):
+        raise ContractError(
+            f"the model declares contract version {version[:20]!r}, this program reads {CONTRACT_VERSION}; update it"
+        )
+    return _read({**plain, **own}, "metadata", strict=False)
+
+
+def declared_by_preprocessor(path: Path) -> Declarations:
+    """Hugging Face's `preprocessor_config.json` beside the model, where there is one."""
+    text = _small_text(path)
+    if text is None:
+        return {}
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{path} beside the model is not valid json: {error}") from error
+    if not isinstance(raw, dict):
+        raise ContractError(f"{path} beside the model is not a json object")
+    kind = raw.get("feature_extractor_type")
+    if kind not in (None, "Wav2Vec2FeatureExtractor"):
+        raise ContractError(
+            f"{path.name} says that the model takes the features of {kind}, not a waveform; export it with its front end"
+        )
+    found: dict[str, Any] = {}
+    if "sampling_rate" in raw:
+        found["sample_rate"] = raw["sampling_rate"]
+    if isinstance(raw.get("do_normalize"), bool):
+        found["normalize"] = "zscore" if raw["do_normalize"] else "none"
+    return _read(found, path.name, strict=False)
+
+
+def merge(*by_precedence: Declarations) -> Declarations:
+    """The first declaration of each key wins."""
+    merged: Declarations = {}
+    for declarations in by_precedence:
+        merged = {**declarations, **merged}
+    return merged
+
+
+def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
+    declarations: Declarations = {}
+    for key, value in raw.items():
+        name = key.removeprefix("xares.")
+        if name not in _DECLARABLE:
+            if strict:
+                raise UsageError(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
+            continue
+        declarations[name] = Declaration(_value(name, value, source), source)
+    return declarations
+
+
+def _value(name: str, value: Any, source: str) -> str | int | float:
+    reader = _DECLARABLE[name]
+    try:
+        parsed = reader(str(value).strip())
+        if reader is float and not math.isfinite(parsed):
+            raise ValueError
+    except ValueError:
+        kind = "a whole number" if reader is int else "a number"
+        raise ContractError(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
+    if name in _POSITIVE and not 0 < parsed < 1 << 31:
+        raise ContractError(f"{source}: {name}={parsed} must be above 0")
+    if name in _CHOICES and parsed not in _CHOICES[name]:
+        raise ContractError(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+    return parsed  # type: ignore[no-any-return]
+
+
+def _small_text(path: Path, limit: int = 1 << 20) -> str | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ContractError(f"{path} is larger than 1 MiB; it should hold a few declarations")
+        return data.decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContractError(f"{path} beside the model cannot be read ({error})") from error
+
+
+# ---------------------------------------------------------------- the frame law
+
+
+def fit_frame_law(frames: Callable[[int], int], low: int, high: int) -> FrameLaw | None:
+    """The law behind a frame count, from its jumps between `low` and `high` samples; None where it follows none.
+
+    Two jumps are found by bisection (the count must not decrease), so about 2 log2(high - low) counts are asked for.
+    """
+    at_low, at_high = frames(low), frames(high)
+    if at_high < at_low + 2 or at_low < 1:
+        return None
+    first = _first_length(frames, at_low + 1, low, high)
+    last = _first_length(frames, at_high, first, high) if at_high > at_low + 1 else first
+    hop, remainder = divmod(last - first, at_high - at_low - 1)
+    if remainder or hop < 1 or frames(first) != at_low + 1:
+        return None
+    return FrameLaw(hop, first - at_low * hop)
+
+
+def law_holds(law: FrameLaw, frames: Callable[[int], int], low: int, high: int) -> bool:
+    """Whether counts agree with the law at both sides of its jumps next to `low` and `high`, and in between."""
+    edges = [law.first_length_with(law.frames(low) + 1), law.first_length_with(law.frames(high))]
+    lengths = {low, high, (low + high) // 2 | 1, *edges, *(edge - 1 for edge in edges)}
+    return all(frames(n) == law.frames(n) for n in sorted(lengths) if low <= n <= high)
+
+
+def _first_length(frames: Callable[[int], int], count: int, low: int, high: int) -> int:
+    """The shortest length in (low, high] with at least `count` frames."""
+    below, reached = low, high
+    if frames(low) >= count:
+        return low
+    while reached - below > 1:
+        middle = (below + reached) // 2
+        below, reached = (below, middle) if frames(middle) >= count else (middle, reached)
+    return reached
+
+
+# ---------------------------------------------------------------- symbolic dimensions
+
+_MAX_EXPRESSION = 300
+
+
+def frames_of_dimension(expression: str, samples_name: str) -> Callable[[int], int] | None:
+    """Frame count as a function of the input length, from a symbolic dimension such as `((samples//160)) + 1`.
+
+    The grammar is whole numbers, the one name `samples_name`, + - * // / and floor, ceil, min, max. Anything else gives
+    None: the dimension is then measured instead. Nothing is ever evaluated as Python.
+    """
+    if len(expression) > _MAX_EXPRESSION:
+        return None
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(_FUNCTIONS)
+        if names != {samples_name}:
+            return None
+        _calculate(tree, 16_000)
+    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+        return None
+
+    def frames(samples: int) -> int:
+        return math.floor(_calculate(tree, samples))
+
+    return frames
+
+
+_FUNCTIONS: dict[str, Callable[..., float]] = {"floor": math.floor, "ceil": math.ceil, "min": min, "max": max}
+_OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Div: lambda a, b: a / b,
+}
+
+
+def _calculate(node: ast.expr, samples: int) -> float:
+    match node:
+        case ast.Constant(value=int() as value) if not isinstance(value, bool):
+            return value
+        case ast.Name():
+            return samples
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_calculate(operand, samples)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_calculate(left, samples), _calculate(right, samples))
+        case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*(_calculate(argument, samples) for argument in arguments))
+    raise ValueError("outside the grammar")

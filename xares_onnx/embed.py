@@ -1,0 +1,264 @@
+"""The embed stage: shards to workers to store.
+
+The unit of work is one picklable call, `embed_shard(spec)`: a local worker process runs it today, other machines may run it
+later. Decoding and resampling run ahead of the model in their own threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from . import audio
+from .encoder import CALL_SECONDS, LOAD_SECONDS, ChunkRunner, Encoder, Job, ModelSpec, open_session
+from .errors import ClipError, DataError
+from .events import Observer, Progress
+from .files import Stamp, stamp
+from .shards import Drop, Sample, index_shard, read_extent, read_label
+from .store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, store_key
+from .worker import Beat, Tell
+
+NOT_FINITE = "the model gives NaN or infinity for it"
+_PROGRESS_SECONDS = 0.1
+
+
+class CropSettings(msgspec.Struct, frozen=True):
+    """How clips become what the model sees; differs between protocols."""
+
+    seconds: float | None
+    rule: audio.CropRule = "keep-tails"
+    pad_short_clips: bool = True
+    keep_padding: bool = False
+
+
+class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One shard's embedding: everything that `embed_shard` needs, and nothing that it could look up itself."""
+
+    model: ModelSpec
+    task: str
+    shard: Path
+    shard_digest: str
+    shard_stamp: Stamp
+    crops: CropSettings
+    selected: frozenset[str] | None
+    store: Path
+
+    def key(self) -> str:
+        """Name of the result in the store: a digest of everything that shapes the numbers."""
+        info = self.model.info
+        contract = msgspec.structs.replace(info.contract, sources={}, license=None, source=None)
+        return store_key(
+            {
+                "model": info.scan.sha256,
+                "contract": contract,
+                "batch": info.batch,
+                "provider": info.provider,
+                "onnxruntime": info.onnxruntime,
+                "resampler": audio.resampler_version(),
+                "decoder": audio.decoder_version(),
+                "crops": self.crops,
+                "shard": self.shard_digest,
+                "selected": None if self.selected is None else sorted(self.selected),
+            }
+        )
+
+
+# The crops of a clip, its seconds before cropping, its json.
+_DecodedClip = tuple[list[audio.Waveform], float, str]
+
+
+class ShardReport(msgspec.Struct, frozen=True):
+    """What one call of `embed_shard` did. `seconds` is wall time, `audio_seconds` what was embedded."""
+
+    key: str
+    clips: int
+    audio_seconds: float
+    seconds: float
+
+
+class ShardPlan(msgspec.Struct, frozen=True):
+    """One shard of a task: its content digest, and the keys to embed (None: all)."""
+
+    path: Path
+    digest: str
+    stamp: Stamp
+    selected: frozenset[str] | None
+    clips: int
+
+
+def embed_shards(
+    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, observer: Observer
+) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
+    """Every shard's embeddings, from the store where it has them; and reports of those that had to be made."""
+    shards: dict[Path, EmbeddedShard] = {}
+    reports: list[ShardReport] = []
+    total, done = sum(plan.clips for plan in plans), 0
+    observer(Progress("embed", task, 0, total))
+    for plan in plans:
+        spec = EmbedSpec(
+            model=encoder.spec,
+            task=task,
+            shard=plan.path,
+            shard_digest=plan.digest,
+            shard_stamp=plan.stamp,
+            crops=crops,
+            selected=plan.selected,
+            store=store.root,
+        )
+        embedded = store.read(spec.key())
+        if embedded is None:
+            reports.append(
+                encoder.worker.call(
+                    embed_shard,
+                    spec,
+                    returns=ShardReport,
+                    silence_limit=max(LOAD_SECONDS, CALL_SECONDS),
+                    observer=_offset(observer, task, done, total),
+                )
+            )
+            embedded = store.read(spec.key())
+            if embedded is None:
+                raise RuntimeError(f"the store lost {spec.key()} right after it was written")
+        else:
+            store.touch(spec.key())
+        shards[plan.path] = embedded
+        done += plan.clips
+        observer(Progress("embed", task, done, total))
+    return shards, reports
+
+
+def _offset(observer: Observer, task: str, before: int, total: int) -> Observer:
+    def observe(event: Any) -> None:
+        observer(Progress("embed", task, before + event.done, total) if isinstance(event, Progress) else event)
+
+    return observe
+
+
+# ---------------------------------------------------------------- what runs in the worker
+
+
+def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
+    """Embed one shard and write it to the store. A clip that cannot be used is a named drop; its neighbours go on."""
+    started = time.perf_counter()
+    session = open_session(spec.model, tell)
+    index = index_shard(spec.shard)
+    samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
+    drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
+    clips: list[Clip] = []
+    pooled: list[npt.NDArray[np.float32]] = []
+    clip_of_crop: list[int] = []
+    rate = spec.model.info.contract.sample_rate
+    decoded = _Decoded(spec, samples, rate)
+    runner = ChunkRunner(
+        session, spec.model, pad_short_clips=spec.crops.pad_short_clips, keep_padding=spec.crops.keep_padding
+    )
+    rows: list[npt.NDArray[np.float32]] = []
+    pool = _Pool(clip_only=spec.model.info.contract.clip_only)
+    last_told = 0.0
+    for job, chunk, frames, is_last in runner.run(decoded):
+        pool.add(frames, chunk.stop - chunk.start)
+        if not is_last:
+            tell(Beat())
+            continue
+        rows.append(pool.take())
+        sample, seconds, label, is_last_crop = job.tag
+        if is_last_crop:
+            if all(np.isfinite(row).all() for row in rows):
+                clip_of_crop += [len(clips)] * len(rows)
+                pooled += rows
+                clips.append(Clip(sample.key, seconds, label))
+            else:
+                decoded.drops.append(Drop(sample.key, NOT_FINITE))
+            rows = []
+        now = time.perf_counter()
+        if now - last_told > _PROGRESS_SECONDS:
+            last_told = now
+            tell(Progress("embed", spec.task, len(clips) + len(decoded.drops), len(samples)))
+    if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
+        raise DataError(f"shard {spec.shard} changed while it was read; run again")
+    drops += decoded.drops
+    audio_seconds = float(sum(clip.seconds for clip in clips))
+    info = spec.model.info
+    header = Header(
+        store_version=STORE_VERSION,
+        model=Path(info.path).name,
+        model_sha256=info.scan.sha256,
+        task=spec.task,
+        shard=spec.shard.name,
+        expected=len(clips) + len(drops),
+        damage=index.damage,
+        audio_seconds=audio_seconds,
+    )
+    matrix = np.stack(pooled) if pooled else np.empty((0, info.contract.dim), np.float32)
+    Store(spec.store).write(
+        spec.key(), EmbeddedShard(header, matrix, np.array(clip_of_crop, np.int64), clips, sorted(drops, key=_drop_order))
+    )
+    return ShardReport(spec.key(), len(clips), audio_seconds, time.perf_counter() - started)
+
+
+class _Pool:
+    """Mean over the frames of one crop, summed in float64; a clip-only encoder's chunk vectors by their length."""
+
+    def __init__(self, *, clip_only: bool) -> None:
+        self._clip_only = clip_only
+        self._sum: npt.NDArray[np.float64] | float = 0.0
+        self._weight = 0
+
+    def add(self, frames: npt.NDArray[np.float32], samples: int) -> None:
+        weight = samples if self._clip_only else 1
+        self._sum = self._sum + frames.sum(axis=0, dtype=np.float64) * weight
+        self._weight += len(frames) * weight
+
+    def take(self) -> npt.NDArray[np.float32]:
+        mean = np.asarray(self._sum / self._weight).astype(np.float32)
+        self._sum, self._weight = 0.0, 0
+        return mean
+
+
+class _Decoded:
+    """Iterates over the crops of a shard's samples as jobs, decoded a few clips ahead of whoever asks."""
+
+    def __init__(self, spec: EmbedSpec, samples: Sequence[Sample], rate: int) -> None:
+        self._spec = spec
+        self._samples = samples
+        self._rate = rate
+        self.drops: list[Drop] = []
+
+    def __iter__(self) -> Iterator[Job]:
+        ahead = 2 * self._spec.model.threads
+        waiting: deque[tuple[Sample, Future[_DecodedClip]]] = deque()
+        with ThreadPoolExecutor(self._spec.model.threads) as pool:
+            for sample in self._samples:
+                waiting.append((sample, pool.submit(self._decode, sample)))
+                if len(waiting) > ahead:
+                    yield from self._jobs(*waiting.popleft())
+            while waiting:
+                yield from self._jobs(*waiting.popleft())
+
+    def _decode(self, sample: Sample) -> _DecodedClip:
+        label = read_label(self._spec.shard, sample.label)
+        samples, rate = audio.decode(read_extent(self._spec.shard, sample.audio))
+        seconds = len(samples) / rate
+        waveform = audio.resample(samples, rate, self._rate)
+        return audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule), seconds, label
+
+    def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
+        try:
+            crops, seconds, label = future.result()
+        except ClipError as error:
+            self.drops.append(Drop(sample.key, str(error)))
+            return
+        for i, waveform in enumerate(crops):
+            yield Job((sample, seconds, label, i == len(crops) - 1), waveform)
+
+
+def _drop_order(drop: Drop) -> tuple[str, str]:
+    return drop.key, drop.reason

@@ -1,0 +1,390 @@
+"""The encoder: a model file, its contract, and the process it runs in.
+
+    with load_encoder("model.onnx") as encoder:
+        for embedding in encoder.embed([waveform, ...], rate=44_100):
+            embedding.frames  # (frames, dim)
+            embedding.times   # (frames,) seconds
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from . import audio
+from .chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
+from .contract import (
+    Contract,
+    Declarations,
+    declared_by_preprocessor,
+    declared_in_metadata,
+    declared_in_sidecar,
+    declared_on_command_line,
+    merge,
+)
+from .errors import ContractError, UsageError
+from .events import Doing, Note, Observer, ignore
+from .files import Stamp, stamp, write_aside
+from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
+from .session import CPU, Session, cuda_may_work
+from .worker import Array, Beat, Tell, Worker, limit_memory
+
+LOAD_SECONDS = 90.0  # longest silence while a model is loaded
+CALL_SECONDS = 60.0  # longest silence while it runs
+GPU_BATCH = 16
+_BASE_MEMORY = 8 << 30
+_CACHE_VERSION = 1
+
+
+class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as it was found: content, contract, provider. Enough to name its embeddings without loading it."""
+
+    path: str
+    scan: ModelScan
+    contract: Contract
+    provider: str
+    onnxruntime: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def batch(self) -> int:
+        """Most equal-length chunks in one call. On the CPU one: as fast, and no clip then meets another."""
+        coupled = self.contract.batch_coupled or not self.contract.dynamic_batch
+        return 1 if self.provider == CPU or coupled else GPU_BATCH
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """What a worker needs to have the encoder at hand; picklable."""
+
+    info: EncoderInfo
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """`frames` (frames, dim) float32 and the `times` (frames,) of their centres in seconds; no times if clip-only."""
+
+    frames: npt.NDArray[np.float32]
+    times: npt.NDArray[np.float64]
+
+
+class Encoder:
+    """An encoder ready for work. Its process starts at the first call that needs it."""
+
+    def __init__(self, spec: ModelSpec, worker: Worker) -> None:
+        self.spec = spec
+        self.worker = worker
+
+    @property
+    def info(self) -> EncoderInfo:
+        return self.spec.info
+
+    @property
+    def contract(self) -> Contract:
+        return self.spec.info.contract
+
+    def embed(self, waveforms: Iterable[npt.ArrayLike], rate: int) -> list[Embedding]:
+        """Embed mono waveforms (samples,) in [-1, 1] at `rate` Hz; each is resampled, chunked and put together again.
+
+        Raises `UsageError` for an array that is not a finite mono waveform, `ModelError` where the model fails.
+        """
+        signals = [_checked_waveform(waveform, rate) for waveform in waveforms]
+        results = self.worker.call(
+            _embed_waveforms,
+            self.spec,
+            signals,
+            rate,
+            returns=list[tuple[Array, Array]],
+            silence_limit=LOAD_SECONDS,
+            observer=ignore,
+        )
+        return [Embedding(frames.numpy(), times.numpy()) for frames, times in results]
+
+    def close(self) -> None:
+        self.worker.close()
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    contract: Sequence[str] = (),
+    cache: Path | None = None,
+    observer: Observer = ignore,
+) -> Encoder:
+    """Find, scan and measure a model; nothing of it runs in this process.
+
+    `contract` holds KEY=VALUE declarations, `threads` defaults to the number of cores, `cache` is a folder where what was
+    measured is kept. Raises `ModelError` where the model cannot be used.
+    """
+    model = find_model(Path(path))
+    declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
+    beside = declared_by_preprocessor(model.parent / PREPROCESSOR_CONFIG)
+    threads = threads or usable_cores()
+    worker = Worker()
+    remembered = _Remembered(cache, model, device, declared, beside) if cache else None
+    info = remembered.load() if remembered else None
+    if info is None:
+        try:
+            info = worker.call(
+                _resolve,
+                str(model),
+                device,
+                declared,
+                beside,
+                returns=EncoderInfo,
+                silence_limit=LOAD_SECONDS,
+                observer=observer,
+            )
+        except BaseException:
+            worker.close()
+            raise
+        if remembered:
+            remembered.save(info)
+    for note in info.notes:
+        observer(Note(note))
+    return Encoder(ModelSpec(info, device, threads), worker)
+
+
+def usable_cores() -> int:
+    try:
+        return max(1, len(os.sched_getaffinity(0)))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def onnxruntime_distributions() -> dict[str, str]:
+    """Installed onnxruntime distributions and their versions. Two at once overwrite each other's files."""
+    found = {}
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _checked_waveform(waveform: npt.ArrayLike, rate: int) -> npt.NDArray[np.float32]:
+    signal = np.asarray(waveform, dtype=np.float32)
+    if signal.ndim != 1 or not len(signal) or not np.isfinite(signal).all():
+        raise UsageError(f"a waveform must be a finite array of shape (samples,), not {signal.shape}; mix channels down first")
+    if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
+        raise UsageError(f"rate={rate} must be a sampling rate in Hz")
+    return signal
+
+
+# ---------------------------------------------------------------- what runs in the worker
+
+
+def _resolve(model: str, device: str, declared: Declarations, beside: Declarations, *, tell: Tell) -> EncoderInfo:
+    from .measure import measure_contract
+
+    path = Path(model)
+    tell(Doing("reading the model's file"))
+    on_cpu = device == "cpu" or (device == "auto" and not cuda_may_work())
+    if on_cpu:
+        limit_memory(_BASE_MEMORY + 4 * path.stat().st_size)
+    scan = scan_model(path)
+    if on_cpu:
+        limit_memory(_BASE_MEMORY + 4 * scan.bytes)
+    tell(Doing("loading the model"))
+    session = _session(model, device)
+    tell(Doing("measuring the model"))
+    contract = measure_contract(
+        session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat())
+    )
+    notes = [session.note] if session.note else []
+    if assumed := [
+        f"{name}={getattr(contract, name):g}" if name == "sample_rate" else f"{name}={getattr(contract, name)}"
+        for name in ("sample_rate", "amplitude", "normalize")
+        if contract.sources.get(name) == "default"
+    ]:
+        notes.append(f"assumed, because the model does not say: {', '.join(assumed)} (--contract changes it)")
+    if contract.batch_coupled:
+        notes.append("an item's embedding depends on its neighbours in a batch, so the model runs one item at a time")
+    return EncoderInfo(
+        path=model,
+        scan=scan,
+        contract=contract,
+        provider=session.provider,
+        onnxruntime=_runtime_version(),
+        notes=tuple(notes),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _session(model: str, device: str) -> Session:
+    """The worker's one session, loaded at its first use."""
+    return Session(Path(model), device)
+
+
+def open_session(spec: ModelSpec, tell: Tell) -> Session:
+    """The session of a spec, in the worker; the provider must be the one that was measured."""
+    if spec.info.provider == CPU:
+        limit_memory(_BASE_MEMORY + 4 * spec.info.scan.bytes)
+    tell(Doing("loading the model"))
+    # A spec measured on the CPU must not meet a GPU that came since.
+    session = _session(spec.info.path, "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device)
+    if session.provider != spec.info.provider:
+        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; run again")
+    tell(Doing("running the model"))
+    return session
+
+
+@dataclass
+class Job:
+    """One waveform (samples,) at the encoder's rate on its way through the model, with what it is for."""
+
+    tag: Any
+    waveform: npt.NDArray[np.float32]
+
+
+class ChunkRunner:
+    """Runs waveforms through a session, chunk by chunk, from several threads, and gives results in order.
+
+    Chunks of equal length that follow each other share a call, up to the batch of the encoder.
+    """
+
+    def __init__(self, session: Session, spec: ModelSpec, *, pad_short_clips: bool = True, keep_padding: bool = False) -> None:
+        self._session = session
+        self._contract = spec.info.contract
+        self._batch = spec.info.batch
+        self._threads = spec.threads
+        self._pad_short_clips = pad_short_clips
+        self._keep_padding = keep_padding
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, npt.NDArray[np.float32], bool]]:
+        """(job, chunk, kept frames (frames, dim), whether it is the job's last chunk), in the order of the jobs."""
+        waiting: deque[tuple[Future[list[npt.NDArray[np.float32]]], list[tuple[Job, Chunk, bool]]]] = deque()
+        with ThreadPoolExecutor(self._threads) as pool:
+            for group in self._groups(jobs):
+                waiting.append((pool.submit(self._run_group, group), group))
+                if len(waiting) > 2 * self._threads:
+                    yield from self._results(*waiting.popleft())
+            while waiting:
+                yield from self._results(*waiting.popleft())
+
+    def _groups(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Chunk, bool]]]:
+        group: list[tuple[Job, Chunk, bool]] = []
+        for job in jobs:
+            if self._contract.normalize == "zscore":
+                job = Job(job.tag, _zscore(job.waveform))
+            chunks = plan_chunks(len(job.waveform), self._contract, pad_short_clips=self._pad_short_clips)
+            for chunk in chunks:
+                if group and (len(group) == self._batch or group[0][1].length != chunk.length):
+                    yield group
+                    group = []
+                group.append((job, chunk, chunk is chunks[-1]))
+        if group:
+            yield group
+
+    def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[npt.NDArray[np.float32]]:
+        batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
+        output = self._session.run(batch, self._contract)
+        if output.shape[0] != len(group) or output.shape[2] != self._contract.dim or not output.shape[1]:
+            raise ContractError(
+                f"the model gives shape {list(output.shape)} for {len(group)} x {batch.shape[1]} samples; "
+                f"[{len(group)}, frames, {self._contract.dim}] was measured before"
+            )
+        kept = []
+        for frames, (job, chunk, _) in zip(output, group, strict=True):
+            inside = frames_inside(chunk, len(frames), len(job.waveform), self._contract)
+            kept.append(frames if self._keep_padding else frames[:inside])
+        return kept
+
+    @staticmethod
+    def _results(
+        future: Future[list[npt.NDArray[np.float32]]], group: list[tuple[Job, Chunk, bool]]
+    ) -> Iterator[tuple[Job, Chunk, npt.NDArray[np.float32], bool]]:
+        for frames, (job, chunk, last) in zip(future.result(), group, strict=True):
+            yield job, chunk, frames, last
+
+
+def _zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Zero mean and unit variance over the clip, as Hugging Face's Wav2Vec2FeatureExtractor computes it."""
+    centred = waveform - waveform.mean(dtype=np.float64)
+    return (centred / np.sqrt(waveform.var(dtype=np.float64) + 1e-7)).astype(np.float32)
+
+
+def _embed_waveforms(
+    spec: ModelSpec, waveforms: list[npt.NDArray[np.float32]], rate: int, *, tell: Tell
+) -> list[tuple[Array, Array]]:
+    session = open_session(spec, tell)
+    contract = spec.info.contract
+    jobs = (Job(i, audio.resample(signal, rate, contract.sample_rate)) for i, signal in enumerate(waveforms))
+    frames: list[list[npt.NDArray[np.float32]]] = [[] for _ in waveforms]
+    times: list[list[npt.NDArray[np.float64]]] = [[] for _ in waveforms]
+    weights: list[list[float]] = [[] for _ in waveforms]
+    for job, chunk, kept, _ in ChunkRunner(session, spec).run(jobs):
+        frames[job.tag].append(kept)
+        weights[job.tag].append(chunk.stop - chunk.start)
+        if not contract.clip_only:
+            times[job.tag].append(frame_centers(chunk, len(kept), contract) / contract.sample_rate)
+        tell(Beat())
+    results = []
+    for parts, seconds, weight in zip(frames, times, weights, strict=True):
+        whole = np.concatenate(parts)
+        if contract.clip_only:
+            whole = np.average(whole, axis=0, weights=weight).astype(np.float32)[None]
+        results.append((Array.of(whole), Array.of(np.concatenate(seconds) if seconds else np.empty(0))))
+    return results
+
+
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+# ---------------------------------------------------------------- what was measured before
+
+
+class _Remembered:
+    """What was measured of a model, kept by everything that could change it, so that a rerun loads no model."""
+
+    def __init__(self, cache: Path, model: Path, device: str, declared: Declarations, beside: Declarations) -> None:
+        self._model = model
+        named = {
+            "version": _CACHE_VERSION,
+            "model": stamp(model),
+            "device": device,
+            "cuda": cuda_may_work(),
+            "onnxruntime": onnxruntime_distributions(),
+            "declared": declared,
+            "beside": beside,
+        }
+        digest = hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()
+        self._file = cache / "models" / f"{digest[:32]}.json"
+
+    def load(self) -> EncoderInfo | None:
+        try:
+            info, stamps = msgspec.json.decode(self._file.read_bytes(), type=tuple[EncoderInfo, dict[str, Stamp]])
+            if all(stamp(self._model.parent / name) == then for name, then in stamps.items()):
+                return info
+        except (OSError, msgspec.MsgspecError):
+            pass
+        return None
+
+    def save(self, info: EncoderInfo) -> None:
+        stamps = {name: stamp(self._model.parent / name) for name in info.scan.external}
+        write_aside(self._file, msgspec.json.encode((info, stamps)))

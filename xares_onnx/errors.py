@@ -1,0 +1,91 @@
+"""Every way the program can fail that a user can do something about, with its exit code.
+
+    XaresError                  70  our fault, unless a subclass says otherwise
+    ├── UsageError               2  wrong usage: unknown task, bad option, bad task file
+    │   ├── UnknownTaskError
+    │   └── TaskFileError
+    ├── ModelError               3  the model cannot be used
+    │   ├── ContractError           it does not fit the encoder contract
+    │   └── ModelLimitError         it ran past its time or memory limit
+    ├── DataError                4  data missing or corrupt
+    │   └── DataMissingError
+    └── MachineError             5  provider, disk, host memory
+        └── DiskFullError
+
+A message is one sentence: what is wrong, and what to do. `ClipError` and `LabelError` never leave the program:
+they name why one clip is dropped, and the drop is counted.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class XaresError(Exception):
+    exit_code = 70
+
+
+class UsageError(XaresError, ValueError):
+    exit_code = 2
+
+
+class UnknownTaskError(UsageError):
+    @classmethod
+    def named(cls, name: str, known: Iterable[str]) -> UnknownTaskError:
+        return cls(f"there is no task {name!r}{nearest(name, known)}; `xares-onnx tasks` lists them")
+
+
+class TaskFileError(UsageError):
+    pass
+
+
+class ModelError(XaresError):
+    exit_code = 3
+
+
+class ContractError(ModelError):
+    pass
+
+
+class ModelLimitError(ModelError):
+    pass
+
+
+class DataError(XaresError):
+    exit_code = 4
+
+
+class DataMissingError(DataError):
+    pass
+
+
+class MachineError(XaresError):
+    exit_code = 5
+
+
+class DiskFullError(MachineError):
+    pass
+
+
+class ClipError(Exception):
+    """One clip cannot be used; the text is the reason recorded for its drop."""
+
+
+class LabelError(ClipError):
+    """One clip's label cannot be used."""
+
+
+# Where several errors apply, the exit code is the first of these (DESIGN section 5).
+EXIT_CODE_PRECEDENCE = (70, 3, 5, 4, 1, 0)
+
+
+def worst_exit_code(codes: Iterable[int]) -> int:
+    present = set(codes)
+    return next((code for code in EXIT_CODE_PRECEDENCE if code in present), 0)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause `; did you mean 'esc50' or 'fsd50k'?`, or nothing where no known name comes close."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""

@@ -1,0 +1,39 @@
+"""What the verbs tell an observer while they work. They never print; the command line draws these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+Stage = Literal["prepare", "embed", "train"]
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare."""
+
+    stage: Stage
+    task: str
+    done: int
+    total: int
+
+
+class Note(msgspec.Struct, frozen=True, tag="note"):
+    """Something the user must know: an assumption, a fallback, a loss. Recorded in the result too."""
+
+    text: str
+
+
+class Doing(msgspec.Struct, frozen=True, tag="doing"):
+    """What a worker is busy with, so that a worker that had to be stopped can be described."""
+
+    text: str
+
+
+Event = Progress | Note | Doing
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The observer of nobody."""

@@ -1,0 +1,242 @@
+"""A process for a stranger's model, which can be killed.
+
+The parent sends picklable calls down the child's stdin; the child answers on its stdout with msgpack records, never with
+pickles, because what runs there is not trusted. Every record is also a sign of life: a child that is silent for longer
+than a call's limit is killed, whether it hangs while loading, inside one run, or in a decoder. A child whose parent is
+gone sees the end of its stdin and ends itself.
+
+Not multiprocessing or pebble: their spawned children import the caller's `__main__` again (so that a plain script without a
+main guard would start itself over and over), unpickle what a child sends, and limit whole tasks where a limit on silence
+is wanted.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from typing import IO, Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from . import errors
+from .errors import MachineError, ModelError, ModelLimitError, XaresError
+from .events import Doing, Event, Note, Observer, Progress
+
+T = TypeVar("T")
+Tell = Callable[["Event | Beat"], None]
+_HEADER = struct.Struct("<Q")
+_MAX_MESSAGE = 1 << 33
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Nothing to say but that work goes on."""
+
+
+class Array(msgspec.Struct, frozen=True):
+    """An array on its way out of a worker."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any]) -> Array:
+        return cls(array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes())
+
+    def numpy(self) -> npt.NDArray[Any]:
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape).copy()
+
+
+class _Done(msgspec.Struct, frozen=True, tag="done"):
+    result: msgspec.Raw
+
+
+class _Failed(msgspec.Struct, frozen=True, tag="failed"):
+    error: str
+    message: str
+
+
+_Message = Progress | Note | Doing | Beat | _Done | _Failed
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Message)
+
+
+class Worker:
+    """One child process. Calls run one after another; close it, or use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._messages: queue.Queue[_Message | None] = queue.Queue()
+        self._stderr: IO[bytes] | None = None
+
+    def call(
+        self, function: Callable[..., T], *arguments: Any, returns: type[T], silence_limit: float, observer: Observer
+    ) -> T:
+        """`function(*arguments, tell=…)` in the child. Raises what it raised, or `ModelLimitError` when it was killed.
+
+        `silence_limit` is in seconds: the longest time without any message.
+        """
+        process = self._process or self._start()
+        doing = "starting"
+        try:
+            payload = pickle.dumps((function, arguments))
+            assert process.stdin is not None
+            process.stdin.write(_HEADER.pack(len(payload)) + payload)
+            process.stdin.flush()
+            while True:
+                message = self._messages.get(timeout=silence_limit)
+                match message:
+                    case None:
+                        raise self._death(doing)
+                    case Doing(text):
+                        doing = text
+                    case _Done(result):
+                        return msgspec.msgpack.decode(result, type=returns)
+                    case _Failed(name, text):
+                        raise _error(name, text)
+                    case Progress() | Note():
+                        observer(message)
+        except queue.Empty:
+            self.close()
+            raise ModelLimitError(
+                f"the model's process gave no sign of life for {silence_limit:g} s while {doing} and was stopped"
+            ) from None
+        except (BrokenPipeError, ConnectionError):
+            raise self._death(doing) from None
+        except XaresError:
+            raise
+        except BaseException:  # interrupted in the middle of a call: the child's state is unknown
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill the child. Calling again starts a new one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, self._stderr):
+            if stream is not None:
+                try:
+                    stream.close()
+                except OSError:
+                    pass
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._stderr = None if os.environ.get("XARES_ONNX_DEBUG") else tempfile.TemporaryFile()
+        self._messages = queue.Queue()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        assert self._process.stdout is not None
+        threading.Thread(target=_receive, args=(self._process.stdout, self._messages), daemon=True).start()
+        return self._process
+
+    def _death(self, doing: str) -> XaresError:
+        """Why the child ended by itself."""
+        process, stderr = self._process, self._stderr
+        code = process.wait() if process is not None else 0
+        last = b""
+        if stderr is not None and not stderr.closed:
+            stderr.seek(0, os.SEEK_END)
+            stderr.seek(max(0, stderr.tell() - 2000))
+            last = stderr.read()
+        self.close()
+        if doing == "starting":
+            return MachineError(f"a worker process could not start: {_last_line(last) or f'exit code {code}'}")
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if code == -signal.SIGABRT or b"bad_alloc" in last or code == -getattr(signal, "SIGKILL", 9):
+            return ModelLimitError(f"the model's process died ({cause}) while {doing}; it may want more memory than it may use")
+        return ModelError(f"the model's process died ({cause}) while {doing}")
+
+
+def limit_memory(limit: int) -> None:
+    """Cap this process's address space, in bytes, where the system can (POSIX)."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _error(name: str, message: str) -> XaresError:
+    kind = getattr(errors, name, None)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, XaresError) else XaresError(message)
+
+
+def _last_line(text: bytes) -> str:
+    lines = text.decode("utf-8", "replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def _receive(stream: IO[bytes], messages: queue.Queue[_Message | None]) -> None:
+    """Parent's thread: records from the child, and None at its end."""
+    try:
+        while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+            (size,) = _HEADER.unpack(header)
+            if size > _MAX_MESSAGE or len(data := stream.read(size)) < size:
+                break
+            messages.put(_decoder.decode(data))
+    except (OSError, ValueError, msgspec.DecodeError):
+        pass
+    messages.put(None)
+
+
+def main() -> None:
+    """The child: take calls until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the records
+    lock = threading.Lock()
+
+    def send(message: _Message) -> None:
+        data = _encoder.encode(message)
+        with lock:
+            out.write(_HEADER.pack(len(data)) + data)
+            out.flush()
+
+    calls: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_take_calls, args=(calls,), daemon=True).start()
+    while True:
+        try:
+            function, arguments = pickle.loads(calls.get())  # noqa: S301 - from the parent, over its own pipe
+            result = function(*arguments, tell=send)
+            send(_Done(msgspec.Raw(_encoder.encode(result))))
+        except XaresError as error:
+            send(_Failed(type(error).__name__, str(error)))
+        except MemoryError:
+            send(_Failed("ModelLimitError", "the model's process ran out of the memory it may use"))
+        except Exception:
+            send(_Failed("XaresError", traceback.format_exc()))
+
+
+def _take_calls(calls: queue.Queue[bytes]) -> None:
+    """Child's thread: calls from the parent; its end is ours, whatever the main thread is busy with."""
+    stream = sys.stdin.buffer
+    while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+        (size,) = _HEADER.unpack(header)
+        calls.put(stream.read(size))
+    os._exit(0)

@@ -1,7 +1,7 @@
 """Audio encoders as ONNX files that follow the encoder contract: one family a module, `core` shared by all.
 
-A family is a module with `build(checkpoint) -> (torch module, Spec)`. Adding one means writing that module and
-its name in `FAMILIES`; `core` exports it, writes its metadata and checks the file against the torch module.
+A family is a module with `build(checkpoint) -> (torch module, Spec)`. To add one, write that module and its
+name in `FAMILIES`; `core` exports it, writes its metadata and checks the file against the torch module.
 
 Importing this package loads neither torch nor onnx; they come with the `export` extra.
 """

@@ -1,7 +1,7 @@
 """Log-mel energies: the baseline without weights, and the mel front end that other families share.
 
-A 25 ms Hann window every 10 ms over audio at 16 kHz, 64 bands from 0 to 8 kHz. The bands are Slaney's: at the low
-end they lie 46 Hz apart, more than the DFT's 40 Hz bins, where HTK's 27 Hz would have neighbours share one bin.
+A 25 ms Hann window every 10 ms over audio at 16 kHz, 64 bands from 0 to 8 kHz. The bands are Slaney's: at the
+low end they lie 46 Hz apart, more than the DFT's 40 Hz; at HTK's 27 Hz, neighbours would share one bin.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ WINDOW_SAMPLES = 400  # 25 ms
 HOP_SAMPLES = 160  # 10 ms
 BANDS = 64
 
-# Rounding to 16 bits alone puts 3e-10 into every band: 2**-30 / 12 per sample, x 150, the sum of the window's squares,
-# / 40 Hz, as a filter's area is one in Hz and a bin's width 40. What lies under this floor is no sound.
+# Rounding to 16 bits alone puts 3e-10 into every band: 2**-30 / 12 a sample, x 150, the sum of the window's
+# squares, / 40, as filters have unit area in Hz and bins are 40 Hz wide. What is under the floor is no sound.
 FLOOR = 1e-10
 
 
 def mel_filters(bands: int, window_samples: int, sample_rate: int) -> NDArray[np.float64]:
-    """Slaney's triangles from 0 Hz to Nyquist, each of unit area in Hz, shape=(bands, window_samples // 2 + 1).
+    """Slaney's triangles from 0 Hz to Nyquist, each of unit area in Hz; (bands, window_samples // 2 + 1).
 
-    Source: M. Slaney, Auditory Toolbox (1998), as librosa.filters.mel has it by default. The scale is linear up
-    to 1000 Hz (15 mel of 200/3 Hz) and logarithmic above (27 mel for a factor of 6.4).
+    Source: M. Slaney, Auditory Toolbox (1998), as librosa.filters.mel has it by default. The scale is linear
+    up to 1000 Hz (15 mel of 200/3 Hz) and logarithmic above (27 mel for a factor of 6.4).
     """
     linear_hz, linear_mel, octave = 1000.0, 15.0, np.log(6.4) / 27.0
     nyquist = sample_rate / 2
@@ -55,8 +55,8 @@ class MelPower(nn.Module):
     """Mel power spectrogram, float32 [batch, samples] -> [batch, frames, bands].
 
     The DFT is a strided convolution with windowed cosines and sines, made in double precision: several times
-    faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does: frame i
-    is then centred on sample i * hop, else on i * hop + window / 2.
+    faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does:
+    frame i is then centred on sample i * hop, else on i * hop + window / 2.
     """
 
     dft: Tensor

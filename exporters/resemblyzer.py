@@ -1,12 +1,12 @@
 """Resemblyzer's pretrained speaker encoder (GE2E), one embedding a 10 ms frame.
 
-Wan et al., Generalized End-to-End Loss for Speaker Verification (2018), https://arxiv.org/abs/1710.10467; weights
-from the `resemblyzer` wheel, Apache-2.0. Resemblyzer embeds partials of 160 frames (1.6 s) and keeps each one's last
-state; here every frame's state goes through the same projection, so frame 159 is Resemblyzer's embedding of the
-partial that starts with the audio.
+Wan et al., Generalized End-to-End Loss for Speaker Verification (2018), https://arxiv.org/abs/1710.10467;
+weights from the `resemblyzer` wheel, Apache-2.0. Resemblyzer embeds partials of 160 frames (1.6 s) and keeps
+the last state of each. Here the state at every frame goes through the same projection, so frame 159 is
+Resemblyzer's embedding of the partial that starts with the audio.
 
-Its `preprocess_wav` (quiet clips raised to -30 dBFS, long silences cut) works on whole clips and is not in the file.
-As the mel powers are not logarithmic, loudness matters.
+Its `preprocess_wav` (quiet clips raised to -30 dBFS, long silences cut) works on whole clips and is not in
+the file. As the mel powers are not logarithmic, loudness matters.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ __all__ = ["SpeakerEncoder", "build"]
 BANDS = 40
 DIM = 256
 LAYERS = 3
+
+# What reading some other file as a checkpoint raises: torch.load, a missing name, a tensor of another shape.
+NOT_A_CHECKPOINT = (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 class SpeakerEncoder(nn.Module):
@@ -64,7 +67,7 @@ def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
 
 
 def _pretrained() -> Path:
-    """The installed wheel's weights, found without importing it: that would need webrtcvad and an old scipy."""
+    """The installed wheel's weights, found without importing it: that needs webrtcvad and an old scipy."""
     package = util.find_spec("resemblyzer")
     for folder in (package.submodule_search_locations or ()) if package else ():
         if (weights := Path(folder, "pretrained.pt")).is_file():
@@ -81,15 +84,7 @@ def _load(encoder: SpeakerEncoder, path: Path) -> None:
         learned = {name: tensor for name, tensor in state.items() if not name.startswith("similarity_")}
         front_end = {name: tensor for name, tensor in encoder.state_dict().items() if name.startswith("mel.")}
         encoder.load_state_dict(front_end | learned)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        EOFError,
-    ) as error:
+    except NOT_A_CHECKPOINT as error:
         raise UsageError(
             f"{path} is not a Resemblyzer checkpoint: it should be a torch file whose 'model_state' holds "
             "the lstm (3 layers of 256, from 40 bands) and linear weights of its VoiceEncoder"

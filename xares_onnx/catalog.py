@@ -124,7 +124,7 @@ class Digests:
 
     def of(self, path: Path) -> tuple[str, Stamp]:
         now = stamp(path)
-        file = self._folder / f"{hashlib.sha256(now[0].encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
+        file = self._folder / f"{hashlib.sha256(now[0].encode()).hexdigest()[:32]}.json"
         try:
             digest, then = msgspec.json.decode(file.read_bytes(), type=tuple[str, Stamp])
             if then == now:

@@ -91,19 +91,14 @@ class ShardPlan(msgspec.Struct, frozen=True):
     digest: str
     stamp: Stamp
     selected: frozenset[str] | None
-    clips: int
 
 
 def embed_shards(
     encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, observer: Observer
 ) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
     """Every shard's embeddings, from the store where it has them; and reports of those that had to be made."""
-    shards: dict[Path, EmbeddedShard] = {}
-    reports: list[ShardReport] = []
-    total, done = sum(plan.clips for plan in plans), 0
-    observer(Progress("embed", task, 0, total))
-    for plan in plans:
-        spec = EmbedSpec(
+    specs = {
+        plan.path: EmbedSpec(
             model=encoder.spec,
             task=task,
             shard=plan.path,
@@ -113,26 +108,37 @@ def embed_shards(
             selected=plan.selected,
             store=store.root,
         )
-        embedded = store.read(spec.key())
-        if embedded is None:
-            reports.append(
-                encoder.worker.call(
-                    embed_shard,
-                    spec,
-                    returns=ShardReport,
-                    silence_limit=max(LOAD_SECONDS, CALL_SECONDS),
-                    observer=_offset(observer, task, done, total),
-                )
-            )
-            embedded = store.read(spec.key())
-            if embedded is None:
-                raise RuntimeError(f"the store lost {spec.key()} right after it was written")
-        else:
+        for plan in plans
+    }
+    shards: dict[Path, EmbeddedShard] = {}
+    missing: dict[Path, int] = {}
+    for path, spec in specs.items():
+        if (embedded := store.read(spec.key())) is not None:
+            shards[path] = embedded
             store.touch(spec.key())
-        shards[plan.path] = embedded
-        done += plan.clips
+        else:
+            missing[path] = len(index_shard(path).samples) if spec.selected is None else len(spec.selected)
+    reports: list[ShardReport] = []
+    done = sum(shard.header.expected for shard in shards.values())
+    total = done + sum(missing.values())
+    for path, clips in missing.items():
         observer(Progress("embed", task, done, total))
-    return shards, reports
+        reports.append(
+            encoder.worker.call(
+                embed_shard,
+                specs[path],
+                returns=ShardReport,
+                silence_limit=max(LOAD_SECONDS, CALL_SECONDS),
+                observer=_offset(observer, task, done, total),
+            )
+        )
+        embedded = store.read(specs[path].key())
+        if embedded is None:
+            raise RuntimeError(f"the store lost {specs[path].key()} right after it was written")
+        shards[path] = embedded
+        done += clips
+    observer(Progress("embed", task, total, total))
+    return {path: shards[path] for path in specs}, reports
 
 
 def _offset(observer: Observer, task: str, before: int, total: int) -> Observer:

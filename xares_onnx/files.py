@@ -21,7 +21,8 @@ def stamp(path: Path) -> Stamp:
         stat = path.stat()
     except OSError as error:
         raise DataMissingError(f"{path} cannot be read ({error.strerror})") from error
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    name = str(path.resolve()).encode("utf-8", "backslashreplace").decode()
+    return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def write_aside(path: Path, data: bytes | memoryview) -> None:

@@ -1,0 +1,1 @@
+"""Torch heads. Many small heads, one a fold and seed, are one module with a leading axis `heads`."""

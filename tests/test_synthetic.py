@@ -1,0 +1,422 @@
+"""The synthetic suite must mean something: chance for noise, the ceiling for features that hold the answer, and
+nothing of the order of time in an average spectrum. The features are plain signal processing, and share no code
+with the makers of the clips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import solve_toeplitz
+from scipy.stats import binom
+from threadpoolctl import threadpool_limits
+
+from xares_onnx import synthetic
+from xares_onnx.audio import decode
+from xares_onnx.errors import DataError, MachineError, UnknownTaskError
+from xares_onnx.shards import index_shard, read_extent
+from xares_onnx.synthetic import LABELS, SAMPLE_RATE, SPLITS, TASKS, Clip, build, clips, is_built
+from xares_onnx.targets import ClassTarget
+from xares_onnx.task import Task, load_task
+
+Array = NDArray[np.float64]
+SHARDS = [f"{split}-000000.tar" for split in SPLITS]
+TASK_FILES = Path(__file__).parents[1] / "tasks"
+
+each_task = pytest.mark.parametrize("task", TASKS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of small products are slower on many threads, and far slower where the machine is shared."""
+    with threadpool_limits(1):
+        yield
+
+
+# --- What a score means ---
+
+
+@each_task
+def test_noise_scores_chance(task: str) -> None:
+    chance = 1 / len(LABELS[task])
+    low, high = binom.ppf([0.025, 0.975], SPLITS["test"], chance) / SPLITS["test"]
+    assert low <= score(task, "noise") <= high
+
+
+@each_task
+def test_features_that_hold_the_answer_reach_the_ceiling(task: str) -> None:
+    assert score(task, "oracle") >= 0.95
+
+
+@pytest.mark.parametrize("task", ["synthetic_timbre", "synthetic_vowel", "synthetic_colour"])
+def test_average_spectrum_settles_what_it_holds(task: str) -> None:
+    assert score(task, "log_mel") >= 0.9
+
+
+@pytest.mark.parametrize("task", ["synthetic_tempo", "synthetic_contour"])
+def test_average_spectrum_says_nothing_of_the_order_of_time(task: str) -> None:
+    assert score(task, "log_mel") < 0.5 * score(task, "oracle")
+
+
+@each_task
+def test_loudness_and_length_say_nothing_of_the_class(task: str) -> None:
+    everything = [clip for split in SPLITS for clip in split_of(task, split)]
+    loudness = np.array([decibels(clip.waveform) for clip in everything])
+    assert np.ptp(loudness) > 20
+    assert loudness.std() > 6
+    length = np.array([len(clip.waveform) for clip in everything])
+    for value in [loudness, length] if length.std() else [loudness]:
+        value = (value - value.mean()) / value.std()
+        for label in LABELS[task]:
+            ours = value[[clip.label == label for clip in everything]]
+            assert abs(ours.mean()) < 3.5 / np.sqrt(len(ours)), label
+
+
+# --- The clips ---
+
+
+@each_task
+def test_clips_are_sound_balanced_and_unrepeated(task: str) -> None:
+    contents: set[bytes] = set()
+    for split, size in SPLITS.items():
+        part = split_of(task, split)
+        counts = {label: sum(clip.label == label for clip in part) for label in LABELS[task]}
+        assert set(counts.values()) == {size // len(LABELS[task])}
+        assert len({clip.key for clip in part}) == size
+        for clip in part:
+            assert clip.waveform.dtype == np.float32
+            assert clip.waveform.ndim == 1
+            assert 1.0 <= len(clip.waveform) / SAMPLE_RATE <= 2.0
+            assert np.isfinite(clip.waveform).all()
+            assert np.abs(clip.waveform).max() < 0.991
+            contents.add(hashlib.sha256(clip.waveform.tobytes()).digest())
+    assert len(contents) == sum(SPLITS.values())
+
+
+def test_lengths_vary_in_several_tasks() -> None:
+    varied = [task for task in TASKS if len({len(clip.waveform) for clip in split_of(task, "test")}) > 100]
+    assert len(varied) >= 2
+
+
+# Sum of the 16-bit samples' sizes in all splits. A few may differ in the last bit between machines.
+FINGERPRINTS: dict[int, dict[str, int]] = {
+    1: {
+        "synthetic_pitch": 7_031_681_883,
+        "synthetic_timbre": 6_663_366_821,
+        "synthetic_vowel": 7_019_183_471,
+        "synthetic_colour": 8_653_505_034,
+        "synthetic_tempo": 8_587_578_440,
+        "synthetic_contour": 8_675_733_001,
+    }
+}
+
+
+@each_task
+def test_other_samples_are_another_version(task: str) -> None:
+    everything = [clip.waveform for split in SPLITS for clip in split_of(task, split)]
+    found = round(sum(float(np.abs(waveform, dtype=np.float64).sum()) for waveform in everything) * 2**15)
+    assert abs(found - FINGERPRINTS[synthetic.VERSION][task]) < 20, f"{found}: raise VERSION"
+
+
+def test_unknown_task_is_named_with_its_nearest() -> None:
+    with pytest.raises(UnknownTaskError, match="synthetic_tempo"):
+        next(clips("synthetic_tempi", "train"))
+
+
+@each_task
+def test_task_file_agrees(task: str) -> None:
+    definition = task_file(task)
+    assert (definition.name, definition.domain, definition.weight) == (task, "synthetic", SPLITS["test"])
+    assert isinstance(definition.target, ClassTarget)
+    assert (definition.target.key, definition.target.classes) == ("label", LABELS[task])
+    assert definition.data.splits == {split: f"{split}-*.tar" for split in SPLITS}
+
+
+# --- The shards ---
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "SPLITS", {"train": 12, "valid": 12, "test": 12})
+
+
+@each_task
+@pytest.mark.usefixtures("small")
+def test_shards_are_the_same_bytes_each_time(task: str, tmp_path: Path) -> None:
+    build(task, tmp_path / "one")
+    build(task, tmp_path / "two")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert len(set(digests(tmp_path / "one"))) == len(SHARDS)
+
+
+@pytest.mark.usefixtures("small")
+def test_shards_hold_the_very_clips(tmp_path: Path) -> None:
+    build("synthetic_contour", tmp_path / "data")
+    for split in SPLITS:
+        path = tmp_path / "data" / f"{split}-000000.tar"
+        shard = index_shard(path)
+        made = list(clips("synthetic_contour", split))
+        assert shard.damage is None
+        assert shard.expected == len(shard.samples) == len(made)
+        for sample, clip in zip(shard.samples, made, strict=True):
+            waveform, rate = decode(read_extent(path, sample.audio))
+            assert (sample.key, rate) == (clip.key, SAMPLE_RATE)
+            assert json.loads(read_extent(path, sample.label)) == {"label": clip.label}
+            np.testing.assert_array_equal(waveform, clip.waveform)
+
+
+def test_killed_build_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+    folder = tmp_path / "synthetic_tempo"
+    script = "import pathlib, sys, xares_onnx.synthetic as s; s.build(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    process = subprocess.Popen([sys.executable, "-c", script, "synthetic_tempo", str(folder)])
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".*/*/*.tar")):
+            assert process.poll() is None, "it ended too soon"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert not folder.exists()
+    assert not is_built("synthetic_tempo", folder)
+
+
+@pytest.mark.usefixtures("small")
+def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path, samples: object) -> None:
+        if path.name == SHARDS[1]:
+            raise KeyboardInterrupt
+        path.touch()
+
+    monkeypatch.setattr(synthetic, "_write_shard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build("synthetic_pitch", tmp_path / "data")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small")
+def test_several_may_build_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(build, ["synthetic_pitch"] * 4, [folder] * 4))
+    assert is_built("synthetic_pitch", folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.usefixtures("small")
+def test_finished_build_is_kept_and_another_version_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    build("synthetic_pitch", folder)
+    first = digests(folder)
+    written = (folder / SHARDS[0]).stat().st_ino
+    build("synthetic_pitch", folder)
+    assert (folder / SHARDS[0]).stat().st_ino == written
+    monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
+    assert not is_built("synthetic_pitch", folder)
+    build("synthetic_pitch", folder)
+    assert is_built("synthetic_pitch", folder)
+    assert digests(folder) != first
+    (folder / SHARDS[2]).unlink()
+    assert not is_built("synthetic_pitch", folder)
+
+
+@pytest.mark.usefixtures("small")
+def test_folder_of_another_making_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "recording.wav"
+    mine.parent.mkdir()
+    mine.write_bytes(b"precious")
+    with pytest.raises(DataError, match="mine holds files of another making"):
+        build("synthetic_pitch", mine.parent)
+    with pytest.raises(MachineError):
+        build("synthetic_pitch", mine)
+    assert mine.read_bytes() == b"precious"
+
+
+# --- Scoring ---
+
+
+@cache
+def score(task: str, encoder: str) -> float:
+    labels = LABELS[task]
+    embeddings = {split: ENCODERS[encoder](task, split) for split in SPLITS}
+    targets = {s: np.array([labels.index(clip.label) for clip in split_of(task, s)]) for s in SPLITS}
+    return train_head(embeddings, targets, len(labels), task_file(task), seed=0)
+
+
+def train_head(
+    embeddings: dict[str, Array], targets: dict[str, NDArray[np.int64]], classes: int, task: Task, seed: int
+) -> float:
+    """Accuracy on test of LayerNorm + Linear at the epoch that is best on valid."""
+    torch.manual_seed(seed)
+    x = {split: torch.tensor(embeddings[split], dtype=torch.float32) for split in SPLITS}
+    y = {split: torch.tensor(targets[split]) for split in SPLITS}
+    dim = x["train"].shape[1]
+    head = torch.nn.Sequential(torch.nn.LayerNorm(dim), torch.nn.Linear(dim, classes))
+    optimizer = torch.optim.Adam(head.parameters())
+    accuracies = []
+    for epoch in range(task.head.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = task.head.learning_rate * (0.55 + 0.45 * np.cos(np.pi * epoch / task.head.epochs))
+        for batch in torch.split(torch.randperm(len(y["train"])), task.head.batch_size):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(head(x["train"][batch]), y["train"][batch])
+            torch.autograd.backward(loss)
+            optimizer.step()
+        with torch.no_grad():
+            valid, test = (float((head(x[s]).argmax(1) == y[s]).float().mean()) for s in ("valid", "test"))
+        accuracies.append((valid, test))
+    return max(accuracies, key=lambda pair: pair[0])[1]
+
+
+@cache
+def split_of(task: str, split: str) -> tuple[Clip, ...]:
+    return tuple(clips(task, split))
+
+
+@cache
+def task_file(task: str) -> Task:
+    return load_task(TASK_FILES / f"{task}.toml")
+
+
+def digests(folder: Path) -> list[str]:
+    return [hashlib.sha256((folder / shard).read_bytes()).hexdigest() for shard in SHARDS]
+
+
+def decibels(waveform: NDArray[np.float32]) -> float:
+    return float(10 * np.log10(np.mean(waveform.astype(np.float64) ** 2)))
+
+
+# --- Encoders: (task, split) -> one vector a clip, shape (clips, dim) ---
+
+
+NOISE_SEED = 1  # one in which no task is the odd one of twenty that lies outside a 95 % interval
+
+
+def noise(task: str, split: str) -> Array:
+    rng = np.random.default_rng([NOISE_SEED, *task.encode(), *split.encode()])
+    return rng.standard_normal((SPLITS[split], 64))
+
+
+def log_mel(task: str, split: str) -> Array:
+    return np.array([average_log_mel(clip.waveform.astype(np.float64)) for clip in split_of(task, split)])
+
+
+def oracle(task: str, split: str) -> Array:
+    return np.array([ORACLES[task](clip.waveform.astype(np.float64)) for clip in split_of(task, split)])
+
+
+ENCODERS: dict[str, Callable[[str, str], Array]] = {"noise": noise, "log_mel": log_mel, "oracle": oracle}
+
+
+def frames(waveform: Array, size: int, hop: int) -> Array:
+    return np.lib.stride_tricks.sliding_window_view(waveform, size)[::hop]
+
+
+@cache
+def mel_filters() -> Array:
+    """64 triangles over 257 bins, 0 to 8 kHz, shape (257, 64)."""
+    mels = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 66)
+    edges = 700 * (10 ** (mels / 2595) - 1)
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    frequency = np.fft.rfftfreq(512, 1 / SAMPLE_RATE)[:, None]
+    rising, falling = (frequency - low) / (centre - low), (high - frequency) / (high - centre)
+    triangles: Array = np.maximum(0, np.minimum(rising, falling))
+    return triangles
+
+
+def average_log_mel(waveform: Array) -> Array:
+    """Mean over 25 ms frames every 10 ms, shape (64,)."""
+    power = np.abs(np.fft.rfft(frames(waveform, 400, 160) * np.hanning(400), 512)) ** 2
+    average: Array = np.log(power @ mel_filters() + 1e-10).mean(axis=0)
+    return average
+
+
+def fundamental_hz(waveform: Array, low: float, high: float) -> float:
+    """The first lag, between those of `high` and `low` Hz, at which the signal is nearly itself again."""
+    size, finer = 2 ** int(np.ceil(np.log2(2 * waveform.size))), 4
+    power = np.abs(np.fft.rfft(waveform * np.hanning(waveform.size), size)) ** 2
+    lags = np.fft.irfft(power, size * finer)[: int(finer * SAMPLE_RATE / low)]
+    lags /= lags[0]
+    lags[: max(int(finer * SAMPLE_RATE / high), int(np.argmax(lags < 0.5)))] = -1
+    inner = lags[1:-1]
+    peaks = 1 + np.flatnonzero((inner >= lags[:-2]) & (inner > lags[2:]) & (inner > 0.85 * lags.max()))
+    return float(SAMPLE_RATE * finer / (peaks[0] if peaks.size else np.argmax(lags)))
+
+
+def soft_chroma(waveform: Array) -> Array:
+    semitones = 12 * np.log2(fundamental_hz(waveform[:8192], 55, 520) / 65.41)
+    distance = (semitones - np.arange(12) + 6) % 12 - 6
+    nearness: Array = np.exp(-(distance**2) / 2)
+    return nearness
+
+
+def harmonic_amplitudes(waveform: Array) -> Array:
+    middle = waveform[4000:8096]
+    number = np.fft.rfftfreq(middle.size, 1 / SAMPLE_RATE) / fundamental_hz(middle, 140, 470)
+    power = np.abs(np.fft.rfft(middle * np.hanning(middle.size))) ** 2
+    harmonics = np.array([power[np.abs(number - harmonic) < 0.3].sum() for harmonic in range(1, 9)])
+    amplitudes: Array = np.sqrt(harmonics / harmonics.sum())
+    return amplitudes
+
+
+def predicted_spectrum(waveform: Array) -> Array:
+    """Log spectrum, 200 to 4000 Hz, of a linear prediction of order 16."""
+    power = np.abs(np.fft.rfft(np.diff(waveform), 2**15)) ** 2
+    lags = np.fft.irfft(power)[:17]
+    lags[0] *= 1.0001
+    predictor = np.append(1, -solve_toeplitz(lags[:-1], lags[1:]))
+    angles = 2 * np.pi * np.geomspace(200, 4000, 40) / SAMPLE_RATE
+    spectrum: Array = -np.log(np.abs(np.exp(-1j * np.outer(angles, np.arange(17))) @ predictor))
+    return spectrum
+
+
+def log_spectrum(waveform: Array) -> Array:
+    """Log power in 16 bands, 60 Hz to 7.8 kHz, without the line through them."""
+    power = np.abs(np.fft.rfft(waveform, 2**15)) ** 2
+    edges = (np.geomspace(60, 7800, 17) * 2**15 / SAMPLE_RATE).astype(int)
+    bands = np.log(np.add.reduceat(power, edges)[:-1] / np.diff(edges))
+    residue: Array = bands - np.polyval(np.polyfit(np.arange(16), bands, 1), np.arange(16))
+    return residue
+
+
+def envelope_spectrum(waveform: Array) -> Array:
+    """How much the level beats at 2.5 to 20 Hz."""
+    level = np.sqrt((frames(waveform, 160, 80) ** 2).mean(axis=1))
+    spectrum = np.abs(np.fft.rfft((level - level.mean()) * np.hanning(level.size), 4096))
+    beats = np.interp(np.geomspace(2.5, 20, 48), np.fft.rfftfreq(4096, 80 / SAMPLE_RATE), spectrum)
+    relative: Array = beats / beats.max()
+    return relative
+
+
+def glides(waveform: Array) -> Array:
+    """Median step of log f0 from frame to frame in either half, and their opposites."""
+    octaves = np.log2([fundamental_hz(frame, 100, 900) for frame in frames(waveform, 800, 800)])
+    middle = octaves.size // 2
+    steps = [np.median(np.diff(half)) for half in (octaves[1:middle], octaves[middle + 1 : -1])]
+    clipped: Array = np.clip(np.append(steps, np.negative(steps)), -0.2, 0.2) * 50
+    return clipped
+
+
+ORACLES: dict[str, Callable[[Array], Array]] = {
+    "synthetic_pitch": soft_chroma,
+    "synthetic_timbre": harmonic_amplitudes,
+    "synthetic_vowel": predicted_spectrum,
+    "synthetic_colour": log_spectrum,
+    "synthetic_tempo": envelope_spectrum,
+    "synthetic_contour": glides,
+}

@@ -1,0 +1,324 @@
+"""Evaluate an encoder: embed each task's shards, train heads and a kNN on the embeddings, score, and keep the record."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from . import __version__, audio, results, scoring, synthetic
+from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
+from .dataset import Dataset, TaskData, assemble, check_drops, prepare
+from .embed import embed_shards
+from .encoder import Encoder, load_encoder, onnxruntime_distributions
+from .errors import DataError, DataMissingError, MachineError, ModelError, UsageError, XaresError
+from .events import Event, Note, Observer, Progress, ignore
+from .folds import Fold, Protocol, ProtocolName, make_folds
+from .results import Clips, Predictions, Result, Seconds, Status, TaskResult, averages, prediction_file
+from .store import Store
+from .task import Task
+
+Method = Literal["head", "knn"]
+METHODS: tuple[Method, ...] = ("head", "knn")
+MAX_SEEDS = 100
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an evaluation was asked to do; in the record as it is."""
+
+    protocol: ProtocolName = "corrected"
+    seeds: int = 3
+    methods: tuple[Method, ...] = METHODS
+    limit: int | None = None
+    allow_drops: bool = False
+
+
+@dataclass
+class Evaluation:
+    """A result with what does not fit in it: per-clip predictions by (task, method), and the errors of failed tasks."""
+
+    result: Result
+    predictions: dict[tuple[str, str], Predictions] = field(default_factory=dict)
+    errors: list[XaresError] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """The result as JSON, the predictions in a folder beside it."""
+        results.write_result(path, self.result, self.predictions)
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str] = (),
+    *,
+    suite: str | None = None,
+    data: Path | None = None,
+    cache: Path | None = None,
+    output: Path | None = None,
+    methods: Sequence[Method] = METHODS,
+    protocol: ProtocolName = "corrected",
+    seeds: int | None = None,
+    limit: int | None = None,
+    contract: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    allow_drops: bool = False,
+    observer: Observer = ignore,
+) -> Evaluation:
+    """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
+
+    A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
+    With `output` the record is written there. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
+    """
+    settings = _checked_settings(protocol, seeds, methods, limit, allow_drops)
+    cache = cache_folder(cache)
+    notes: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+        observer(event)
+
+    selection = choose_tasks(tasks, suite, data, observe)
+    if len(installed := onnxruntime_distributions()) > 1:
+        both = " and ".join(f"{name} {version}" for name, version in installed.items())
+        observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
+    with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observe) as encoder:
+        run = _Run(encoder, settings, cache, output, observe)
+        run.all(selection)
+        evaluation = Evaluation(
+            Result(
+                encoder=_encoder_record(encoder),
+                environment=environment(encoder),
+                settings={**msgspec.to_builtins(settings), "suite": suite, "tasks": [task.name for task, _ in selection]},
+                notes=list(dict.fromkeys(notes)),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                tasks=run.results,
+                averages=averages(run.results, run.replicates, [task for task, _ in selection]),
+            ),
+            run.predictions,
+            run.errors,
+        )
+    if output is not None:
+        evaluation.write(output)
+    return evaluation
+
+
+def default_output(model: Path, sha256: str) -> Path:
+    return Path("results") / f"{model.stem}-{sha256[:8]}.json"
+
+
+def choose_tasks(names: Sequence[str], suite: str | None, data: Path | None, observer: Observer) -> list[tuple[Task, Path]]:
+    """The tasks to score, each with the folder that holds its data. A named task without data is an error at once."""
+    if names and suite:
+        raise UsageError("--tasks and --suite exclude each other")
+    if names:
+        chosen = named_tasks(names)
+    elif suite:
+        chosen = suite_tasks(suite)
+    else:
+        chosen = [task for task in shipped_tasks().values() if task.domain != "synthetic"]
+    if all(task.domain == "synthetic" for task in chosen):
+        return [(task, Path()) for task in chosen]
+    folder = data_folder(data)
+    missing = [task for task in chosen if task.domain != "synthetic" and not find_parts(task, folder)]
+    present = [task for task in chosen if task not in missing]
+    if names and missing:
+        raise DataMissingError(missing_data(missing[0], folder))
+    if suite and not present:
+        raise DataMissingError(f"no task of suite {suite} has data: {missing_data(chosen[0], folder)}")
+    if not present and data is not None:
+        raise DataMissingError(f"{folder} holds no task's data; `xares-onnx tasks --data {folder}` shows what is looked for")
+    if not present:
+        observer(Note(f"no data in {folder}, so the built-in synthetic suite is scored; --data names another folder"))
+        return [(task, Path()) for task in suite_tasks("synthetic")]
+    return [(task, folder) for task in (chosen if suite or names else present)]
+
+
+class _Run:
+    """One evaluation in progress."""
+
+    def __init__(self, encoder: Encoder, settings: Settings, cache: Path, output: Path | None, observer: Observer) -> None:
+        self._encoder = encoder
+        self._settings = settings
+        self._protocol = Protocol(settings.protocol)
+        self._cache = cache
+        self._store = Store(cache / "store")
+        self._digests = Digests(cache)
+        self._output = output
+        self._observer = observer
+        self.results: list[TaskResult] = []
+        self.predictions: dict[tuple[str, str], Predictions] = {}
+        self.replicates: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
+        self.errors: list[XaresError] = []
+
+    def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
+        for number, (task, folder) in enumerate(selection):
+            try:
+                self._evaluate(task, folder)
+            except DataMissingError as error:
+                self._without_score(task, "skipped", str(error))
+            except DataError as error:
+                self.errors.append(error)
+                self._without_score(task, "failed", str(error))
+            except (ModelError, MachineError) as error:  # no further task can succeed
+                self.errors.append(error)
+                self._without_score(task, "failed", str(error))
+                for later, _ in selection[number + 1 :]:
+                    self._without_score(later, "skipped", f"not run, because the run ended at {task.name}: {error}")
+                return
+
+    def _evaluate(self, task: Task, folder: Path) -> None:
+        started = time.perf_counter()
+        if task.domain == "synthetic":
+            folder = synthetic_data(task, self._cache, self._observer)
+        data = prepare(task, folder, self._digests, self._settings.limit, self._observer)
+        shards, reports = embed_shards(
+            self._encoder, task.name, list(data.plans.values()), self._protocol.crops(task), self._store, self._observer
+        )
+        dataset = assemble(data, shards)
+        embed_seconds = time.perf_counter() - started
+        embedded = sum(report.audio_seconds for report in reports)
+        common: dict[str, Any] = {
+            "clips": dataset.clips,
+            "data_digest": data.digest(),
+            "audio_hours": dataset.audio_seconds / 3600,
+            "rtf": sum(report.seconds for report in reports) / embedded if embedded else None,
+            "seconds": Seconds(embed=embed_seconds, train=0, score=0),
+        }
+        if not self._settings.allow_drops:
+            try:
+                check_drops(dataset)
+            except DataError as error:
+                self.errors.append(error)
+                self._without_score(task, "failed", str(error), common)
+                return
+        for damage in dataset.damage:
+            self._observer(Note(f"{task.name}: {damage}"))
+        folds, notes = make_folds(
+            self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, dataset.classes
+        )
+        for note in notes:
+            self._observer(Note(f"{task.name}: {note}"))
+        common["notes"] = notes
+        if undefined := scoring.why_undefined(folds, dataset):
+            self._without_score(task, "undefined", undefined, common)
+            return
+        for method in self._methods(task):
+            self._score(task, method, dataset, folds, common)
+
+    def _score(self, task: Task, method: Method, dataset: Dataset, folds: list[Fold], common: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        if method == "head":
+            outcomes = scoring.run_head(task, self._protocol, dataset, folds, self._settings.seeds, self._observer)
+        else:
+            outcomes = scoring.run_knn(self._protocol, dataset, folds)
+        trained = time.perf_counter()
+        scored = scoring.score(task, method, self._protocol, dataset, folds, outcomes)
+        name = task.head.kind if method == "head" else "knn"
+        self.predictions[task.name, name] = scored.predictions
+        self.replicates[task.name, name] = scored.replicates
+        seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
+        self.results.append(
+            _task_result(
+                task,
+                method,
+                status="ok",
+                score=scored.score,
+                ci95=scored.ci95,
+                metrics=scored.metrics,
+                per_fold=scored.per_fold,
+                per_seed=scored.per_seed,
+                n_test=scored.n_test,
+                predictions=prediction_file(self._output, task.name, name) if self._output else None,
+                **{**common, "seconds": seconds},
+            )
+        )
+
+    def _methods(self, task: Task) -> list[Method]:
+        return [method for method in self._settings.methods if method == "head" or task.score.knn]
+
+    def _without_score(self, task: Task, status: Status, reason: str, common: dict[str, Any] | None = None) -> None:
+        for method in self._methods(task):
+            self.results.append(_task_result(task, method, status=status, reason=reason, **(common or {})))
+
+
+def synthetic_data(task: Task, cache: Path, observer: Observer) -> Path:
+    """The folder that holds a synthetic task's shards, built where it is not there yet."""
+    folder = cache / f"synthetic-{synthetic.VERSION}"
+    if not (folder / task.name).is_dir():
+        observer(Progress("prepare", task.name, 0, 1))
+        synthetic.build(task.name, folder / task.name)
+        observer(Progress("prepare", task.name, 1, 1))
+    return folder
+
+
+def environment(encoder: Encoder) -> dict[str, Any]:
+    """Versions and machine: what may differ between two runs that ought to agree."""
+    packages = ("numpy", "torch", "scikit-learn", "soundfile", "soxr")
+    return {
+        "versions": {
+            "xares_onnx": __version__,
+            "python": platform.python_version(),
+            "onnxruntime": encoder.info.onnxruntime,
+            "libsndfile": audio.decoder_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+        "provider": encoder.info.provider,
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": encoder.spec.threads,
+        },
+    }
+
+
+def _encoder_record(encoder: Encoder) -> results.Encoder:
+    info = encoder.info
+    return results.Encoder(
+        file=Path(info.path).name,
+        sha256=info.scan.sha256,
+        bytes=info.scan.bytes,
+        parameters=info.scan.parameters,
+        contract=info.contract.described(),
+        taps=[info.contract.output],
+    )
+
+
+def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
+    base: dict[str, Any] = {
+        "task": task.name,
+        "title": task.title,
+        "domain": task.domain,
+        "method": task.head.kind if method == "head" else "knn",
+        "metric": task.score.metric,
+        "weight": task.weight,
+        "definition_digest": task.digest(),
+        "clips": Clips(expected=0, read=0, dropped=[]),
+        "seconds": Seconds(embed=0, train=0, score=0),
+    }
+    return TaskResult(**{**base, **fields})
+
+
+def _checked_settings(
+    protocol: ProtocolName, seeds: int | None, methods: Sequence[Method], limit: int | None, allow_drops: bool
+) -> Settings:
+    if protocol not in ("corrected", "xares"):
+        raise UsageError(f"protocol {protocol!r} must be corrected or xares")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise UsageError(f"method {unknown[0]!r} must be head or knn")
+    seeds = seeds if seeds is not None else Protocol(protocol).default_seeds
+    if not 1 <= seeds <= MAX_SEEDS:
+        raise UsageError(f"--seeds {seeds} must lie between 1 and {MAX_SEEDS}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} must be 1 or more")
+    chosen = tuple(method for method in METHODS if method in methods) or METHODS
+    return Settings(protocol=protocol, seeds=seeds, methods=chosen, limit=limit, allow_drops=allow_drops)

@@ -1,0 +1,59 @@
+"""kNN on frozen embeddings: ten nearest neighbours, votes weighted by exp(similarity / 0.07)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.neighbors import KNeighborsClassifier
+
+NEIGHBOURS = 10
+TEMPERATURE = 0.07
+
+Matrix = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+
+def knn_cosine(train: Matrix, labels: Indices, test: Matrix, examples: Indices) -> tuple[Indices, Indices]:
+    """(examples, their predicted classes): cosine similarity, an example's votes the mean of its crops'.
+
+    `train` (crops, dim) with `labels` (crops,), `test` (crops, dim) with the example of each crop in `examples`.
+    """
+    classifier = KNeighborsClassifier(
+        n_neighbors=min(NEIGHBOURS, len(train)), weights=_vote_weights, metric="cosine", algorithm="brute"
+    )
+    classifier.fit(train, labels)
+    votes = classifier.predict_proba(test)
+    found, positions = np.unique(examples, return_inverse=True)
+    totals = np.zeros((len(found), votes.shape[1]))
+    np.add.at(totals, positions, votes)
+    return found, classifier.classes_[totals.argmax(axis=1)]
+
+
+def knn_xares(train: Matrix, labels: Indices, test: Matrix, examples: Indices) -> tuple[Indices, Indices]:
+    """X-ARES 0.1.3's arithmetic, crop by crop, for `--protocol xares` only.
+
+    The test vectors are normalised each, but the training matrix feature by feature over all its clips: not a cosine.
+    """
+    rows = test / np.maximum(np.linalg.norm(test, axis=1, keepdims=True), 1e-12)
+    columns = train / np.maximum(np.linalg.norm(train, axis=0, keepdims=True), 1e-12)
+    k = min(NEIGHBOURS, len(train))
+    classes = int(labels.max()) + 1
+    predictions = []
+    for start in range(0, len(rows), 1024):
+        similarity = rows[start : start + 1024] @ columns.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        near = np.take_along_axis(similarity, nearest, axis=1).astype(np.float64) / TEMPERATURE
+        weights = np.exp(near - near.max(axis=1, keepdims=True))
+        votes = np.zeros((len(near), classes))
+        np.add.at(votes, (np.arange(len(near))[:, None], labels[nearest]), weights / weights.sum(axis=1, keepdims=True))
+        predictions.append(votes.argmax(axis=1))
+    return examples, np.concatenate(predictions) if predictions else np.empty(0, np.int64)
+
+
+def _vote_weights(distances: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """sklearn gives cosine distances; a row's votes are normalised to sum 1, so the largest may be taken out first."""
+    nearest = distances.min(axis=1, keepdims=True)
+    weights: npt.NDArray[Any] = np.exp((nearest - distances) / TEMPERATURE)
+    return weights

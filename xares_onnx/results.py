@@ -1,0 +1,168 @@
+"""The record of an evaluation (DESIGN section 7), its averages, and its files. The JSON schema is made from these types.
+
+Scores are fractions. Between two runs with the same inputs and settings only `seconds`, `rtf`, `environment` and `created` differ.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .catalog import in_group, shipped_tasks
+from .files import write_aside
+from .metrics import interval
+from .shards import Drop
+from .task import Task
+
+SCHEMA_VERSION = 1
+GROUPS = ("public", "all", "speech", "environment", "music", "synthetic")
+
+Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
+Interval = tuple[float, float]
+Predictions = dict[str, npt.NDArray[Any]]
+
+
+class Encoder(msgspec.Struct, frozen=True, kw_only=True):
+    file: str
+    sha256: str
+    """Of the model file followed by its external data files, by name."""
+    bytes: int
+    parameters: int
+    contract: dict[str, dict[str, Any]]
+    """Each field as {value, source}."""
+    taps: list[str]
+
+
+class Clips(msgspec.Struct, frozen=True, kw_only=True):
+    expected: int
+    read: int
+    dropped: list[Drop]
+    """Every clip that is not in the score, and why."""
+
+
+class Seconds(msgspec.Struct, frozen=True, kw_only=True):
+    embed: float
+    """Wall time spent embedding in this run; about 0 where the store had everything."""
+    train: float
+    score: float
+
+
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+    task: str
+    title: str
+    domain: str
+    status: Status
+    reason: str | None = None
+    """Why there is no score; null where status is ok."""
+    method: Literal["linear", "knn"]
+    tap: str | None = None
+    metric: str
+    higher_is_better: bool = True
+    score: float | None = None
+    """Mean over folds, then over seeds."""
+    ci95: Interval | None = None
+    """2,000 bootstrap resamples of the test clips within each fold."""
+    metrics: dict[str, float] = {}
+    per_fold: list[float] = []
+    per_seed: list[float] = []
+    n_test: int = 0
+    weight: float | None = None
+    comparable: bool = True
+    clips: Clips
+    notes: list[str] = []
+    """What is not as usual in this task: held-out selection, cross-validation."""
+    data_digest: str | None = None
+    definition_digest: str
+    seconds: Seconds
+    audio_hours: float = 0.0
+    rtf: float | None = None
+    """Seconds of embedding for each second of audio; null where nothing was embedded in this run."""
+    predictions: str | None = None
+    """File name of the per-clip predictions, beside the result."""
+
+
+class Average(msgspec.Struct, frozen=True, kw_only=True):
+    weighted: float
+    mean: float
+    ci95: Interval | None
+    """Of the weighted average."""
+    tasks: int
+    complete: bool
+    missing: list[str]
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    schema_version: int = SCHEMA_VERSION
+    encoder: Encoder
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    notes: list[str] = []
+    created: str
+    tasks: list[TaskResult]
+    averages: dict[str, dict[Literal["head", "knn"], Average]]
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a result file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Result)}
+
+
+def averages(
+    results: Iterable[TaskResult],
+    replicates: Mapping[tuple[str, str], npt.NDArray[np.float64]],
+    own_tasks: Sequence[Task] = (),
+) -> dict[str, dict[Literal["head", "knn"], Average]]:
+    """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
+
+    `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
+    comes from averaging them. A task without a weight is in no average. `own_tasks` are a user's.
+    """
+    tasks = {**shipped_tasks(), **{task.name: task for task in own_tasks}}
+    scored = [
+        result for result in results if result.score is not None and result.comparable and tasks[result.task].weight is not None
+    ]
+    found: dict[str, dict[Literal["head", "knn"], Average]] = {}
+    for group in GROUPS:
+        members = [task for task in tasks.values() if in_group(task, group) and task.weight is not None]
+        names = {task.name for task in members}
+        for method in ("head", "knn"):
+            mine = [r for r in scored if r.task in names and (r.method == "knn") == (method == "knn")]
+            if not mine:
+                continue
+            weights = np.array([tasks[r.task].weight for r in mine], dtype=np.float64)
+            scores = np.array([r.score for r in mine], dtype=np.float64)
+            total = weights.sum()
+            share = weights / total if total else np.full(len(mine), 1 / len(mine))
+            drawn = [replicates.get((r.task, r.method)) for r in mine]
+            spread = sum(w * d for w, d in zip(share, drawn, strict=True) if d is not None)
+            has = {r.task for r in mine}
+            missing = [t.name for t in members if t.name not in has and (method == "head" or t.score.knn)]
+            found.setdefault(group, {})[method] = Average(
+                weighted=float(share @ scores),
+                mean=float(scores.mean()),
+                ci95=interval(np.asarray(spread)) if all(d is not None for d in drawn) else None,
+                tasks=len(mine),
+                complete=not missing,
+                missing=missing,
+            )
+    return found
+
+
+def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str], Predictions]) -> None:
+    """The result as JSON, and the predictions of each task and method beside it. Every file is whole or not there."""
+    for (task, method), arrays in predictions.items():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        write_aside(path.parent / prediction_file(path, task, method), buffer.getvalue())
+    write_aside(path, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+
+
+def prediction_file(path: Path, task: str, method: str) -> str:
+    """Name of a predictions file, relative to the result's folder."""
+    return f"{path.stem}.predictions/{task}.{method}.npz"

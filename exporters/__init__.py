@@ -30,9 +30,7 @@ def export(family: str, checkpoint: str | None, output: Path) -> ExportReport:
     the output path is left as it was.
     """
     if family not in FAMILIES:
-        raise UsageError(
-            f"there is no encoder family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}"
-        )
+        raise UsageError(f"there is no encoder family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
     try:
         core = import_module(f"{__name__}.core")
     except ModuleNotFoundError as error:

@@ -20,8 +20,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from xares_onnx import __version__
 from xares_onnx.errors import ModelError, UsageError
+from xares_onnx.version import __version__
 
 __all__ = ["ExportReport", "Spec", "check_dynamic", "check_parity", "export_encoder", "probe_lengths"]
 

@@ -35,15 +35,9 @@ def mel_filters(bands: int, window_samples: int, sample_rate: int) -> NDArray[np
     """
     linear_hz, linear_mel, octave = 1000.0, 15.0, np.log(6.4) / 27.0
     nyquist = sample_rate / 2
-    top = (
-        linear_mel + np.log(nyquist / linear_hz) / octave
-        if nyquist > linear_hz
-        else nyquist * linear_mel / linear_hz
-    )
+    top = linear_mel + np.log(nyquist / linear_hz) / octave if nyquist > linear_hz else nyquist * linear_mel / linear_hz
     mels = np.linspace(0.0, top, bands + 2)
-    edges = np.where(
-        mels < linear_mel, mels * linear_hz / linear_mel, linear_hz * np.exp((mels - linear_mel) * octave)
-    )
+    edges = np.where(mels < linear_mel, mels * linear_hz / linear_mel, linear_hz * np.exp((mels - linear_mel) * octave))
     low, centre, high = (edges[i : i + bands, None] for i in range(3))
     bins = np.arange(window_samples // 2 + 1) * sample_rate / window_samples
     triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clip(min=0.0)

@@ -44,19 +44,13 @@ def mel_reference(audio: Array, bands: int, *, centred: bool) -> Array:
     """Mel power (frames, bands) of one clip in double precision, by FFT and Slaney's formulas written out."""
     if centred:
         audio = np.pad(audio, 200)
-    frames = np.stack([audio[start : start + 400] for start in range(0, len(audio) - 399, 160)]).astype(
-        np.float64
-    )
+    frames = np.stack([audio[start : start + 400] for start in range(0, len(audio) - 399, 160)]).astype(np.float64)
     power = np.abs(np.fft.rfft(frames * np.hanning(401)[:-1])) ** 2
     top = 15 + 27 * np.log(8) / np.log(6.4)  # 8000 Hz in mel
-    edges = [
-        mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
-        for mel in np.linspace(0, top, bands + 2)
-    ]
+    edges = [mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in np.linspace(0, top, bands + 2)]
     bins = np.fft.rfftfreq(400, 1 / 16_000)
     columns = [
-        power @ np.interp(bins, edges[band : band + 3], [0, 2 / (edges[band + 2] - edges[band]), 0])
-        for band in range(bands)
+        power @ np.interp(bins, edges[band : band + 3], [0, 2 / (edges[band + 2] - edges[band]), 0]) for band in range(bands)
     ]
     return np.stack(columns, axis=1)
 
@@ -110,9 +104,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=exporters.FAMILIES)
-def encoder_file(
-    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def encoder_file(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One exported file a family; its stem is the family's name."""
     family: str = request.param
     path = tmp_path_factory.mktemp("exported") / f"{family}.onnx"
@@ -145,7 +137,8 @@ def test_metadata_says_what_the_encoder_does(encoder_file: Path) -> None:
     }[encoder_file.stem]
     declared = {key: declaration.value for key, declaration in declared_in_metadata(metadata).items()}
     source = declared.pop("source")
-    assert source and metadata["comment"]
+    assert source
+    assert metadata["comment"]
     assert declared == expected | {
         "input_kind": "waveform",
         "input": "audio",
@@ -160,7 +153,8 @@ def test_metadata_says_what_the_encoder_does(encoder_file: Path) -> None:
         "license": "Apache-2.0",
     }
     assert metadata["model_type"] == encoder_file.stem
-    assert metadata["sample_rate"] == "16000"  # sherpa-onnx's keys stand without a prefix
+    # sherpa-onnx's keys stand without a prefix; its `normalize_samples` means samples in [-1, 1].
+    assert (metadata["sample_rate"], metadata["normalize_samples"]) == ("16000", "1")
     assert metadata["xares.exporter"].startswith("xares-onnx ")
     assert "xares.chunk_samples" not in metadata
 
@@ -193,19 +187,26 @@ def test_the_same_encoder_gives_the_same_bytes(encoder_file: Path, checkpoint: P
     assert again.read_bytes() == encoder_file.read_bytes()
 
 
-def test_export_is_quiet_and_leaves_one_file_and_torch_as_it_was(
-    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    threads = torch.get_num_threads()
+def test_export_is_quiet_and_leaves_one_file(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = export("resemblyzer", str(checkpoint), tmp_path / "speaker.onnx")
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == [tmp_path / "speaker.onnx"] == [report.path]
-    assert torch.get_num_threads() == threads
     assert report.parameters == 1_423_616
     assert 0 <= report.max_abs_error < 1e-5
-    assert len(set(report.lengths)) == 4 and len(report.batches) == 3
+    assert len(set(report.lengths)) == 4
+    assert len(report.batches) == 3
+
+
+def test_export_leaves_torch_its_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        export("logmel", None, tmp_path / "logmel.onnx")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- log-mel
@@ -262,7 +263,8 @@ def test_frame_159_is_the_embedding_of_a_partial(checkpoint: Path, tmp_path: Pat
 def test_without_a_checkpoint_the_weights_are_those_of_the_wheel(tmp_path: Path) -> None:
     path = export("resemblyzer", None, tmp_path / "speaker.onnx").path
     package = find_spec("resemblyzer")
-    assert package is not None and package.submodule_search_locations
+    assert package is not None
+    assert package.submodule_search_locations
     weights = Path(package.submodule_search_locations[0], "pretrained.pt")
     audio = chirp(2.0)
     np.testing.assert_allclose(run(path, audio)[0, 159], partial_reference(audio, weights), atol=1e-5)
@@ -276,9 +278,7 @@ def test_an_embedding_that_is_cut_off_entirely_is_zero_not_nan(tmp_path: Path) -
     np.testing.assert_array_equal(run(path, chirp(0.5)), 0)
 
 
-def test_missing_weights_name_the_command_that_brings_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_weights_name_the_command_that_brings_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resemblyzer", None)
     with pytest.raises(UsageError, match="pip install --no-deps resemblyzer"):
         export("resemblyzer", None, tmp_path / "speaker.onnx")
@@ -308,12 +308,8 @@ def test_a_checkpoint_of_something_else_is_a_usage_error(saved: object, tmp_path
         export("resemblyzer", str(tmp_path / "w.pt"), tmp_path / "out.onnx")
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("linear.weight", (128, 256)), ("lstm.weight_ih_l3", (1024, 256))]
-)
-def test_a_checkpoint_of_another_size_is_a_usage_error(
-    name: str, shape: tuple[int, ...], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("linear.weight", (128, 256)), ("lstm.weight_ih_l3", (1024, 256))])
+def test_a_checkpoint_of_another_size_is_a_usage_error(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "w.pt", **{name: torch.zeros(shape)})
     with pytest.raises(UsageError, match=r"w\.pt is not a Resemblyzer checkpoint"):
         export("resemblyzer", str(path), tmp_path / "out.onnx")
@@ -425,6 +421,20 @@ def test_a_fixed_dimension_is_refused(fixed: int, side: str, tmp_path: Path) -> 
         core.check_dynamic(path)
 
 
+def test_an_exporter_that_specialises_without_a_word_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = core._trace
+
+    def specialise(encoder: nn.Module, spec: core.Spec) -> onnx.ModelProto:
+        model = trace(encoder, spec)
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 49
+        return model
+
+    monkeypatch.setattr(core, "_trace", specialise)
+    with pytest.raises(ModelError, match="fixes the batch or the time of 'embeddings'"):
+        core.export_encoder(Plain(), PLAIN_SPEC, tmp_path / "plain.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_declared_chunk_length_is_written(tmp_path: Path) -> None:
     spec = core.Spec(**(vars(PLAIN_SPEC) | {"chunk_samples": 480_000}))
     model = onnx.load(core.export_encoder(Plain(), spec, tmp_path / "plain.onnx").path)
@@ -435,9 +445,7 @@ def test_a_declared_chunk_length_is_written(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"no encoder family 'log-mel'.*did you mean 'logmel'\?.*known: logmel, "
-    ):
+    with pytest.raises(UsageError, match=r"no encoder family 'log-mel'.*did you mean 'logmel'\?.*known: logmel, "):
         export("log-mel", None, tmp_path / "out.onnx")
 
 
@@ -447,9 +455,7 @@ def test_an_output_that_cannot_be_a_file_is_a_usage_error(output: str, tmp_path:
         export("logmel", None, tmp_path / output)
 
 
-def test_without_torch_the_error_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_torch_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "xares_onnx.exporters.core")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UsageError, match=r"needs torch; run: pip install 'xares-onnx\[export\]'"):

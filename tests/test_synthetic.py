@@ -1,6 +1,6 @@
-"""The synthetic suite must mean something: chance for noise, the ceiling for features that hold the answer, and
-nothing of the order of time in an average spectrum. The features are plain signal processing, and share no code
-with the makers of the clips.
+"""The synthetic suite must mean something: chance for noise, the ceiling for features that hold the
+answer, and nothing of the order of time in an average spectrum. The features are plain signal processing;
+they share no code with the makers of the clips.
 """
 
 from __future__ import annotations
@@ -217,9 +217,7 @@ def test_several_may_build_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_finished_build_is_kept_and_another_version_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_build_is_kept_and_another_version_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "data"
     build("synthetic_pitch", folder)
     first = digests(folder)

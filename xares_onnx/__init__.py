@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["evaluate", "load_encoder"]
+from .version import __version__
+
+__all__ = ["__version__", "evaluate", "load_encoder"]
 
 if TYPE_CHECKING:
     from .encoder import load_encoder

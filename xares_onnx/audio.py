@@ -19,7 +19,10 @@ from .errors import ClipError
 Waveform = npt.NDArray[np.float32]
 CropRule = Literal["keep-tails", "whole-crops"]
 
-AUDIO_EXTENSIONS = frozenset("wav flac ogg oga mp3 opus aif aiff aifc au caf w64 rf64 m4a mp4 aac wma webm amr".split())
+AUDIO_EXTENSIONS = frozenset(
+    {"wav", "flac", "ogg", "oga", "mp3", "opus", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64"}
+    | {"m4a", "mp4", "aac", "wma", "webm", "amr"}  # libsndfile reads none of these: a named drop, not an unknown file
+)
 MAX_SECONDS = 2 * 3600
 MAX_FRAMES = 1 << 28  # 1 GiB of mono float32
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; outside, a header lies
@@ -69,7 +72,7 @@ def resample(samples: Waveform, rate: int, target_rate: int) -> Waveform:
     """(frames,) at `rate` Hz to (frames',) at `target_rate` Hz, by soxr's HQ recipe."""
     if rate == target_rate:
         return samples
-    resampled = soxr.resample(samples, rate, target_rate, quality="HQ").astype(np.float32, copy=False)
+    resampled: Waveform = soxr.resample(samples, rate, target_rate, quality="HQ").astype(np.float32, copy=False)
     if not len(resampled):
         raise ClipError(f"{len(samples)} samples at {rate} Hz are too few to resample")
     return resampled

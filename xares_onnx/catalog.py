@@ -103,6 +103,19 @@ def find_parts(task: Task, folder: Path) -> Parts | None:
     return parts if all(parts.values()) else None
 
 
+def on_disk(task: Task, folder: Path) -> str:
+    """A few words on what of a task's data is there."""
+    if task.domain == "synthetic":
+        return "built in"
+    found = {part: list((folder / task.name).glob(glob)) for part, glob in part_globs(task).items()}
+    shards = {path for paths in found.values() for path in paths}
+    if not shards:
+        return "no"
+    lacking = [part for part, paths in found.items() if not paths]
+    size = sum(path.stat().st_size for path in shards) / 1e9
+    return f"{len(shards)} shards, {size:.2f} GB" + (f", lacks {', '.join(lacking)}" if lacking else "")
+
+
 def missing_data(task: Task, folder: Path) -> str:
     """One sentence: what is not there, and how to get it."""
     missing = [glob for part, glob in part_globs(task).items() if not any((folder / task.name).glob(glob))]

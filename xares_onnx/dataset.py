@@ -87,7 +87,12 @@ def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, obser
 
 def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
     """Put the shards together; a clip whose label is not of the task's vocabulary is one more named drop."""
-    matrices, owners, classes, keys, drops, damage = [], [], [], [], [], []
+    matrices: list[npt.NDArray[np.float32]] = []
+    owners: list[Indices] = []
+    classes: list[int] = []
+    keys: list[str] = []
+    drops: list[Drop] = []
+    damage: list[str] = []
     members: dict[str, list[int]] = {part: [] for part in data.parts}
     expected, audio_seconds = 0, 0.0
     for path, shard in shards.items():

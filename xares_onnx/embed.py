@@ -93,11 +93,11 @@ class ShardPlan(msgspec.Struct, frozen=True):
     selected: frozenset[str] | None
 
 
-def embed_shards(
-    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, observer: Observer
-) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
-    """Every shard's embeddings, from the store where it has them; and reports of those that had to be made."""
-    specs = {
+def shard_specs(
+    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store
+) -> dict[Path, EmbedSpec]:
+    """The unit of work of every shard."""
+    return {
         plan.path: EmbedSpec(
             model=encoder.spec,
             task=task,
@@ -110,6 +110,13 @@ def embed_shards(
         )
         for plan in plans
     }
+
+
+def embed_shards(
+    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, observer: Observer
+) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
+    """Every shard's embeddings, from the store where it has them; and reports of those that had to be made."""
+    specs = shard_specs(encoder, task, plans, crops, store)
     shards: dict[Path, EmbeddedShard] = {}
     missing: dict[Path, int] = {}
     for path, spec in specs.items():

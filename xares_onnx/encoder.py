@@ -1,9 +1,9 @@
 """The encoder: a model file, its contract, and the process it runs in.
 
-    with load_encoder("model.onnx") as encoder:
-        for embedding in encoder.embed([waveform, ...], rate=44_100):
-            embedding.frames  # (frames, dim)
-            embedding.times   # (frames,) seconds
+with load_encoder("model.onnx") as encoder:
+    for embedding in encoder.embed([waveform, ...], rate=44_100):
+        embedding.frames  # (frames, dim)
+        embedding.times   # (frames,) seconds
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def onnxruntime_distributions() -> dict[str, str]:
 def _checked_waveform(waveform: npt.ArrayLike, rate: int) -> npt.NDArray[np.float32]:
     signal = np.asarray(waveform, dtype=np.float32)
     if signal.ndim != 1 or not len(signal) or not np.isfinite(signal).all():
-        raise UsageError(f"a waveform must be a finite array of shape (samples,), not {signal.shape}; mix channels down first")
+        raise UsageError(
+            f"a waveform must be a finite array of shape (samples,), not {signal.shape}; mix channels down first"
+        )
     if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
         raise UsageError(f"rate={rate} must be a sampling rate in Hz")
     return signal
@@ -210,9 +212,7 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
     tell(Doing("loading the model"))
     session = _session(model, device)
     tell(Doing("measuring the model"))
-    contract = measure_contract(
-        session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat())
-    )
+    contract = measure_contract(session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat()))
     notes = [session.note] if session.note else []
     if assumed := [
         f"{name}={getattr(contract, name):g}" if name == "sample_rate" else f"{name}={getattr(contract, name)}"
@@ -265,7 +265,9 @@ class ChunkRunner:
     Chunks of equal length that follow each other share a call, up to the batch of the encoder.
     """
 
-    def __init__(self, session: Session, spec: ModelSpec, *, pad_short_clips: bool = True, keep_padding: bool = False) -> None:
+    def __init__(
+        self, session: Session, spec: ModelSpec, *, pad_short_clips: bool = True, keep_padding: bool = False
+    ) -> None:
         self._session = session
         self._contract = spec.info.contract
         self._batch = spec.info.batch
@@ -323,7 +325,8 @@ class ChunkRunner:
 def _zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Zero mean and unit variance over the clip, as Hugging Face's Wav2Vec2FeatureExtractor computes it."""
     centred = waveform - waveform.mean(dtype=np.float64)
-    return (centred / np.sqrt(waveform.var(dtype=np.float64) + 1e-7)).astype(np.float32)
+    scaled: npt.NDArray[np.float32] = (centred / np.sqrt(waveform.var(dtype=np.float64) + 1e-7)).astype(np.float32)
+    return scaled
 
 
 def _embed_waveforms(

@@ -15,17 +15,19 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from . import __version__, audio, results, scoring, synthetic
+from . import audio, results, scoring, synthetic
 from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
-from .dataset import Dataset, TaskData, assemble, check_drops, prepare
+from .dataset import Dataset, assemble, check_drops, prepare
 from .embed import embed_shards
 from .encoder import Encoder, load_encoder, onnxruntime_distributions
 from .errors import DataError, DataMissingError, MachineError, ModelError, UsageError, XaresError
 from .events import Event, Note, Observer, Progress, ignore
 from .folds import Fold, Protocol, ProtocolName, make_folds
+from .planning import Plan, make_plan
 from .results import Clips, Predictions, Result, Seconds, Status, TaskResult, averages, prediction_file
 from .store import Store
 from .task import Task
+from .version import __version__
 
 Method = Literal["head", "knn"]
 METHODS: tuple[Method, ...] = ("head", "knn")
@@ -44,15 +46,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass
 class Evaluation:
-    """A result with what does not fit in it: per-clip predictions by (task, method), and the errors of failed tasks."""
+    """A result with what does not fit in it: per-clip predictions by (task, method), and the errors of failed tasks.
+
+    `path` is where the result was saved, if it was.
+    """
 
     result: Result
     predictions: dict[tuple[str, str], Predictions] = field(default_factory=dict)
     errors: list[XaresError] = field(default_factory=list)
+    path: Path | None = None
 
-    def write(self, path: Path) -> None:
-        """The result as JSON, the predictions in a folder beside it."""
-        results.write_result(path, self.result, self.predictions)
+    def json(self) -> str:
+        return results.as_json(self.result).decode()
 
 
 def evaluate(
@@ -63,6 +68,7 @@ def evaluate(
     data: Path | None = None,
     cache: Path | None = None,
     output: Path | None = None,
+    save: bool = False,
     methods: Sequence[Method] = METHODS,
     protocol: ProtocolName = "corrected",
     seeds: int | None = None,
@@ -76,7 +82,8 @@ def evaluate(
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
 
     A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
-    With `output` the record is written there. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
+    With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given.
+    Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
     """
     settings = _checked_settings(protocol, seeds, methods, limit, allow_drops)
     cache = cache_folder(cache)
@@ -92,6 +99,8 @@ def evaluate(
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
     with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observe) as encoder:
+        if save and output is None:
+            output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         run = _Run(encoder, settings, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
@@ -106,10 +115,40 @@ def evaluate(
             ),
             run.predictions,
             run.errors,
+            output,
         )
     if output is not None:
-        evaluation.write(output)
+        results.write_result(output, evaluation.result, evaluation.predictions)
     return evaluation
+
+
+def plan(
+    model: str | Path,
+    tasks: Sequence[str] = (),
+    *,
+    suite: str | None = None,
+    data: Path | None = None,
+    cache: Path | None = None,
+    protocol: ProtocolName = "corrected",
+    seeds: int | None = None,
+    limit: int | None = None,
+    contract: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    observer: Observer = ignore,
+) -> Plan:
+    """What `evaluate` with the same arguments would read, write and take."""
+    settings = _checked_settings(protocol, seeds, METHODS, limit, False)
+    cache = cache_folder(cache)
+    with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observer) as encoder:
+        found = []
+        for task, folder in choose_tasks(tasks, suite, data, observer):
+            if task.domain == "synthetic":
+                folder = synthetic_data(task, cache, observer)
+            if find_parts(task, folder):
+                crops = Protocol(protocol).crops(task)
+                found.append((prepare(task, folder, Digests(cache), limit, observer), crops))
+        return make_plan(encoder, found, Store(cache / "store"), seeds=settings.seeds, observer=observer)
 
 
 def default_output(model: Path, sha256: str) -> Path:
@@ -203,9 +242,7 @@ class _Run:
                 return
         for damage in dataset.damage:
             self._observer(Note(f"{task.name}: {damage}"))
-        folds, notes = make_folds(
-            self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, dataset.classes
-        )
+        folds, notes = make_folds(self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, dataset.classes)
         for note in notes:
             self._observer(Note(f"{task.name}: {note}"))
         common["notes"] = notes
@@ -254,7 +291,7 @@ class _Run:
 def synthetic_data(task: Task, cache: Path, observer: Observer) -> Path:
     """The folder that holds a synthetic task's shards, built where it is not there yet."""
     folder = cache / f"synthetic-{synthetic.VERSION}"
-    if not (folder / task.name).is_dir():
+    if not synthetic.is_built(task.name, folder / task.name):
         observer(Progress("prepare", task.name, 0, 1))
         synthetic.build(task.name, folder / task.name)
         observer(Progress("prepare", task.name, 1, 1))

@@ -114,9 +114,7 @@ def cross_validation(clips: Indices, keys: Sequence[str], classes: npt.NDArray[n
 
 
 def _by_class_and_hash(clips: Indices, keys: Sequence[str], classes: npt.NDArray[np.int64], salt: str) -> Indices:
-    return np.array(
-        sorted(clips.tolist(), key=lambda clip: (classes[clip], key_hash(salt + keys[clip]))), dtype=np.int64
-    )
+    return np.array(sorted(clips.tolist(), key=lambda clip: (classes[clip], key_hash(salt + keys[clip]))), dtype=np.int64)
 
 
 def key_hash(key: str) -> bytes:

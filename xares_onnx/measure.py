@@ -131,7 +131,8 @@ class _Probe:
 
     def noise(self, samples: int, batch: int = 1) -> npt.NDArray[np.float32]:
         signal = np.random.default_rng(0).standard_normal((batch, samples)).astype(np.float32)
-        return np.clip(signal * np.float32(0.1), -1, 1)
+        noise: npt.NDArray[np.float32] = np.clip(signal * np.float32(0.1), -1, 1)
+        return noise
 
     def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
         results = self.session.run_raw(names, feeds_for(batch, self.contract, self._types))
@@ -181,8 +182,8 @@ class _Probe:
             raise
         except ModelError as error:
             raise ContractError(
-                f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter one by "
-                f"--contract chunk_samples=N ({error})"
+                f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
+                f"one by --contract chunk_samples=N ({error})"
             ) from error
         if contract.hop_samples is not None and contract.receptive_field_samples is not None:
             law = FrameLaw(contract.hop_samples, contract.receptive_field_samples)
@@ -199,7 +200,9 @@ def _choose_inputs(session: Session, declared: Declarations) -> tuple[onnxruntim
     by_name = {node.name: node for node in inputs}
     for key in ("input", "lengths_input"):
         if key in declared and declared[key].value not in by_name:
-            raise ContractError(f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {_list(by_name)}")
+            raise ContractError(
+                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {_list(by_name)}"
+            )
     floats = [node for node in inputs if node.type in FLOAT_TYPES]
     if "input" in declared:
         audio = by_name[str(declared["input"].value)]
@@ -217,9 +220,13 @@ def _choose_inputs(session: Session, declared: Declarations) -> tuple[onnxruntim
     others = [node for node in inputs if node.name != audio.name]
     lengths = None
     for node in others:
-        is_lengths = node.type in _LENGTH_TYPES and len(node.shape) == 1 and (
-            ("lengths_input" in declared and declared["lengths_input"].value == node.name)
-            or any(part in node.name.lower() for part in _LENGTH_NAMES)
+        is_lengths = (
+            node.type in _LENGTH_TYPES
+            and len(node.shape) == 1
+            and (
+                ("lengths_input" in declared and declared["lengths_input"].value == node.name)
+                or any(part in node.name.lower() for part in _LENGTH_NAMES)
+            )
         )
         if not is_lengths or lengths is not None:
             raise ContractError(
@@ -242,9 +249,7 @@ def _input_layout(audio: onnxruntime.NodeArg, declared: Declarations) -> InputLa
         by = declared["input_layout"]
         raise ContractError(f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}")
     if isinstance(shape[-1], int):
-        raise ContractError(
-            f"input {audio.name!r} takes exactly {shape[-1]} samples; export it with a dynamic samples axis"
-        )
+        raise ContractError(f"input {audio.name!r} takes exactly {shape[-1]} samples; export it with a dynamic samples axis")
     if len(shape) > 1 and isinstance(shape[0], int) and shape[0] != 1:
         raise ContractError(f"input {audio.name!r} takes batches of exactly {shape[0]}; export it with a dynamic batch axis")
     return layout
@@ -277,7 +282,9 @@ def _choose_output(probe: _Probe, low: int, high: int) -> tuple[str, OutputLayou
     if len(preferred) > 1:
         raise ContractError(f"any of outputs {_list(preferred)} could be the embedding; name it by --contract output=NAME")
     if len(names) > 1:
-        probe.sources["output"] = "measured (the one whose frames follow the length)" if len(framed) == 1 else "graph (by name)"
+        probe.sources["output"] = (
+            "measured (the one whose frames follow the length)" if len(framed) == 1 else "graph (by name)"
+        )
     name = preferred[0]
     layout = layouts[name]
     if "output_layout" in probe.declared and probe.declared["output_layout"].value != layout:

@@ -40,9 +40,7 @@ def class_metrics(targets: Indices, predictions: Indices) -> dict[str, float]:
     present = np.unique(targets)
     return {
         "macro_f1": float(f1_score(targets, predictions, labels=present, average="macro", zero_division=0)),
-        "balanced_accuracy": float(
-            recall_score(targets, predictions, labels=present, average="macro", zero_division=0)
-        ),
+        "balanced_accuracy": float(recall_score(targets, predictions, labels=present, average="macro", zero_division=0)),
     }
 
 

@@ -1,7 +1,7 @@
 """Train linear heads on stored embeddings: every fold and every seed at once, in one batched loop.
 
-The arithmetic is X-ARES's: Adam without weight decay, epoch e of N at lr x (0.55 + 0.45 cos(pi (e-1)/N)), the last short batch
-kept, and the first strict maximum of the validation accuracy chosen.
+The arithmetic is X-ARES's: Adam without weight decay, epoch e of N at lr x (0.55 + 0.45 cos(pi (e-1)/N)), the last short
+batch kept, and the first strict maximum of the validation accuracy chosen.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def train_linear(
 ) -> list[HeadResult]:
     """Train len(folds) x len(seeds) heads on crops.
 
-    `embeddings` (crops, dim), `labels` (crops,) class indices, `examples` (crops,) the example that a crop is scored with: an
-    example's prediction is the class of the largest mean probability over its crops.
+    `embeddings` (crops, dim), `labels` (crops,) class indices, `examples` (crops,) the example that a crop is scored with:
+    an example's prediction is the class of the largest mean probability over its crops.
     """
     # One thread: the products are small, threads that wait for each other on a busy machine cost up to ten times the
     # work, and the result must not depend on the number of threads.

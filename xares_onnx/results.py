@@ -1,6 +1,7 @@
 """The record of an evaluation (DESIGN section 7), its averages, and its files. The JSON schema is made from these types.
 
-Scores are fractions. Between two runs with the same inputs and settings only `seconds`, `rtf`, `environment` and `created` differ.
+Scores are fractions. Between two runs with the same inputs and settings only `seconds`, `rtf`, `environment` and
+`created` differ.
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ def averages(
     """
     tasks = {**shipped_tasks(), **{task.name: task for task in own_tasks}}
     scored = [
-        result for result in results if result.score is not None and result.comparable and tasks[result.task].weight is not None
+        result
+        for result in results
+        if result.score is not None and result.comparable and tasks[result.task].weight is not None
     ]
     found: dict[str, dict[Literal["head", "knn"], Average]] = {}
     for group in GROUPS:
@@ -160,7 +163,11 @@ def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_aside(path.parent / prediction_file(path, task, method), buffer.getvalue())
-    write_aside(path, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    write_aside(path, as_json(result))
+
+
+def as_json(result: Result) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
 
 
 def prediction_file(path: Path, task: str, method: str) -> str:

@@ -105,7 +105,9 @@ def score(
             targets = dataset.classes[clips]
             by_seed.append(accuracy_statistics(outcome.predictions == targets, clips, tested))
             extra.append(class_metrics(targets, outcome.predictions))
-            rows.append((clips, np.full(len(clips), number), np.full(len(clips), outcome.seed), targets, outcome.predictions))
+            rows.append(
+                (clips, np.full(len(clips), number), np.full(len(clips), outcome.seed), targets, outcome.predictions)
+            )
         statistics.append(np.stack(by_seed))
     scores = np.array([accuracy(fold.sum(axis=1)) for fold in statistics])  # (folds, seeds)
     # The task and the method name the generator, so that a task's interval depends on no other task.

@@ -203,4 +203,3 @@ def _file_size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise DataMissingError(f"shard {path} cannot be read ({error.strerror})") from error
-

@@ -141,6 +141,23 @@ class Store:
         return self.root / key[:2] / f"{key}.jsonl"
 
 
+def prune(
+    store: Store, *, older_than_days: int | None = None, model: str | None = None, everything: bool = False
+) -> tuple[int, int]:
+    """(shards removed, bytes freed): the chosen embeddings, and whatever killed runs left.
+
+    An age and a model together choose what fits both; neither chooses nothing.
+    """
+    removed, freed = 0, store.remove_leftovers()
+    for key, header, _, used in list(store.entries()):
+        old = older_than_days is None or time.time() - used > older_than_days * 86_400
+        named = model is None or header.model == model or header.model_sha256.startswith(model)
+        if everything or ((older_than_days is not None or model is not None) and old and named):
+            freed += store.remove(key)
+            removed += 1
+    return removed, freed
+
+
 def _unlink(path: Path) -> int:
     try:
         size = path.stat().st_size
@@ -150,5 +167,3 @@ def _unlink(path: Path) -> int:
         return 0
     except OSError as error:
         raise disk_error(error, path) from error
-
-

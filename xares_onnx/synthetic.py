@@ -17,8 +17,8 @@ A clip's average spectrum settles timbre, vowel and colour, and much of pitch cl
 and contour, which lie in the order of time alone: the bursts of every tempo fill the same share of the clip,
 the glides of every contour pass the same pitches at the same speed. Loudness has one distribution everywhere.
 
-Every draw comes from one generator, seeded by the version, the task and the split. The arithmetic, in float64,
-ends in 16-bit samples, so that a last-bit difference between two machines' sines is rounded away.
+Every draw comes from one generator, seeded by the version, the task and the split. The arithmetic, in
+float64, ends in 16-bit samples, so that a last-bit difference between two machines' sines is rounded away.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class Worker:
         self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._stderr = None if os.environ.get("XARES_ONNX_DEBUG") else tempfile.TemporaryFile()
+        self._stderr = None if os.environ.get("XARES_ONNX_DEBUG") else tempfile.TemporaryFile()  # noqa: SIM115
         self._messages = queue.Queue()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
@@ -168,7 +168,9 @@ class Worker:
             return MachineError(f"a worker process could not start: {_last_line(last) or f'exit code {code}'}")
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if code == -signal.SIGABRT or b"bad_alloc" in last or code == -getattr(signal, "SIGKILL", 9):
-            return ModelLimitError(f"the model's process died ({cause}) while {doing}; it may want more memory than it may use")
+            return ModelLimitError(
+                f"the model's process died ({cause}) while {doing}; it may want more memory than it may use"
+            )
         return ModelError(f"the model's process died ({cause}) while {doing}")
 
 
@@ -222,7 +224,7 @@ def main() -> None:
     threading.Thread(target=_take_calls, args=(calls,), daemon=True).start()
     while True:
         try:
-            function, arguments = pickle.loads(calls.get())  # noqa: S301 - from the parent, over its own pipe
+            function, arguments = pickle.loads(calls.get())
             result = function(*arguments, tell=send)
             send(_Done(msgspec.Raw(_encoder.encode(result))))
         except XaresError as error:

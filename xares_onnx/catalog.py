@@ -60,8 +60,8 @@ def named_tasks(names: Iterable[str]) -> list[Task]:
     for name in names:
         if name.endswith(".toml"):
             task = load_task(Path(name))
-            if task.name in shipped_tasks() and task != shipped_tasks()[task.name]:
-                raise UsageError(f"task file {name} uses the name {task.name!r} of a shipped task; give it another name")
+            if (shipped_tasks() | chosen).get(task.name, task) != task:
+                raise UsageError(f"task file {name} uses the name {task.name!r} of another task; give it another name")
             found = [task]
         else:
             found = [task for task in shipped_tasks().values() if fnmatch.fnmatchcase(task.name, name)]
@@ -97,9 +97,7 @@ def part_globs(task: Task) -> dict[str, str]:
 
 def find_parts(task: Task, folder: Path) -> Parts | None:
     """The shards of every part under `folder/<task name>`, sorted; None where a part has none."""
-    parts: Parts = {}
-    for part, glob in part_globs(task).items():
-        parts[part] = sorted(path for path in (folder / task.name).glob(glob) if path.is_file())
+    parts = _found_parts(task, folder)
     return parts if all(parts.values()) else None
 
 
@@ -107,7 +105,7 @@ def on_disk(task: Task, folder: Path) -> str:
     """A few words on what of a task's data is there."""
     if task.domain == "synthetic":
         return "built in"
-    found = {part: list((folder / task.name).glob(glob)) for part, glob in part_globs(task).items()}
+    found = _found_parts(task, folder)
     shards = {path for paths in found.values() for path in paths}
     if not shards:
         return "no"
@@ -118,8 +116,9 @@ def on_disk(task: Task, folder: Path) -> str:
 
 def missing_data(task: Task, folder: Path) -> str:
     """One sentence: what is not there, and how to get it."""
-    missing = [glob for part, glob in part_globs(task).items() if not any((folder / task.name).glob(glob))]
-    where = f"{folder / task.name} holds no {missing[0]}" if missing else f"{folder / task.name} is incomplete"
+    globs = part_globs(task)
+    missing = [globs[part] for part, shards in _found_parts(task, folder).items() if not shards]
+    where = f"{folder / task.name} holds no {missing[0]}"
     if task.data.zenodo:
         how = f"put the tars of Zenodo record {task.data.zenodo} there, or name another folder by --data"
     elif task.private:
@@ -127,6 +126,11 @@ def missing_data(task: Task, folder: Path) -> str:
     else:
         how = "put its shards there, or name another folder by --data"
     return f"no data for {task.name}: {where}; {how}"
+
+
+def _found_parts(task: Task, folder: Path) -> Parts:
+    parts = {part: (folder / task.name).glob(glob) for part, glob in part_globs(task).items()}
+    return {part: sorted(path for path in paths if path.is_file()) for part, paths in parts.items()}
 
 
 class Digests:

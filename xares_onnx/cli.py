@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import os
 import signal
 import sys
@@ -10,12 +12,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import IO, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from .errors import UsageError, XaresError, worst_exit_code
+from .errors import UsageError, XaresError, printable, worst_exit_code
 from .version import __version__
+
+# The parser's own error class: click's, or that of the copy of click which newer versions of typer hold.
+_ParserError: type[Any] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="xares-onnx",
@@ -47,7 +52,20 @@ class _Terminated(BaseException):
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 gate, 2 usage, 3 model, 4 data, 5 machine, 70 our fault, 130/143 interrupted."""
     signal.signal(signal.SIGTERM, _on_terminate)
-    app()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except _ParserError as error:  # in one line, like every other error; without arguments it is the help
+        code, message = error.exit_code, error.format_message()
+        if "\n" in message:
+            _put(f"{message}\n", sys.stderr)
+        else:
+            command = f"{error.ctx.command_path} " if error.ctx else ""
+            _say(f"{message.rstrip('.')}; `{command}--help` shows what there is")
+    sys.exit(code)
 
 
 def _on_terminate(number: int, frame: FrameType | None) -> None:
@@ -74,12 +92,14 @@ def _reported(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, typer.Abort):
             raise
-        except BrokenPipeError:  # whoever read our output is gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
         except Exception as error:
             if debug:
                 traceback.print_exc()
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                _say(
+                    f"the {'memory' if isinstance(error, MemoryError) else 'disk'} of this machine does not suffice: {error}"
+                )
+                raise typer.Exit(5) from None
             _say(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)")
             raise typer.Exit(70) from None
 
@@ -87,17 +107,28 @@ def _reported(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _say(text: str) -> None:
-    print(f"xares-onnx: {text}", file=sys.stderr)
+    _put(f"xares-onnx: {printable(text)}\n", sys.stderr)
+
+
+def _put(text: str | bytes, stream: IO[Any]) -> None:
+    """Write at once. Where whoever reads it is gone, the work and its exit code do not depend on that."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _one_line(error: XaresError) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if len(lines) == 1 else f"internal error in a worker: {lines[-1] if lines else type(error).__name__}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if error.exit_code == 70 and len(lines) > 1:  # a worker's traceback
+        return f"internal error in a worker, please report it: {lines[-1]}"
+    return " ".join(lines)
 
 
 def _version(value: bool) -> None:
     if value:
-        print(__version__)
+        _put(f"{__version__}\n", sys.stdout)
         raise typer.Exit
 
 
@@ -130,7 +161,7 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
     allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -167,10 +198,13 @@ def evaluate(
                 observer=observer,
             )
     if plan:
-        terminal.print_plan(made, terminal.stdout_console())
+        if json_:
+            _put_json({"tasks": made.rows, "total": made.total, "rtf": made.rtf})
+        else:
+            terminal.print_plan(made, terminal.stdout_console())
         return
     if json_:
-        sys.stdout.write(done.json())
+        _put(done.json().encode(), sys.stdout.buffer)
     elif not quiet:
         terminal.print_result(done.result, terminal.stdout_console(), saved=str(done.path))
     for error in done.errors:
@@ -186,7 +220,7 @@ def list_tasks(
     json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the tasks: kind, metric, weight, and what is on disk."""
+    """List the tasks: kind, metric, weight, and what is on disk. One task's name shows all about it."""
     import msgspec
 
     from . import catalog
@@ -196,11 +230,11 @@ def list_tasks(
     folder = catalog.data_folder(data)
     rows = [(task, catalog.on_disk(task, folder)) for task in chosen]
     if json_:
-        records = [{**msgspec.to_builtins(task), "kind": task.kind, "on_disk": disk} for task, disk in rows]
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(records), indent=2).decode() + "\n")
-        return
-    terminal.print_tasks(rows, terminal.stdout_console())
-    print(f"data folder: {folder}")
+        _put_json([{**msgspec.to_builtins(task), "kind": task.kind, "on_disk": disk} for task, disk in rows])
+    elif len(chosen) == 1:
+        terminal.print_task(chosen[0], folder, terminal.stdout_console())
+    else:
+        terminal.print_tasks(rows, folder, terminal.stdout_console())
 
 
 @app.command()
@@ -215,10 +249,11 @@ def export(
     from . import exporters
 
     report = exporters.export(family, checkpoint, output or Path(f"{family}.onnx"))
-    print(
+    text = (
         f"{report.path}: {report.parameters / 1e6:.1f} M parameters, at most {report.max_abs_error:.1e} from PyTorch "
         f"over {len(report.lengths)} lengths x {len(report.batches)} batch sizes"
     )
+    _put(f"{printable(text)}\n", sys.stdout)
 
 
 @cache_app.command("list")
@@ -250,7 +285,13 @@ def cache_prune(
 
     store = Store(catalog.cache_folder(cache) / "store")
     shards, freed = prune(store, older_than_days=older_than, model=model, everything=all_)
-    print(f"removed {shards} stored shards, freed {freed / 1e6:.1f} MB")
+    _put(f"removed {shards} stored shard{'' if shards == 1 else 's'}, freed {freed / 1e6:.1f} MB\n", sys.stdout)
+
+
+def _put_json(value: Any) -> None:
+    from .results import indented
+
+    _put(indented(value), sys.stdout.buffer)
 
 
 def _split(values: list[str] | None) -> list[str]:

@@ -216,7 +216,7 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
         kind = "a whole number" if reader is int else "a number"
         raise ContractError(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
     if name in _POSITIVE and not 0 < parsed < 1 << 31:
-        raise ContractError(f"{source}: {name}={parsed} must be above 0")
+        raise ContractError(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
         raise ContractError(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
     return parsed  # type: ignore[no-any-return]
@@ -291,11 +291,14 @@ def frames_of_dimension(expression: str, samples_name: str) -> Callable[[int], i
         if names != {samples_name}:
             return None
         _calculate(tree, 16_000)
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
 
     def frames(samples: int) -> int:
-        return math.floor(_calculate(tree, samples))
+        try:
+            return math.floor(_calculate(tree, samples))
+        except (ValueError, ArithmeticError):  # such as a division by zero at just this length
+            return 0
 
     return frames
 
@@ -314,7 +317,7 @@ def _calculate(node: ast.expr, samples: int) -> float:
     match node:
         case ast.Constant(value=int() as value) if not isinstance(value, bool):
             return value
-        case ast.Name():
+        case ast.Name(id=name) if name not in _FUNCTIONS:
             return samples
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_calculate(operand, samples)

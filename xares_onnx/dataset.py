@@ -17,7 +17,7 @@ from .errors import DataError, DataMissingError, LabelError
 from .events import Observer
 from .folds import Indices, key_hash
 from .results import Clips
-from .shards import Drop, index_shard, parse_label
+from .shards import Drop, index_shard, parse_label, printable
 from .store import EmbeddedShard
 from .task import Task
 
@@ -32,9 +32,14 @@ class TaskData:
     """A task with its shards: which belong to which part, their digests, and which of their clips are wanted."""
 
     task: Task
+    folder: Path
     parts: Parts
     plans: dict[Path, ShardPlan]
     selected: dict[str, _Selected | None]
+
+    def key(self, shard: Path, key: str) -> str:
+        """A clip's key over all shards: keys often start again in every shard, and shards' names in every folder."""
+        return _global_key(self.folder, shard, key)
 
     def digest(self) -> str:
         named = [[part, [self.plans[path].digest for path in paths]] for part, paths in sorted(self.parts.items())]
@@ -69,12 +74,13 @@ def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, obser
     parts = find_parts(task, folder)
     if parts is None:
         raise DataMissingError(missing_data(task, folder))
+    folder = folder / task.name
     stamped = digests.of_parts(task.name, parts, observer)
     selected: dict[str, _Selected | None] = dict.fromkeys(parts)
     if limit is not None:
         for part, paths in parts.items():
             found = [(path, sample.key) for path in paths for sample in index_shard(path).samples]
-            selected[part] = frozenset(sorted(found, key=lambda clip: key_hash(_global_key(*clip)))[:limit])
+            selected[part] = frozenset(sorted(found, key=lambda clip: key_hash(_global_key(folder, *clip)))[:limit])
     plans = {}
     for path, (digest, stamp) in stamped.items():
         wanted = None
@@ -82,7 +88,7 @@ def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, obser
             chosen = [selected[part] or frozenset() for part, paths in parts.items() if path in paths]
             wanted = frozenset(key for clips in chosen for shard, key in clips if shard == path)
         plans[path] = ShardPlan(path, digest, stamp, wanted)
-    return TaskData(task, parts, plans, selected)
+    return TaskData(task, folder, parts, plans, selected)
 
 
 def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
@@ -98,12 +104,12 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
     for path, shard in shards.items():
         expected += shard.header.expected
         audio_seconds += shard.header.audio_seconds
-        drops += [Drop(_global_key(path, drop.key), drop.reason) for drop in shard.drops]
+        drops += [Drop(data.key(path, drop.key), drop.reason) for drop in shard.drops]
         if shard.header.damage:
-            damage.append(f"{path.name}: {shard.header.damage}")
+            damage.append(f"{printable(path.name)}: {shard.header.damage}")
         new_index = np.full(len(shard.clips), -1, np.int64)
         for i, clip in enumerate(shard.clips):
-            key = _global_key(path, clip.key)
+            key = data.key(path, clip.key)
             try:
                 encoded = data.task.target.encode(parse_label(clip.label))
             except LabelError as error:
@@ -142,6 +148,5 @@ def check_drops(dataset: Dataset) -> None:
         raise DataError(f"{lost} of {expected} clips were dropped, the first {first.key}: {first.reason}; {remedy}")
 
 
-def _global_key(shard: Path, key: str) -> str:
-    """A clip's key over all shards: keys often start again in every shard."""
-    return f"{shard.name}/{key}"
+def _global_key(folder: Path, shard: Path, key: str) -> str:
+    return f"{printable(shard.relative_to(folder).as_posix())}/{key}"

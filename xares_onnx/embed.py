@@ -22,7 +22,7 @@ from .encoder import CALL_SECONDS, LOAD_SECONDS, ChunkRunner, Encoder, Job, Mode
 from .errors import ClipError, DataError
 from .events import Observer, Progress
 from .files import Stamp, stamp
-from .shards import Drop, Sample, index_shard, read_extent, read_label
+from .shards import Drop, Sample, index_shard, printable, read_extent, read_label
 from .store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, store_key
 from .worker import Beat, Tell
 
@@ -205,7 +205,7 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
         model=Path(info.path).name,
         model_sha256=info.scan.sha256,
         task=spec.task,
-        shard=spec.shard.name,
+        shard=printable(spec.shard.name),
         expected=len(clips) + len(drops),
         damage=index.damage,
         audio_seconds=audio_seconds,

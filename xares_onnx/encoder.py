@@ -34,7 +34,7 @@ from .contract import (
     declared_on_command_line,
     merge,
 )
-from .errors import ContractError, UsageError
+from .errors import ClipError, ContractError, DataMissingError, UsageError
 from .events import Doing, Note, Observer, ignore
 from .files import Stamp, stamp, write_aside
 from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
@@ -45,6 +45,7 @@ LOAD_SECONDS = 90.0  # longest silence while a model is loaded
 CALL_SECONDS = 60.0  # longest silence while it runs
 GPU_BATCH = 16
 _BASE_MEMORY = 8 << 30
+_THREAD_MEMORY = 1 << 30  # wav2vec2-base needs 0.6 GB for a chunk of 10 s
 _CACHE_VERSION = 1
 
 
@@ -101,7 +102,9 @@ class Encoder:
 
         Raises `UsageError` for an array that is not a finite mono waveform, `ModelError` where the model fails.
         """
-        signals = [_checked_waveform(waveform, rate) for waveform in waveforms]
+        if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
+            raise UsageError(f"rate={rate} must be a sampling rate from {audio.MIN_RATE} to {audio.MAX_RATE} Hz")
+        signals = [_checked_waveform(waveform) for waveform in waveforms]
         results = self.worker.call(
             _embed_waveforms,
             self.spec,
@@ -137,10 +140,12 @@ def load_encoder(
     `contract` holds KEY=VALUE declarations, `threads` defaults to the number of cores, `cache` is a folder where what was
     measured is kept. Raises `ModelError` where the model cannot be used.
     """
-    model = find_model(Path(path))
+    model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
     beside = declared_by_preprocessor(model.parent / PREPROCESSOR_CONFIG)
-    threads = threads or usable_cores()
+    threads = usable_cores() if threads is None else threads
+    if threads < 1:
+        raise UsageError(f"threads={threads} must be 1 or more")
     worker = Worker()
     remembered = _Remembered(cache, model, device, declared, beside) if cache else None
     info = remembered.load() if remembered else None
@@ -156,11 +161,11 @@ def load_encoder(
                 silence_limit=LOAD_SECONDS,
                 observer=observer,
             )
+            if remembered:
+                remembered.save(info)
         except BaseException:
             worker.close()
             raise
-        if remembered:
-            remembered.save(info)
     for note in info.notes:
         observer(Note(note))
     return Encoder(ModelSpec(info, device, threads), worker)
@@ -184,14 +189,16 @@ def onnxruntime_distributions() -> dict[str, str]:
     return found
 
 
-def _checked_waveform(waveform: npt.ArrayLike, rate: int) -> npt.NDArray[np.float32]:
-    signal = np.asarray(waveform, dtype=np.float32)
-    if signal.ndim != 1 or not len(signal) or not np.isfinite(signal).all():
-        raise UsageError(
-            f"a waveform must be a finite array of shape (samples,), not {signal.shape}; mix channels down first"
-        )
-    if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
-        raise UsageError(f"rate={rate} must be a sampling rate in Hz")
+def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    signal = np.asarray(waveform)
+    if signal.dtype.kind != "f":
+        raise UsageError(f"a waveform must hold floats in [-1, 1], not {signal.dtype}; divide 16-bit samples by 32768")
+    if signal.ndim != 1 or not len(signal):
+        raise UsageError(f"a waveform must have the shape (samples,), not {signal.shape}; mix channels down first")
+    with np.errstate(over="ignore"):
+        signal = signal.astype(np.float32, copy=False)
+    if not np.isfinite(signal).all():
+        raise UsageError("a waveform must hold no NaN and no infinity")
     return signal
 
 
@@ -205,6 +212,7 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
     tell(Doing("reading the model's file"))
     on_cpu = device == "cpu" or (device == "auto" and not cuda_may_work())
     if on_cpu:
+        device = "cpu"  # the name under which `open_session` finds the session again
         limit_memory(_BASE_MEMORY + 4 * path.stat().st_size)
     scan = scan_model(path)
     if on_cpu:
@@ -241,7 +249,7 @@ def _session(model: str, device: str) -> Session:
 def open_session(spec: ModelSpec, tell: Tell) -> Session:
     """The session of a spec, in the worker; the provider must be the one that was measured."""
     if spec.info.provider == CPU:
-        limit_memory(_BASE_MEMORY + 4 * spec.info.scan.bytes)
+        limit_memory(_BASE_MEMORY + 4 * spec.info.scan.bytes + spec.threads * _THREAD_MEMORY)
     tell(Doing("loading the model"))
     # A spec measured on the CPU must not meet a GPU that came since.
     session = _session(spec.info.path, "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device)
@@ -329,12 +337,19 @@ def _zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return scaled
 
 
+def _resampled(waveform: npt.NDArray[np.float32], rate: int, target_rate: int) -> npt.NDArray[np.float32]:
+    try:
+        return audio.resample(waveform, rate, target_rate)
+    except ClipError as error:
+        raise UsageError(str(error)) from error
+
+
 def _embed_waveforms(
     spec: ModelSpec, waveforms: list[npt.NDArray[np.float32]], rate: int, *, tell: Tell
 ) -> list[tuple[Array, Array]]:
     session = open_session(spec, tell)
     contract = spec.info.contract
-    jobs = (Job(i, audio.resample(signal, rate, contract.sample_rate)) for i, signal in enumerate(waveforms))
+    jobs = (Job(i, _resampled(signal, rate, contract.sample_rate)) for i, signal in enumerate(waveforms))
     frames: list[list[npt.NDArray[np.float32]]] = [[] for _ in waveforms]
     times: list[list[npt.NDArray[np.float64]]] = [[] for _ in waveforms]
     weights: list[list[float]] = [[] for _ in waveforms]
@@ -383,8 +398,8 @@ class _Remembered:
         try:
             info, stamps = msgspec.json.decode(self._file.read_bytes(), type=tuple[EncoderInfo, dict[str, Stamp]])
             if all(stamp(self._model.parent / name) == then for name, then in stamps.items()):
-                return info
-        except (OSError, msgspec.MsgspecError):
+                return msgspec.structs.replace(info, path=str(self._model))  # it may have been reached by another path
+        except (OSError, DataMissingError, msgspec.MsgspecError):
             pass
         return None
 

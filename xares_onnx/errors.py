@@ -85,6 +85,11 @@ def worst_exit_code(codes: Iterable[int]) -> int:
     return next((code for code in EXIT_CODE_PRECEDENCE if code in present), 0)
 
 
+def printable(text: str) -> str:
+    """Text on one line, control characters as escapes: a name in a stranger's file must not drive the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause `; did you mean 'esc50' or 'fsd50k'?`, or nothing where no known name comes close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -57,7 +57,7 @@ class Evaluation:
     path: Path | None = None
 
     def json(self) -> str:
-        return results.as_json(self.result).decode()
+        return results.indented(self.result).decode()
 
 
 def evaluate(
@@ -101,6 +101,8 @@ def evaluate(
     with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observe) as encoder:
         if save and output is None:
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
+        if output is not None:
+            results.make_room(output)
         run = _Run(encoder, settings, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
@@ -201,10 +203,11 @@ class _Run:
 
     def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
         for number, (task, folder) in enumerate(selection):
+            if task.domain != "synthetic" and not find_parts(task, folder):  # of a suite: a named task was looked for before
+                self._without_score(task, "skipped", missing_data(task, folder))
+                continue
             try:
                 self._evaluate(task, folder)
-            except DataMissingError as error:
-                self._without_score(task, "skipped", str(error))
             except DataError as error:
                 self.errors.append(error)
                 self._without_score(task, "failed", str(error))
@@ -233,19 +236,20 @@ class _Run:
             "rtf": sum(report.seconds for report in reports) / embedded if embedded else None,
             "seconds": Seconds(embed=embed_seconds, train=0, score=0),
         }
-        if not self._settings.allow_drops:
-            try:
-                check_drops(dataset)
-            except DataError as error:
+        losses = []
+        try:
+            check_drops(dataset)
+        except DataError as error:
+            if not self._settings.allow_drops:
                 self.errors.append(error)
                 self._without_score(task, "failed", str(error), common)
                 return
-        for damage in dataset.damage:
-            self._observer(Note(f"{task.name}: {damage}"))
+            losses = [f"{len(dataset.clips.dropped)} of {dataset.clips.expected} clips were dropped", *dataset.damage]
+        common["comparable"] = self._settings.limit is None and not losses
         folds, notes = make_folds(self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, dataset.classes)
-        for note in notes:
+        common["notes"] = [*losses, *notes]
+        for note in common["notes"]:
             self._observer(Note(f"{task.name}: {note}"))
-        common["notes"] = notes
         if undefined := scoring.why_undefined(folds, dataset):
             self._without_score(task, "undefined", undefined, common)
             return

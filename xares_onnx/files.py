@@ -38,11 +38,13 @@ def write_aside(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
-    except BaseException:
-        aside.unlink(missing_ok=True)
+    except BaseException as error:
+        try:
+            aside.unlink()
+        except OSError:
+            pass  # it was never made
+        if isinstance(error, OSError):
+            raise disk_error(error, path) from error
         raise
 
 

@@ -49,7 +49,7 @@ def knn_xares(train: Matrix, labels: Indices, test: Matrix, examples: Indices) -
         votes = np.zeros((len(near), classes))
         np.add.at(votes, (np.arange(len(near))[:, None], labels[nearest]), weights / weights.sum(axis=1, keepdims=True))
         predictions.append(votes.argmax(axis=1))
-    return examples, np.concatenate(predictions) if predictions else np.empty(0, np.int64)
+    return examples, np.concatenate(predictions)
 
 
 def _vote_weights(distances: npt.NDArray[Any]) -> npt.NDArray[Any]:

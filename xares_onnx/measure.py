@@ -80,7 +80,13 @@ def measure_contract(session: Session, declared: Declarations, beat: Callable[[]
         )
         if "first_frame_center_samples" not in declared:
             probe.sources["first_frame_center_samples"] = "default (receptive field / 2)"
-    probe.update(min_samples=probe.choose("min_samples", None) or _measure_minimum(probe, low))
+    elif contradicted := declared.keys() & {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}:
+        key = min(contradicted)
+        raise ContractError(
+            f"{declared[key].source} declares {key}={declared[key].value}, but output {name!r} gives one vector a clip, "
+            "which has no frames"
+        )
+    probe.update(min_samples=_measure_minimum(probe, low))
     probe.update(chunk_samples=_choose_chunk(probe))
     probe.check_long_input()
     probe.update(**_measure_batch(probe, audio, low))
@@ -156,22 +162,26 @@ class _Probe:
         return int(self.embed(samples).shape[1])
 
     def shortest_probe(self) -> int:
-        """About one second, or the first longer input that the model takes."""
-        rate = self.contract.sample_rate
-        low = max(rate, int(self.declared["min_samples"].value) if "min_samples" in self.declared else 0)
+        """About one second, or the first longer input that the model takes; a third of the most that it may take."""
+        least = int(self.declared["min_samples"].value) if "min_samples" in self.declared else 0
+        most = self.contract.max_samples
+        lengths = [max(least, seconds * self.contract.sample_rate) for seconds in (1, 2, 4, 10, 30)]
+        if most is not None:
+            lengths = [samples for samples in lengths if 3 * samples <= most] or [max(least, most // 3)]
         names = [node.name for node in self.session.outputs if node.type in FLOAT_TYPES]
         if not names:
             raise ContractError("no output is a float tensor, so none can be an embedding")
         last_error: ModelError | None = None
-        for seconds in (1, 2, 4, 10, 30):
+        for samples in lengths:
             try:
-                self.run_outputs(names, self.noise(max(low, seconds * rate)))
-                return max(low, seconds * rate)
+                self.run_outputs(names, self.noise(samples))
+                return samples
             except ContractError:
                 raise
             except ModelError as error:
                 last_error = error
-        raise ContractError(f"the model takes no input of 1, 2, 4, 10 or 30 s: {last_error}")
+        tried = ", ".join(f"{samples / self.contract.sample_rate:g}" for samples in lengths)
+        raise ContractError(f"the model takes no input of {tried} s: {last_error}")
 
     def check_long_input(self) -> None:
         """The law must hold at the chunk length too: an export may have frozen a maximum."""
@@ -336,7 +346,17 @@ def _symbolic_frames(probe: _Probe, audio: onnxruntime.NodeArg) -> Callable[[int
 
 
 def _measure_minimum(probe: _Probe, low: int) -> int:
-    """The shortest input that gives a frame: by the law, else the shortest of a few that works."""
+    """The shortest input that gives a frame: as declared, by the law, else the shortest of a few that works."""
+    if declared := probe.choose("min_samples", None):
+        try:
+            if probe.frames(declared) >= 1:
+                return int(declared)
+            problem = "it gives no frame"
+        except ModelError as error:
+            problem = str(error)
+        raise ContractError(
+            f"{probe.sources['min_samples']} declares min_samples={declared}, but with that many samples {problem}"
+        )
     probe.sources["min_samples"] = "measured"
     by_law = max(probe.contract.receptive_field_samples or 1, 1)
     for samples in (by_law, math.ceil(low / 16), math.ceil(low / 4), math.ceil(low / 2)):

@@ -7,6 +7,7 @@ graph, because either may expand nested functions without end.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -35,6 +36,16 @@ class ModelScan(msgspec.Struct, frozen=True):
 
 def find_model(path: Path) -> Path:
     """The `.onnx` file that is meant: the path itself, or the only one (or `model.onnx`) in a folder."""
+    try:
+        str(path).encode()
+        return _existing(path)
+    except UnicodeEncodeError as error:
+        raise ModelError(f"model {str(path)!r} has a name that is not UTF-8; rename it") from error
+    except OSError as error:
+        raise ModelError(f"model {path} cannot be read ({error.strerror})") from error
+
+
+def _existing(path: Path) -> Path:
     if path.is_dir():
         found = sorted(path.glob("*.onnx"))
         named = [file for file in found if file.name == "model.onnx"]
@@ -58,12 +69,14 @@ def scan_model(path: Path) -> ModelScan:
 
     try:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
+    except OSError as error:
+        raise ModelError(f"model {path} cannot be read ({error.strerror})") from error
+    except (DecodeError, ValueError) as error:
         raise ModelError(f"{path} is not an ONNX file, or a damaged one ({_first_line(error)})") from error
     if not model.graph.node or not model.graph.output:
         raise ModelError(f"{path} is not an ONNX file: it holds no graph")
     external, parameters = set(), 0
-    for tensor in _tensors(model):
+    for tensor in list(_tensors(path, model)):  # all are walked, and every text was checked, before one is used
         size = 1
         for dim in tensor.dims:
             size *= max(0, dim)
@@ -72,6 +85,9 @@ def scan_model(path: Path) -> ModelScan:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             external.add(_checked_location(path, entries.get("location", "")))
     files = [path, *(path.parent / name for name in sorted(external))]
+    size_of_files = sum(file.stat().st_size for file in files)
+    if parameters > 8 * size_of_files:
+        raise ModelError(f"{path} is damaged: its tensors claim more values than its files can hold")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -79,7 +95,7 @@ def scan_model(path: Path) -> ModelScan:
                 digest.update(block)
     return ModelScan(
         sha256=digest.hexdigest(),
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=size_of_files,
         parameters=parameters,
         external=tuple(sorted(external)),
         metadata={entry.key: entry.value for entry in model.metadata_props},
@@ -97,35 +113,36 @@ def _checked_location(model: Path, location: str) -> str:
     path = model.parent
     for part in relative.parts:
         path = path / part
-        if path.is_symlink():
+        if os.path.islink(path):  # unlike Path's, these two refuse no name
             raise ModelError(refused + "which is a link; put the file itself beside the model")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(refused + "which is not there; put the file beside the model")
     if path.stat().st_nlink > 1:
         raise ModelError(refused + "which is a hard link to a file elsewhere; put a copy beside the model")
     return str(relative)
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model: of its graph, of graphs inside nodes, of its functions."""
-    graphs, node_lists = [model.graph], [function.node for function in model.functions]
-    while graphs or node_lists:
-        if graphs:
-            graph = graphs.pop()
-            yield from graph.initializer
-            for sparse in graph.sparse_initializer:
-                yield sparse.values
-                yield sparse.indices
-            node_lists.append(graph.node)
+def _tensors(path: Path, model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, wherever it is kept: initializers, attributes, inner graphs, functions.
+
+    Raises `ModelError` where a text is not UTF-8: protobuf then gives bytes.
+    """
+    import onnx
+    from google.protobuf.message import Message
+
+    messages: list[Message] = [model]
+    while messages:
+        message = messages.pop()
+        if isinstance(message, onnx.TensorProto):
+            yield message
+            messages.extend(message.external_data)
             continue
-        for node in node_lists.pop():
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                if attribute.HasField("g"):
-                    graphs.append(attribute.g)
-                graphs.extend(attribute.graphs)
+        for field, value in message.ListFields():
+            values = [value] if isinstance(value, Message | str | bytes) else value
+            if field.message_type is not None:
+                messages.extend(values)
+            elif field.type == field.TYPE_STRING and any(isinstance(text, bytes) for text in values):
+                raise ModelError(f"{path} is damaged: its {field.name} is not UTF-8 text")
 
 
 def _first_line(error: Exception) -> str:

@@ -91,7 +91,9 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
             to_embed, seconds_to_embed = to_embed + count, seconds_to_embed + length
     crop = crops.seconds or (seconds / clips if clips else 1.0)
     dim = encoder.contract.dim
-    folds = len(data.parts) if task.data.folds else (CROSS_VALIDATION_FOLDS if len(data.parts) == 1 else 1)
+    digests = data.shard_digests()
+    overlapping = not task.data.folds and digests["train"] & digests["test"]
+    folds = len(data.parts) if task.data.folds else CROSS_VALIDATION_FOLDS if overlapping else 1
     flops = 6.0 * (seconds / crop) * task.head.epochs * folds * seeds * dim * len(task.target.class_names)
     return PlanRow(
         task=task.name,

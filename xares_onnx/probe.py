@@ -19,7 +19,7 @@ from .models.linear import LinearHeads, cross_entropy_gradient, normalised
 from .task import Head
 
 Indices = npt.NDArray[np.int64]
-_LOGIT_VALUES = 1 << 24  # most logits held at once when scoring, 64 MiB
+_VALUES_AT_ONCE = 1 << 24  # most embedding values or logits held at once when scoring, 64 MiB
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,13 @@ def train_linear(
     """
     # One thread: the products are small, threads that wait for each other on a busy machine cost up to ten times the
     # work, and the result must not depend on the number of threads.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.inference_mode():
-        return _train(embeddings, labels, examples, folds, classes, settings, seeds, on_epoch)
+    try:
+        with torch.inference_mode():
+            return _train(embeddings, labels, examples, folds, classes, settings, seeds, on_epoch)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(
@@ -161,7 +165,7 @@ def _predict(heads: LinearHeads, head: int, x: Tensor, examples: Indices, crops:
     found, positions = np.unique(examples[crops], return_inverse=True)
     classes = heads.bias.shape[2]
     totals = torch.zeros(len(found), classes)
-    rows = max(1, _LOGIT_VALUES // classes)
+    rows = max(1, _VALUES_AT_ONCE // max(classes, x.shape[1]))
     for start in range(0, len(crops), rows):
         index = torch.from_numpy(crops[start : start + rows])
         probabilities = heads.logits_of(head, x[index]).softmax(dim=1)

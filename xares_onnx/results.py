@@ -1,12 +1,16 @@
-"""The record of an evaluation (DESIGN section 7), its averages, and its files. The JSON schema is made from these types.
+"""The record of an evaluation, its averages, and its files.
 
 Scores are fractions. Between two runs with the same inputs and settings only `seconds`, `rtf`, `environment` and
-`created` differ.
+`created` differ. The JSON schema ships beside this module; after a change of these types it is made again by
+
+    python -m xares_onnx.results > xares_onnx/result.schema.json
 """
 
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .catalog import in_group, shipped_tasks
-from .files import write_aside
+from .errors import MachineError, UsageError
+from .files import disk_error, write_aside
 from .metrics import interval
 from .shards import Drop
 from .task import Task
@@ -75,9 +80,10 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     n_test: int = 0
     weight: float | None = None
     comparable: bool = True
+    """Whether this is the score of the whole task: not after `--limit`, nor when too many clips were lost."""
     clips: Clips
     notes: list[str] = []
-    """What is not as usual in this task: held-out selection, cross-validation."""
+    """What is not as usual in this task: held-out selection, cross-validation, losses that were allowed."""
     data_digest: str | None = None
     definition_digest: str
     seconds: Seconds
@@ -111,7 +117,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 def schema() -> dict[str, Any]:
     """JSON schema of a result file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Result)}
+    made = msgspec.json.schema(Result)
+    for record in made["$defs"].values():  # fields with a default are written too
+        record["required"] = list(record["properties"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
 
 def averages(
@@ -122,7 +131,8 @@ def averages(
     """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
 
     `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
-    comes from averaging them. A task without a weight is in no average. `own_tasks` are a user's.
+    comes from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks` are
+    a user's.
     """
     tasks = {**shipped_tasks(), **{task.name: task for task in own_tasks}}
     scored = [
@@ -157,19 +167,39 @@ def averages(
     return found
 
 
+def make_room(path: Path) -> None:
+    """Make a result's folder, so that a path that cannot be written is known before hours of work and not after.
+
+    Raises `UsageError` where `path` is a folder, `MachineError` where its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"--output {path} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    if not os.access(path.parent, os.W_OK):
+        raise MachineError(f"{path.parent} cannot be written to; name another place by --output")
+
+
 def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str], Predictions]) -> None:
     """The result as JSON, and the predictions of each task and method beside it. Every file is whole or not there."""
     for (task, method), arrays in predictions.items():
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_aside(path.parent / prediction_file(path, task, method), buffer.getvalue())
-    write_aside(path, as_json(result))
+    write_aside(path, indented(result))
 
 
-def as_json(result: Result) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
+def indented(value: Any) -> bytes:
+    """JSON for people too."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def prediction_file(path: Path, task: str, method: str) -> str:
     """Name of a predictions file, relative to the result's folder."""
     return f"{path.stem}.predictions/{task}.{method}.npz"
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(indented(schema()))

@@ -95,7 +95,6 @@ def score(
 ) -> Scored:
     """Mean over folds, then over seeds; the interval resamples test clips within folds, the same for every seed."""
     clip_of_example = np.arange(len(dataset.keys)) if protocol.corrected else dataset.clip_of_crop
-    seeds = sorted({outcome.seed for outcome in outcomes})
     statistics, extra, rows = [], [], []
     for number, fold in enumerate(folds):
         tested = np.sort(fold.test)
@@ -125,7 +124,7 @@ def score(
         predictions={
             "key": np.array(dataset.keys)[clips],
             "fold": np.array([fold.name for fold in folds])[fold_of],
-            "seed": np.array(seeds)[seed_of] if method == "head" else seed_of,
+            "seed": seed_of,
             "target": targets.astype(np.int32),
             "prediction": predictions.astype(np.int32),
         },

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from .errors import ClipError, DataError, DataMissingError, LabelError
 
 MAX_AUDIO_BYTES = 1 << 31
 MAX_LABEL_BYTES = 1 << 22
-_DIGEST_BLOCK = 1 << 22
+_TAIL_BLOCK = 1 << 20
+# What tarfile raises at headers that are not what they should be.
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 
 
 class Drop(msgspec.Struct, frozen=True):
@@ -64,11 +67,13 @@ class ShardIndex:
 class _Group:
     audio: list[Extent] = field(default_factory=list)
     label: list[Extent] = field(default_factory=list)
-    links: int = 0
+    fault: str | None = None
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Read the headers of every member. A key is a member's name up to its last dot, as webdataset groups them.
+    """Read the headers of every member. A key is a member's name up to its last dot; hidden files are none.
+
+    webdataset cuts at the first dot, so that every `blues.00001.wav` of a genre would be one clip.
 
     Raises `DataMissingError` or `DataError` where the file cannot be opened at all; damage inside is recorded.
     """
@@ -78,16 +83,17 @@ def index_shard(path: Path) -> ShardIndex:
     for member in _members(path, index):
         if member.isdir() or _is_meta(member.name):
             continue
-        # Names that are not UTF-8 arrive with surrogates, which no json or terminal takes.
-        name = member.name.encode("utf-8", "backslashreplace").decode()
-        stem, dot, extension = name.rpartition(".")
+        name = printable(member.name)
+        stem, _, extension = name.rpartition(".")
         extension = extension.lower()
-        if not dot or "/" in extension or (extension != "json" and extension not in AUDIO_EXTENSIONS):
+        nameless = stem.rpartition("/")[2][:1] in ("", ".")
+        if nameless or (extension != "json" and extension not in AUDIO_EXTENSIONS):
             continue
         group = groups.setdefault(stem, _Group())
-        if not member.isreg():
-            group.links += 1
+        if not member.isreg() or member.issparse():
+            group.fault = "a link or a special file"
         elif member.offset_data + member.size > size:
+            group.fault = "the shard ends inside it"
             index.damage = f"the shard ends inside member {name!r}"
         else:
             part = Extent(member.offset_data, member.size)
@@ -129,12 +135,20 @@ def read_label(path: Path, extent: Extent) -> str:
 
 def parse_label(text: str) -> dict[str, Any]:
     """A clip's json object. A list (of events) comes back as {"events": [...]}."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise LabelError("its json is nested too deeply") from error
     if isinstance(value, list):
         return {"events": value}
     if not isinstance(value, dict):
         raise LabelError("its json is neither an object nor a list")
     return value
+
+
+def printable(name: str) -> str:
+    """A file's name as text that any json and any terminal takes: one that is not UTF-8 arrives with surrogates."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def file_digest(path: Path) -> str:
@@ -153,36 +167,44 @@ def _members(path: Path, index: ShardIndex) -> Iterator[tarfile.TarInfo]:
         archive = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; plain tar only, nothing is decompressed
     except FileNotFoundError as error:
         raise DataMissingError(f"shard {path} does not exist") from error
-    except (tarfile.TarError, EOFError) as error:
-        index.damage = f"not a tar file ({error})"
+    except _DAMAGE as error:
+        index.damage = f"not a plain tar file ({error})"
         return
     except OSError as error:
         raise DataError(f"shard {path} cannot be read ({error.strerror})") from error
     with archive:
         try:
+            end = 0
             while (member := archive.next()) is not None:
+                if archive.offset <= end:  # a negative size, as older tarfiles let pass, leads back for ever
+                    raise tarfile.ReadError(f"a header before byte {end} points back")
+                end = archive.offset
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
                 yield member
-        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-            index.damage = f"the tar is damaged ({error})"
+        except (*_DAMAGE, OSError) as error:
+            index.damage = index.damage or f"the tar is damaged ({error})"
             return
         # tarfile takes a damaged header, and the end of the file, for the end of the archive.
         index.damage = index.damage or _missing_end(path, archive.offset)
 
 
 def _missing_end(path: Path, offset: int) -> str | None:
-    """What stands where the zero block that ends every tar should be."""
+    """What is wrong with the end of the tar: zeros, one block or more, up to the end of the file."""
     with path.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return "the tar has no end mark: it was cut off or is still being written"
-    return None if block == bytes(tarfile.BLOCKSIZE) else f"the tar is damaged at byte {offset}"
+        if len(block) < tarfile.BLOCKSIZE:
+            return "the tar has no end mark: it was cut off or is still being written"
+        while block:
+            if block.strip(b"\0"):
+                return f"the tar is damaged at byte {offset}"
+            block = file.read(_TAIL_BLOCK)
+    return None
 
 
 def _unusable(group: _Group) -> str | None:
-    if group.links:
-        return "a link, not a file"
+    if group.fault:
+        return group.fault
     if not group.audio:
         return "no audio beside its json"
     if not group.label:
@@ -193,9 +215,8 @@ def _unusable(group: _Group) -> str | None:
 
 
 def _is_meta(name: str) -> bool:
-    """webdataset keeps its own notes in members named `__…__`."""
-    first = name.partition("/")[0]
-    return first.startswith("__") and first.endswith("__")
+    """webdataset keeps its own notes in members, or folders, named `__…__`."""
+    return re.match(r"__[^/]*__(/|$)", name) is not None
 
 
 def _file_size(path: Path) -> int:

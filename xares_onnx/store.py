@@ -93,7 +93,7 @@ class Store:
             clips = [msgspec.convert(row["clip"], Clip) for row in rows if "clip" in row]
             drops = [msgspec.convert(row["drop"], Drop) for row in rows if "drop" in row]
             pooled, clip_of_crop = arrays["pooled"], arrays["clip_of_crop"]
-        except (OSError, SafetensorError, ValueError, KeyError, msgspec.MsgspecError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, msgspec.MsgspecError):
             return None
         whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
         whole = whole and set(clip_of_crop.tolist()) == set(range(len(clips)))
@@ -129,8 +129,13 @@ class Store:
         freed, now = 0, time.time()
         known = {key for key, *_ in self.entries()}
         for path in self.root.glob("*/*"):
-            orphan = path.suffix == TEMPORARY_SUFFIX or path.stem not in known
-            if orphan and now - path.stat().st_mtime > older_than_seconds:
+            if path.suffix != TEMPORARY_SUFFIX and path.stem in known:
+                continue
+            try:
+                age = now - path.stat().st_mtime
+            except FileNotFoundError:  # another process has put it in place, or removed it
+                continue
+            if age > older_than_seconds:
                 freed += _unlink(path)
         return freed
 

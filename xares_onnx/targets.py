@@ -11,6 +11,8 @@ import msgspec
 
 from .errors import LabelError
 
+MAX_CLASSES = 100_000
+
 
 class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="class", tag_field="kind", dict=True):
     """One class name a clip, from `classes`."""
@@ -47,8 +49,8 @@ class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
     classes: int
 
     def __post_init__(self) -> None:
-        if self.classes < 2:
-            raise ValueError("`classes` must be 2 or more")
+        if not 2 <= self.classes <= MAX_CLASSES:
+            raise ValueError(f"`classes` must lie between 2 and {MAX_CLASSES}")
 
     @property
     def class_names(self) -> tuple[str, ...]:

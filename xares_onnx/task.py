@@ -67,8 +67,8 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not 0 < self.learning_rate < 10:
-            raise ValueError("`epochs` and `batch_size` must be 1 or more, `learning_rate` above 0 and below 10")
+        if not (1 <= self.epochs <= 10_000 and 1 <= self.batch_size <= 1_000_000 and 0 < self.learning_rate < 10):
+            raise ValueError("`epochs` lies in 1..10000, `batch_size` in 1..1000000, `learning_rate` above 0 and below 10")
 
 
 class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,9 +119,9 @@ def load_task(path: Path, text: str | None = None) -> Task:
         raw = tomllib.loads(path.read_text(encoding="utf-8") if text is None else text)
     except OSError as error:
         raise TaskFileError(f"task file {path} cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, an integer of 5,000 digits
         raise TaskFileError(f"task file {path} is not valid TOML: {error}") from error
-    _reject_unknown_keys(raw, Task, path, "")
+    _reject_unknown(raw, Task, path, "")
     try:
         return msgspec.convert(raw, Task)
     except (msgspec.ValidationError, ValueError) as error:
@@ -130,34 +130,40 @@ def load_task(path: Path, text: str | None = None) -> Task:
 
 
 def _check_glob(glob: str) -> None:
-    path = PurePosixPath(glob)
-    if not glob or path.is_absolute() or ".." in path.parts or "\\" in glob or ":" in glob:
-        raise ValueError(f"shard pattern {glob!r} must stay inside the task's folder")
+    parts = PurePosixPath(glob).parts
+    plain = glob.isprintable() and not set(glob) & set("\\:") and all(part == "**" or "**" not in part for part in parts)
+    if not parts or glob.startswith("/") or ".." in parts or not plain:
+        raise ValueError(f"shard pattern {glob!r} must be a plain pattern inside the task's folder")
 
 
-def _reject_unknown_keys(raw: Any, expected: Any, path: Path, where: str) -> None:
-    """msgspec rejects unknown keys too; walking first lets the error suggest the key that was meant."""
-    struct = _struct_for(raw, expected)
-    if struct is None:
+def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
+    """msgspec rejects unknown keys and words too; walking first lets the error suggest what was meant."""
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if isinstance(raw, str) and typing.get_origin(expected) is Literal and raw not in typing.get_args(expected):
+        words = ", ".join(map(repr, typing.get_args(expected)))
+        raise TaskFileError(f"task file {path}: {where} is {raw!r}, but must be one of {words}")
+    known = _known_keys(raw, options) if isinstance(raw, dict) else None
+    if known is None:
         return
-    hints = typing.get_type_hints(struct)
-    config = struct.__struct_config__
-    known = {name: hints[name] for name in struct.__struct_fields__}
-    if config.tag_field is not None:
-        known[config.tag_field] = str
     for key, value in raw.items():
         if key not in known:
             place = f"[{where}] " if where else ""
             raise TaskFileError(f"task file {path}: unknown key {place}{key}{nearest(key, known)}")
-        _reject_unknown_keys(value, known[key], path, f"{where}.{key}".lstrip("."))
+        _reject_unknown(value, known[key], path, f"{where}.{key}".lstrip("."))
 
 
-def _struct_for(raw: Any, expected: Any) -> type[msgspec.Struct] | None:
-    """The record type that `raw` is to become, among the alternatives of a union by its tag."""
-    if not isinstance(raw, dict):
-        return None
-    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+def _known_keys(raw: dict[str, Any], options: tuple[Any, ...]) -> dict[str, Any] | None:
+    """The keys that a table may hold, with their types: of a record, of its kind among several, of a dict of named parts."""
+    for option in options:
+        if typing.get_origin(option) is dict and typing.get_origin(typing.get_args(option)[0]) is Literal:
+            names, value = typing.get_args(option)
+            return dict.fromkeys(typing.get_args(names), value)
     structs = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
+    known: dict[str, Any] = {}
     if len(structs) > 1:
-        structs = [struct for struct in structs if struct.__struct_config__.tag == raw.get("kind")]
-    return structs[0] if structs else None
+        kinds = {struct.__struct_config__.tag: struct for struct in structs}
+        known["kind"] = Literal.__getitem__(tuple(kinds))
+        structs = [kinds[raw["kind"]]] if raw.get("kind") in list(kinds) else structs
+    for struct in structs:
+        known |= typing.get_type_hints(struct)
+    return known or None

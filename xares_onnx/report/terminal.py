@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,19 +27,42 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import events
-from ..planning import Plan
+from ..catalog import part_globs
+from ..errors import printable
+from ..planning import Plan, PlanRow
 from ..results import Average, Result, TaskResult
 from ..store import Header
 from ..task import Task
 
-_PLAIN_WIDTH = 110
+_PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
+_NOT_COMPARABLE = "*"
 _VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training"}
 _UNITS = {"prepare": "files", "embed": "clips", "train": "epochs"}
 
 
+class _Console(Console):
+    """Colours and line drawing on a terminal; elsewhere plain text. Strings are taken as they are, not as markup."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        live = stream.isatty()
+        super().__init__(
+            file=stream,
+            force_terminal=None if live else False,
+            width=None if live else _PLAIN_WIDTH,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_broken_pipe(self) -> None:
+        """Whoever read this is gone: the work and its exit code do not depend on that."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def stdout_console() -> Console:
-    """Colours and line drawing on a terminal; elsewhere plain text of one width."""
-    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH, no_color=True, highlight=False)
+    return _Console(sys.stdout)
 
 
 class TerminalObserver:
@@ -45,10 +70,10 @@ class TerminalObserver:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _Console(sys.stderr)
         self._live = self._console.is_terminal and not quiet
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             _RateColumn(),
@@ -58,6 +83,7 @@ class TerminalObserver:
             transient=True,
         )
         self._bars: dict[tuple[str, str], TaskID] = {}
+        self._begun: set[tuple[str, str]] = set()
         self._said: set[str] = set()
 
     def __enter__(self) -> TerminalObserver:
@@ -76,18 +102,21 @@ class TerminalObserver:
             case events.Note(text):
                 if text not in self._said:
                     self._said.add(text)
-                    self._console.print(f"note: {escape(text)}")
+                    self._console.print(f"note: {printable(text)}")
             case events.Progress(stage, task, done, total) if self._live:
                 self._draw(stage, task, done, total)
-            case events.Progress(stage, task, done, total) if done >= total and total and stage != "prepare":
-                self._console.print(f"{escape(task)}: {_VERBS[stage]} done, {total} {_UNITS[stage]}")
+            case events.Progress(stage, task, done, total) if done < total:
+                self._begun.add((stage, task))
+            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage != "prepare":
+                self._begun.remove((stage, task))
+                self._console.print(f"{task}: {_VERBS[stage]} done, {total} {_UNITS[stage]}")
 
     def _draw(self, stage: str, task: str, done: int, total: int) -> None:
         key = (stage, task)
         if key not in self._bars:
             for old in self._bars.values():
                 self._progress.update(old, visible=False)
-            description = f"{_VERBS[stage]} {escape(task)}"
+            description = f"{_VERBS[stage]} {task}"
             self._bars[key] = self._progress.add_task(description, total=total, start_done=done, unit=_UNITS[stage])
         self._progress.update(self._bars[key], completed=done, total=total)
 
@@ -106,7 +135,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     contract = result.encoder.contract
     console.print(
         Text.assemble(
-            (result.encoder.file, "bold"),
+            (printable(result.encoder.file), "bold"),
             f"  {_size(result.encoder.bytes)}, {result.encoder.parameters / 1e6:.1f} M parameters, "
             f"{contract['dim']['value']} dimensions, {_hop(result)}, "
             f"{result.environment['provider'].removesuffix('ExecutionProvider')}",
@@ -115,19 +144,16 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     by_task: dict[str, dict[str, TaskResult]] = {}
     for record in result.tasks:
         by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
-    table = Table(box=_box(console), header_style="bold")
-    for heading in ("task", "domain"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("head", "95 %", "knn", "95 %", "test clips", "dropped"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    words = ("task",) if _narrow(console) else ("task", "domain")
+    table = _table(console, words, ("head", "95 %", "knn", "95 %", "tested", "dropped"))
+    table.columns[0].no_wrap = False  # a title may take two lines where it must
     reasons = []
     for records in by_task.values():
         first = next(iter(records.values()))
         cells = [*_score_cells(records.get("head")), *_score_cells(records.get("knn"))]
         dropped = len(first.clips.dropped)
         table.add_row(
-            escape(first.title),
-            first.domain,
+            *(printable(first.title), first.domain)[: len(words)],
             *cells,
             str(first.n_test) if first.n_test else "",
             Text(str(dropped), style="yellow") if dropped else "",
@@ -139,61 +165,85 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
             reasons.append(
                 f"{first.task}: {dropped} of {first.clips.expected} clips dropped, the first {drop.key}: {drop.reason}"
             )
-    console.print(table)
+    console.print(table, soft_wrap=False)
     if result.averages:
-        console.print(_averages_table(result, console))
-    for reason in reasons:
-        console.print(Text(reason, style="yellow"), soft_wrap=True)
+        console.print(_averages_table(result, console), soft_wrap=False)
     settings = result.settings
-    limit = f", {settings['limit']} clips a split" if settings["limit"] else ""
+    if any(not record.comparable and record.status == "ok" for record in result.tasks):
+        why = f"at most {settings['limit']} clips a split were used" if settings["limit"] else "too many clips were lost"
+        reasons.append(f"{_NOT_COMPARABLE} not comparable with other results, and in no average: {why}")
+    for reason in reasons:
+        console.print(Text(printable(reason), style="yellow"))
     seeds = f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}"
-    console.print(f"protocol {settings['protocol']}, {seeds}{limit}; scores are fractions, higher is better")
+    console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better")
     if saved:
-        console.print(Text(f"saved {saved}"), soft_wrap=True)
+        console.print(f"saved {printable(saved)}")
 
 
-def print_tasks(rows: Iterable[tuple[Task, str]], console: Console) -> None:
-    """Tasks with kind, metric and weight; the second of each pair is what lies on disk."""
-    table = Table(box=_box(console), header_style="bold")
-    for heading in ("name", "title", "domain", "kind", "metric"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("weight", justify="right")
-    table.add_column("on disk")
+def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:
+    """Tasks with kind, metric and weight; the second of each pair is what lies on disk in `folder`."""
+    title = () if _narrow(console) else ("title",)
+    table = _table(console, ("name", *title, "domain", "kind", "metric"), ("weight",), ("on disk",))
+    table.columns[-1].no_wrap = False
     for task, on_disk in rows:
-        domain = f"{task.domain}, private" if task.private else task.domain
         weight = f"{task.weight:g}" if task.weight is not None else "-"
-        table.add_row(task.name, escape(task.title), domain, task.kind, task.score.metric, weight, escape(on_disk))
-    console.print(table)
+        private = ", private" if task.private else ""
+        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, task.score.metric)
+        table.add_row(*words, weight, printable(on_disk) + private)
+    console.print(table, soft_wrap=False)
+    console.print(f"data folder: {printable(str(folder))}")
+
+
+def print_task(task: Task, folder: Path, console: Console) -> None:
+    """All about one task, and what of its data lies in `folder`."""
+    names = task.target.class_names
+    shown = ", ".join(names[:12]) + (f", ... ({len(names) - 12} more)" if len(names) > 12 else "")
+    rows = [
+        ("name", task.name),
+        ("title", task.title),
+        ("domain", f"{task.domain}, private" if task.private else task.domain),
+        ("kind", f"{task.kind}, {len(names)} classes, from {task.target.key!r} of a clip's json"),
+        ("classes", shown),
+        ("crops", f"{task.data.crop_seconds:g} s" if task.data.crop_seconds else "none, whole clips"),
+        (
+            "head",
+            f"{task.head.kind}, {task.head.epochs} epochs, batches of {task.head.batch_size}, "
+            f"learning rate {task.head.learning_rate:g}",
+        ),
+        ("metric", f"{task.score.metric}, {'also' if task.score.knn else 'not'} by kNN"),
+        ("weight", f"{task.weight:g}" if task.weight is not None else "none, so in no average"),
+    ]
+    if task.data.zenodo:
+        rows.append(("data", f"https://zenodo.org/records/{task.data.zenodo}"))
+    if task.domain == "synthetic":
+        rows.append(("data", "built in"))
+    else:
+        rows.append(("folder", str(folder / task.name)))
+        kind = "fold" if task.data.folds else "split"
+        for part, glob in part_globs(task).items():
+            sizes = [path.stat().st_size for path in (folder / task.name).glob(glob)]
+            found = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {_size(sum(sizes))}" if sizes else "no shards"
+            rows.append((f"{kind} {part}", f"{glob}: {found}"))
+    if task.published:
+        for method, scores in (("linear", task.published.linear), ("knn", task.published.knn)):
+            if scores:
+                said = ", ".join(f"{encoder} {score:.3f}" for encoder, score in scores.items())
+                rows.append((f"published {method}", said))
+        if task.published.note:
+            rows.append(("note", task.published.note))
+    for label, value in rows:
+        console.print(Text.assemble((f"{printable(label):<18}", "bold"), printable(value)))
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """What an evaluation would read, write and take."""
-    table = Table(box=_box(console), header_style="bold")
-    table.add_column("task", no_wrap=True)
-    for heading in ("clips", "hours", "to embed", "disk", "embedding", "heads"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(console, ("task",), ("clips", "hours", "to embed", "disk", "embedding", "heads"))
     for row in plan.rows:
-        table.add_row(
-            row.task,
-            str(row.clips),
-            f"{row.hours:.2f}",
-            str(row.clips_to_embed),
-            _size(row.disk_bytes),
-            _duration(row.embed_seconds),
-            _duration(row.train_seconds),
-        )
-    total = plan.total
+        table.add_row(row.task, *_plan_cells(row))
     table.add_section()
-    table.add_row(
-        "total",
-        str(total.clips),
-        f"{total.hours:.2f}",
-        str(total.clips_to_embed),
-        _size(total.disk_bytes),
-        _duration(total.embed_seconds),
-        _duration(total.train_seconds),
-    )
-    console.print(table)
+    total = plan.total
+    table.add_row("total", *_plan_cells(total))
+    console.print(table, soft_wrap=False)
     console.print(
         f"about {_duration(total.embed_seconds + total.train_seconds)} on this machine: the model takes {plan.rtf:.4f} s a "
         "second of audio; hours are estimated from a sample of the clips"
@@ -205,42 +255,37 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
     groups: dict[tuple[str, str, str], list[tuple[Header, int, float]]] = {}
     for _, header, size, used in entries:
         groups.setdefault((header.model, header.model_sha256[:8], header.task), []).append((header, size, used))
-    table = Table(box=_box(console), header_style="bold")
-    for heading in ("model", "sha256", "task"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("shards", "hours", "size", "last used"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(console, ("model", "sha256", "task"), ("shards", "hours", "size", "last used"))
     for (model, sha256, task), shards in sorted(groups.items()):
         hours = sum(header.audio_seconds for header, *_ in shards) / 3600
         last = max(used for *_, used in shards)
         table.add_row(
-            escape(model),
-            sha256,
-            escape(task),
+            printable(model),
+            printable(sha256),
+            printable(task),
             str(len(shards)),
             f"{hours:.2f}",
             _size(sum(size for _, size, _ in shards)),
             f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d}",
         )
-    console.print(table)
-    console.print(Text(f"{_size(sum(size for *_, size, _ in entries))} in {root}"), soft_wrap=True)
+    console.print(table, soft_wrap=False)
+    console.print(f"{_size(sum(size for *_, size, _ in entries))} in {printable(root)}")
 
 
 def _averages_table(result: Result, console: Console) -> Table:
-    table = Table(box=_box(console), header_style="bold")
-    table.add_column("average", no_wrap=True)
-    for heading in ("head", "95 %", "plain mean", "tasks", "knn", "95 %", "plain mean", "tasks"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    mean = () if _narrow(console) else ("plain mean",)
+    table = _table(console, ("weighted average",), ("head", "95 %", *mean, "tasks", "knn", "95 %", *mean, "tasks"))
     for group, methods in result.averages.items():
-        table.add_row(group, *_average_cells(methods.get("head")), *_average_cells(methods.get("knn")))
+        cells = [cell for method in ("head", "knn") for cell in _average_cells(methods.get(method), len(mean))]
+        table.add_row(group, *cells)
     return table
 
 
-def _average_cells(average: Average | None) -> list[str]:
+def _average_cells(average: Average | None, means: int) -> list[str]:
     if average is None:
-        return ["", "", "", ""]
+        return [""] * (3 + means)
     of = f"{average.tasks}" if average.complete else f"{average.tasks} of {average.tasks + len(average.missing)}"
-    return [f"{average.weighted:.3f}", _interval(average.ci95), f"{average.mean:.3f}", of]
+    return [f"{average.weighted:.3f}", _interval(average.ci95), *[f"{average.mean:.3f}"] * means, of]
 
 
 def _score_cells(record: TaskResult | None) -> tuple[Text | str, str]:
@@ -248,7 +293,19 @@ def _score_cells(record: TaskResult | None) -> tuple[Text | str, str]:
         return "", ""
     if record.score is None:
         return Text(record.status.replace("_", " "), style="yellow"), ""
-    return Text(f"{record.score:.3f}", style="bold"), _interval(record.ci95)
+    mark = "" if record.comparable else _NOT_COMPARABLE
+    return Text(f"{record.score:.3f}{mark}", style="bold"), _interval(record.ci95)
+
+
+def _plan_cells(row: PlanRow) -> tuple[str, ...]:
+    return (
+        str(row.clips),
+        f"{row.hours:.2f}",
+        str(row.clips_to_embed),
+        _size(row.disk_bytes),
+        _duration(row.embed_seconds),
+        _duration(row.train_seconds),
+    )
 
 
 def _interval(ci95: tuple[float, float] | None) -> str:
@@ -260,8 +317,23 @@ def _hop(result: Result) -> str:
     return f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only"
 
 
-def _box(console: Console) -> box.Box | None:
-    return box.SIMPLE_HEAD if console.is_terminal else box.ASCII2
+def _narrow(console: Console) -> bool:
+    return console.width < 100
+
+
+def _table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:
+    """An empty table with columns of words, of numbers, and of words again."""
+    if console.is_terminal:
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    else:
+        table = Table(box=box.ASCII2)
+    for heading in words:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in more_words:
+        table.add_column(heading, no_wrap=True)
+    return table
 
 
 def _size(count: float) -> str:

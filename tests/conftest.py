@@ -1,0 +1,34 @@
+"""Settings and fixtures of every test."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from xares_onnx import encoder
+from xares_onnx.worker import Worker
+
+# The same examples in every run, and no limit on the time of one: other work may share the machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module")
+def _shared_worker() -> Iterator[Worker]:
+    with Worker() as worker:
+        yield worker
+
+
+@pytest.fixture
+def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders of a module's tests share one process, so that a test costs milliseconds.
+
+    The process keeps the last model that it loaded from a path.
+    """
+
+    class Borrowed(Worker):
+        def call(self, *arguments: Any, **options: Any) -> Any:
+            return _shared_worker.call(*arguments, **options)
+
+    monkeypatch.setattr(encoder, "Worker", Borrowed)

@@ -1,0 +1,733 @@
+"""The command line: exit codes, what goes to which stream, and what reaches a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import tones, write_encoder, write_task, write_tones
+from rich.console import Console
+from shard_makers import write_shard
+from typer.testing import CliRunner
+
+from xares_onnx import __version__, cli, evaluation
+from xares_onnx.catalog import shipped_tasks
+from xares_onnx.errors import DiskFullError, XaresError, worst_exit_code
+from xares_onnx.events import Note, Progress
+from xares_onnx.planning import Plan, PlanRow
+from xares_onnx.report import terminal
+from xares_onnx.results import Clips, Encoder, Result, Seconds, TaskResult, averages
+from xares_onnx.shards import Drop
+from xares_onnx.store import Header
+from xares_onnx.task import load_task
+
+ROOT = Path(__file__).parents[1]
+
+
+class World:
+    """A model, two tasks that can be scored and one that cannot, and what `run` leaves on both streams."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data, self.cache = folder, folder / "data", folder / "cache"
+        self.model = str(write_encoder(folder / "bank.onnx"))
+        self.good, self.other, self.cut = (str(write_task(folder, name)) for name in ("good", "other", "cut"))
+        for number, name in enumerate(("good", "other", "cut")):
+            write_tones(self.data, name, train=24, valid=8, test=12 if name == "good" else 16, seed=10 * number)
+        shard = self.data / "cut/test-0.tar"
+        shard.write_bytes(shard.read_bytes()[:20_000])
+        self.environment = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("XARES_", "FORCE_COLOR", "COLUMNS"))
+            },
+            "XARES_ONNX_DATA": str(self.data),
+            "XARES_ONNX_CACHE": str(self.cache),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def evaluate(self, *arguments: str) -> list[str]:
+        return ["evaluate", self.model, "--output", str(self.folder / "out.json"), *arguments]
+
+    def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        environment = {**self.environment, **options.pop("env", {})}
+        command = [sys.executable, "-m", "xares_onnx", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return subprocess.Popen(command, env=environment, cwd=self.folder, **pipes)
+
+    def real(self, *arguments: str, **options: Any) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a process of its own."""
+        process = self.start(arguments, **options)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("XARES_ONNX_DATA", "XARES_ONNX_CACHE"):
+        monkeypatch.setenv(name, world.environment[name])
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr, in this process."""
+    done = CliRunner().invoke(cli.app, list(arguments))
+    return done.exit_code, done.stdout, done.stderr
+
+
+def said(stderr: str) -> str:
+    """The one line that an error leaves."""
+    assert stderr.startswith("xares-onnx: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1
+    return stderr.removeprefix("xares-onnx: ").strip()
+
+
+# ---------------------------------------------------------------- a run that goes well
+
+
+def test_evaluate_prints_a_plain_table_and_saves(world: World, tmp_path: Path) -> None:
+    code, out, err = run("evaluate", world.model, "--tasks", world.good, "--output", str(tmp_path / "mine.json"))
+    assert code == 0
+    saved = json.loads((tmp_path / "mine.json").read_bytes())
+    head, knn = saved["tasks"]
+    row = next(line for line in out.splitlines() if "Tones good" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    interval = [f"{task['ci95'][0]:.3f}-{task['ci95'][1]:.3f}" for task in saved["tasks"]]
+    assert cells == [
+        "Tones good",
+        "environment",
+        f"{head['score']:.3f}",
+        interval[0],
+        f"{knn['score']:.3f}",
+        interval[1],
+        "12",
+        "",
+    ]
+    assert out.isascii()
+    assert "\x1b" not in out + err
+    assert "protocol corrected, 3 seeds" in out
+    assert f"saved {tmp_path / 'mine.json'}" in out
+    assert "good: training done, 6 epochs" in err
+
+
+def test_json_alone_on_stdout(world: World) -> None:
+    code, out, err = run(*world.evaluate("--tasks", world.good, "--json"))
+    assert code == 0
+    assert out == (world.folder / "out.json").read_text()
+    assert json.loads(out)["tasks"][0]["status"] == "ok"
+    assert not [line for line in err.splitlines() if line.startswith("xares-onnx:")]
+
+
+def test_quiet_prints_nothing(world: World) -> None:
+    assert run(*world.evaluate("--tasks", world.good, "--quiet")) == (0, "", "")
+    assert json.loads((world.folder / "out.json").read_bytes())["tasks"]
+
+
+def test_quiet_still_says_what_failed(world: World) -> None:
+    code, out, err = run(*world.evaluate("--tasks", world.cut, "--quiet"))
+    assert (code, out) == (4, "")
+    assert "a shard is damaged" in said(err)
+
+
+def test_lists_are_comma_separated_and_repeatable(world: World) -> None:
+    for chosen in (["--tasks", f"{world.good}, {world.other},"], ["--tasks", world.good, "--tasks", world.other]):
+        code, out, _ = run(*world.evaluate(*chosen, "--method", "knn", "--json"))
+        assert code == 0
+        assert [(task["task"], task["method"]) for task in json.loads(out)["tasks"]] == [("good", "knn"), ("other", "knn")]
+
+
+def test_knn_only(world: World) -> None:
+    code, out, _ = run(*world.evaluate("--tasks", world.good, "--method", "knn"))
+    row = next(line for line in out.splitlines() if "Tones good" in line)
+    assert (code, row.split("|")[3].strip()) == (0, "")
+    assert 0 <= float(row.split("|")[5]) <= 1
+    both = json.loads(run(*world.evaluate("--tasks", world.good, "--method", "knn,head", "--json"))[1])
+    assert both["settings"]["methods"] == ["head", "knn"]
+
+
+def test_options_reach_the_evaluation(world: World) -> None:
+    options = ["--seeds", "2", "--protocol", "xares", "--limit", "5", "--allow-drops", "--threads", "1", "--device", "cpu"]
+    code, out, _ = run(*world.evaluate("--tasks", world.good, "--json", *options))
+    record = json.loads(out)
+    assert code == 0
+    settings = record["settings"]
+    assert (settings["seeds"], settings["protocol"], settings["limit"], settings["allow_drops"]) == (2, "xares", 5, True)
+    assert record["environment"]["machine"]["threads"] == 1
+    declared = json.loads(run(*world.evaluate("--tasks", world.good, "--contract", "normalize=zscore", "--json"))[1])
+    assert declared["encoder"]["contract"]["normalize"]["value"] == "zscore"
+
+
+def test_a_limit_is_marked_at_every_score(world: World) -> None:
+    out = run(*world.evaluate("--tasks", world.good, "--limit", "6"))[1]
+    row = next(line for line in out.splitlines() if "Tones good" in line)
+    assert [row.split("|")[i].strip()[-1] for i in (3, 5)] == ["*", "*"]
+    assert "* not comparable with other results, and in no average: at most 6 clips a split were used" in out
+    assert "weighted average" not in out
+
+
+def test_progress_is_told_only_of_what_was_done(world: World, tmp_path: Path) -> None:
+    lines = [run(*world.evaluate("--tasks", world.good, "--cache", str(tmp_path / "new")))[2].splitlines() for _ in range(2)]
+    assert lines[0] == ["good: embedding done, 44 clips", "good: training done, 6 epochs"]
+    assert lines[1] == ["good: training done, 6 epochs"]
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["evaluate", "MODEL", "--tasks", "esk50"], 2, "there is no task 'esk50'; did you mean 'esc50'"),
+        (["evaluate", "MODEL", "--suite", "speach"], 2, "there is no suite 'speach'; choose from all, public, speech"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--contract", "sample_rate"], 2, "sample_rate"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--contract", "sampel_rate=8000"], 2, "sample_rate"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--protocol", "mine"], 2, "must be corrected or xares"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--method", "mlp"], 2, "method 'mlp' must be head or knn"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--threads", "0"], 2, "--threads 0 must be 1 or more"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--device", "gpu"], 2, "--device 'gpu' must be auto, cpu, cuda"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--output", "."], 2, "--output . is a folder"),
+        (["evaluate", "MODEL", "--tasks", "missing.toml"], 2, "task file missing.toml cannot be read"),
+        (["tasks", "esk50"], 2, "there is no task 'esk50'; did you mean 'esc50'"),
+        (["export", "logmell"], 2, "there is no encoder family 'logmell'; did you mean 'logmel'"),
+        (["evaluate", "missing.onnx", "--tasks", "GOOD"], 3, "missing.onnx"),
+        (["evaluate", "SHARD", "--tasks", "GOOD"], 3, "train-0.tar"),
+        (["evaluate", "MODEL", "--tasks", "gtzan_genre"], 4, "put the tars of Zenodo record 14722472 there"),
+        (["evaluate", "MODEL", "--tasks", "liveenv"], 4, "its data were never published"),
+        (["evaluate", "MODEL", "--data", "nowhere"], 4, "data folder nowhere does not exist"),
+        (["evaluate", "MODEL", "--data", "."], 4, "holds no task's data"),
+        (["evaluate", "MODEL", "--suite", "music"], 4, "no task of suite music has data"),
+        (["tasks", "--data", "nowhere"], 4, "data folder nowhere does not exist"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--device", "QNNExecutionProvider"], 5, "has no QNNExecutionProvider"),
+        (["evaluate", "MODEL", "--tasks", "GOOD", "--output", "GOOD/r.json"], 5, "cannot be written"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(world: World, arguments: list[str], code: int, message: str) -> None:
+    shard = str(world.data / "good/train-0.tar")
+    named = {"MODEL": world.model, "GOOD": world.good, "GOOD/r.json": f"{world.good}/r.json", "SHARD": shard}
+    found, out, err = run(*(named.get(argument, argument) for argument in arguments))
+    assert (found, out) == (code, "")
+    assert message in said(err)
+
+
+def test_a_failed_task_leaves_its_code_after_the_table(world: World) -> None:
+    code, out, err = run(*world.evaluate("--tasks", f"{world.cut},{world.good}"))
+    assert code == 4
+    assert "cut: failed: a shard is damaged" in out
+    assert "Tones good" in out
+    errors = [line for line in err.splitlines() if line.startswith("xares-onnx: ")]
+    assert len(errors) == 1
+    assert "--allow-drops" in errors[0]
+    code, out, _ = run(*world.evaluate("--tasks", world.cut, "--json"))
+    assert (code, json.loads(out)["tasks"][0]["status"]) == (4, "failed")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RuntimeError("boom"), 70, "internal error, please report it: RuntimeError: boom (--debug shows where)"),
+        (
+            XaresError("Traceback:\n  a line\nValueError: boom"),
+            70,
+            "internal error in a worker, please report it: ValueError: boom",
+        ),
+        (DiskFullError("the disk\nis full"), 5, "the disk is full"),
+        (MemoryError("9 GB"), 5, "the memory of this machine does not suffice: 9 GB"),
+        (OSError(28, "No space left"), 5, "the disk of this machine does not suffice: [Errno 28] No space left"),
+        (KeyboardInterrupt(), 130, "interrupted; finished shards are stored, so the same command goes on from there"),
+        (cli._Terminated(), 143, "interrupted; finished shards are stored, so the same command goes on from there"),
+        (XaresError(), 70, "XaresError"),
+        (XaresError("no \x1b[2Jescape"), 70, r"no \x1b[2Jescape"),
+    ],
+)
+def test_what_goes_wrong_inside(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    monkeypatch.setenv("XARES_ONNX_DEBUG", "")  # so that --debug's own setting is undone
+    found, out, err = run(*world.evaluate())
+    assert (found, out, said(err)) == (code, "", message)
+    if code == 70:
+        found, _, err = run(*world.evaluate("--debug"))
+        assert found == code
+        assert "Traceback (most recent call last)" in err
+        assert "in fail" in err
+
+
+def test_precedence_of_exit_codes() -> None:
+    assert [worst_exit_code(codes) for codes in ([], [0], [4, 3], [5, 4, 1], [1, 4], [4, 5, 3, 70])] == [0, 0, 3, 5, 4, 70]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate"], "Missing argument"),
+        (["evaluate", "m.onnx", "--task", "esc50"], "--tasks"),
+        (["evaluate", "m.onnx", "--seeds", "many"], "--seeds"),
+        (["evalaute"], "evalaute"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_too(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["xares-onnx", *arguments])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    out, err = capfd.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert message in said(err)
+    assert "--help` shows what there is" in err
+
+
+def test_without_arguments_the_help(world: World) -> None:
+    code, out, err = world.real()
+    assert (code, out) == (2, "")
+    assert "evaluate" in err
+    assert "Usage:" in err
+
+
+# ---------------------------------------------------------------- real processes
+
+
+def test_help_and_version_load_nothing_heavy(world: World) -> None:
+    heavy = {"torch", "onnxruntime", "onnx", "sklearn", "numpy", "rich", "soundfile"}
+    script = (
+        "import sys, xares_onnx, xares_onnx.cli\n"
+        "sys.argv = ['xares-onnx', 'evaluate', '--help']\n"
+        "try: xares_onnx.cli.main()\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        f"loaded = {heavy!r} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "import numpy\n"
+        f"assert {heavy!r} & set(sys.modules)\n"  # the test works
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=world.environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--protocol" in done.stdout
+    assert world.real("--version") == (0, f"{__version__}\n", "")
+
+
+def test_a_real_process_scores_and_fails_alike(world: World) -> None:
+    code, out, err = world.real(*world.evaluate("--tasks", f"{world.good},{world.cut}", "--method", "knn"))
+    assert code == 4
+    assert "Tones good" in out
+    assert "cut: failed" in out
+    assert said(err).startswith("a shard is damaged")
+    assert out.isascii()
+    assert "\x1b" not in out + err
+
+
+def test_colour_is_not_forced_upon_a_file(world: World) -> None:
+    code, out, err = world.real("tasks", env={"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"})
+    assert (code, err) == (0, "")
+    assert out.isascii()
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["tasks"], 0),
+        (["tasks", "--json"], 0),
+        (["evaluate", "--method", "knn", "--tasks", "CUT,GOOD"], 4),
+    ],
+)
+def test_a_reader_that_left_changes_no_exit_code(world: World, arguments: list[str], code: int) -> None:
+    if arguments[0] == "evaluate":
+        arguments = world.evaluate(*(a.replace("CUT", world.cut).replace("GOOD", world.good) for a in arguments[1:]))
+    with world.start(arguments) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == code
+    assert "roken" not in err
+    assert err.count("\n") == (code != 0)
+
+
+def test_an_ascii_terminal_gets_escapes_and_json_stays_json(world: World) -> None:
+    path = Path(write_task(world.folder / "ascii", "good"))
+    path.write_text(path.read_text().replace("Tones good", "Töne ☃"))
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    code, out, err = world.real("tasks", str(path), env=ascii_only)
+    assert (code, err) == (0, "")
+    assert r"T\xf6ne \u2603" in out
+    code, out, err = world.real("tasks", str(path), "--json", env=ascii_only)
+    assert (code, err) == (0, "")
+    assert json.loads(out)[0]["title"] == "Töne ☃"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_so_and_goes_on_later(world: World, tmp_path: Path, number: int, code: int) -> None:
+    endless = write_task(tmp_path, "good", epochs=10_000)
+    options = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out.json")]
+    with world.start(["evaluate", world.model, "--tasks", str(endless), *options]) as process:
+        assert process.stderr is not None
+        try:
+            assert process.stderr.readline() == b"good: embedding done, 44 clips\n"
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == code
+    assert said(err.decode()).startswith("interrupted; finished shards are stored")
+    assert not (tmp_path / "out.json").exists()
+    code, _, stderr = run("evaluate", world.model, "--tasks", world.good, *options)
+    assert code == 0
+    assert "embedding" not in stderr  # all of it was stored
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_plan_counts_and_embeds_nothing(world: World, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    arguments = ["evaluate", world.model, "--tasks", f"{world.good},{world.other}", "--cache", str(cache)]
+    code, out, _ = run(*arguments, "--plan", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert [(row["task"], row["clips"], row["clips_to_embed"]) for row in plan["tasks"]] == [
+        ("good", 44, 44),
+        ("other", 48, 48),
+    ]
+    assert plan["total"]["clips"] == 92
+    for row in plan["tasks"]:
+        assert row["hours"] == pytest.approx(row["clips"] * 0.4 / 3600, rel=1e-3)
+        assert row["disk_bytes"] > 0
+        assert row["embed_seconds"] == pytest.approx(row["hours"] * 3600 * plan["rtf"] * 1.1)
+    assert not list((cache / "store").rglob("*"))
+    assert not (tmp_path / "results").exists()
+
+    code, out, err = run(*arguments, "--plan")
+    assert (code, err) == (0, "")
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:]]
+        for line in out.splitlines()
+        if "|" in line
+    }
+    assert rows["total"][:3] == ["92", "0.01", "92"]
+    assert "on this machine: the model takes" in out
+
+    run(*arguments[:3], world.good, *arguments[4:], "--output", str(tmp_path / "r.json"), "--quiet")
+    plan = json.loads(run(*arguments, "--plan", "--json")[1])
+    assert [row["clips_to_embed"] for row in plan["tasks"]] == [0, 48]
+    stored = sum(path.stat().st_size for path in (cache / "store").rglob("*") if path.is_file())
+    assert 0.3 < stored / (44 * (12 * 4 + 250)) < 3  # what a plan promises of the disk
+    limited = json.loads(run(*arguments, "--plan", "--json", "--limit", "5")[1])
+    assert [(row["clips"], row["clips_to_embed"]) for row in limited["tasks"]] == [(15, 15), (15, 15)]
+
+
+def test_hours_of_a_plan_are_near_where_clips_differ(world: World, tmp_path: Path) -> None:
+    """Durations are sampled: 300 clips of 0.1 to 0.7 s."""
+    clips: dict[str, Any] = {}
+    for i in range(300):
+        clips |= tones(1, i, seconds=0.1 + 0.002 * i, prefix=f"{i:03}")
+    for split in ("train", "test"):
+        write_shard(tmp_path / "long" / f"{split}-0.tar", clips)
+    task = write_task(tmp_path, "long", splits=("train", "test"))
+    code, out, _ = run("evaluate", world.model, "--tasks", str(task), "--data", str(tmp_path), "--plan", "--json")
+    (row,) = json.loads(out)["tasks"]
+    seconds = 2 * sum(0.1 + 0.002 * i for i in range(300))
+    assert (code, row["clips"]) == (0, 600)
+    assert row["hours"] * 3600 == pytest.approx(seconds, rel=0.05)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def table(out: str) -> list[list[str]]:
+    """The cells of a plain table, without its head."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    return rows[1:]
+
+
+def test_tasks_are_listed_on_one_line_each() -> None:
+    code, out, err = run("tasks")
+    assert (code, err) == (0, "")
+    rows = {row[0]: row[1:] for row in table(out)}
+    assert list(rows) == list(shipped_tasks())
+    assert rows["esc50"] == ["ESC-50", "environment", "integer", "accuracy", "400", "no"]
+    assert rows["finger_snap"][-1] == "no, private"
+    assert rows["synthetic_tempo"][-1] == "built in"
+    assert out.splitlines()[-1] == f"data folder: {os.environ['XARES_ONNX_DATA']}"
+    assert "…" not in out
+
+
+def test_tasks_say_what_is_on_disk(world: World, tmp_path: Path) -> None:
+    for number in range(1, 6):
+        write_shard(tmp_path / "esc50" / f"wds-audio-fold-{number}-0.tar", tones(2, 0))
+    (tmp_path / "vocalsound").mkdir()
+    (tmp_path / "vocalsound" / "nothing.txt").write_text("")
+    rows = {row[0]: row[-1] for row in table(run("tasks", "--data", str(tmp_path))[1])}
+    assert rows["esc50"] == "5 shards, 0.00 GB"
+    assert rows["vocalsound"] == "no"
+    assert [row[0] for row in table(run("tasks", "vox*")[1])] == ["voxceleb1", "voxlingua33"]
+
+
+def test_one_task_in_full(tmp_path: Path) -> None:
+    write_shard(tmp_path / "esc50" / "wds-audio-fold-2-0.tar", tones(2, 0))
+    code, out, err = run("tasks", "esc50", "--data", str(tmp_path))
+    assert (code, err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["title"] == "ESC-50"
+    assert lines["domain"] == "environment"
+    assert lines["kind"] == "integer, 50 classes, from 'label' of a clip's json"
+    assert lines["head"] == "linear, 10 epochs, batches of 32, learning rate 0.001"
+    assert lines["metric"] == "accuracy, also by kNN"
+    assert lines["weight"] == "400"
+    assert lines["data"] == "https://zenodo.org/records/14614287"
+    assert "fold 1            wds-audio-fold-1-*.tar: no shards" in out
+    assert "fold 2            wds-audio-fold-2-*.tar: 1 shard, " in out
+    assert "published linear  dasheng 0.857, wav2vec2 0.510, whisper 0.528, data2vec 0.229" in out
+    assert "published knn     dasheng 0.618" in out
+    private = run("tasks", "liveenv")[1]
+    assert "domain            environment, private" in private
+    assert "accuracy, not by kNN" in private
+    assert "zenodo" not in private
+
+
+@pytest.mark.parametrize("name", [*shipped_tasks()])
+def test_every_task_can_be_shown(name: str) -> None:
+    code, out, err = run("tasks", name)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"name              {name}\n")
+    assert all(line == line.rstrip() for line in out.splitlines())
+
+
+def test_tasks_as_json() -> None:
+    code, out, err = run("tasks", "--json")
+    records = {record["name"]: record for record in json.loads(out)}
+    assert (code, err) == (0, "")
+    assert set(records) == set(shipped_tasks())
+    esc50 = records["esc50"]
+    assert (esc50["kind"], esc50["on_disk"], esc50["weight"], esc50["head"]["epochs"]) == ("integer", "no", 400, 10)
+    assert esc50["target"] == {"kind": "integer", "key": "label", "classes": 50}
+    assert [record["name"] for record in json.loads(run("tasks", "esc50", "--json")[1])] == ["esc50"]
+
+
+# ---------------------------------------------------------------- cache and export
+
+
+@pytest.fixture
+def cache(world: World, tmp_path: Path) -> Path:
+    """A copy of a cache that holds two tasks by one model and one of them by another."""
+    source = world.folder / "two models"
+    if not source.exists():
+        second = write_encoder(world.folder / "second.onnx", declare=False)
+        for model, tasks in ((world.model, f"{world.good},{world.other}"), (str(second), world.good)):
+            arguments = ["evaluate", model, "--tasks", tasks, "--method", "knn", "--quiet", "--cache", str(source)]
+            assert run(*arguments, "--output", str(tmp_path / "r.json")) == (0, "", "")
+    return Path(shutil.copytree(source, tmp_path / "cache"))
+
+
+def stored(cache: Path) -> list[tuple[str, str, str]]:
+    """(model, task, shards) as `cache list` shows them."""
+    code, out, err = run("cache", "list", "--cache", str(cache))
+    assert (code, err) == (0, "")
+    assert f" in {cache / 'store'}" in out
+    return [(row[0], row[2], row[3]) for row in table(out)]
+
+
+ALL = [("bank.onnx", "good", "4"), ("bank.onnx", "other", "4"), ("second.onnx", "good", "4")]
+
+
+def test_prune_without_a_choice_removes_only_leftovers(cache: Path) -> None:
+    assert stored(cache) == ALL
+    shard = next((cache / "store").rglob("*.safetensors"))
+    leftover = shard.with_name(f"{shard.name}.abcd.part")
+    young = shard.with_name(f"{shard.name}.efgh.part")
+    leftover.write_bytes(b"x" * 2_000_000)
+    young.write_bytes(b"x")
+    os.utime(leftover, (0, 0))
+    assert run("cache", "prune", "--cache", str(cache)) == (0, "removed 0 stored shards, freed 2.0 MB\n", "")
+    assert not leftover.exists()
+    assert young.exists()  # may belong to a run that goes on
+    assert stored(cache) == ALL
+
+
+def test_prune_by_model(cache: Path) -> None:
+    assert run("cache", "prune", "--model", "second.onnx", "--cache", str(cache))[1].startswith("removed 4 stored shards")
+    assert stored(cache) == ALL[:2]
+
+
+def test_prune_by_age(cache: Path) -> None:
+    for path in (cache / "store").rglob("*.safetensors"):
+        header = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[0])
+        if header["task"] == "other":
+            os.utime(path, (time.time() - 3 * 86_400,) * 2)
+    assert run("cache", "prune", "--older-than", "4", "--cache", str(cache))[1].startswith("removed 0 ")
+    narrowed = ["cache", "prune", "--older-than", "2", "--model", "second.onnx", "--cache", str(cache)]
+    assert run(*narrowed)[1].startswith("removed 0 ")  # both must fit
+    assert run("cache", "prune", "--older-than", "2", "--cache", str(cache))[1].startswith("removed 4 ")
+    assert stored(cache) == [ALL[0], ALL[2]]
+
+
+def test_prune_everything(cache: Path) -> None:
+    assert run("cache", "prune", "--all", "--cache", str(cache))[1].startswith("removed 12 stored shards, freed 0.")
+    assert stored(cache) == []
+    assert not [path for path in (cache / "store").rglob("*") if path.is_file()]
+
+
+def test_export_then_evaluate(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    code, out, err = run("export", "logmel", "-o", str(tmp_path / "logmel.onnx"))
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'logmel.onnx'}: 0.")
+    assert " M parameters, at most " in out
+    assert (tmp_path / "logmel.onnx").exists()
+    assert run("evaluate", str(tmp_path / "logmel.onnx"), "--tasks", world.good, "--method", "knn", "--quiet") == (0, "", "")
+    assert [path.name.split("-")[0] for path in (tmp_path / "results").glob("*.json")] == ["logmel"]
+
+
+# ---------------------------------------------------------------- what reaches a terminal
+
+HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
+SHOWN = r"[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=["terminal", "file"])
+def console(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Screen() if request.param == "terminal" else io.StringIO())
+    return terminal.stdout_console()
+
+
+def printed(console: Console) -> str:
+    """What was printed, without the colours of our own."""
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    ours = ("\x1b[0m", "\x1b[1m", "\x1b[33m")
+    if console.is_terminal:
+        assert any(style in text for style in ours)
+    for style in ours:
+        text = text.replace(style, "")
+    return text
+
+
+def record(**fields: Any) -> TaskResult:
+    base: dict[str, Any] = {
+        "task": "esc50",
+        "title": HOSTILE,
+        "domain": "environment",
+        "status": "ok",
+        "method": "linear",
+        "metric": "accuracy",
+        "score": 0.5,
+        "ci95": (0.25, 0.75),
+        "n_test": 10,
+        "clips": Clips(expected=10, read=9, dropped=[Drop(HOSTILE, HOSTILE)]),
+        "definition_digest": "",
+        "seconds": Seconds(embed=0, train=0, score=0),
+    }
+    return TaskResult(**{**base, **fields})
+
+
+def result(*tasks: TaskResult) -> Result:
+    contract = {name: {"value": 16_000, "source": "default"} for name in ("dim", "hop_samples", "sample_rate")}
+    return Result(
+        encoder=Encoder(file=HOSTILE, sha256="", bytes=1, parameters=1, contract=contract, taps=[]),
+        environment={"provider": "CPUExecutionProvider"},
+        settings={"protocol": "corrected", "seeds": 1, "limit": None},
+        created="",
+        tasks=list(tasks),
+        averages=averages(tasks, {}),
+    )
+
+
+def safe(text: str) -> None:
+    """No control character but line ends, and the hostile text in full as escapes."""
+    assert [c for c in text if not c.isprintable() and c != "\n"] == []
+    assert SHOWN in text
+
+
+def test_hostile_names_in_a_result(console: Console) -> None:
+    failed = record(task="gtzan_genre", status="failed", reason=HOSTILE, score=None, ci95=None)
+    terminal.print_result(result(record(), failed), console, saved=HOSTILE)
+    text = printed(console)
+    safe(text)
+    assert text.count(SHOWN) == 7  # encoder, two titles, key and reason of a drop, reason of a failure, path
+
+
+def test_hostile_names_in_a_listing(console: Console, tmp_path: Path) -> None:
+    path = write_task(tmp_path, "mine", classes=("a", "b"))
+    path.write_text(
+        path.read_text().replace('"Tones mine"', json.dumps(HOSTILE)).replace('["a", "b"]', json.dumps(["a", HOSTILE]))
+    )
+    task = load_task(path)
+    terminal.print_tasks([(task, HOSTILE)], Path(HOSTILE), console)
+    terminal.print_task(task, Path(HOSTILE), console)
+    header = Header(
+        store_version=1,
+        model=HOSTILE,
+        model_sha256=HOSTILE,
+        task=HOSTILE,
+        shard="",
+        expected=0,
+        damage=None,
+        audio_seconds=0,
+    )
+    terminal.print_cache([("key", header, 10, 0.0)], HOSTILE, console)
+    terminal.print_plan(Plan([PlanRow("mine", 1, 1, 0.1, 10, 1, 1)], 0.1), console)
+    safe(printed(console))
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_hostile_names_in_progress(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen() if live else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal.TerminalObserver() as observer:
+        observer(Progress("embed", "[red]mine[/red]", 0, 10))
+        observer(Note(HOSTILE))
+        observer(Note(HOSTILE))
+        observer(Progress("embed", "[red]mine[/red]", 10, 10))
+    text = screen.getvalue()
+    assert text.count(f"note: {SHOWN}") == 1  # said once
+    assert "\x1b[2J" not in text
+    assert "\x1b]0;" not in text
+    assert "[red]mine[/red]" in text
+
+
+def test_scores_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", Screen())
+    console = terminal.stdout_console()
+    tasks = [record(title="Libri Speech Male Female", score=0.123, clips=Clips(expected=1, read=1, dropped=[]))]
+    tasks.append(record(title="Libri Speech Male Female", method="knn", score=0.456))
+    terminal.print_result(result(*tasks), console)
+    terminal.print_tasks([(task, "12 shards, 10.34 GB") for task in shipped_tasks().values()], Path("data"), console)
+    text = printed(console)
+    for whole in ("0.123", "0.456", "0.250-0.750", "dropped", "weight", "12 shards,", "librispeechmalefemale"):
+        assert whole in text
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines() if "0.123" in line or "accuracy" in line) <= 80

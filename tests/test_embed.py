@@ -1,0 +1,586 @@
+"""Embedding shards: a clip's vector is of that clip alone, losses are named, and whatever stops a run, the next one goes on.
+
+The encoder is |W x window| over windows of 400 samples, 160 apart, and the root of 0.9 plus the window's mean, which is no
+number where a clip lies below -0.9.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import psutil
+import pytest
+import soxr
+from numpy.lib.stride_tricks import sliding_window_view
+from onnx import TensorProto, helper, numpy_helper
+from shard_makers import (
+    RATE,
+    Samples,
+    clip_members,
+    encoded,
+    member,
+    noise,
+    sine,
+    small_disk,
+    task_toml,
+    write_shard,
+    write_tar,
+)
+
+from xares_onnx import audio
+from xares_onnx.catalog import Digests
+from xares_onnx.dataset import prepare
+from xares_onnx.embed import NOT_FINITE, CropSettings, ShardPlan, ShardReport, _Decoded, embed_shards, shard_specs
+from xares_onnx.encoder import Encoder, load_encoder
+from xares_onnx.errors import DataError, DiskFullError, MachineError
+from xares_onnx.evaluation import evaluate
+from xares_onnx.events import Observer, Progress, ignore
+from xares_onnx.files import stamp
+from xares_onnx.planning import make_plan
+from xares_onnx.shards import Drop, file_digest, index_shard
+from xares_onnx.store import EmbeddedShard, Store
+from xares_onnx.task import load_task
+
+WINDOW, HOP, BANDS = 400, 160, 6
+WEIGHTS = (np.random.default_rng(3).standard_normal((BANDS, WINDOW)) / 20).astype(np.float32)
+CHUNK = 10 * RATE
+WHOLE = CropSettings(None)
+AS_XARES = CropSettings(None, "whole-crops", pad_short_clips=False, keep_padding=True)
+
+
+# ---------------------------------------------------------------- the encoder, in ONNX and by hand
+
+
+def write_model(path: Path, *, slow: bool = False) -> Path:
+    """A slow one takes its frames through a product with the identity of 1024 dimensions."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["audio", "channel"], ["signal"]),
+        helper.make_node("Conv", ["signal", "weights"], ["bands"], strides=[HOP]),
+        helper.make_node("Abs", ["bands"], ["levels"]),
+        helper.make_node("AveragePool", ["signal"], ["mean"], kernel_shape=[WINDOW], strides=[HOP]),
+        helper.make_node("Add", ["mean", "offset"], ["lifted"]),
+        helper.make_node("Sqrt", ["lifted"], ["root"]),
+        helper.make_node("Concat", ["levels", "root"], ["both"], axis=1),
+        helper.make_node("Transpose", ["both"], ["frames_first" if slow else "embeddings"], perm=[0, 2, 1]),
+    ]
+    values = {"channel": np.array([1]), "weights": WEIGHTS[:, None], "offset": np.array([0.9], np.float32)}
+    if slow:
+        values["out"] = np.eye(BANDS + 1, 1024, dtype=np.float32)
+        values["across"] = np.eye(1024, dtype=np.float32)
+        values["back"] = np.eye(1024, BANDS + 1, dtype=np.float32)
+        steps = ["frames_first", "wide", "wide again", "embeddings"]
+        nodes += [
+            helper.make_node("MatMul", [source, weights], [target])
+            for (source, target), weights in zip(pairwise(steps), ["out", "across", "back"], strict=True)
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "bank",
+        [helper.make_tensor_value_info("audio", TensorProto.FLOAT, ["batch", "samples"])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", "frames", BANDS + 1])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def frames_of(chunk: Samples) -> npt.NDArray[np.float64]:
+    windows = sliding_window_view(chunk.astype(np.float64), WINDOW)[::HOP]
+    return np.concatenate([np.abs(windows @ WEIGHTS.T), np.sqrt(0.9 + windows.mean(axis=1, keepdims=True))], axis=1)
+
+
+def pooled_by_hand(samples: Samples, *, as_xares: bool = False) -> npt.NDArray[np.float64]:
+    """Chunks of 10 s; a last piece under 1 s is padded to 1 s; frames centred half a hop past the end are left out.
+
+    X-ARES keeps them, and leaves a short clip as it is.
+    """
+    kept = []
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        if len(chunk) < RATE and not (as_xares and not start):
+            chunk = np.pad(chunk, (0, RATE - len(chunk)))
+        frames = frames_of(chunk)
+        inside = start + WINDOW / 2 + HOP * np.arange(len(frames)) - HOP / 2 < len(samples)
+        if not as_xares:
+            inside[0] |= start == 0
+            frames = frames[inside]
+        kept.append(frames)
+    mean: npt.NDArray[np.float64] = np.concatenate(kept).mean(axis=0)
+    return mean
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "bank.onnx")
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Path) -> Iterator[Encoder]:
+    with load_encoder(model, device="cpu", threads=2) as encoder:
+        yield encoder
+
+
+def plan_of(path: Path, selected: Iterable[str] | None = None) -> ShardPlan:
+    return ShardPlan(path, file_digest(path), stamp(path), None if selected is None else frozenset(selected))
+
+
+def embedded(
+    encoder: Encoder, store: Path, *plans: ShardPlan | Path, crops: CropSettings = WHOLE, observer: Observer = ignore
+) -> tuple[list[EmbeddedShard], list[ShardReport]]:
+    made = [plan_of(plan) if isinstance(plan, Path) else plan for plan in plans]
+    shards, reports = embed_shards(encoder, "mine", made, crops, Store(store), observer)
+    assert list(shards) == [plan.path for plan in made]
+    for shard in shards.values():
+        assert shard.header.expected == len(shard.clips) + len(shard.drops)
+    return list(shards.values()), reports
+
+
+def vectors(shard: EmbeddedShard) -> dict[str, npt.NDArray[np.float32]]:
+    """Key -> (crops, dim)."""
+    return {clip.key: shard.pooled[shard.clip_of_crop == i] for i, clip in enumerate(shard.clips)}
+
+
+def assert_same(found: dict[str, npt.NDArray[np.float32]], expected: dict[str, npt.NDArray[np.float32]]) -> None:
+    """Bit by bit."""
+    assert list(found) == list(expected)
+    for key, vector in expected.items():
+        assert found[key].tobytes() == vector.tobytes(), key
+
+
+# ---------------------------------------------------------------- what a vector is
+
+LENGTHS = (0.001, 0.02, 0.3, 0.99, 1, 1.003, 1.5, 9.99, 10, 10.001, 10.4, 11, 23.7, 30)
+
+
+def clips_of(lengths: Iterable[float]) -> dict[str, Samples]:
+    return {f"{seconds} s": noise(seconds, seed=int(seconds * 1_000)).astype(np.float32) for seconds in lengths}
+
+
+def shard_of(path: Path, clips: dict[str, Samples]) -> Path:
+    return write_shard(path, {key: (encoded(samples, subtype="FLOAT"), {"label": key}) for key, samples in clips.items()})
+
+
+def test_a_vector_is_the_mean_of_the_frames_of_its_clip(encoder: Encoder, tmp_path: Path) -> None:
+    clips = clips_of(LENGTHS)
+    ((shard,), (report,)) = embedded(encoder, tmp_path / "store", shard_of(tmp_path / "a.tar", clips))
+    found = vectors(shard)
+    assert list(found) == list(clips)
+    assert shard.drops == []
+    assert shard.pooled.dtype == np.float32
+    frames = encoder.embed(list(clips.values()), RATE)
+    for (key, samples), embedding in zip(clips.items(), frames, strict=True):
+        assert found[key].shape == (1, BANDS + 1)
+        np.testing.assert_array_equal(found[key][0], embedding.frames.mean(axis=0, dtype=np.float64).astype(np.float32))
+        np.testing.assert_allclose(found[key][0], pooled_by_hand(samples), rtol=1e-5, atol=1e-6, err_msg=key)
+    assert [clip.seconds for clip in shard.clips] == pytest.approx(LENGTHS, abs=1e-4)
+    assert [json.loads(clip.label) for clip in shard.clips] == [{"label": key} for key in clips]
+    assert report.clips == len(clips)
+    assert report.audio_seconds == pytest.approx(sum(LENGTHS), abs=1e-2) == shard.header.audio_seconds
+
+
+def test_under_xares_padding_is_kept_and_a_short_clip_is_not_padded(encoder: Encoder, tmp_path: Path) -> None:
+    clips = clips_of(length for length in LENGTHS if length >= WINDOW / RATE)
+    ((shard,), _) = embedded(encoder, tmp_path / "store", shard_of(tmp_path / "a.tar", clips), crops=AS_XARES)
+    for key, samples in clips.items():
+        by_hand = pooled_by_hand(samples, as_xares=True)
+        np.testing.assert_allclose(vectors(shard)[key][0], by_hand, rtol=1e-5, atol=1e-6, err_msg=key)
+    assert np.abs(vectors(shard)["0.3 s"][0] - pooled_by_hand(clips["0.3 s"])).max() > 1e-3  # this test sees the difference
+
+
+@pytest.mark.parametrize(
+    ("rule", "crops_of"),
+    [
+        ("keep-tails", {"7 s": [(0, 5), (5, 7)], "5.5 s": [(0, 5)], "2 s": [(0, 2)], "15 s": [(0, 5), (5, 10), (10, 15)]}),
+        ("whole-crops", {"7 s": [(0, 5)], "5.5 s": [(0, 5)], "2 s": [(0, 5)], "15 s": [(0, 5), (5, 10), (10, 15)]}),
+    ],
+)
+def test_every_crop_has_a_vector_of_its_own(
+    rule: audio.CropRule, crops_of: dict[str, list[tuple[int, int]]], encoder: Encoder, tmp_path: Path
+) -> None:
+    clips = clips_of([7, 5.5, 2, 15])
+    shard_path = shard_of(tmp_path / "a.tar", clips)
+    ((shard,), _) = embedded(encoder, tmp_path / "store", shard_path, crops=CropSettings(5.0, rule))
+    for key, samples in clips.items():
+        padded = np.pad(samples, (0, 5 * RATE)) if rule == "whole-crops" else samples
+        by_hand = [pooled_by_hand(padded[start * RATE : stop * RATE]) for start, stop in crops_of[key]]
+        np.testing.assert_allclose(vectors(shard)[key], by_hand, rtol=1e-5, atol=1e-6, err_msg=key)
+    assert [clip.seconds for clip in shard.clips] == [7, 5.5, 2, 15]  # before cropping
+
+
+@pytest.mark.parametrize(("rate", "channels", "container"), [(8_000, 1, "WAV"), (44_100, 2, "FLAC"), (96_000, 6, "WAV")])
+def test_clips_are_mixed_down_and_resampled_first(
+    rate: int, channels: int, container: str, encoder: Encoder, tmp_path: Path
+) -> None:
+    signals = np.stack([sine(200 * (i + 1), 1.3, rate) for i in range(channels)], axis=1)
+    path = write_shard(tmp_path / "a.tar", {"a": (encoded(signals, rate, container, "PCM_24"), 0)})
+    ((shard,), _) = embedded(encoder, tmp_path / "store", path)
+    at_16_khz = soxr.resample(signals.mean(axis=1), rate, RATE, quality="HQ")
+    np.testing.assert_allclose(shard.pooled[0], pooled_by_hand(at_16_khz), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- alone among neighbours
+
+NEIGHBOURS = clips_of([0.5, 2, 1, 12, 3.3, 1])
+
+
+def test_a_vector_does_not_depend_on_order_or_company(encoder: Encoder, tmp_path: Path) -> None:
+    plain = shard_of(tmp_path / "plain.tar", NEIGHBOURS)
+    backwards = shard_of(tmp_path / "backwards.tar", dict(reversed(NEIGHBOURS.items())))
+    company = {"loud": sine(100, 3, amplitude=1.0), **NEIGHBOURS, "silent": np.zeros(RATE), "same": NEIGHBOURS["12 s"]}
+    crowded = shard_of(tmp_path / "crowded.tar", company)
+    alone = [shard_of(tmp_path / f"{i}.tar", {key: samples}) for i, (key, samples) in enumerate(NEIGHBOURS.items())]
+    (first, *others), _ = embedded(encoder, tmp_path / "store", plain, backwards, crowded, *alone)
+    expected = vectors(first)
+    assert len({vector.tobytes() for vector in expected.values()}) == len(expected)
+    assert_same(dict(reversed(vectors(others[0]).items())), expected)
+    among = vectors(others[1])
+    assert_same({key: among[key] for key in expected}, expected)
+    assert among["same"].tobytes() == expected["12 s"].tobytes()
+    assert_same({key: vector for shard in others[2:] for key, vector in vectors(shard).items()}, expected)
+
+
+def test_threads_and_processes_change_no_bit(model: Path, tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a.tar", NEIGHBOURS)
+    files = []
+    for number, threads in enumerate((1, 2, 5)):
+        with load_encoder(model, device="cpu", threads=threads) as encoder:
+            embedded(encoder, tmp_path / f"{number}", path)
+        files.append({file.name: file.read_bytes() for file in (tmp_path / f"{number}").glob("*/*")})
+    assert len(files[0]) == 2
+    assert files[0] == files[1] == files[2]
+
+
+def _odd_wav(value: float) -> bytes:
+    samples = noise(1)
+    samples[700] = value
+    return encoded(samples, subtype="FLOAT")
+
+
+WAV = encoded(noise(1))
+BROKEN: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
+    "garbage": (clip_members("broken", os.urandom(5_000), 0), "audio cannot be decoded"),
+    "no bytes": (clip_members("broken", b"", 0), "audio cannot be decoded"),
+    "no samples": (clip_members("broken", encoded(np.empty(0)), 0), "audio holds no samples"),
+    "NaN": (clip_members("broken", _odd_wav(np.nan), 0), "NaN or infinite"),
+    "infinity": (clip_members("broken", _odd_wav(-np.inf), 0), "NaN or infinite"),
+    "a model's NaN": (clip_members("broken", encoded(np.full(RATE, -0.99)), 0), NOT_FINITE),
+    "a model's NaN at the end": (clip_members("broken", encoded(np.r_[noise(11), np.full(RATE, -0.99)]), 0), NOT_FINITE),
+    "a broken json": ([member("broken.wav", WAV), member("broken.json", b'{"label": ')], "its json cannot be read"),
+    "a nested json": ([member("broken.wav", WAV), member("broken.json", b"[" * 100_000)], "its json cannot be read"),
+    "a pickled json": ([member("broken.wav", WAV), member("broken.json", pickle.dumps(0))], "its json cannot be read"),
+    "no json": ([member("broken.wav", WAV)], "no json beside its audio"),
+    "no audio": ([member("broken.json", b"{}")], "no audio beside its json"),
+    "a pickle for audio": ([member("broken.pyd", pickle.dumps(WAV)), member("broken.json", b"{}")], "no audio beside"),
+    "a link": ([member("broken.wav", type=tarfile.SYMTYPE, linkname="1 s.wav"), member("broken.json", b"{}")], "a link"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_clip_is_a_named_drop_and_changes_no_bit_of_its_neighbours(
+    kind: str, encoder: Encoder, tmp_path: Path
+) -> None:
+    members, reason = BROKEN[kind]
+    whole = [clip_members(key, encoded(samples, subtype="FLOAT"), key) for key, samples in NEIGHBOURS.items()]
+    healthy = [part for parts in whole for part in parts]
+    without = write_tar(tmp_path / "without.tar", healthy)
+    with_it = write_tar(tmp_path / "with.tar", [*healthy[:4], *members, *healthy[4:]])
+    (first, second), _ = embedded(encoder, tmp_path / "store", without, with_it)
+    assert_same(vectors(second), vectors(first))
+    assert not first.drops
+    (drop,) = second.drops
+    assert drop.key == "broken"
+    assert reason in drop.reason
+    assert second.header.expected == len(NEIGHBOURS) + 1
+    assert second.header.audio_seconds == first.header.audio_seconds
+    assert second.header.damage is None
+
+
+def test_a_shard_of_broken_clips_is_stored_as_that(encoder: Encoder, tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", {f"{i}": (b"broken", 0) for i in range(30)})
+    ((shard,), _) = embedded(encoder, tmp_path / "store", path)
+    assert shard.pooled.shape == (0, BANDS + 1)
+    assert sorted(drop.key for drop in shard.drops) == sorted(map(str, range(30)))
+    (_, reports) = embedded(encoder, tmp_path / "store", path)
+    assert reports == []
+
+
+def test_a_cut_shard_gives_its_whole_clips_and_says_that_it_is_cut(encoder: Encoder, tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a.tar", NEIGHBOURS)
+    ((whole,), _) = embedded(encoder, tmp_path / "store", path)
+    cut_at = index_shard(path).samples[3].audio
+    os.truncate(path, cut_at.offset + cut_at.size // 2)
+    ((cut,), _) = embedded(encoder, tmp_path / "store", path)
+    assert_same(vectors(cut), {key: vectors(whole)[key] for key in list(NEIGHBOURS)[:3]})
+    assert cut.drops == [Drop(list(NEIGHBOURS)[3], "the shard ends inside it")]
+    assert "the shard ends inside member" in str(cut.header.damage)
+
+
+def test_only_chosen_clips_are_embedded(encoder: Encoder, tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a.tar", NEIGHBOURS)
+    ((whole,), _) = embedded(encoder, tmp_path / "store", path)
+    for chosen in (["2 s", "12 s"], []):
+        ((some,), reports) = embedded(encoder, tmp_path / "store", plan_of(path, chosen))
+        assert_same(vectors(some), {key: vectors(whole)[key] for key in chosen})
+        assert [report.clips for report in reports] == [len(chosen)]
+
+
+def test_a_shard_that_changes_while_it_is_read_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a.tar", NEIGHBOURS)
+    plan = plan_of(path)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(DataError, match=r"a\.tar changed while it was read; run again"):
+        embedded(encoder, tmp_path / "store", plan)
+    assert not list((tmp_path / "store").glob("*/*"))
+
+
+def test_decoding_runs_only_a_few_clips_ahead(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a shard of long clips would lie in memory as a whole."""
+    path = shard_of(tmp_path / "a.tar", {f"{i}": np.zeros(RATE) for i in range(60)})
+    (spec,) = shard_specs(encoder, "mine", [plan_of(path)], WHOLE, Store(tmp_path)).values()
+    decoded, lock, decode = [0], threading.Lock(), audio.decode
+
+    def counting(data: bytes) -> tuple[audio.Waveform, int]:
+        with lock:
+            decoded[0] += 1
+        return decode(data)
+
+    monkeypatch.setattr(audio, "decode", counting)
+    ahead = []
+    for taken, _ in enumerate(_Decoded(spec, index_shard(path).samples, RATE), start=1):
+        time.sleep(0.002)
+        ahead.append(decoded[0] - taken)
+    assert len(ahead) == 60
+    assert 1 <= max(ahead) <= 2 * encoder.spec.threads + 1
+
+
+# ---------------------------------------------------------------- what is stored is not embedded again
+
+
+def test_a_rerun_embeds_nothing_and_a_lost_file_only_its_shard(encoder: Encoder, tmp_path: Path) -> None:
+    paths = [shard_of(tmp_path / f"{i}.tar", clips_of([1, 1.5 + i])) for i in range(4)]
+    store = tmp_path / "store"
+    first, reports = embedded(encoder, store, *paths)
+    assert [report.clips for report in reports] == [2] * 4
+    files = {file: file.read_bytes() for file in store.glob("*/*")}
+    times = {file: file.stat().st_ctime_ns for file in store.glob("*/*.jsonl")}
+
+    again, reports = embedded(encoder, store, *paths)
+    assert reports == []
+    assert {file: file.stat().st_ctime_ns for file in store.glob("*/*.jsonl")} == times
+    for ours, theirs in zip(again, first, strict=True):
+        assert_same(vectors(ours), vectors(theirs))
+
+    for lost in sorted(files):
+        lost.unlink()
+        _, reports = embedded(encoder, store, *paths)
+        assert [report.key for report in reports] == [lost.stem]
+        assert {file: file.read_bytes() for file in store.glob("*/*")} == files
+
+
+def test_the_same_content_under_another_name_is_stored_once(encoder: Encoder, tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a.tar", NEIGHBOURS)
+    copy = tmp_path / "elsewhere.tar"
+    copy.write_bytes(path.read_bytes())
+    _, reports = embedded(encoder, tmp_path / "store", path)
+    assert len(reports) == 1
+    _, reports = embedded(encoder, tmp_path / "store", copy)
+    assert reports == []
+
+
+def test_progress_grows_to_its_total(encoder: Encoder, tmp_path: Path) -> None:
+    paths = [shard_of(tmp_path / f"{i}.tar", {f"{n}": noise(0.1, n + 20 * i) for n in range(20)}) for i in range(3)]
+    embedded(encoder, tmp_path / "store", paths[0])
+    seen: list[Any] = []
+    embedded(encoder, tmp_path / "store", *paths, observer=seen.append)
+    assert all(isinstance(event, Progress) and event.stage == "embed" and event.task == "mine" for event in seen)
+    assert [event.done for event in seen] == sorted(event.done for event in seen)
+    assert {event.total for event in seen} == {60}
+    assert seen[0].done == 20
+    assert seen[-1].done == 60
+
+
+def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(encoder: Encoder, tmp_path: Path) -> None:
+    # whose json is stored beside its vector: 60 kB a shard
+    wordy = {f"{n}": (encoded(noise(0.1, n)), {"label": "x" * 6_000}) for n in range(10)}
+    paths = [write_shard(tmp_path / f"{i}.tar", {**wordy, "own": (encoded(noise(0.1, 50 + i)), 0)}) for i in range(3)]
+    expected, _ = embedded(encoder, tmp_path / "store", *paths)
+    with small_disk(tmp_path / "small", kilobytes=128):
+        with pytest.raises(DiskFullError, match="the disk is full while writing") as caught:
+            embedded(encoder, tmp_path / "small", *paths)
+        assert caught.value.exit_code == 5
+        assert not list((tmp_path / "small").glob("*/*.part"))
+        kept = [key for key, *_ in Store(tmp_path / "small").entries()]
+        assert 0 < len(kept) < 3
+        subprocess.run(["mount", "-o", "remount,size=1m", tmp_path / "small"], check=True)
+        found, reports = embedded(encoder, tmp_path / "small", *paths)
+        assert len(reports) == 3 - len(kept)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_same(vectors(ours), vectors(theirs))
+
+
+def test_a_store_that_cannot_be_written_is_said(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(MachineError, match="cannot be written"):
+        embedded(encoder, tmp_path / "store", shard_of(tmp_path / "a.tar", NEIGHBOURS))
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_a_plan_counts_what_is_there_and_what_is_still_to_do(encoder: Encoder, tmp_path: Path) -> None:
+    for part, seconds in (("train", [3] * 20), ("valid", [1.5] * 4), ("test", [2] * 8)):
+        clips = {f"{n}": (encoded(noise(length, n)), {"label": "a"}) for n, length in enumerate(seconds)}
+        write_shard(tmp_path / "mine" / f"{part}.tar", clips)
+    store = Store(tmp_path / "store")
+
+    def planned(toml: str, limit: int | None = None) -> Any:
+        data = prepare(load_task(Path("t.toml"), toml), tmp_path, Digests(tmp_path / "cache"), limit, ignore)
+        plan = make_plan(encoder, [(data, WHOLE)], store, seeds=1, observer=ignore)
+        assert plan.rtf > 0
+        return plan.rows[0], plan.total
+
+    row, total = planned(task_toml())
+    assert (row.task, row.clips, row.clips_to_embed) == ("mine", 32, 32)
+    assert row.hours * 3_600 == pytest.approx(60 + 6 + 16)
+    assert row.disk_bytes > 32 * 4 * (BANDS + 1)
+    assert row.embed_seconds > 0
+    assert (total.clips, total.hours, total.train_seconds) == (32, row.hours, row.train_seconds)
+    assert planned(task_toml(), limit=5)[0].clips == 5 + 4 + 5
+
+    shared = task_toml(splits='splits = { train = "*.tar", test = "test.tar" }')
+    assert planned(shared)[0].train_seconds == pytest.approx(5 * row.train_seconds)  # five folds of it
+
+    embedded(encoder, tmp_path / "store", tmp_path / "mine" / "train.tar")
+    row, _ = planned(task_toml())
+    assert (row.clips, row.clips_to_embed) == (32, 12)
+    embedded(encoder, tmp_path / "store", *(tmp_path / "mine" / f"{part}.tar" for part in ("valid", "test")))
+    row, _ = planned(task_toml())
+    assert (row.clips_to_embed, row.disk_bytes, row.embed_seconds) == (0, 0, 0)
+
+
+# ---------------------------------------------------------------- runs that are stopped
+
+SHARDS = {"train": 8, "valid": 3, "test": 4}
+
+
+def write_task(root: Path) -> Path:
+    """A folder with a slow model, a task of three pitches, and its data in many shards."""
+    write_model(root / "slow.onnx", slow=True)
+    (root / "mine.toml").write_text(task_toml())
+    hum = noise(2)
+    for number, part in enumerate(part for part, count in SHARDS.items() for _ in range(count)):
+        clips = {}
+        for n in range(12):
+            start = (n * 37 + number * 101) % RATE
+            samples = hum[start : start + RATE] / 2 + sine(300 + 60 * (n % 3), 1, amplitude=0.2)
+            clips[f"{n:02}"] = (encoded(samples), {"label": "abc"[n % 3]})
+        write_shard(root / "data" / "mine" / f"{part}{number:02}.tar", clips)
+    return root
+
+
+def comparable(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A result without what may differ between two runs, and its predictions."""
+    result = json.loads(path.read_text())
+    for field in ("created", "environment"):
+        del result[field]
+    for task in result["tasks"]:
+        del task["seconds"], task["rtf"]
+    predictions = {file.name: file.read_bytes() for file in sorted(path.parent.rglob("*.npz"))}
+    assert len(predictions) == len(result["tasks"]) == 2
+    return json.dumps(result), predictions
+
+
+def stored(cache: Path) -> dict[str, int]:
+    """Finished shards, and when their rows were written."""
+    shards = (cache / "store").glob("*/*.safetensors")
+    return {shard.stem: shard.with_suffix(".jsonl").stat().st_ctime_ns for shard in shards}
+
+
+def stopped_run(root: Path, cache: Path, number: signal.Signals) -> tuple[int, str]:
+    """Exit code and stderr of a run that gets the signal once it has stored one shard more than it found."""
+    before = len(stored(cache))
+    arguments = f"evaluate slow.onnx --tasks mine.toml --data data --output stopped.json --seeds 1 --cache {cache}".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xares_onnx", *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        deadline = time.monotonic() + 100
+        while len(stored(cache)) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: Ctrl-C reaches the worker too
+        else:
+            process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+        assert workers
+        assert not psutil.wait_procs(workers, timeout=10)[1], "a worker lives on"
+    assert before < len(stored(cache)) < sum(SHARDS.values()), "the run ended before it was stopped"
+    assert not (root / "stopped.json").exists()
+    return process.returncode, stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_run_stopped_three_times_goes_on_each_time_and_ends_as_if_it_never_was(tmp_path: Path) -> None:
+    root = write_task(tmp_path)
+    cache = root / "cache"
+    said = "xares-onnx: interrupted; finished shards are stored, so the same command goes on from there"
+
+    code, stderr = stopped_run(root, cache, signal.SIGINT)
+    assert (code, stderr.strip().splitlines()[-1]) == (130, said)
+    after_interrupt = stored(cache)
+
+    code, stderr = stopped_run(root, cache, signal.SIGTERM)
+    assert (code, stderr.strip().splitlines()[-1]) == (143, said)
+    after_terminate = stored(cache)
+    assert after_terminate.items() > after_interrupt.items()  # not written again
+
+    code, _ = stopped_run(root, cache, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    after_kill = stored(cache)
+    assert after_kill.items() > after_terminate.items()
+
+    results = {}
+    for name, where in (("resumed", cache), ("undisturbed", root / "other cache")):
+        output = root / name / "result.json"
+        done = evaluate(
+            root / "slow.onnx",
+            [str(root / "mine.toml")],
+            data=root / "data",
+            cache=where,
+            output=output,
+            seeds=1,
+            threads=2,
+            device="cpu",
+        )
+        assert [task.status for task in done.result.tasks] == ["ok", "ok"]
+        results[name] = comparable(output)
+    assert stored(cache).items() > after_kill.items()
+    assert len(stored(cache)) == sum(SHARDS.values())
+    assert results["resumed"] == results["undisturbed"]
+    ours, theirs = (
+        {file.name: file.read_bytes() for file in where.glob("store/*/*") if file.suffix != ".part"}
+        for where in (cache, root / "other cache")
+    )
+    assert ours == theirs

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import f1_score, recall_score
 
-from xares_onnx import metrics, scoring
+from xares_onnx import metrics, probe, scoring
 from xares_onnx.dataset import Dataset
+from xares_onnx.events import Progress
 from xares_onnx.folds import Fold, Protocol
 from xares_onnx.metrics import accuracy, accuracy_statistics, bootstrap, class_metrics, interval
 from xares_onnx.results import Clips
-from xares_onnx.scoring import Outcome, score, why_undefined
+from xares_onnx.scoring import Outcome, run_head, run_knn, score, why_undefined
 from xares_onnx.targets import ClassTarget
 from xares_onnx.task import Data, Task
 
@@ -232,6 +235,39 @@ def test_an_interval_depends_on_its_task_and_method_alone() -> None:
     np.testing.assert_array_equal(replicates("a", "head"), replicates("a", "head"))
     assert (replicates("a", "head") != replicates("a", "knn")).any()
     assert (replicates("a", "head") != replicates("b", "head")).any()
+
+
+def test_knn_searches_the_clips_held_out_of_training_too() -> None:
+    """kNN selects nothing, so clips that a head is selected by are neighbours; official validation clips are not."""
+    data = dataset([0, 1, 1, 2, 2])
+    data.embeddings[:] = [[1, 0], [0, 1], [0.6, 0.8], [0.6, 0.9], [0.6, 0.85]]  # the last is nearest to 3, then to 2
+    none = np.empty(0, np.int64)
+
+    def predicted(valid: list[int], held_out: list[int]) -> list[int]:
+        fold = Fold("test", np.array([0, 1]), np.array(valid), np.array([4]), np.array(held_out, np.int64))
+        (found,) = run_knn(Protocol("corrected"), data, [fold])
+        return found.predictions.tolist()
+
+    assert predicted([3], [3]) == [2]
+    assert predicted([3], none.tolist()) == [1]
+
+
+def test_heads_are_trained_selected_and_tested_on_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def watched(*arguments: Any, **options: Any) -> list[Any]:
+        given["crops"] = [[part.tolist() for part in (f.train, f.valid, f.test)] for f in arguments[3]]
+        given["labels"], given["examples"] = arguments[1].tolist(), arguments[2].tolist()
+        options["on_epoch"](7)
+        return []
+
+    monkeypatch.setattr(probe, "train_linear", watched)
+    data = dataset([2, 0, 1], crops=[2, 1, 2])
+    parts = Fold("test", np.array([0]), np.array([1]), np.array([2]), np.array([1]))
+    told: list[Any] = []
+    run_head(TASK, Protocol("corrected"), data, [parts], 3, told.append)
+    assert given == {"crops": [[[0, 1], [2], [3, 4]]], "labels": [2, 2, 0, 1, 1], "examples": [0, 0, 1, 2, 2]}
+    assert told == [Progress("train", "tones", 0, 10), Progress("train", "tones", 7, 10)]
 
 
 def test_which_folds_have_no_score() -> None:

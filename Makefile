@@ -1,0 +1,73 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer and a network.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+CLEAN := .clean-venv/bin
+SHARED ?= ../shared
+REALDATA ?= build/realdata
+
+.PHONY: demo test check wheel-demo realdata bench lock clean
+
+demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
+	$(BIN)/xares-onnx export logmel -o logmel.onnx
+	$(BIN)/xares-onnx evaluate logmel.onnx --suite synthetic
+
+test: .venv/installed-resemblyzer  ## install and run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## format, lint, types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+wheel-demo: .venv/installed  ## build the wheel, install it into a clean environment, run the demo from there
+	rm -rf dist build/lib build/bdist.* .clean-venv
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(PYTHON) -m venv .clean-venv
+	$(CLEAN)/pip install --quiet --constraint requirements.lock torch==2.13.0
+	$(CLEAN)/pip install --quiet --constraint requirements.lock dist/*.whl
+	cd dist && ../$(CLEAN)/xares-onnx export logmel -o logmel.onnx
+	cd dist && ../$(CLEAN)/xares-onnx evaluate logmel.onnx --suite synthetic --cache cache
+
+realdata: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## build real audio, score both encoders on it
+	test -d $(REALDATA)/env || $(BIN)/python $(SHARED)/realdata/build.py $(REALDATA) $(SHARED)/xares_tasks.json
+	$(BIN)/xares-onnx evaluate logmel.onnx --data $(REALDATA)/env
+	$(BIN)/xares-onnx evaluate resemblyzer.onnx --data $(REALDATA)/env
+	$(BIN)/xares-onnx evaluate resemblyzer.onnx --data $(REALDATA)/env --protocol xares --output results/resemblyzer-xares.json
+
+bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and memory, as ratios within one run
+	$(BIN)/python bench/embedding.py resemblyzer.onnx
+	$(BIN)/python bench/heads.py
+	$(BIN)/python bench/rerun.py logmel.onnx
+	$(BIN)/python bench/memory.py resemblyzer.onnx
+
+lock:  ## resolve the newest versions into requirements.lock, in a fresh environment
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet torch==2.13.0
+	build/lock/bin/pip install --quiet '.[dev]'
+	build/lock/bin/pip freeze --exclude xares-onnx > build/lock/frozen
+	@# torch without its build tag; of onnxruntime the lines for both kinds of platform, the other one's version as it was
+	{ grep '^#' requirements.lock; \
+	  sed -e '/^onnxruntime/d' -e 's/^\(torch==[0-9.]*\).*/\1/' build/lock/frozen; \
+	  grep '^onnxruntime-gpu' requirements.lock | sed "s/==[0-9.]*/$$(grep -o '==.*' <(grep '^onnxruntime-gpu' build/lock/frozen))/"; \
+	  grep '^onnxruntime=' requirements.lock; } > build/lock/requirements
+	mv build/lock/requirements requirements.lock
+
+%.onnx: .venv/installed-resemblyzer
+	$(BIN)/xares-onnx export $* -o $@
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+# The wheel carries a pretrained model; its dependencies (a compiled voice detector among them) are not needed to export it.
+.venv/installed-resemblyzer: .venv/installed
+	$(BIN)/pip install --quiet --no-deps resemblyzer==0.1.4
+	touch $@
+
+clean:
+	rm -rf .venv .clean-venv dist build *.egg-info logmel.onnx resemblyzer.onnx

@@ -2,8 +2,8 @@
 
     python bench/embedding.py MODEL.onnx [--clips N] [--rounds N]
 
-Clips are 5 s of tones in noise: 16 kHz wav, and 44.1 kHz stereo flac, which costs more to decode and to resample. Both sides run
-in a fresh process each, alternating, and the best of the rounds counts, because the machine may be busy with other things.
+Clips are 5 s of tones in noise: 16 kHz wav, and 44.1 kHz stereo flac, which costs more to decode and to resample. Both sides
+run in a fresh process each, alternating, and the best of the rounds counts, because the machine may be busy with other things.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import webdataset
+
+from xares_onnx import audio
+from xares_onnx.embed import CropSettings, EmbedSpec, ShardReport, embed_shard
+from xares_onnx.encoder import Encoder, load_encoder
+from xares_onnx.events import ignore
+from xares_onnx.files import stamp
+from xares_onnx.shards import file_digest, index_shard, read_extent
 
 KINDS = {"16 kHz mono wav": (16_000, 1, "WAV"), "44.1 kHz stereo flac": (44_100, 2, "FLAC")}
 SECONDS = 5.0
@@ -28,6 +34,8 @@ SECONDS = 5.0
 
 def write_shard(path: Path, kind: str, clips: int, seed: int = 0) -> None:
     rate, channels, container = KINDS[kind]
+    import webdataset  # with torch, which the measured processes do without
+
     rng = np.random.default_rng(seed)
     time_axis = np.arange(int(SECONDS * rate)) / rate
     with webdataset.TarWriter(str(path)) as tar:
@@ -39,37 +47,31 @@ def write_shard(path: Path, kind: str, clips: int, seed: int = 0) -> None:
             tar.write({"__key__": f"{i:06d}", container.lower(): encoded.getvalue(), "json": {"label": i % 2}})
 
 
-def ours(model: Path, shard: Path, store: Path) -> float:
-    """Seconds of one warm worker for a shard, from tar to store."""
-    from xares_onnx.embed import CropSettings, EmbedSpec, ShardReport, embed_shard
-    from xares_onnx.encoder import load_encoder
-    from xares_onnx.events import ignore
-    from xares_onnx.files import stamp
-    from xares_onnx.shards import file_digest
+def embed(encoder: Encoder, shard: Path, store: Path) -> ShardReport:
+    """One shard through the encoder's worker, from tar to store."""
+    spec = EmbedSpec(
+        model=encoder.spec,
+        task="bench",
+        shard=shard,
+        shard_digest=file_digest(shard),
+        shard_stamp=stamp(shard),
+        crops=CropSettings(None),
+        selected=None,
+        store=store,
+    )
+    return encoder.worker.call(embed_shard, spec, returns=ShardReport, silence_limit=60, observer=ignore)
 
+
+def ours(model: Path, shard: Path, store: Path) -> float:
+    """Seconds of one warm worker for a shard."""
     with load_encoder(model, device="cpu", threads=2) as encoder:
         encoder.embed([np.zeros(16_000)], 16_000)
-        spec = EmbedSpec(
-            model=encoder.spec,
-            task="bench",
-            shard=shard,
-            shard_digest=file_digest(shard),
-            shard_stamp=stamp(shard),
-            crops=CropSettings(None),
-            selected=None,
-            store=store,
-        )
-        started = time.perf_counter()
-        encoder.worker.call(embed_shard, spec, returns=ShardReport, silence_limit=60, observer=ignore)
-        return time.perf_counter() - started
+        return embed(encoder, shard, store).seconds
 
 
 def bare(model: Path, shard: Path) -> float:
     """Seconds of the model calls alone: two threads, one session, audio decoded before."""
     import onnxruntime
-
-    from xares_onnx import audio
-    from xares_onnx.shards import index_shard, read_extent
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -111,7 +113,9 @@ def main() -> None:
         for kind in KINDS:
             shard = Path(folder) / f"{kind.split()[0]}.tar"
             write_shard(shard, kind, given.clips)
-            rounds = [(measured("ours", given.model, shard), measured("bare", given.model, shard)) for _ in range(given.rounds)]
+            rounds = [
+                (measured("ours", given.model, shard), measured("bare", given.model, shard)) for _ in range(given.rounds)
+            ]
             best_ours, best_bare = (min(side) for side in zip(*rounds, strict=True))
             audio_seconds = given.clips * SECONDS
             print(

@@ -60,7 +60,9 @@ def main() -> None:
         train = np.concatenate([fold.train, fold.valid])
         knn_cosine(x[train], labels[train], x[fold.test], fold.test)
     searched = time.perf_counter() - started
-    print(f"heads, {dim} dimensions, 5 folds x 10 epochs x 3 seeds: {batched:.2f} s, {plain / batched:.1f}x as fast as one by one")
+    print(
+        f"heads, {dim} dimensions, 5 folds x 10 epochs x 3 seeds: {batched:.2f} s, {plain / batched:.1f}x as fast as one by one"
+    )
     print(f"kNN, {dim} dimensions, 5 folds: {searched:.3f} s")
 
 

@@ -1,6 +1,6 @@
 """Peak resident memory of the worker that embeds 5,000 clips, against 500.
 
-    python bench/memory.py MODEL.onnx
+python bench/memory.py MODEL.onnx
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import psutil
+from embedding import KINDS, embed, write_shard
 
-sys.path.insert(0, str(Path(__file__).parent))
+from xares_onnx.encoder import load_encoder
 
 COUNTS = (500, 5000)
 CLIPS_A_SHARD = 1000
@@ -24,12 +25,6 @@ CLIPS_A_SHARD = 1000
 
 def peak(model: Path, folder: Path, store: Path) -> float:
     """Peak resident bytes of the worker over every shard in a folder."""
-    from xares_onnx.embed import CropSettings, EmbedSpec, ShardReport, embed_shard
-    from xares_onnx.encoder import load_encoder
-    from xares_onnx.events import ignore
-    from xares_onnx.files import stamp
-    from xares_onnx.shards import file_digest
-
     highest = 0
     stop = threading.Event()
 
@@ -47,17 +42,7 @@ def peak(model: Path, folder: Path, store: Path) -> float:
         watcher = threading.Thread(target=watch)
         watcher.start()
         for shard in sorted(folder.glob("*.tar")):
-            spec = EmbedSpec(
-                model=encoder.spec,
-                task="bench",
-                shard=shard,
-                shard_digest=file_digest(shard),
-                shard_stamp=stamp(shard),
-                crops=CropSettings(None),
-                selected=None,
-                store=store,
-            )
-            encoder.worker.call(embed_shard, spec, returns=ShardReport, silence_limit=60, observer=ignore)
+            embed(encoder, shard, store)
         stop.set()
         watcher.join()
     return highest
@@ -72,8 +57,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as store:
             print(json.dumps(peak(given.model, given.folder, Path(store))))
         return
-    from embedding import KINDS, write_shard
-
     with tempfile.TemporaryDirectory() as scratch:
         peaks = []
         for count in COUNTS:

@@ -1,6 +1,6 @@
 """A rerun of five tasks whose embeddings are in the store, as a user runs it; and the share of it that is imports.
 
-    python bench/rerun.py MODEL.onnx
+python bench/rerun.py MODEL.onnx
 """
 
 from __future__ import annotations

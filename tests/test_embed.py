@@ -66,8 +66,8 @@ AS_XARES = CropSettings(None, "whole-crops", pad_short_clips=False, keep_padding
 # ---------------------------------------------------------------- the encoder, in ONNX and by hand
 
 
-def write_model(path: Path, *, slow: bool = False) -> Path:
-    """A slow one takes its frames through a product with the identity of 1024 dimensions."""
+def write_model(path: Path, *, slow: bool = False, clip_only: bool = False) -> Path:
+    """A slow one takes its frames through a product with the identity of 1024 dimensions; a clip-only one averages them."""
     nodes = [
         helper.make_node("Unsqueeze", ["audio", "channel"], ["signal"]),
         helper.make_node("Conv", ["signal", "weights"], ["bands"], strides=[HOP]),
@@ -76,7 +76,7 @@ def write_model(path: Path, *, slow: bool = False) -> Path:
         helper.make_node("Add", ["mean", "offset"], ["lifted"]),
         helper.make_node("Sqrt", ["lifted"], ["root"]),
         helper.make_node("Concat", ["levels", "root"], ["both"], axis=1),
-        helper.make_node("Transpose", ["both"], ["frames_first" if slow else "embeddings"], perm=[0, 2, 1]),
+        helper.make_node("Transpose", ["both"], ["frames_first"], perm=[0, 2, 1]),
     ]
     values = {"channel": np.array([1]), "weights": WEIGHTS[:, None], "offset": np.array([0.9], np.float32)}
     if slow:
@@ -88,11 +88,16 @@ def write_model(path: Path, *, slow: bool = False) -> Path:
             helper.make_node("MatMul", [source, weights], [target])
             for (source, target), weights in zip(pairwise(steps), ["out", "across", "back"], strict=True)
         ]
+    elif clip_only:
+        nodes.append(helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=[1], keepdims=0))
+    else:
+        nodes[-1].output[0] = "embeddings"
+    dims = ["batch", BANDS + 1] if clip_only else ["batch", "frames", BANDS + 1]
     graph = helper.make_graph(
         nodes,
         "bank",
         [helper.make_tensor_value_info("audio", TensorProto.FLOAT, ["batch", "samples"])],
-        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", "frames", BANDS + 1])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, dims)],
         [numpy_helper.from_array(value, name) for name, value in values.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -233,6 +238,18 @@ def test_clips_are_mixed_down_and_resampled_first(
     np.testing.assert_allclose(shard.pooled[0], pooled_by_hand(at_16_khz), rtol=1e-4, atol=1e-5)
 
 
+def test_vectors_of_chunks_are_weighted_by_their_length(tmp_path: Path) -> None:
+    """An encoder without frames gives one vector a chunk; the padding of a short one does not count."""
+    clips = clips_of([0.5, 10, 12, 20.25])
+    with load_encoder(write_model(tmp_path / "clip.onnx", clip_only=True), device="cpu", threads=2) as encoder:
+        ((shard,), _) = embedded(encoder, tmp_path / "store", shard_of(tmp_path / "a.tar", clips))
+    for key, samples in clips.items():
+        chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
+        means = [frames_of(np.pad(chunk, (0, max(0, RATE - len(chunk))))).mean(axis=0) for chunk in chunks]
+        by_hand = np.average(means, axis=0, weights=[len(chunk) for chunk in chunks])
+        np.testing.assert_allclose(vectors(shard)[key][0], by_hand, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
 # ---------------------------------------------------------------- alone among neighbours
 
 NEIGHBOURS = clips_of([0.5, 2, 1, 12, 3.3, 1])
@@ -273,7 +290,7 @@ def _odd_wav(value: float) -> bytes:
 
 WAV = encoded(noise(1))
 BROKEN: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
-    "garbage": (clip_members("broken", os.urandom(5_000), 0), "audio cannot be decoded"),
+    "garbage": (clip_members("broken", np.random.default_rng(0).bytes(5_000), 0), "audio cannot be decoded"),
     "no bytes": (clip_members("broken", b"", 0), "audio cannot be decoded"),
     "no samples": (clip_members("broken", encoded(np.empty(0)), 0), "audio holds no samples"),
     "NaN": (clip_members("broken", _odd_wav(np.nan), 0), "NaN or infinite"),
@@ -290,16 +307,17 @@ BROKEN: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
 }
 
 
+@pytest.mark.parametrize("crops", [WHOLE, CropSettings(5.0)], ids=["whole", "crops"])
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_clip_is_a_named_drop_and_changes_no_bit_of_its_neighbours(
-    kind: str, encoder: Encoder, tmp_path: Path
+    kind: str, crops: CropSettings, encoder: Encoder, tmp_path: Path
 ) -> None:
     members, reason = BROKEN[kind]
     whole = [clip_members(key, encoded(samples, subtype="FLOAT"), key) for key, samples in NEIGHBOURS.items()]
     healthy = [part for parts in whole for part in parts]
     without = write_tar(tmp_path / "without.tar", healthy)
     with_it = write_tar(tmp_path / "with.tar", [*healthy[:4], *members, *healthy[4:]])
-    (first, second), _ = embedded(encoder, tmp_path / "store", without, with_it)
+    (first, second), _ = embedded(encoder, tmp_path / "store", without, with_it, crops=crops)
     assert_same(vectors(second), vectors(first))
     assert not first.drops
     (drop,) = second.drops

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from shard_makers import small_disk
 
-from xares_onnx import audio, embed, files, store
+from xares_onnx import audio, embed, encoder, files, store
 from xares_onnx.contract import Contract
 from xares_onnx.embed import CropSettings, EmbedSpec
 from xares_onnx.encoder import EncoderInfo, ModelSpec
@@ -307,6 +307,16 @@ def test_all_clips_by_name_are_not_all_clips() -> None:
     """A shard's choice is by key; None also keeps those that cannot be read."""
     assert changed(spec(), "selected", None).key() != spec().key()
     assert changed(spec(), "selected", frozenset()).key() != changed(spec(), "selected", None).key()
+
+
+def test_providers_and_batches_change_the_name_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda = changed(spec(), "model.info.provider", CUDA)
+    on_another = changed(spec(), "model.info.provider", "ROCMExecutionProvider")
+    assert on_cuda.model.info.batch == on_another.model.info.batch > spec().model.info.batch
+    assert on_cuda.key() != on_another.key()
+    before = on_cuda.key()
+    monkeypatch.setattr(encoder, "GPU_BATCH", 8)
+    assert on_cuda.key() != before
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     python bench/embedding.py MODEL.onnx [--clips N] [--rounds N]
 
 Clips are 5 s of tones in noise: 16 kHz wav, and 44.1 kHz stereo flac, which costs more to decode and to resample. Both sides
-run in a fresh process each, alternating, and the best of the rounds counts, because the machine may be busy with other things.
+run in a fresh process each, in turn, and the best of the rounds counts, because the machine may be busy with other things.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from xares_onnx import encoder as encoder_module
 from xares_onnx.encoder import Encoder, ModelSpec, load_encoder
 from xares_onnx.errors import MachineError, ModelError, UsageError
 from xares_onnx.events import Event, Note, ignore
+from xares_onnx.session import cuda_may_work
 from xares_onnx.worker import Worker
 
 RATE = 16_000
@@ -27,12 +28,12 @@ TOLERANCE = 2e-6  # float32 sums of 400 products against float64
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encoder]:
-    with load_encoder(save(models.encoder(), tmp_path_factory.mktemp("plain") / "plain.onnx")) as encoder:
+    with load(models.encoder(), tmp_path_factory.mktemp("plain")) as encoder:
         yield encoder
 
 
 def load(model: ModelProto, folder: Path, **options: Any) -> Encoder:
-    return load_encoder(save(model, folder / "model.onnx"), **options)
+    return load_encoder(save(model, folder / "model.onnx"), **{"device": "cpu", **options})
 
 
 def reference(waveform: np.ndarray, amplitude: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -219,10 +220,11 @@ def test_clip_only(tmp_path: Path, shared_process: None) -> None:
     encoder = load(models.encoder(output_layout="BD"), tmp_path)
     assert encoder.contract.clip_only
     assert encoder.contract.min_samples == 1_000
-    waveform = noise(200_001) * np.linspace(0, 1, 200_001, dtype=np.float32)
+    waveform = noise(165_000) * np.linspace(0, 1, 165_000, dtype=np.float32)
     (embedding,) = encoder.embed([waveform], RATE)
-    first, second = models.embed(waveform[:160_000]).mean(axis=0), models.embed(waveform[160_000:]).mean(axis=0)
-    np.testing.assert_allclose(embedding.frames, [(first * 160_000 + second * 40_001) / 200_001], atol=TOLERANCE)
+    first, second = models.embed(waveform[:160_000]), models.embed(np.pad(waveform[160_000:], (0, 11_000)))
+    mean = (first.mean(axis=0) * 160_000 + second.mean(axis=0) * 5_000) / 165_000
+    np.testing.assert_allclose(embedding.frames, [mean], atol=TOLERANCE)
     assert embedding.times.shape == (0,)
 
 
@@ -241,7 +243,7 @@ def test_int16_amplitude(tmp_path: Path, shared_process: None) -> None:
     waveform = noise(31_417)
     encoder = load(models.encoder(), tmp_path, contract=["amplitude=int16"])
     (embedding,) = encoder.embed([waveform], RATE)
-    np.testing.assert_allclose(embedding.frames, reference(waveform, 32_768)[0], rtol=1e-4, atol=0.05)
+    np.testing.assert_allclose(embedding.frames, reference(waveform, 32_768)[0], rtol=1e-5, atol=0.02)
 
 
 def test_zscore_is_over_the_whole_clip(tmp_path: Path, shared_process: None) -> None:
@@ -414,7 +416,7 @@ def test_what_is_remembered_depends_on_all_that_shapes_it(
     assert not measured()
     assert load_encoder(path, cache=cache).info.scan.sha256 == load_encoder(path).info.scan.sha256
 
-    save_external(tmp_path)  # the model's own file is written again
+    path.write_bytes(path.read_bytes())  # the same content, but who knows
     assert measured()
 
     for file in (cache / "models").iterdir():
@@ -486,10 +488,11 @@ def address_space(*, tell: Callable[[Any], None]) -> int:
     return resource.getrlimit(resource.RLIMIT_AS)[0]
 
 
-def test_the_model_is_loaded_once(plain: Encoder) -> None:
+@pytest.mark.skipif(cuda_may_work(), reason="`auto` may mean a GPU here")
+def test_the_model_is_loaded_once(tmp_path: Path) -> None:
     """Measuring and embedding find the same session, also where `auto` means the CPU."""
-    assert plain.spec.device == "auto"
-    loads = plain.worker.call(count_loads, plain.spec, returns=int, silence_limit=60, observer=ignore)
+    with load(models.encoder(), tmp_path, device="auto") as encoder:
+        loads = encoder.worker.call(count_loads, encoder.spec, returns=int, silence_limit=60, observer=ignore)
     assert loads == 0
 
 

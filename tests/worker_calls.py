@@ -21,11 +21,6 @@ def add(a: int, b: int, *, tell: Tell) -> int:
     return a + b
 
 
-def add_slowly(a: int, b: int, *, tell: Tell) -> int:
-    time.sleep(0.02)
-    return a + b
-
-
 def pid(*, tell: Tell) -> int:
     return os.getpid()
 

@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from .catalog import Digests, Parts, find_parts, missing_data
 from .embed import ShardPlan
-from .errors import DataError, DataMissingError, LabelError
+from .errors import DataError, DataMissingError, LabelError, printable
 from .events import Observer
 from .folds import Indices, key_hash
 from .results import Clips
-from .shards import Drop, index_shard, parse_label, printable
+from .shards import Drop, index_shard, parse_label
 from .store import EmbeddedShard
 from .task import Task
 

@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from . import audio
 from .encoder import CALL_SECONDS, LOAD_SECONDS, ChunkRunner, Encoder, Job, ModelSpec, open_session
-from .errors import ClipError, DataError
+from .errors import ClipError, DataError, printable
 from .events import Observer, Progress
 from .files import Stamp, stamp
-from .shards import Drop, Sample, index_shard, printable, read_extent, read_label
+from .shards import Drop, Sample, index_shard, read_extent, read_label
 from .store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, store_key
 from .worker import Beat, Tell
 
@@ -130,18 +130,17 @@ def embed_shards(
     total = done + sum(missing.values())
     for path, clips in missing.items():
         observer(Progress("embed", task, done, total))
-        reports.append(
-            encoder.worker.call(
-                embed_shard,
-                specs[path],
-                returns=ShardReport,
-                silence_limit=max(LOAD_SECONDS, CALL_SECONDS),
-                observer=_offset(observer, task, done, total),
-            )
-        )
-        embedded = store.read(specs[path].key())
+        key = specs[path].key()
+        embedded = store.read(key)  # a shard of the same content, or another process, may have made it meanwhile
         if embedded is None:
-            raise RuntimeError(f"the store lost {specs[path].key()} right after it was written")
+            watch = _offset(observer, task, done, total)
+            limit = max(LOAD_SECONDS, CALL_SECONDS)
+            reports.append(
+                encoder.worker.call(embed_shard, specs[path], returns=ShardReport, silence_limit=limit, observer=watch)
+            )
+            embedded = store.read(key)
+        if embedded is None:
+            raise RuntimeError(f"the store lost {key} right after it was written")
         shards[path] = embedded
         done += clips
     observer(Progress("embed", task, total, total))

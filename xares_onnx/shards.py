@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from .audio import AUDIO_EXTENSIONS
-from .errors import ClipError, DataError, DataMissingError, LabelError
+from .errors import ClipError, DataError, DataMissingError, LabelError, printable
 
 MAX_AUDIO_BYTES = 1 << 31
 MAX_LABEL_BYTES = 1 << 22
@@ -144,11 +144,6 @@ def parse_label(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LabelError("its json is neither an object nor a list")
     return value
-
-
-def printable(name: str) -> str:
-    """A file's name as text that any json and any terminal takes: one that is not UTF-8 arrives with surrogates."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def file_digest(path: Path) -> str:

@@ -106,8 +106,8 @@ class Worker:
     def _answer(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
         if self._process is not None and self._process.poll() is not None:  # ended between two calls
             self.close()
+        doing = "waiting for work" if self._process else "starting"
         process = self._process or self._start()
-        doing = "starting"
         try:
             assert process.stdin is not None
             with contextlib.suppress(ConnectionError):  # a dead child is met below, by the end of its records

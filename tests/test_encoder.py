@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx_models as models
 import pytest
@@ -17,7 +18,7 @@ from onnx_models import DIM, HOP, RECEPTIVE, noise, save, save_external
 import xares_onnx
 from xares_onnx import encoder as encoder_module
 from xares_onnx.encoder import Encoder, ModelSpec, load_encoder
-from xares_onnx.errors import MachineError, ModelError, UsageError
+from xares_onnx.errors import ContractError, MachineError, ModelError, UsageError
 from xares_onnx.events import Event, Note, ignore
 from xares_onnx.session import cuda_may_work
 from xares_onnx.worker import Worker
@@ -515,3 +516,21 @@ def test_a_closed_encoder_starts_again(tmp_path: Path) -> None:
     encoder.close()
     np.testing.assert_array_equal(encoder.embed([waveform], RATE)[0].frames, first)
     encoder.close()
+
+
+def test_a_model_that_was_replaced_after_it_was_measured_is_not_used(tmp_path: Path) -> None:
+    """Its embeddings would be stored under the name of another model."""
+    path = save(models.encoder(), tmp_path / "m.onnx")
+    with load_encoder(path) as loaded:
+        loaded.close()  # the next call starts a new process
+        save(models.encoder(metadata={"comment": "another"}), path)
+        with pytest.raises(ModelError, match="replaced while it was in use; run again"):
+            loaded.embed([noise(16_000)], RATE)
+
+
+def test_a_frame_count_that_was_not_foretold_is_refused(plain: Encoder) -> None:
+    """As of a model that keeps the law at the lengths that were probed, and nowhere else."""
+    contract = msgspec.structs.replace(plain.contract, receptive_field_samples=RECEPTIVE - HOP)
+    spec = msgspec.structs.replace(plain.spec, info=msgspec.structs.replace(plain.info, contract=contract))
+    with pytest.raises(ContractError, match="frames for 16000 samples where .* were foretold"):
+        Encoder(spec, plain.worker).embed([noise(16_000)], RATE)

@@ -270,6 +270,7 @@ NOT_SHAPING: dict[str, Any] = {
     "model.info.contract.sources": {"dim": "measured"},
     "model.device": "cpu",
     "model.threads": 7,
+    "model.stamp": ("m.onnx", 1, 2, 3, 4),
     "task": "yours",
     "shard": Path("elsewhere/b.tar"),
     "shard_stamp": ("b.tar", 5, 6, 7, 8),

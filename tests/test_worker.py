@@ -303,19 +303,23 @@ time.sleep(1000)
 @pytest.mark.parametrize("state", ["idle", "asleep", "busy", "in a model"])
 def test_the_child_ends_when_its_parent_is_killed(state: str, tmp_path: Path) -> None:
     models.save(models.endless_loop(), tmp_path / "endless.onnx")
+    children: list[psutil.Process] = []
     with run_python("-c", PARENT, state, cwd=tmp_path) as parent:
         try:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"ready\n"
-            children: list[psutil.Process] = []
             wait_until(lambda: children.extend(psutil.Process(parent.pid).children()) or children)
             if state == "in a model":  # starting and loading take less
                 wait_until(lambda: children[0].cpu_times().user > 1.5)
             assert not gone(children[0].pid)
         finally:
             parent.kill()
-        parent.wait()
+    try:
         wait_until(lambda: gone(children[0].pid))
+    finally:
+        for child in children:
+            if child.is_running():
+                child.kill()
 
 
 # ---------------------------------------------------------------- in other people's programs

@@ -113,6 +113,12 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     def clip_only(self) -> bool:
         return self.hop_samples is None
 
+    def frames_of(self, samples: int) -> int:
+        """How many frames the model gives for an input; a clip-only encoder gives one vector."""
+        if self.hop_samples is None or self.receptive_field_samples is None:
+            return 1
+        return FrameLaw(self.hop_samples, self.receptive_field_samples).frames(samples)
+
     def described(self) -> dict[str, dict[str, Any]]:
         """Each field as {"value", "source"}, for the record."""
         values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "sources"}

@@ -34,7 +34,7 @@ from .contract import (
     declared_on_command_line,
     merge,
 )
-from .errors import ClipError, ContractError, DataMissingError, UsageError
+from .errors import ClipError, ContractError, DataMissingError, ModelError, UsageError
 from .events import Doing, Note, Observer, ignore
 from .files import Stamp, stamp, write_aside
 from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
@@ -72,6 +72,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     info: EncoderInfo
     device: str
     threads: int
+    stamp: Stamp | None = None  # of the model file as it was measured
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def load_encoder(
     threads = usable_cores() if threads is None else threads
     if threads < 1:
         raise UsageError(f"threads={threads} must be 1 or more")
+    as_measured = stamp(model)
     worker = Worker()
     remembered = _Remembered(cache, model, device, declared, beside) if cache else None
     info = remembered.load() if remembered else None
@@ -168,7 +170,7 @@ def load_encoder(
             raise
     for note in info.notes:
         observer(Note(note))
-    return Encoder(ModelSpec(info, device, threads), worker)
+    return Encoder(ModelSpec(info, device, threads, as_measured), worker)
 
 
 def usable_cores() -> int:
@@ -214,7 +216,7 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
     if on_cpu:
         device = "cpu"  # the name under which `open_session` finds the session again
         limit_memory(_BASE_MEMORY + 4 * path.stat().st_size)
-    scan = scan_model(path)
+    scan = scan_model(path, lambda: tell(Beat()))
     if on_cpu:
         limit_memory(_BASE_MEMORY + 4 * scan.bytes)
     tell(Doing("loading the model"))
@@ -250,6 +252,8 @@ def open_session(spec: ModelSpec, tell: Tell) -> Session:
     """The session of a spec, in the worker; the provider must be the one that was measured."""
     if spec.info.provider == CPU:
         limit_memory(_BASE_MEMORY + 4 * spec.info.scan.bytes + spec.threads * _THREAD_MEMORY)
+    if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
+        raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
     tell(Doing("loading the model"))
     # A spec measured on the CPU must not meet a GPU that came since.
     session = _session(spec.info.path, "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device)
@@ -315,6 +319,13 @@ class ChunkRunner:
             raise ContractError(
                 f"the model gives shape {list(output.shape)} for {len(group)} x {batch.shape[1]} samples; "
                 f"[{len(group)}, frames, {self._contract.dim}] was measured before"
+            )
+        # The law was measured from a second on; without padding (X-ARES) a shorter clip may be outside it.
+        foretold = self._contract.frames_of(batch.shape[1])
+        if output.shape[1] != foretold and batch.shape[1] >= self._contract.sample_rate:
+            raise ContractError(
+                f"the model gives {output.shape[1]} frames for {batch.shape[1]} samples where {foretold} were foretold by "
+                "what was measured, so its frames have no time"
             )
         kept = []
         for frames, (job, chunk, _) in zip(output, group, strict=True):

@@ -195,13 +195,11 @@ class _Probe:
                 f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
                 f"one by --contract chunk_samples=N ({error})"
             ) from error
-        if contract.hop_samples is not None and contract.receptive_field_samples is not None:
-            law = FrameLaw(contract.hop_samples, contract.receptive_field_samples)
-            if frames != law.frames(contract.chunk_samples):
-                raise ContractError(
-                    f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell "
-                    f"{law.frames(contract.chunk_samples)}; declare a shorter --contract chunk_samples=N"
-                )
+        if frames != (foretold := contract.frames_of(contract.chunk_samples)):
+            raise ContractError(
+                f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell {foretold}; "
+                "declare a shorter --contract chunk_samples=N"
+            )
 
 
 def _choose_inputs(session: Session, declared: Declarations) -> tuple[onnxruntime.NodeArg, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -62,8 +62,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def scan_model(path: Path) -> ModelScan:
-    """Parse the protobuf, find external data and hash everything. Runs in the worker."""
+def scan_model(path: Path, beat: Callable[[], None] = lambda: None) -> ModelScan:
+    """Parse the protobuf, find external data and hash everything; `beat` is called as it goes on. Runs in the worker."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -93,6 +93,7 @@ def scan_model(path: Path) -> ModelScan:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
+                beat()
     return ModelScan(
         sha256=digest.hexdigest(),
         bytes=size_of_files,

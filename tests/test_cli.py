@@ -32,6 +32,8 @@ from xares_onnx.store import Header
 from xares_onnx.task import load_task
 
 ROOT = Path(__file__).parents[1]
+# Ctrl-C is ignored by what a background job starts, and the tests may be one.
+START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xares_onnx.cli import main; main()"
 
 
 class World:
@@ -61,7 +63,7 @@ class World:
 
     def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         environment = {**self.environment, **options.pop("env", {})}
-        command = [sys.executable, "-m", "xares_onnx", *arguments]
+        command = [sys.executable, "-c", START, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         return subprocess.Popen(command, env=environment, cwd=self.folder, **pipes)
 

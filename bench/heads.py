@@ -22,7 +22,8 @@ HEAD = Head(epochs=10, batch_size=32, learning_rate=1e-3)
 
 
 def one_by_one(x: torch.Tensor, y: torch.Tensor, fold: CropFold) -> None:
-    """One head, as X-ARES's arithmetic reads, in plain torch."""
+    """One head, as X-ARES's arithmetic reads, in plain torch on one thread, as ours."""
+    torch.set_num_threads(1)
     head = torch.nn.Sequential(torch.nn.LayerNorm(x.shape[1]), torch.nn.Linear(x.shape[1], CLASSES))
     adam = torch.optim.Adam(head.parameters())
     for epoch in range(1, HEAD.epochs + 1):

@@ -57,6 +57,9 @@ class World:
             "XARES_ONNX_CACHE": str(self.cache),
             "PYTHONPATH": str(ROOT),
         }
+        # Embedded once, so that what a test sees on stderr does not depend on the tests before it.
+        tasks = ["--tasks", f"{self.good},{self.other},{self.cut}", "--data", str(self.data), "--cache", str(self.cache)]
+        assert run(*self.evaluate(*tasks, "--method", "knn", "--quiet"))[0] == 4
 
     def evaluate(self, *arguments: str) -> list[str]:
         return ["evaluate", self.model, "--output", str(self.folder / "out.json"), *arguments]

@@ -23,6 +23,7 @@ from .encoder import Encoder, load_encoder, onnxruntime_distributions
 from .errors import DataError, DataMissingError, MachineError, ModelError, UsageError, XaresError
 from .events import Event, Note, Observer, Progress, ignore
 from .folds import Fold, Protocol, ProtocolName, make_folds
+from .model_file import find_model
 from .planning import Plan, make_plan
 from .results import Clips, Predictions, Result, Seconds, Status, TaskResult, averages, prediction_file
 from .store import Store
@@ -86,6 +87,7 @@ def evaluate(
     Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
     """
     settings = _checked_settings(protocol, seeds, methods, limit, allow_drops)
+    find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
     notes: list[str] = []
 

@@ -24,6 +24,10 @@ check: .venv/installed  ## format, lint, types, import layers
 wheel-demo: .venv/installed  ## build the wheel, install it into a clean environment, run the demo from there
 	rm -rf dist build/lib build/bdist.* .clean-venv
 	$(BIN)/python -m build --wheel --outdir dist .
+	@# the wheel holds every module, task and schema of the tree, and nothing else
+	diff <(git ls-files xares_onnx models exporters tasks | sed -E 's,^(models|exporters|tasks)/,xares_onnx/\1/,' \
+	         | grep -vxE 'xares_onnx/(models|exporters|tasks)' | sort) \
+	     <($(BIN)/python -m zipfile -l dist/*.whl | awk '/^xares_onnx\// {print $$1}' | sort)
 	$(PYTHON) -m venv .clean-venv
 	$(CLEAN)/pip install --quiet --constraint requirements.lock torch==2.13.0
 	$(CLEAN)/pip install --quiet --constraint requirements.lock dist/*.whl

@@ -216,11 +216,15 @@ def test_wrong_settings_are_refused(world: World, options: dict[str, Any], messa
 
 
 def test_a_named_task_without_data_is_refused_before_anything_runs(world: World, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataMissingError, match=r"no data for gtzan_genre: .*gtzan_fold_0_0000000.tar; .*Zenodo record 14722472"
-    ):
-        evaluate(tmp_path / "no.onnx", [str(world.tones), "gtzan_genre"], data=world.data, cache=tmp_path / "cache")
+    model = tmp_path / "junk.onnx"
+    model.write_text("never opened")
+    names = [str(world.tones), "gtzan_genre"]
+    wanted = r"no data for gtzan_genre: .*gtzan_fold_0_0000000.tar; .*Zenodo record 14722472"
+    with pytest.raises(DataMissingError, match=wanted):
+        evaluate(model, names, data=world.data, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+    with pytest.raises(ModelError, match=r"no\.onnx does not exist"):  # a wrong path is said even before
+        evaluate(tmp_path / "no.onnx", names, data=world.data, cache=tmp_path / "cache")
 
 
 def test_a_suite_lists_what_it_skips(world: World) -> None:

@@ -220,9 +220,12 @@ def test_a_child_that_answers_nonsense(fresh: Worker, monkeypatch: pytest.Monkey
     assert call(fresh, calls.add, 1, 2) == 3
 
 
-def test_a_child_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", ["/nowhere"])
-    with Worker() as own, pytest.raises(MachineError, match=r"a worker process could not start: .*No module named"):
+def test_a_child_that_cannot_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'no module named anything' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with Worker() as own, pytest.raises(MachineError, match="a worker process could not start: no module named anything"):
         call(own, calls.add, 1, 2)
 
 

@@ -71,28 +71,28 @@ def test_every_key_reads_its_own_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pair", "error", "says"),
+    ("pair", "says"),
     [
-        ("hop_samples", UsageError, "must be KEY=VALUE, such as sample_rate=16000"),
-        ("hop_sample=160", UsageError, "there is no contract key 'hop_sample'; did you mean 'hop_samples'"),
-        ("zzz=160", UsageError, "there is no contract key 'zzz'"),
-        ("contract_version=1", UsageError, "there is no contract key 'contract_version'"),
-        ("hop_samples=16O", ContractError, "hop_samples='16O' is not a whole number"),
-        ("hop_samples=160.0", ContractError, "hop_samples='160.0' is not a whole number"),
-        ("hop_samples=" + "9" * 5000, ContractError, "is not a whole number"),
-        ("hop_samples=0", ContractError, "hop_samples=0 must be from 1 to 2147483647"),
-        ("chunk_samples=-5", ContractError, "chunk_samples=-5 must be from 1"),
-        ("sample_rate=2147483648", ContractError, "sample_rate=2147483648 must be from 1 to 2147483647"),
-        ("first_frame_center_samples=nan", ContractError, "first_frame_center_samples='nan' is not a number"),
-        ("first_frame_center_samples=inf", ContractError, "first_frame_center_samples='inf' is not a number"),
-        ("amplitude=Unit", ContractError, "amplitude='Unit' must be one of int16, unit"),
-        ("normalize=yes", ContractError, "normalize='yes' must be one of none, zscore"),
-        ("input_kind=features", ContractError, "input_kind='features' must be one of waveform"),
-        ("output_layout=DBT", ContractError, "output_layout='DBT' must be one of BD, BDT, BTD, TD"),
+        ("hop_samples", "must be KEY=VALUE, such as sample_rate=16000"),
+        ("hop_sample=160", "there is no contract key 'hop_sample'; did you mean 'hop_samples'"),
+        ("zzz=160", "there is no contract key 'zzz'"),
+        ("contract_version=1", "there is no contract key 'contract_version'"),
+        ("hop_samples=16O", "hop_samples='16O' is not a whole number"),
+        ("hop_samples=160.0", "hop_samples='160.0' is not a whole number"),
+        ("hop_samples=" + "9" * 5000, "is not a whole number"),
+        ("hop_samples=0", "hop_samples=0 must be from 1 to 2147483647"),
+        ("chunk_samples=-5", "chunk_samples=-5 must be from 1"),
+        ("sample_rate=2147483648", "sample_rate=2147483648 must be from 1 to 2147483647"),
+        ("first_frame_center_samples=nan", "first_frame_center_samples='nan' is not a number"),
+        ("first_frame_center_samples=inf", "first_frame_center_samples='inf' is not a number"),
+        ("amplitude=Unit", "amplitude='Unit' must be one of int16, unit"),
+        ("normalize=yes", "normalize='yes' must be one of none, zscore"),
+        ("input_kind=features", "input_kind='features' must be one of waveform"),
+        ("output_layout=DBT", "output_layout='DBT' must be one of BD, BDT, BTD, TD"),
     ],
 )
-def test_wrong_declarations_say_what_is_wrong(pair: str, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=re.escape(says)) as caught:
+def test_wrong_declarations_say_what_is_wrong(pair: str, says: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(says)) as caught:
         declared_on_command_line([pair])
     assert "--contract" in str(caught.value)
     assert len(str(caught.value)) < 200

@@ -52,6 +52,7 @@ _CHOICES: dict[str, frozenset[str]] = {
     "amplitude": frozenset({"unit", "int16"}),
     "normalize": frozenset({"none", "zscore"}),
 }
+_COMMAND_LINE = "--contract"
 _POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
 
 
@@ -139,7 +140,7 @@ def declared_on_command_line(pairs: Iterable[str]) -> Declarations:
         if not equals:
             raise UsageError(f"--contract {pair!r} must be KEY=VALUE, such as sample_rate=16000")
         found[key.strip()] = value.strip()
-    return _read(found, "--contract", strict=True)
+    return _read(found, _COMMAND_LINE, strict=True)
 
 
 def declared_in_sidecar(path: Path) -> Declarations:
@@ -214,17 +215,19 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
 
 def _value(name: str, value: Any, source: str) -> str | int | float:
     reader = _DECLARABLE[name]
+    # On the command line a wrong value is wrong usage; beside or inside a model it is the model's.
+    wrong = UsageError if source == _COMMAND_LINE else ContractError
     try:
         parsed = reader(str(value).strip())
         if reader is float and not math.isfinite(parsed):
             raise ValueError
     except ValueError:
         kind = "a whole number" if reader is int else "a number"
-        raise ContractError(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
+        raise wrong(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
     if name in _POSITIVE and not 0 < parsed < 1 << 31:
-        raise ContractError(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
+        raise wrong(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
-        raise ContractError(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+        raise wrong(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
     return parsed  # type: ignore[no-any-return]
 
 

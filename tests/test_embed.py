@@ -1,33 +1,23 @@
-"""Embedding shards: a clip's vector is of that clip alone, losses are named, and whatever stops a run, the next one goes on.
-
-The encoder is |W x window| over windows of 400 samples, 160 apart, and the root of 0.9 plus the window's mean, which is no
-number where a clip lies below -0.9.
-"""
+"""Embedding shards: a clip's vector is of that clip alone, losses are named, and what is stored is not embedded again."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import signal
 import subprocess
-import sys
 import tarfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import psutil
 import pytest
 import soxr
-from numpy.lib.stride_tricks import sliding_window_view
-from onnx import TensorProto, helper, numpy_helper
+from bank_model import BANDS, HOP, WINDOW, frames_of, write_model
 from shard_makers import (
     RATE,
     Samples,
@@ -48,7 +38,6 @@ from xares_onnx.dataset import prepare
 from xares_onnx.embed import NOT_FINITE, CropSettings, ShardPlan, ShardReport, _Decoded, embed_shards, shard_specs
 from xares_onnx.encoder import Encoder, load_encoder
 from xares_onnx.errors import DataError, DiskFullError, MachineError
-from xares_onnx.evaluation import evaluate
 from xares_onnx.events import Observer, Progress, ignore
 from xares_onnx.files import stamp
 from xares_onnx.planning import make_plan
@@ -56,57 +45,12 @@ from xares_onnx.shards import Drop, file_digest, index_shard
 from xares_onnx.store import EmbeddedShard, Store
 from xares_onnx.task import load_task
 
-WINDOW, HOP, BANDS = 400, 160, 6
-WEIGHTS = (np.random.default_rng(3).standard_normal((BANDS, WINDOW)) / 20).astype(np.float32)
 CHUNK = 10 * RATE
 WHOLE = CropSettings(None)
 AS_XARES = CropSettings(None, "whole-crops", pad_short_clips=False, keep_padding=True)
 
 
-# ---------------------------------------------------------------- the encoder, in ONNX and by hand
-
-
-def write_model(path: Path, *, slow: bool = False, clip_only: bool = False) -> Path:
-    """A slow one takes its frames through a product with the identity of 1024 dimensions; a clip-only one averages them."""
-    nodes = [
-        helper.make_node("Unsqueeze", ["audio", "channel"], ["signal"]),
-        helper.make_node("Conv", ["signal", "weights"], ["bands"], strides=[HOP]),
-        helper.make_node("Abs", ["bands"], ["levels"]),
-        helper.make_node("AveragePool", ["signal"], ["mean"], kernel_shape=[WINDOW], strides=[HOP]),
-        helper.make_node("Add", ["mean", "offset"], ["lifted"]),
-        helper.make_node("Sqrt", ["lifted"], ["root"]),
-        helper.make_node("Concat", ["levels", "root"], ["both"], axis=1),
-        helper.make_node("Transpose", ["both"], ["frames_first"], perm=[0, 2, 1]),
-    ]
-    values = {"channel": np.array([1]), "weights": WEIGHTS[:, None], "offset": np.array([0.9], np.float32)}
-    if slow:
-        values["out"] = np.eye(BANDS + 1, 1024, dtype=np.float32)
-        values["across"] = np.eye(1024, dtype=np.float32)
-        values["back"] = np.eye(1024, BANDS + 1, dtype=np.float32)
-        steps = ["frames_first", "wide", "wide again", "embeddings"]
-        nodes += [
-            helper.make_node("MatMul", [source, weights], [target])
-            for (source, target), weights in zip(pairwise(steps), ["out", "across", "back"], strict=True)
-        ]
-    elif clip_only:
-        nodes.append(helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=[1], keepdims=0))
-    else:
-        nodes[-1].output[0] = "embeddings"
-    dims = ["batch", BANDS + 1] if clip_only else ["batch", "frames", BANDS + 1]
-    graph = helper.make_graph(
-        nodes,
-        "bank",
-        [helper.make_tensor_value_info("audio", TensorProto.FLOAT, ["batch", "samples"])],
-        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, dims)],
-        [numpy_helper.from_array(value, name) for name, value in values.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
-
-
-def frames_of(chunk: Samples) -> npt.NDArray[np.float64]:
-    windows = sliding_window_view(chunk.astype(np.float64), WINDOW)[::HOP]
-    return np.concatenate([np.abs(windows @ WEIGHTS.T), np.sqrt(0.9 + windows.mean(axis=1, keepdims=True))], axis=1)
+# ---------------------------------------------------------------- pooling by hand
 
 
 def pooled_by_hand(samples: Samples, *, as_xares: bool = False) -> npt.NDArray[np.float64]:
@@ -489,116 +433,3 @@ def test_a_plan_counts_what_is_there_and_what_is_still_to_do(encoder: Encoder, t
     embedded(encoder, tmp_path / "store", *(tmp_path / "mine" / f"{part}.tar" for part in ("valid", "test")))
     row, _ = planned(task_toml())
     assert (row.clips_to_embed, row.disk_bytes, row.embed_seconds) == (0, 0, 0)
-
-
-# ---------------------------------------------------------------- runs that are stopped
-
-SHARDS = {"train": 8, "valid": 3, "test": 4}
-
-
-def write_task(root: Path) -> Path:
-    """A folder with a slow model, a task of three pitches, and its data in many shards."""
-    write_model(root / "slow.onnx", slow=True)
-    (root / "mine.toml").write_text(task_toml())
-    hum = noise(2)
-    for number, part in enumerate(part for part, count in SHARDS.items() for _ in range(count)):
-        clips = {}
-        for n in range(12):
-            start = (n * 37 + number * 101) % RATE
-            samples = hum[start : start + RATE] / 2 + sine(300 + 60 * (n % 3), 1, amplitude=0.2)
-            clips[f"{n:02}"] = (encoded(samples), {"label": "abc"[n % 3]})
-        write_shard(root / "data" / "mine" / f"{part}{number:02}.tar", clips)
-    return root
-
-
-def comparable(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A result without what may differ between two runs, and its predictions."""
-    result = json.loads(path.read_text())
-    for field in ("created", "environment"):
-        del result[field]
-    for task in result["tasks"]:
-        del task["seconds"], task["rtf"]
-    predictions = {file.name: file.read_bytes() for file in sorted(path.parent.rglob("*.npz"))}
-    assert len(predictions) == len(result["tasks"]) == 2
-    return json.dumps(result), predictions
-
-
-def stored(cache: Path) -> dict[str, int]:
-    """Finished shards, and when their rows were written."""
-    shards = (cache / "store").glob("*/*.safetensors")
-    return {shard.stem: shard.with_suffix(".jsonl").stat().st_ctime_ns for shard in shards}
-
-
-def stopped_run(root: Path, cache: Path, number: signal.Signals) -> tuple[int, str]:
-    """Exit code and stderr of a run that gets the signal once it has stored one shard more than it found."""
-    before = len(stored(cache))
-    arguments = f"evaluate slow.onnx --tasks mine.toml --data data --output stopped.json --seeds 1 --cache {cache}".split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "xares_onnx", *arguments],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    with process:
-        deadline = time.monotonic() + 100
-        while len(stored(cache)) == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal does: Ctrl-C reaches the worker too
-        else:
-            process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
-        assert workers
-        assert not psutil.wait_procs(workers, timeout=10)[1], "a worker lives on"
-    assert before < len(stored(cache)) < sum(SHARDS.values()), "the run ended before it was stopped"
-    assert not (root / "stopped.json").exists()
-    return process.returncode, stderr
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_a_run_stopped_three_times_goes_on_each_time_and_ends_as_if_it_never_was(tmp_path: Path) -> None:
-    root = write_task(tmp_path)
-    cache = root / "cache"
-    said = "xares-onnx: interrupted; finished shards are stored, so the same command goes on from there"
-
-    code, stderr = stopped_run(root, cache, signal.SIGINT)
-    assert (code, stderr.strip().splitlines()[-1]) == (130, said)
-    after_interrupt = stored(cache)
-
-    code, stderr = stopped_run(root, cache, signal.SIGTERM)
-    assert (code, stderr.strip().splitlines()[-1]) == (143, said)
-    after_terminate = stored(cache)
-    assert after_terminate.items() > after_interrupt.items()  # not written again
-
-    code, _ = stopped_run(root, cache, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    after_kill = stored(cache)
-    assert after_kill.items() > after_terminate.items()
-
-    results = {}
-    for name, where in (("resumed", cache), ("undisturbed", root / "other cache")):
-        output = root / name / "result.json"
-        done = evaluate(
-            root / "slow.onnx",
-            [str(root / "mine.toml")],
-            data=root / "data",
-            cache=where,
-            output=output,
-            seeds=1,
-            threads=2,
-            device="cpu",
-        )
-        assert [task.status for task in done.result.tasks] == ["ok", "ok"]
-        results[name] = comparable(output)
-    assert stored(cache).items() > after_kill.items()
-    assert len(stored(cache)) == sum(SHARDS.values())
-    assert results["resumed"] == results["undisturbed"]
-    ours, theirs = (
-        {file.name: file.read_bytes() for file in where.glob("store/*/*") if file.suffix != ".part"}
-        for where in (cache, root / "other cache")
-    )
-    assert ours == theirs

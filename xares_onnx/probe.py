@@ -7,7 +7,8 @@ batch kept, and the first strict maximum of the validation accuracy chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,58 +65,52 @@ def train_linear(
     `embeddings` (crops, dim), `labels` (crops,) class indices, `examples` (crops,) the example that a crop is scored with:
     an example's prediction is the class of the largest mean probability over its crops.
     """
-    # One thread: the products are small, threads that wait for each other on a busy machine cost up to ten times the
-    # work, and the result must not depend on the number of threads.
+    with _one_thread(), torch.inference_mode():
+        x = normalised(torch.from_numpy(np.ascontiguousarray(embeddings)))
+        y = torch.from_numpy(labels)
+        # Heads with more batches come first, so that those which still train are always the leading ones.
+        order = sorted(((f, s) for f in range(len(folds)) for s in seeds), key=lambda head: -len(folds[head[0]].train))
+        generators = [np.random.default_rng([seed, fold]) for fold, seed in order]
+        heads = LinearHeads(x.shape[1], classes, generators)
+        adam = _BatchedAdam(heads)
+        best = [(-1.0, 0)] * len(order)
+        best_state = [parameter.clone() for parameter in heads.parameters]
+        for epoch in range(1, settings.epochs + 1):
+            rate = learning_rate(epoch, settings.epochs, settings.learning_rate)
+            orders = [rng.permutation(folds[fold].train) for rng, (fold, _) in zip(generators, order, strict=True)]
+            for index, weight in _batches(orders, settings.batch_size):
+                batch = x.index_select(0, index.flatten()).view(*index.shape, -1)
+                heads.backward(batch, cross_entropy_gradient(heads.logits(batch), y[index], weight))
+                adam.step(len(index), rate)
+            for h, (fold, _) in enumerate(order):
+                accuracy = _accuracy(heads, h, x, labels, examples, folds[fold].valid)
+                # Without validation clips the last epoch is taken.
+                if accuracy > best[h][0] or math.isnan(accuracy):
+                    best[h] = (accuracy, epoch)
+                    for kept, parameter in zip(best_state, heads.parameters, strict=True):
+                        kept[h] = parameter[h]
+            on_epoch(epoch)
+        for parameter, kept in zip(heads.parameters, best_state, strict=True):
+            parameter.copy_(kept)
+        results = []
+        for h, (fold, seed) in enumerate(order):
+            tested, predictions = _predict(heads, h, x, examples, folds[fold].test)
+            results.append(HeadResult(fold, seed, tested, predictions, best[h][1], best[h][0]))
+        return sorted(results, key=lambda result: (result.fold, result.seed))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The products are small: threads that wait for each other on a busy machine cost up to ten times the work.
+
+    Nor may the result depend on the number of threads.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.inference_mode():
-            return _train(embeddings, labels, examples, folds, classes, settings, seeds, on_epoch)
+        yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _train(
-    embeddings: npt.NDArray[np.float32],
-    labels: Indices,
-    examples: Indices,
-    folds: Sequence[CropFold],
-    classes: int,
-    settings: Head,
-    seeds: Sequence[int],
-    on_epoch: Callable[[int], None],
-) -> list[HeadResult]:
-    x = normalised(torch.from_numpy(np.ascontiguousarray(embeddings)))
-    y = torch.from_numpy(labels)
-    # Heads with more batches come first, so that those which still train are always the leading ones.
-    order = sorted(((f, s) for f in range(len(folds)) for s in seeds), key=lambda head: -len(folds[head[0]].train))
-    generators = [np.random.default_rng([seed, fold]) for fold, seed in order]
-    heads = LinearHeads(x.shape[1], classes, generators)
-    adam = _BatchedAdam(heads)
-    best = [(-1.0, 0)] * len(order)
-    best_state = [parameter.clone() for parameter in heads.parameters]
-    for epoch in range(1, settings.epochs + 1):
-        rate = learning_rate(epoch, settings.epochs, settings.learning_rate)
-        orders = [rng.permutation(folds[fold].train) for rng, (fold, _) in zip(generators, order, strict=True)]
-        for index, weight in _batches(orders, settings.batch_size):
-            batch = x.index_select(0, index.flatten()).view(*index.shape, -1)
-            heads.backward(batch, cross_entropy_gradient(heads.logits(batch), y[index], weight))
-            adam.step(len(index), rate)
-        for h, (fold, _) in enumerate(order):
-            accuracy = _accuracy(heads, h, x, labels, examples, folds[fold].valid)
-            # Without validation clips the last epoch is taken.
-            if accuracy > best[h][0] or math.isnan(accuracy):
-                best[h] = (accuracy, epoch)
-                for kept, parameter in zip(best_state, heads.parameters, strict=True):
-                    kept[h] = parameter[h]
-        on_epoch(epoch)
-    for parameter, kept in zip(heads.parameters, best_state, strict=True):
-        parameter.copy_(kept)
-    results = []
-    for h, (fold, seed) in enumerate(order):
-        tested, predictions = _predict(heads, h, x, examples, folds[fold].test)
-        results.append(HeadResult(fold, seed, tested, predictions, best[h][1], best[h][0]))
-    return sorted(results, key=lambda result: (result.fold, result.seed))
 
 
 def _batches(orders: list[Indices], size: int) -> list[tuple[Tensor, Tensor]]:

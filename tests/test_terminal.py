@@ -1,0 +1,158 @@
+"""What reaches a terminal: nothing that a stranger's names could drive it with."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import write_task
+from rich.console import Console
+
+from xares_onnx.catalog import shipped_tasks
+from xares_onnx.events import Note, Progress
+from xares_onnx.planning import Plan, PlanRow
+from xares_onnx.report import terminal
+from xares_onnx.results import Clips, Encoder, Result, Seconds, TaskResult, averages
+from xares_onnx.shards import Drop
+from xares_onnx.store import Header
+from xares_onnx.task import load_task
+
+ROOT = Path(__file__).parents[1]
+# Ctrl-C is ignored by what a background job starts, and the tests may be one.
+START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xares_onnx.cli import main; main()"
+
+
+# ---------------------------------------------------------------- what reaches a terminal
+
+HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
+SHOWN = r"[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=["terminal", "file"])
+def console(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Screen() if request.param == "terminal" else io.StringIO())
+    return terminal.stdout_console()
+
+
+def printed(console: Console) -> str:
+    """What was printed, without the colours of our own."""
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    ours = ("\x1b[0m", "\x1b[1m", "\x1b[33m")
+    if console.is_terminal:
+        assert any(style in text for style in ours)
+    for style in ours:
+        text = text.replace(style, "")
+    return text
+
+
+def record(**fields: Any) -> TaskResult:
+    base: dict[str, Any] = {
+        "task": "esc50",
+        "title": HOSTILE,
+        "domain": "environment",
+        "status": "ok",
+        "method": "linear",
+        "metric": "accuracy",
+        "score": 0.5,
+        "ci95": (0.25, 0.75),
+        "n_test": 10,
+        "clips": Clips(expected=10, read=9, dropped=[Drop(HOSTILE, HOSTILE)]),
+        "definition_digest": "",
+        "seconds": Seconds(embed=0, train=0, score=0),
+    }
+    return TaskResult(**{**base, **fields})
+
+
+def result(*tasks: TaskResult) -> Result:
+    contract = {name: {"value": 16_000, "source": "default"} for name in ("dim", "hop_samples", "sample_rate")}
+    return Result(
+        encoder=Encoder(file=HOSTILE, sha256="", bytes=1, parameters=1, contract=contract, taps=[]),
+        environment={"provider": "CPUExecutionProvider"},
+        settings={"protocol": "corrected", "seeds": 1, "limit": None},
+        created="",
+        tasks=list(tasks),
+        averages=averages(tasks, {}),
+    )
+
+
+def safe(text: str) -> None:
+    """No control character but line ends, and the hostile text in full as escapes."""
+    assert [c for c in text if not c.isprintable() and c != "\n"] == []
+    assert SHOWN in text
+
+
+def test_hostile_names_in_a_result(console: Console) -> None:
+    failed = record(task="gtzan_genre", status="failed", reason=HOSTILE, score=None, ci95=None)
+    terminal.print_result(result(record(), failed), console, saved=HOSTILE)
+    text = printed(console)
+    safe(text)
+    assert text.count(SHOWN) == 7  # encoder, two titles, key and reason of a drop, reason of a failure, path
+
+
+def test_hostile_names_in_a_listing(console: Console, tmp_path: Path) -> None:
+    path = write_task(tmp_path, "mine", classes=("a", "b"))
+    path.write_text(
+        path.read_text().replace('"Tones mine"', json.dumps(HOSTILE)).replace('["a", "b"]', json.dumps(["a", HOSTILE]))
+    )
+    task = load_task(path)
+    terminal.print_tasks([(task, HOSTILE)], Path(HOSTILE), console)
+    terminal.print_task(task, Path(HOSTILE), console)
+    header = Header(
+        store_version=1,
+        model=HOSTILE,
+        model_sha256=HOSTILE,
+        task=HOSTILE,
+        shard="",
+        expected=0,
+        damage=None,
+        audio_seconds=0,
+    )
+    terminal.print_cache([("key", header, 10, 0.0)], HOSTILE, console)
+    terminal.print_plan(Plan([PlanRow("mine", 1, 1, 0.1, 10, 1, 1)], 0.1), console)
+    safe(printed(console))
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_hostile_names_in_progress(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen() if live else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal.TerminalObserver() as observer:
+        observer(Progress("embed", "[red]mine[/red]", 0, 10))
+        observer(Note(HOSTILE))
+        observer(Note(HOSTILE))
+        observer(Progress("embed", "[red]mine[/red]", 10, 10))
+    text = screen.getvalue()
+    assert text.count(f"note: {SHOWN}") == 1  # said once
+    assert "\x1b[2J" not in text
+    assert "\x1b]0;" not in text
+    assert "[red]mine[/red]" in text
+
+
+def test_scores_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", Screen())
+    console = terminal.stdout_console()
+    tasks = [record(title="Libri Speech Male Female", score=0.123, clips=Clips(expected=1, read=1, dropped=[]))]
+    tasks.append(record(title="Libri Speech Male Female", method="knn", score=0.456))
+    terminal.print_result(result(*tasks), console)
+    terminal.print_tasks([(task, "12 shards, 10.34 GB") for task in shipped_tasks().values()], Path("data"), console)
+    text = printed(console)
+    for whole in ("0.123", "0.456", "0.250-0.750", "dropped", "weight", "12 shards,", "librispeechmalefemale"):
+        assert whole in text
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines() if "0.123" in line or "accuracy" in line) <= 80

@@ -1,4 +1,4 @@
-"""The command line: exit codes, what goes to which stream, and what reaches a terminal."""
+"""The command line: exit codes, and what goes to which stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task files, targets and the catalogue: X-ARES's facts, a user's own file, and every way to get one wrong."""
+"""Task files and targets: X-ARES's facts, a user's own file, and every way to get one wrong."""
 
 from __future__ import annotations
 

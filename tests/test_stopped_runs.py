@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from bank_model import write_model
@@ -23,17 +22,7 @@ from shard_makers import (
     write_shard,
 )
 
-from xares_onnx.embed import CropSettings
 from xares_onnx.evaluation import evaluate
-
-WINDOW, HOP, BANDS = 400, 160, 6
-WEIGHTS = (np.random.default_rng(3).standard_normal((BANDS, WINDOW)) / 20).astype(np.float32)
-CHUNK = 10 * RATE
-WHOLE = CropSettings(None)
-AS_XARES = CropSettings(None, "whole-crops", pad_short_clips=False, keep_padding=True)
-
-
-# ---------------------------------------------------------------- runs that are stopped
 
 SHARDS = {"train": 8, "valid": 3, "test": 4}
 

@@ -21,13 +21,6 @@ from xares_onnx.shards import Drop
 from xares_onnx.store import Header
 from xares_onnx.task import load_task
 
-ROOT = Path(__file__).parents[1]
-# Ctrl-C is ignored by what a background job starts, and the tests may be one.
-START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xares_onnx.cli import main; main()"
-
-
-# ---------------------------------------------------------------- what reaches a terminal
-
 HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
 SHOWN = r"[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
 

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from xares_onnx.knn import knn_cosine
-from xares_onnx.probe import CropFold, learning_rate, train_linear
+from xares_onnx.probes.linear import Classification, train_linear
+from xares_onnx.probes.training import Rows, learning_rate
 from xares_onnx.task import Head
 
 CLIPS, CLASSES, FOLDS, SEEDS = 2000, 50, 5, 3
 HEAD = Head(epochs=10, batch_size=32, learning_rate=1e-3)
 
 
-def one_by_one(x: torch.Tensor, y: torch.Tensor, fold: CropFold) -> None:
+def one_by_one(x: torch.Tensor, y: torch.Tensor, fold: Rows) -> None:
     """One head, as X-ARES's arithmetic reads, in plain torch on one thread, as ours."""
     torch.set_num_threads(1)
     head = torch.nn.Sequential(torch.nn.LayerNorm(x.shape[1]), torch.nn.Linear(x.shape[1], CLASSES))
@@ -47,11 +48,12 @@ def main() -> None:
     folds = []
     for number in range(FOLDS):
         train = np.flatnonzero(fold_of != number)
-        folds.append(CropFold(train[train % 10 != 3], train[train % 10 == 3], np.flatnonzero(fold_of == number)))
+        folds.append(Rows(train[train % 10 != 3], train[train % 10 == 3], np.flatnonzero(fold_of == number)))
     clips = np.arange(CLIPS)
-    train_linear(x, labels, clips, folds, CLASSES, Head(epochs=1), [0])  # warm up
+    objective = Classification(labels, CLASSES)
+    train_linear(x, objective, clips, folds, Head(epochs=1), [0])  # warm up
     started = time.perf_counter()
-    train_linear(x, labels, clips, folds, CLASSES, HEAD, range(SEEDS))
+    train_linear(x, objective, clips, folds, HEAD, range(SEEDS))
     batched = time.perf_counter() - started
     started = time.perf_counter()
     one_by_one(torch.from_numpy(x), torch.from_numpy(labels), folds[0])

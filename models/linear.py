@@ -61,3 +61,13 @@ def cross_entropy_gradient(logits: Tensor, classes: Tensor, weight: Tensor) -> T
     gradient = logits.softmax(dim=2)
     gradient.scatter_add_(2, classes[:, :, None], torch.full((1, 1, 1), -1.0).expand(*classes.shape, 1))
     return gradient.mul_(weight[:, :, None])
+
+
+def binary_cross_entropy_gradient(logits: Tensor, targets: Tensor, weight: Tensor, positive_weight: float = 1.0) -> Tensor:
+    """Gradient at the logits (n, batch, classes) of the mean over classes of binary cross-entropies, times `weight` (n, batch).
+
+    `targets` are 0 or 1; the loss of a 1 counts `positive_weight` times, as in torch's `BCEWithLogitsLoss(pos_weight)`.
+    """
+    positive = targets.to(logits.dtype) * positive_weight
+    gradient = logits.sigmoid().mul_(positive + (1 - targets.to(logits.dtype))).sub_(positive)
+    return gradient.mul_(weight[:, :, None] / logits.shape[-1])

@@ -313,7 +313,7 @@ def test_a_shard_that_changes_while_it_is_read_is_an_error(encoder: Encoder, tmp
 def test_decoding_runs_only_a_few_clips_ahead(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a shard of long clips would lie in memory as a whole."""
     path = shard_of(tmp_path / "a.tar", {f"{i}": np.zeros(RATE) for i in range(60)})
-    (spec,) = shard_specs(encoder, "mine", [plan_of(path)], WHOLE, Store(tmp_path)).values()
+    (spec,) = shard_specs(encoder, "mine", [plan_of(path)], WHOLE, Store(tmp_path), frames=False).values()
     decoded, lock, decode = [0], threading.Lock(), audio.decode
 
     def counting(data: bytes) -> tuple[audio.Waveform, int]:

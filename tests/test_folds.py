@@ -279,7 +279,7 @@ def test_clips_of_all_shards_are_put_together(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["test.tar", "train0.tar", "train1.tar", "valid.tar"]
     dataset = assemble(data, dict(zip(paths, [contents[3], *contents[:3]], strict=True)))
     assert dataset.keys == ["test.tar/x", "train0.tar/x", "train0.tar/y", "train1.tar/x", "valid.tar/z"]
-    assert same(dataset.classes, [0, 0, 1, 1, 2])
+    assert same(np.array(dataset.labels), [0, 0, 1, 1, 2])
     assert {name: part.tolist() for name, part in dataset.parts.items()} == {"train": [1, 2, 3], "valid": [4], "test": [0]}
     assert same(dataset.clip_of_crop, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     assert same(dataset.embeddings[:, 0].astype(np.int64), [0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
@@ -302,7 +302,7 @@ def test_an_unknown_label_is_a_named_drop_and_takes_its_crops_along(tmp_path: Pa
         },
     )
     assert dataset.keys == ["train.tar/y", "train.tar/z", "valid.tar/x"]
-    assert same(dataset.classes, [1, 0, 0])
+    assert same(np.array(dataset.labels), [1, 0, 0])
     assert same(dataset.embeddings[:, 0].astype(np.int64), [1, 1, 2, 2, 0, 0])
     assert same(dataset.clip_of_crop, [0, 0, 1, 1, 2, 2])
     assert {name: part.tolist() for name, part in dataset.parts.items()} == {"train": [0, 1], "valid": [2], "test": []}
@@ -431,7 +431,7 @@ def lossy(lost: int, expected: int, damage: Sequence[str] = ()) -> Dataset:
     drops = [Drop(f"a.tar/{number}", f"reason {number}") for number in range(lost)]
     clips = Clips(expected=expected, read=expected - lost, dropped=drops)
     nothing = np.empty(0, np.int64)
-    return Dataset(np.empty((0, 1), np.float32), nothing, nothing, [], {}, clips, 0.0, list(damage))
+    return Dataset(np.empty((0, 1), np.float32), nothing, [], [], {}, clips, 0.0, list(damage))
 
 
 @pytest.mark.parametrize(("lost", "expected"), [(0, 0), (0, 5), (1, 1), (2, 2), (2, 10), (3, 300), (10, 1_000), (20, 5_000)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import f1_score, recall_score
 
-from xares_onnx import metrics, probe, scoring
+from xares_onnx import metrics
 from xares_onnx.dataset import Dataset
-from xares_onnx.events import Progress
 from xares_onnx.folds import Fold, Protocol
-from xares_onnx.metrics import accuracy, accuracy_statistics, bootstrap, class_metrics, interval
+from xares_onnx.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.metrics import SumScorer, accuracy_statistics, class_metrics, interval, ratio
+from xares_onnx.probes import linear
 from xares_onnx.results import Clips
-from xares_onnx.scoring import Outcome, run_head, run_knn, score, why_undefined
+from xares_onnx.scoring import score
 from xares_onnx.targets import ClassTarget
 from xares_onnx.task import Data, Task
 
@@ -26,6 +28,10 @@ Floats = NDArray[np.float64]
 def outcomes(right: int, clips: int) -> Floats:
     """(1 seed, clips, 2) statistics of a fold in which so many clips are right."""
     return np.stack([np.arange(clips) < right, np.ones(clips)], axis=1)[None].astype(float)
+
+
+def bootstrap(statistics: list[Floats], generator: np.random.Generator) -> Floats:
+    return metrics.bootstrap([SumScorer(fold, ratio) for fold in statistics], generator)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -40,8 +46,8 @@ def test_accuracy_statistics_count_examples_by_clip() -> None:
     right = np.array([True, False, True, True, True, False])
     found = accuracy_statistics(right, clips, np.array([2, 5, 7]))
     assert found.tolist() == [[1, 2], [1, 1], [2, 3]]
-    assert accuracy(found.sum(axis=0)) == pytest.approx(4 / 6)
-    assert accuracy(found).tolist() == pytest.approx([1 / 2, 1, 2 / 3])
+    assert ratio(found.sum(axis=0)) == pytest.approx(4 / 6)
+    assert ratio(found).tolist() == pytest.approx([1 / 2, 1, 2 / 3])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -76,7 +82,7 @@ def test_class_metrics_of_a_class_never_predicted() -> None:
 def test_replicates_of_an_accuracy_are_binomial() -> None:
     """A resample of n clips of which a share p is right holds Binomial(n, p) right ones: an exact law."""
     right, clips = 42, 60
-    replicates = bootstrap([outcomes(right, clips)], accuracy, rng())
+    replicates = bootstrap([outcomes(right, clips)], rng())
     assert replicates.shape == (2000,)
     law = stats.binom(clips, right / clips)
     distance = stats.ks_2samp(replicates * clips, law.rvs(20_000, random_state=1))
@@ -90,7 +96,7 @@ def test_ratio_of_crops_is_scipys_bootstrap() -> None:
     """Clips of one to nine crops: a resample's score is right crops over crops, not a mean over clips."""
     crops = rng(1).integers(1, 10, 80).astype(float)
     right = rng(2).binomial(crops.astype(int), np.clip(crops / 10, 0.1, 0.9)).astype(float)  # longer clips are easier
-    replicates = bootstrap([np.stack([right, crops], axis=1)[None]], accuracy, rng())
+    replicates = bootstrap([np.stack([right, crops], axis=1)[None]], rng())
     reference = stats.bootstrap(
         (right, crops),
         lambda r, c, axis: r.sum(axis=axis) / c.sum(axis=axis),
@@ -107,7 +113,7 @@ def test_ratio_of_crops_is_scipys_bootstrap() -> None:
 
 def test_clips_are_resampled_within_their_fold() -> None:
     """A fold without errors varies by nothing, and each fold counts alike whatever its size."""
-    replicates = bootstrap([outcomes(50, 50), outcomes(5, 10)], accuracy, rng())
+    replicates = bootstrap([outcomes(50, 50), outcomes(5, 10)], rng())
     assert set(np.round(replicates * 20).astype(int)) <= set(range(10, 21))
     np.testing.assert_allclose(replicates * 20, np.round(replicates * 20), atol=1e-9)
     assert replicates.mean() == pytest.approx(0.75, abs=0.01)
@@ -119,13 +125,13 @@ def test_seeds_share_a_resample() -> None:
     one = outcomes(30, 40)
     other = one.copy()
     other[..., 0] = 1 - one[..., 0]
-    replicates = bootstrap([np.concatenate([one, other])], accuracy, rng())
+    replicates = bootstrap([np.concatenate([one, other])], rng())
     np.testing.assert_allclose(replicates, 0.5)
 
 
 def test_more_seeds_do_not_feign_more_clips() -> None:
     one = outcomes(30, 40)
-    alone, thrice = (bootstrap([np.concatenate([one] * n)], accuracy, rng()) for n in (1, 3))
+    alone, thrice = (bootstrap([np.concatenate([one] * n)], rng()) for n in (1, 3))
     np.testing.assert_allclose(alone, thrice)
 
 
@@ -133,18 +139,18 @@ def test_interval_covers_the_truth_about_95_times_in_100() -> None:
     clips, truth, trials = 100, 0.8, 400
     covered = 0
     for right in rng(5).binomial(clips, truth, trials):
-        low, high = interval(bootstrap([outcomes(right, clips)], accuracy, rng(right)))
+        low, high = interval(bootstrap([outcomes(right, clips)], rng(right)))
         covered += low <= truth <= high
     assert 0.90 <= covered / trials <= 0.98
 
 
 def test_bootstrap_repeats_and_fills_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = bootstrap([outcomes(30, 40)], accuracy, rng())
-    np.testing.assert_array_equal(whole, bootstrap([outcomes(30, 40)], accuracy, rng()))
-    assert (whole != bootstrap([outcomes(30, 40)], accuracy, rng(1))).any()
+    whole = bootstrap([outcomes(30, 40)], rng())
+    np.testing.assert_array_equal(whole, bootstrap([outcomes(30, 40)], rng()))
+    assert (whole != bootstrap([outcomes(30, 40)], rng(1))).any()
     for values in (1, 40 * 7):  # a resample at a time; seven at a time, and five in the last block
         monkeypatch.setattr(metrics, "_DRAWS_AT_ONCE", values)
-        blocks = bootstrap([outcomes(30, 40)], accuracy, rng())
+        blocks = bootstrap([outcomes(30, 40)], rng())
         assert stats.ks_2samp(whole, blocks).pvalue > 0.01
 
 
@@ -168,13 +174,17 @@ def dataset(classes: list[int], crops: list[int] | None = None) -> Dataset:
     return Dataset(
         embeddings=np.zeros((sum(crops), 2), np.float32),
         clip_of_crop=np.repeat(np.arange(len(classes)), crops),
-        classes=np.array(classes),
+        labels=list(classes),
         keys=[f"test.tar/{i:03}" for i in range(len(classes))],
         parts={},
         clips=Clips(expected=len(classes), read=len(classes), dropped=[]),
         audio_seconds=1.0,
         damage=[],
     )
+
+
+def kind(data: Dataset, folds: list[Fold], protocol: str = "corrected", task: Task = TASK) -> Kind:
+    return kind_of(task)(task, Protocol(protocol), data, folds, Tools())  # type: ignore[arg-type]
 
 
 def fold(name: str, test: list[int], train: list[int] | None = None) -> Fold:
@@ -189,9 +199,9 @@ def test_score_is_the_mean_over_folds_then_over_seeds() -> None:
     found = []
     for (number, seed), errors in wrong.items():
         examples = np.sort(folds[number].test)
-        predictions = np.array([(data.classes[i] + (i in errors)) % 3 for i in examples])
+        predictions = np.array([(data.labels[i] + (i in errors)) % 3 for i in examples])
         found.append(Outcome(number, seed, examples, predictions))
-    scored = score(TASK, "head", Protocol("corrected"), data, folds, found)
+    scored = score(kind(data, folds), "head", found)
     assert scored.per_fold == pytest.approx([(0.5 + 0) / 2, (0.25 + 1) / 2])
     assert scored.per_seed == pytest.approx([(0.5 + 0.25) / 2, (0 + 1) / 2])
     assert scored.score == pytest.approx((0.5 + 0 + 0.25 + 1) / 4)
@@ -205,16 +215,16 @@ def test_score_is_the_mean_over_folds_then_over_seeds() -> None:
             mine = right[(rows["fold"] == name) & (rows["seed"] == seed)]
             assert mine.mean() == 1 - len(wrong[number, seed]) / len(folds[number].test)
     assert dict(zip(rows["key"].tolist(), rows["target"].tolist(), strict=True)) == dict(
-        zip(data.keys, data.classes.tolist(), strict=True)
+        zip(data.keys, data.labels, strict=True)
     )
 
 
 def test_x_ares_scores_crops_and_resamples_clips() -> None:
     """Four clips of 1, 1, 1 and 7 crops, of which the long one is wrong: 3 of 10 crops."""
     data = dataset([0, 1, 2, 0], crops=[1, 1, 1, 7])
-    predictions = np.where(data.clip_of_crop == 3, 1, data.classes[data.clip_of_crop])
+    predictions = np.where(data.clip_of_crop == 3, 1, np.array(data.labels)[data.clip_of_crop])
     found = [Outcome(0, 0, np.arange(10), predictions)]
-    scored = score(TASK, "knn", Protocol("xares"), data, [fold("test", [0, 1, 2, 3])], found)
+    scored = score(kind(data, [fold("test", [0, 1, 2, 3])], "xares"), "knn", found)
     assert scored.score == pytest.approx(3 / 10)
     assert scored.n_test == 4
     # A resample holds the long clip k times: (4 - k) right of (4 - k) + 7k crops.
@@ -230,7 +240,7 @@ def test_an_interval_depends_on_its_task_and_method_alone() -> None:
 
     def replicates(name: str, method: str) -> Floats:
         task = Task(name=name, title="", domain="music", data=TASK.data, target=TASK.target)
-        return score(task, method, Protocol("corrected"), data, folds, found).replicates
+        return score(kind(data, folds, task=task), method, found).replicates
 
     np.testing.assert_array_equal(replicates("a", "head"), replicates("a", "head"))
     assert (replicates("a", "head") != replicates("a", "knn")).any()
@@ -245,7 +255,7 @@ def test_knn_searches_the_clips_held_out_of_training_too() -> None:
 
     def predicted(valid: list[int], held_out: list[int]) -> list[int]:
         fold = Fold("test", np.array([0, 1]), np.array(valid), np.array([4]), np.array(held_out, np.int64))
-        (found,) = run_knn(Protocol("corrected"), data, [fold])
+        (found,) = kind(data, [fold]).search()
         return found.predictions.tolist()
 
     assert predicted([3], [3]) == [2]
@@ -257,28 +267,38 @@ def test_heads_are_trained_selected_and_tested_on_their_parts(monkeypatch: pytes
 
     def watched(*arguments: Any, **options: Any) -> list[Any]:
         given["crops"] = [[part.tolist() for part in (f.train, f.valid, f.test)] for f in arguments[3]]
-        given["labels"], given["examples"] = arguments[1].tolist(), arguments[2].tolist()
+        given["labels"], given["examples"] = arguments[1].targets.tolist(), arguments[2].tolist()
         options["on_epoch"](7)
         return []
 
-    monkeypatch.setattr(probe, "train_linear", watched)
+    monkeypatch.setattr(linear, "train_linear", watched)
     data = dataset([2, 0, 1], crops=[2, 1, 2])
     parts = Fold("test", np.array([0]), np.array([1]), np.array([2]), np.array([1]))
     told: list[Any] = []
-    run_head(TASK, Protocol("corrected"), data, [parts], 3, told.append)
+    kind(data, [parts]).train(3, told.append)
     assert given == {"crops": [[[0, 1], [2], [3, 4]]], "labels": [2, 2, 0, 1, 1], "examples": [0, 0, 1, 2, 2]}
-    assert told == [Progress("train", "tones", 0, 10), Progress("train", "tones", 7, 10)]
+    assert told == [7]
 
 
 def test_which_folds_have_no_score() -> None:
-    data = dataset([0, 0, 1, 2])
-    assert why_undefined([fold("test", [3], train=[0, 2])], data) is None
-    assert why_undefined([fold("test", [], train=[0, 2])], data) == "there are no test clips in fold test"
-    assert why_undefined([fold("a", [3], train=[0, 2]), fold("b", [1])], data) == "there are no training clips in fold b"
-    assert why_undefined([fold("test", [3], train=[0, 1])], data) == "the training clips of fold test are all of one class"
+    data = dataset([0, 0, 1, 2, 1])
+
+    def why(*folds: Fold) -> str | None:
+        return kind(data, list(folds)).why_undefined()
+
+    assert why(fold("test", [4], train=[0, 2])) is None
+    assert why(fold("test", [], train=[0, 2])) == "there are no test clips in fold test"
+    assert why(fold("a", [4], train=[0, 2]), fold("b", [1])) == "there are no training clips in fold b"
+    assert why(fold("test", [3], train=[0, 1])) == "the training clips of fold test are all of one class"
+    assert why(fold("test", [3], train=[0, 2])) == "class 'c' is tested in fold test but has no training clip"
+
+
+def test_a_class_that_a_limit_left_out_of_training_is_no_fault_of_the_data() -> None:
+    data = replace(dataset([0, 0, 1, 2]), limited=True)
+    assert kind(data, [fold("test", [3], train=[0, 2])]).why_undefined() is None
 
 
 def test_examples_are_clips_or_under_x_ares_crops() -> None:
     data = dataset([0, 1], crops=[2, 1])
-    assert scoring.examples_of(Protocol("corrected"), data).tolist() == [0, 0, 1]
-    assert scoring.examples_of(Protocol("xares"), data).tolist() == [0, 1, 2]
+    assert kind(data, []).examples_of_crops.tolist() == [0, 0, 1]
+    assert kind(data, [], "xares").examples_of_crops.tolist() == [0, 1, 2]

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xares_onnx import probe
 from xares_onnx.models.linear import LinearHeads, cross_entropy_gradient, normalised
-from xares_onnx.probe import CropFold, HeadResult, learning_rate, train_linear
+from xares_onnx.probes import linear
+from xares_onnx.probes.linear import Classification, train_linear
+from xares_onnx.probes.training import HeadResult, Rows, learning_rate
 from xares_onnx.task import Head
 
 DIM, CLASSES = 10, 5
@@ -36,12 +37,11 @@ class Problem:
     embeddings: NDArray[np.float32]
     labels: NDArray[np.int64]
     examples: NDArray[np.int64]
-    folds: list[CropFold]
+    folds: list[Rows]
 
     def train(self, settings: Head, seeds: Sequence[int], folds: int | None = None, **options: Any) -> list[HeadResult]:
-        return train_linear(
-            self.embeddings, self.labels, self.examples, self.folds[:folds], CLASSES, settings, seeds, **options
-        )
+        objective = Classification(self.labels, CLASSES)
+        return train_linear(self.embeddings, objective, self.examples, self.folds[:folds], settings, seeds, **options)
 
 
 def problem(sizes: Sequence[tuple[int, int, int]], *, crops: int = 1, noise: float = 1.5, seed: int = 0) -> Problem:
@@ -60,7 +60,7 @@ def problem(sizes: Sequence[tuple[int, int, int]], *, crops: int = 1, noise: flo
     for train, valid, test in sizes:
         order = rng.permutation(count)
         parts = np.split(order[: train + valid + test], [train, train + valid])
-        folds.append(CropFold(*(np.flatnonzero(np.isin(examples, part)) for part in parts)))
+        folds.append(Rows(*(np.flatnonzero(np.isin(examples, part)) for part in parts)))
     return Problem(embeddings, labels, examples, folds)
 
 
@@ -146,7 +146,7 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, Any]:
                     "bias": self.bias[h, 0].numpy(),
                 }
 
-    monkeypatch.setattr(probe, "LinearHeads", Watched)
+    monkeypatch.setattr(linear, "LinearHeads", Watched)
     return found
 
 
@@ -194,7 +194,7 @@ def test_the_best_epoch_is_the_first_strict_maximum_of_validation(heads: dict[by
         reference = train_one(p, result.fold, result.seed, settings)
         best = max(reference.accuracies)
         assert result.best_epoch == reference.accuracies.index(best) + 1
-        assert result.valid_accuracy == pytest.approx(best)
+        assert result.valid_score == pytest.approx(best)
         for name, expected in reference.best.items():
             np.testing.assert_allclose(heads[start_of(result.seed, result.fold)]()[name], expected, atol=1e-4)
         np.testing.assert_array_equal(result.predictions, reference.predictions)
@@ -269,10 +269,10 @@ def test_scoring_in_blocks_changes_no_prediction(monkeypatch: pytest.MonkeyPatch
     p = problem([(60, 20, 60)], crops=3)
     settings = Head(epochs=4, batch_size=16, learning_rate=0.02)
     whole = p.train(settings, (0,))
-    monkeypatch.setattr(probe, "_VALUES_AT_ONCE", 7 * DIM)
+    monkeypatch.setattr(linear, "_VALUES_AT_ONCE", 7 * DIM)
     (blocks,) = p.train(settings, (0,))
     np.testing.assert_array_equal(blocks.predictions, whole[0].predictions)
-    assert blocks.valid_accuracy == whole[0].valid_accuracy
+    assert blocks.valid_score == whole[0].valid_score
 
 
 def test_every_epoch_is_told() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_makers import task_toml
-from xares_facts import ENCODERS, facts, scores
+from xares_facts import ENCODERS, facts, others, scores
 
 from xares_onnx.catalog import (
     find_parts,
@@ -24,7 +24,7 @@ from xares_onnx.catalog import (
 )
 from xares_onnx.errors import LabelError, TaskFileError
 from xares_onnx.targets import ClassTarget, IntegerTarget
-from xares_onnx.task import Task, load_task
+from xares_onnx.task import HEADS, Task, load_task
 
 
 def parsed(text: str) -> Task:
@@ -34,9 +34,30 @@ def parsed(text: str) -> Task:
 # ---------------------------------------------------------------- what is shipped
 
 
-def test_every_clip_task_of_one_label_is_shipped_and_six_of_our_own() -> None:
-    synthetic = {f"synthetic_{name}" for name in ("pitch", "timbre", "tempo", "colour", "vowel", "contour")}
-    assert set(shipped_tasks()) == {row[0] for row in facts} | synthetic
+def test_all_28_tasks_are_shipped_and_one_of_every_kind_of_our_own() -> None:
+    theirs = {row[0] for row in facts} | {row[0] for row in others}
+    assert len(theirs) == 28
+    ours = [task for task in shipped_tasks().values() if task.name not in theirs]
+    assert {task.domain for task in ours} == {"synthetic"}
+    assert {task.kind for task in ours} == set(HEADS) - {"integer"}
+
+
+@pytest.mark.parametrize("row", others, ids=lambda row: row[0])
+def test_a_task_of_another_kind_states_the_facts_of_xares(row: list[str]) -> None:
+    name, domain, record, weight, crop, kind, classes, vocabulary, epochs, batch, head, metric, shards = row
+    task = shipped_tasks()[name]
+    assert (task.domain, task.data.zenodo, task.kind, task.private) == (domain, record, kind, False)
+    assert task.weight == (None if weight == "-" else float(weight))
+    assert task.data.crop_seconds == (None if crop == "-" else float(crop))
+    assert len(task.target.class_names) == int(classes)
+    if vocabulary != "-":
+        assert hashlib.sha256("\n".join(task.target.class_names).encode()).hexdigest()[:8] == vocabulary
+    assert (task.head.kind, task.head.epochs, task.head.batch_size) == (head, int(epochs), int(batch))
+    assert (task.head.learning_rate, task.head.positive_weight) == (1e-3, 10 if name == "maestro" else 1)
+    assert (task.score.metric, task.knn) == (metric, False)
+    assert task.score.segment_seconds == {"desed": 1.0, "maestro": 0.1}.get(name)
+    stems = dict(zip(("train", "valid", "test"), shards.split(), strict=True))
+    assert part_globs(task) == {split: f"{stem}*.tar" for split, stem in stems.items()}
 
 
 @pytest.mark.parametrize("row", facts, ids=lambda row: row[0])
@@ -60,7 +81,7 @@ def test_a_shipped_task_states_the_facts_of_xares(row: list[str]) -> None:
         int(batch),
         1e-3,
     )
-    assert (task.score.metric, task.score.knn) == ("accuracy", knn == "knn")
+    assert (task.score.metric, task.knn) == ("accuracy", knn == "knn")
     first, rest = shards.split(None, 1)
     if "{}" in shards:
         low, high = map(int, first.split("-"))
@@ -94,7 +115,7 @@ def test_a_users_own_file_works_like_a_shipped_one(tmp_path: Path) -> None:
     path.write_text(task_toml(), encoding="utf-8")
     (task,) = named_tasks([str(path)])
     assert (task.name, task.kind, task.target.class_names) == ("mine", "class", ("a", "b", "c"))
-    assert (task.weight, task.private, task.published, task.score.knn, task.head.epochs) == (None, False, None, True, 10)
+    assert (task.weight, task.private, task.published, task.knn, task.head.epochs) == (None, False, None, True, 10)
     assert part_globs(task) == {"train": "train*.tar", "valid": "valid*.tar", "test": "test*.tar"}
 
 
@@ -124,7 +145,8 @@ def test_a_users_own_file_works_like_a_shipped_one(tmp_path: Path) -> None:
         ({"splits": 'splits = { train = "a" }'}, "`splits` needs train and test"),
         ({"splits": 'splits = {train="a", test="b"}\nfolds = {pattern="{fold}", numbers=[1, 2]}'}, "needs either"),
         ({"domain": 'domain = "speach"'}, "domain is 'speach', but must be one of 'speech', 'environment'"),
-        ({"kind": 'kind = "tags"'}, r"target\.kind is 'tags', but must be one of 'class', 'integer'"),
+        ({"kind": 'kind = "tag"'}, r"target\.kind is 'tag', but must be one of 'class', 'integer', 'tags', 'events'"),
+        ({"kind": 'kind = "tags"'}, r"\[score\] metric 'accuracy' does not fit a target of kind 'tags'; write metric = 'mean"),
         ({"kind": "kind = 3"}, r"Expected `str`, got `int` \(at `target\.kind`\)"),
         ({"kind": 'kind = "integer"'}, r"Expected `int`, got `array` \(at `target\.classes`\)"),
         ({"title": "title = 3"}, r"Expected `str`, got `int` \(at `title`\)"),

@@ -1,4 +1,4 @@
-"""X-ARES's own facts and published scores of its 22 single-label clip tasks, for tests to hold the task files against."""
+"""X-ARES's own facts of its 28 tasks and its published scores, for tests to hold the task files against."""
 
 # X-ARES 0.1.3's clip tasks of one label. Name, domain, Zenodo record, weight, seconds of a crop, json key, classes and the
 # start of the SHA-256 of their names joined by line ends, epochs, batch, kNN, shards: of train, valid and test, or of folds.
@@ -27,6 +27,17 @@ voxceleb1              speech       14811963  2000  6   speakerid              1
 voxlingua33            speech       14812245  1609  10  labels                 33    c1faed21  10  64  knn  train_subset dev dev
 """  # noqa: E501
 
+# Its tasks of other kinds. Name, domain, Zenodo record, weight, seconds of a crop, kind, classes and the start of the SHA-256 of
+# their names joined by line ends, epochs, batch, our head, our name of the metric, shards.
+OTHERS = """
+clotho         environment  14856454  1045   30  captions    0 -           20  128  retrieval  recall_at_1             clotho_development clotho_evaluation clotho_validation
+desed          environment  14808180  1153   -   events      10 cf0f6c10   10  32   linear     segment_f1_macro        wds-audio-train wds-audio-eval wds-audio-eval
+fsd50k         environment  14868441  2000   10  tags        200 896fa704  10  64   linear     mean_average_precision  fsd50k_train fsd50k_validation fsd50k_eval
+librispeech    speech       14716252  10000  -   transcript  0 -           10  4    ctc        one_minus_wer           train-clean-100 dev-clean test-clean
+maestro        music        14858022  65     -   events      87 1764b736   50  1    linear     segment_f1_micro        maestro_train maestro_valid maestro_test
+speechocean762 speech       14725291  -      -   number      0 -           25  32   linear     mse                     speechocean762_train speechocean762_test speechocean762_test
+"""  # noqa: E501
+
 # Its README's scores of dasheng, wav2vec2, whisper and data2vec: of the linear head, then of kNN.
 PUBLISHED = """
 asvspoof2015           .964 .924 .966 .937   .869 .858 .843 .942
@@ -51,8 +62,14 @@ vocalimitations        .253 .147 .180 .128   .107 .010 .016 .018
 vocalsound             .910 .768 .860 .803   .382 .269 .405 .308
 voxceleb1              .780 .340 .388 .105   .262 .003 .010 .033
 voxlingua33            .814 .553 .873 .620   .376 .034 .360 .058
+clotho                 .029 .014 .038 .008
+desed                  .537 .313 .127 .136
+fsd50k                 .409 .166 .262 .085
+librispeech            .608 .405 .721 .893
+maestro                .524 .180 .011 .116
 """
 ENCODERS = ("dasheng", "wav2vec2", "whisper", "data2vec")
 
 facts = [row.split(None, 11) for row in FACTS.strip().splitlines()]
+others = [row.split(None, 12) for row in OTHERS.strip().splitlines()]
 scores = [row.split() for row in PUBLISHED.strip().splitlines()]

@@ -154,6 +154,13 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")] = "corrected",
     seeds: Annotated[int | None, typer.Option(help="Heads a fold. [default: 3; 1 under xares]")] = None,
     limit: Annotated[int | None, typer.Option(help="At most N clips a split, chosen by key hash.")] = None,
+    head: Annotated[
+        list[str] | None, typer.Option("--head", help="TASK=KIND, a head other than the task's own: librispeech=llm.")
+    ] = None,
+    lm: Annotated[str | None, typer.Option("--lm", help="Folder of a causal language model, for the llm head.")] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="BERT's vocab.txt, for captions under --protocol xares.")
+    ] = None,
     contract: Annotated[
         list[str] | None, typer.Option("--contract", help="KEY=VALUE the model does not declare, such as sample_rate=8000.")
     ] = None,
@@ -178,6 +185,9 @@ def evaluate(
         "protocol": protocol,
         "seeds": seeds,
         "limit": limit,
+        "heads": _split(head),
+        "lm": lm,
+        "vocabulary": vocabulary,
         "contract": contract or (),
         "device": device,
         "threads": threads,

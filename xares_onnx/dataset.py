@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,6 +17,7 @@ from .embed import ShardPlan
 from .errors import DataError, DataMissingError, LabelError, printable
 from .events import Observer
 from .folds import Indices, key_hash
+from .rasters import Events
 from .results import Clips
 from .shards import Drop, index_shard, parse_label
 from .store import EmbeddedShard
@@ -52,16 +54,24 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable clips of a task. `keys` are unique over all shards; `parts` are clip indices."""
+    """The usable clips of a task. `keys` are unique over all shards; `parts` are clip indices.
+
+    `labels` has what the task's target makes of each clip's json. `frames` and `times` hold, for a task that needs them, each
+    clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds.
+    """
 
     embeddings: npt.NDArray[np.float32]  # (crops, dim)
     clip_of_crop: Indices  # (crops,)
-    classes: Indices  # (clips,)
+    labels: list[Any]
     keys: list[str]
     parts: dict[str, Indices]
     clips: Clips
     audio_seconds: float
     damage: list[str]
+    limited: bool = False  # to a few clips a part, by --limit
+    seconds: list[float] = field(default_factory=list)
+    frames: list[npt.NDArray[Any]] = field(default_factory=list)
+    times: list[npt.NDArray[np.float64]] = field(default_factory=list)
 
     def crops_of(self, clips: Indices) -> Indices:
         wanted = np.zeros(len(self.keys), bool)
@@ -95,12 +105,15 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
     """Put the shards together; a clip whose label is not of the task's vocabulary is one more named drop."""
     matrices: list[npt.NDArray[np.float32]] = []
     owners: list[Indices] = []
-    classes: list[int] = []
+    labels: list[Any] = []
+    seconds: list[float] = []
+    frames: list[npt.NDArray[Any]] = []
+    times: list[npt.NDArray[np.float64]] = []
     keys: list[str] = []
     drops: list[Drop] = []
     damage: list[str] = []
     members: dict[str, list[int]] = {part: [] for part in data.parts}
-    expected, audio_seconds = 0, 0.0
+    expected, audio_seconds, outside = 0, 0.0, 0
     for path, shard in shards.items():
         expected += shard.header.expected
         audio_seconds += shard.header.audio_seconds
@@ -120,20 +133,31 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
                 chosen = data.selected[part]
                 if path in paths and (chosen is None or (path, clip.key) in chosen):
                     members[part].append(len(keys))
-            classes.append(encoded)
+            outside += encoded.outside if isinstance(encoded, Events) else 0
+            labels.append(encoded)
+            seconds.append(clip.seconds)
             keys.append(key)
         owner = new_index[shard.clip_of_crop]
         matrices.append(shard.pooled[owner >= 0])
         owners.append(owner[owner >= 0])
+        if shard.frames is not None:
+            for crop in np.flatnonzero(owner >= 0):
+                rows = slice(shard.frames.offsets[crop], shard.frames.offsets[crop + 1])
+                frames.append(shard.frames.values[rows])
+                times.append(shard.frames.times[rows])
     return Dataset(
         embeddings=np.concatenate(matrices),
         clip_of_crop=np.concatenate(owners),
-        classes=np.array(classes, np.int64),
+        labels=labels,
         keys=keys,
         parts={part: np.array(clips, np.int64) for part, clips in members.items()},
-        clips=Clips(expected=expected, read=len(keys), dropped=drops),
+        clips=Clips(expected=expected, read=len(keys), dropped=drops, events_outside=outside),
         audio_seconds=audio_seconds,
         damage=damage,
+        limited=any(chosen is not None for chosen in data.selected.values()),
+        seconds=seconds,
+        frames=frames,
+        times=times,
     )
 
 

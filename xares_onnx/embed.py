@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from . import audio
+from .chunking import frame_centers
 from .encoder import CALL_SECONDS, LOAD_SECONDS, ChunkRunner, Encoder, Job, ModelSpec, open_session
 from .errors import ClipError, DataError, printable
 from .events import Observer, Progress
 from .files import Stamp, stamp
+from .session import Session
 from .shards import Drop, Sample, index_shard, read_extent, read_label
-from .store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, store_key
+from .store import STORE_VERSION, Clip, EmbeddedShard, FrameSpool, Header, Store, store_key
 from .worker import Beat, Tell
 
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
+_SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
 
 
 class CropSettings(msgspec.Struct, frozen=True):
@@ -48,6 +52,7 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     shard_digest: str
     shard_stamp: Stamp
     crops: CropSettings
+    frames: bool
     selected: frozenset[str] | None
     store: Path
 
@@ -65,6 +70,7 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
                 "resampler": audio.resampler_version(),
                 "decoder": audio.decoder_version(),
                 "crops": self.crops,
+                "frames": self.frames,
                 "shard": self.shard_digest,
                 "selected": None if self.selected is None else sorted(self.selected),
             }
@@ -94,9 +100,9 @@ class ShardPlan(msgspec.Struct, frozen=True):
 
 
 def shard_specs(
-    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store
+    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, *, frames: bool
 ) -> dict[Path, EmbedSpec]:
-    """The unit of work of every shard."""
+    """The unit of work of every shard; with `frames` every frame is kept, else only the mean of each crop."""
     return {
         plan.path: EmbedSpec(
             model=encoder.spec,
@@ -105,6 +111,7 @@ def shard_specs(
             shard_digest=plan.digest,
             shard_stamp=plan.stamp,
             crops=crops,
+            frames=frames,
             selected=plan.selected,
             store=store.root,
         )
@@ -113,10 +120,17 @@ def shard_specs(
 
 
 def embed_shards(
-    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, observer: Observer
+    encoder: Encoder,
+    task: str,
+    plans: Sequence[ShardPlan],
+    crops: CropSettings,
+    store: Store,
+    observer: Observer,
+    *,
+    frames: bool = False,
 ) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
     """Every shard's embeddings, from the store where it has them; and reports of those that had to be made."""
-    specs = shard_specs(encoder, task, plans, crops, store)
+    specs = shard_specs(encoder, task, plans, crops, store, frames=frames)
     shards: dict[Path, EmbeddedShard] = {}
     missing: dict[Path, int] = {}
     for path, spec in specs.items():
@@ -164,23 +178,54 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
     index = index_shard(spec.shard)
     samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
     drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
+    store, key, info = Store(spec.store), spec.key(), spec.model.info
+    with store.spool(key, info.contract.dim) if spec.frames else nullcontext() as spool:
+        decoded = _Decoded(spec, samples, info.contract.sample_rate)
+        clips, pooled, clip_of_crop = _run(spec, session, decoded, spool, len(samples), tell)
+        if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
+            raise DataError(f"shard {spec.shard} changed while it was read; run again")
+        drops += decoded.drops
+        audio_seconds = float(sum(clip.seconds for clip in clips))
+        header = Header(
+            store_version=STORE_VERSION,
+            model=Path(info.path).name,
+            model_sha256=info.scan.sha256,
+            task=spec.task,
+            shard=printable(spec.shard.name),
+            expected=len(clips) + len(drops),
+            damage=index.damage,
+            audio_seconds=audio_seconds,
+        )
+        matrix = np.stack(pooled) if pooled else np.empty((0, info.contract.dim), np.float32)
+        shard = EmbeddedShard(header, matrix, np.array(clip_of_crop, np.int64), clips, sorted(drops, key=_drop_order))
+        store.write(key, shard, spool)
+    return ShardReport(key, len(clips), audio_seconds, time.perf_counter() - started)
+
+
+def _run(
+    spec: EmbedSpec, session: Session, decoded: _Decoded, spool: FrameSpool | None, expected: int, tell: Tell
+) -> tuple[list[Clip], list[npt.NDArray[np.float32]], list[int]]:
+    """Every clip through the model: the clips that have embeddings, a pooled row each crop, and each row's clip."""
     clips: list[Clip] = []
     pooled: list[npt.NDArray[np.float32]] = []
     clip_of_crop: list[int] = []
-    rate = spec.model.info.contract.sample_rate
-    decoded = _Decoded(spec, samples, rate)
+    contract = spec.model.info.contract
     runner = ChunkRunner(
         session, spec.model, pad_short_clips=spec.crops.pad_short_clips, keep_padding=spec.crops.keep_padding
     )
     rows: list[npt.NDArray[np.float32]] = []
-    pool = _Pool(clip_only=spec.model.info.contract.clip_only)
+    pool = _Pool(clip_only=contract.clip_only)
     last_told = 0.0
     for job, chunk, frames, is_last in runner.run(decoded):
         pool.add(frames, chunk.stop - chunk.start)
+        if spool is not None:
+            spool.add(frames, frame_centers(chunk, len(frames), contract) / contract.sample_rate)
         if not is_last:
             tell(Beat())
             continue
         rows.append(pool.take())
+        if spool is not None:
+            spool.end_crop()
         sample, seconds, label, is_last_crop = job.tag
         if is_last_crop:
             if all(np.isfinite(row).all() for row in rows):
@@ -189,31 +234,14 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
                 clips.append(Clip(sample.key, seconds, label))
             else:
                 decoded.drops.append(Drop(sample.key, NOT_FINITE))
+                if spool is not None:
+                    spool.drop_from(len(pooled))
             rows = []
         now = time.perf_counter()
         if now - last_told > _PROGRESS_SECONDS:
             last_told = now
-            tell(Progress("embed", spec.task, len(clips) + len(decoded.drops), len(samples)))
-    if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
-        raise DataError(f"shard {spec.shard} changed while it was read; run again")
-    drops += decoded.drops
-    audio_seconds = float(sum(clip.seconds for clip in clips))
-    info = spec.model.info
-    header = Header(
-        store_version=STORE_VERSION,
-        model=Path(info.path).name,
-        model_sha256=info.scan.sha256,
-        task=spec.task,
-        shard=printable(spec.shard.name),
-        expected=len(clips) + len(drops),
-        damage=index.damage,
-        audio_seconds=audio_seconds,
-    )
-    matrix = np.stack(pooled) if pooled else np.empty((0, info.contract.dim), np.float32)
-    Store(spec.store).write(
-        spec.key(), EmbeddedShard(header, matrix, np.array(clip_of_crop, np.int64), clips, sorted(drops, key=_drop_order))
-    )
-    return ShardReport(spec.key(), len(clips), audio_seconds, time.perf_counter() - started)
+            tell(Progress("embed", spec.task, len(clips) + len(decoded.drops), expected))
+    return clips, pooled, clip_of_crop
 
 
 class _Pool:
@@ -242,15 +270,17 @@ class _Decoded:
         self._spec = spec
         self._samples = samples
         self._rate = rate
+        self._longest = 0.0  # seconds, of the clips so far
         self.drops: list[Drop] = []
 
     def __iter__(self) -> Iterator[Job]:
-        ahead = 2 * self._spec.model.threads
         waiting: deque[tuple[Sample, Future[_DecodedClip]]] = deque()
         with ThreadPoolExecutor(self._spec.model.threads) as pool:
             for sample in self._samples:
                 waiting.append((sample, pool.submit(self._decode, sample)))
-                if len(waiting) > ahead:
+                # Long recordings are decoded fewer at a time: what waits is bounded in seconds, too.
+                ahead = min(2 * self._spec.model.threads, int(_SECONDS_AHEAD / max(self._longest, 1.0)))
+                while len(waiting) > ahead:
                     yield from self._jobs(*waiting.popleft())
             while waiting:
                 yield from self._jobs(*waiting.popleft())
@@ -268,6 +298,7 @@ class _Decoded:
         except ClipError as error:
             self.drops.append(Drop(sample.key, str(error)))
             return
+        self._longest = max(self._longest, seconds)
         for i, waveform in enumerate(crops):
             yield Job((sample, seconds, label, i == len(crops) - 1), waveform)
 

@@ -8,7 +8,8 @@
     │   ├── ContractError           it does not fit the encoder contract
     │   └── ModelLimitError         it ran past its time or memory limit
     ├── DataError                4  data missing or corrupt
-    │   └── DataMissingError
+    │   ├── DataMissingError
+    │   └── ScoreUndefinedError     one task's data or embeddings give no score
     └── MachineError             5  provider, disk, host memory
         └── DiskFullError
 
@@ -57,6 +58,10 @@ class DataError(XaresError):
 
 
 class DataMissingError(DataError):
+    pass
+
+
+class ScoreUndefinedError(DataError):
     pass
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Sequence
@@ -17,17 +18,27 @@ import numpy.typing as npt
 
 from . import audio, results, scoring, synthetic
 from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
-from .dataset import Dataset, assemble, check_drops, prepare
-from .embed import embed_shards
+from .dataset import TaskData, assemble, check_drops, prepare
+from .embed import embed_shards, shard_specs
 from .encoder import Encoder, load_encoder, onnxruntime_distributions
-from .errors import DataError, DataMissingError, MachineError, ModelError, UsageError, XaresError
+from .errors import (
+    DataError,
+    DataMissingError,
+    MachineError,
+    ModelError,
+    ScoreUndefinedError,
+    UsageError,
+    XaresError,
+    nearest,
+)
 from .events import Event, Note, Observer, Progress, ignore
-from .folds import Fold, Protocol, ProtocolName, make_folds
+from .folds import Protocol, ProtocolName, make_folds
+from .kinds import Kind, Tools, kind_of
 from .model_file import find_model
 from .planning import Plan, make_plan
 from .results import Clips, Predictions, Result, Seconds, Status, TaskResult, averages, prediction_file
 from .store import Store
-from .task import Task
+from .task import HEAD_KINDS, HEADS, HeadKind, Task
 from .version import __version__
 
 Method = Literal["head", "knn"]
@@ -43,6 +54,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     methods: tuple[Method, ...] = METHODS
     limit: int | None = None
     allow_drops: bool = False
+    heads: dict[str, HeadKind] = {}
+    """Heads other than the tasks' own, by task."""
+    lm: str | None = None
+    vocabulary: str | None = None
 
 
 @dataclass
@@ -78,15 +93,20 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     allow_drops: bool = False,
+    heads: Sequence[str] = (),
+    lm: str | None = None,
+    vocabulary: Path | None = None,
     observer: Observer = ignore,
 ) -> Evaluation:
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
 
     A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
-    With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given.
+    With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads` chooses
+    heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and `vocabulary` is
+    BERT's vocab.txt for captions under X-ARES's protocol.
     Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
     """
-    settings = _checked_settings(protocol, seeds, methods, limit, allow_drops)
+    settings = _checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary)
     find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
     notes: list[str] = []
@@ -96,7 +116,7 @@ def evaluate(
             notes.append(event.text)
         observer(event)
 
-    selection = choose_tasks(tasks, suite, data, observe)
+    selection = _with_heads(choose_tasks(tasks, suite, data, observe), settings)
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
@@ -105,7 +125,7 @@ def evaluate(
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
             results.make_room(output)
-        run = _Run(encoder, settings, cache, output, observe)
+        run = _Run(encoder, settings, device, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
             Result(
@@ -139,14 +159,19 @@ def plan(
     contract: Sequence[str] = (),
     device: str = "auto",
     threads: int | None = None,
+    heads: Sequence[str] = (),
+    lm: str | None = None,
+    vocabulary: Path | None = None,
     observer: Observer = ignore,
 ) -> Plan:
     """What `evaluate` with the same arguments would read, write and take."""
-    settings = _checked_settings(protocol, seeds, METHODS, limit, False)
+    settings = _checked_settings(protocol, seeds, METHODS, limit, False, heads, lm, vocabulary)
     cache = cache_folder(cache)
     with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observer) as encoder:
         found = []
-        for task, folder in choose_tasks(tasks, suite, data, observer):
+        for task, folder in _with_heads(choose_tasks(tasks, suite, data, observer), settings):
+            if kind_of(task).needs_frames and encoder.contract.clip_only:
+                continue
             if task.domain == "synthetic":
                 folder = synthetic_data(task, cache, observer)
             if find_parts(task, folder):
@@ -189,8 +214,11 @@ def choose_tasks(names: Sequence[str], suite: str | None, data: Path | None, obs
 class _Run:
     """One evaluation in progress."""
 
-    def __init__(self, encoder: Encoder, settings: Settings, cache: Path, output: Path | None, observer: Observer) -> None:
+    def __init__(
+        self, encoder: Encoder, settings: Settings, device: str, cache: Path, output: Path | None, observer: Observer
+    ) -> None:
         self._encoder = encoder
+        self._device = device
         self._settings = settings
         self._protocol = Protocol(settings.protocol)
         self._cache = cache
@@ -224,10 +252,15 @@ class _Run:
         started = time.perf_counter()
         if task.domain == "synthetic":
             folder = synthetic_data(task, self._cache, self._observer)
+        kind_of_task = kind_of(task)
+        frames = kind_of_task.needs_frames
+        if frames and self._encoder.contract.clip_only:
+            reason = f"{task.kind} are learnt from frames, and this encoder gives one vector a clip"
+            self._without_score(task, "not_applicable", reason)
+            return
         data = prepare(task, folder, self._digests, self._settings.limit, self._observer)
-        shards, reports = embed_shards(
-            self._encoder, task.name, list(data.plans.values()), self._protocol.crops(task), self._store, self._observer
-        )
+        plans, crops = list(data.plans.values()), self._protocol.crops(task)
+        shards, reports = embed_shards(self._encoder, task.name, plans, crops, self._store, self._observer, frames=frames)
         dataset = assemble(data, shards)
         embed_seconds = time.perf_counter() - started
         embedded = sum(report.audio_seconds for report in reports)
@@ -248,25 +281,60 @@ class _Run:
                 return
             losses = [f"{len(dataset.clips.dropped)} of {dataset.clips.expected} clips were dropped", *dataset.damage]
         common["comparable"] = self._settings.limit is None and not losses
-        folds, notes = make_folds(self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, dataset.classes)
+        strata = kind_of_task.strata(dataset.labels)
+        folds, notes = make_folds(self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, strata)
+        if outside := dataset.clips.events_outside:
+            notes = [*notes, f"{outside} events are of no class of the vocabulary, and are left out"]
         common["notes"] = [*losses, *notes]
         for note in common["notes"]:
             self._observer(Note(f"{task.name}: {note}"))
-        if undefined := scoring.why_undefined(folds, dataset):
-            self._without_score(task, "undefined", undefined, common)
-            return
-        for method in self._methods(task):
-            self._score(task, method, dataset, folds, common)
-
-    def _score(self, task: Task, method: Method, dataset: Dataset, folds: list[Fold], common: dict[str, Any]) -> None:
-        started = time.perf_counter()
-        if method == "head":
-            outcomes = scoring.run_head(task, self._protocol, dataset, folds, self._settings.seeds, self._observer)
+        kind = kind_of_task(task, self._protocol, dataset, folds, self._tools(task, data))
+        if undefined := kind.why_undefined():
+            self._undefined(task, self._methods(task), undefined, common)
+        elif unsuited := kind.why_not_applicable():
+            self._without_score(task, "not_applicable", unsuited, common)
         else:
-            outcomes = scoring.run_knn(self._protocol, dataset, folds)
-        trained = time.perf_counter()
-        scored = scoring.score(task, method, self._protocol, dataset, folds, outcomes)
+            for method in self._methods(task):
+                self._score(kind, method, common)
+
+    def _tools(self, task: Task, data: TaskData) -> Tools:
+        contract, settings = self._encoder.contract, self._settings
+        plans, crops, frames = list(data.plans.values()), self._protocol.crops(task), kind_of(task).needs_frames
+        embedded = [
+            spec.key() for spec in shard_specs(self._encoder, task.name, plans, crops, self._store, frames=frames).values()
+        ]
+        return Tools(
+            hop_seconds=contract.hop_samples / contract.sample_rate if contract.hop_samples else None,
+            vocabulary=Path(settings.vocabulary) if settings.vocabulary else None,
+            lm=settings.lm,
+            device=self._device,
+            checkpoints=self._cache / "checkpoints",
+            identity=hashlib.sha256(msgspec.json.encode([task.digest(), settings.protocol, embedded])).hexdigest(),
+        )
+
+    def _score(self, kind: Kind, method: Method, common: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        task = kind.task
+        try:
+            if method == "head":
+                epochs = task.head.epochs
+                self._observer(Progress("train", task.name, 0, epochs))
+                outcomes = kind.train(
+                    self._settings.seeds, lambda epoch: self._observer(Progress("train", task.name, epoch, epochs))
+                )
+            else:
+                outcomes = kind.search()
+            trained = time.perf_counter()
+            scored = scoring.score(kind, method, outcomes)
+        except ScoreUndefinedError as error:
+            self._undefined(task, [method], str(error), common)
+            return
         name = task.head.kind if method == "head" else "knn"
+        notes = list(common["notes"])
+        if method == "head" and (otherwise := kind.why_not_comparable()):
+            notes.append(otherwise)
+            self._observer(Note(f"{task.name}: {otherwise}"))
+            common = {**common, "comparable": False, "notes": notes}
         self.predictions[task.name, name] = scored.predictions
         self.replicates[task.name, name] = scored.replicates
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
@@ -286,8 +354,12 @@ class _Run:
             )
         )
 
+    def _undefined(self, task: Task, methods: Sequence[Method], reason: str, common: dict[str, Any]) -> None:
+        self.errors.append(ScoreUndefinedError(f"{task.name} has no score: {reason}"))
+        self.results += [_task_result(task, method, status="undefined", reason=reason, **common) for method in methods]
+
     def _methods(self, task: Task) -> list[Method]:
-        return [method for method in self._settings.methods if method == "head" or task.score.knn]
+        return [method for method in self._settings.methods if method == "head" or task.knn]
 
     def _without_score(self, task: Task, status: Status, reason: str, common: dict[str, Any] | None = None) -> None:
         for method in self._methods(task):
@@ -343,6 +415,8 @@ def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
         "domain": task.domain,
         "method": task.head.kind if method == "head" else "knn",
         "metric": task.score.metric,
+        "higher_is_better": task.score.higher_is_better,
+        "published": {} if task.published is None else getattr(task.published, "linear" if method == "head" else "knn"),
         "weight": task.weight,
         "definition_digest": task.digest(),
         "clips": Clips(expected=0, read=0, dropped=[]),
@@ -351,8 +425,33 @@ def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
     return TaskResult(**{**base, **fields})
 
 
+def _with_heads(selection: Sequence[tuple[Task, Path]], settings: Settings) -> list[tuple[Task, Path]]:
+    """The tasks with the heads that were asked for; under X-ARES's protocol a language model, where one is named, is its own."""
+    names = [task.name for task, _ in selection]
+    if unknown := [name for name in settings.heads if name not in names]:
+        raise UsageError(
+            f"--head {unknown[0]}={settings.heads[unknown[0]]} names no task that is scored{nearest(unknown[0], names)}"
+        )
+    found = []
+    for task, folder in selection:
+        wanted = settings.heads.get(task.name)
+        if wanted is None and settings.protocol == "xares" and settings.lm and "llm" in HEADS[task.kind]:
+            wanted = "llm"
+        found.append((task.with_head(wanted) if wanted else task, folder))
+        if found[-1][0].head.kind == "llm" and settings.lm is None:
+            raise UsageError(f"the llm head of {task.name} needs a language model; name its folder by --lm")
+    return found
+
+
 def _checked_settings(
-    protocol: ProtocolName, seeds: int | None, methods: Sequence[Method], limit: int | None, allow_drops: bool
+    protocol: ProtocolName,
+    seeds: int | None,
+    methods: Sequence[Method],
+    limit: int | None,
+    allow_drops: bool,
+    heads: Sequence[str],
+    lm: str | None,
+    vocabulary: Path | None,
 ) -> Settings:
     if protocol not in ("corrected", "xares"):
         raise UsageError(f"protocol {protocol!r} must be corrected or xares")
@@ -364,4 +463,23 @@ def _checked_settings(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be 1 or more")
     chosen = tuple(method for method in METHODS if method in methods) or METHODS
-    return Settings(protocol=protocol, seeds=seeds, methods=chosen, limit=limit, allow_drops=allow_drops)
+    by_task: dict[str, HeadKind] = {}
+    for pair in heads:
+        task, _, kind = pair.partition("=")
+        if kind not in HEAD_KINDS:
+            raise UsageError(f"--head {pair!r} must read TASK=KIND, with a kind of {', '.join(HEAD_KINDS)}")
+        by_task[task] = kind  # type: ignore[assignment]
+    if vocabulary is not None:
+        from .wordpiece import WordPiece
+
+        WordPiece.from_file(vocabulary)  # a wrong file is said before anything is embedded
+    return Settings(
+        protocol=protocol,
+        seeds=seeds,
+        methods=chosen,
+        limit=limit,
+        allow_drops=allow_drops,
+        heads=by_task,
+        lm=lm,
+        vocabulary=None if vocabulary is None else str(vocabulary),
+    )

@@ -57,12 +57,12 @@ def make_folds(
     parts: Mapping[str, Indices],
     shards_of_part: Mapping[str, frozenset[str]],
     keys: Sequence[str],
-    classes: npt.NDArray[np.int64],
+    strata: Indices,
 ) -> tuple[list[Fold], list[str]]:
     """The folds of a task, and what must be said about them.
 
     `parts` holds clip indices by split or fold name, `shards_of_part` the content digests of their shards, `keys` and
-    `classes` are those of every clip.
+    `strata` are those of every clip: each stratum, such as a class, is divided in the same proportion.
     """
     names = list(parts)
     if task.data.folds is not None:
@@ -70,7 +70,7 @@ def make_folds(
         for name in names:
             others = np.concatenate([parts[other] for other in names if other != name])
             if protocol.corrected:
-                train, valid = hold_out(others, keys, classes)
+                train, valid = hold_out(others, keys, strata)
                 folds.append(Fold(name, train, valid, parts[name], held_out=valid))
             else:
                 folds.append(Fold(name, others, parts[name], parts[name], held_out=others[:0]))
@@ -84,37 +84,37 @@ def make_folds(
     if shards["train"] & shards["test"]:
         pool = np.unique(np.concatenate([train, test]))
         note = f"train and test share clips, so {len(pool)} clips are cross-validated in {CROSS_VALIDATION_FOLDS} folds"
-        return cross_validation(pool, keys, classes), [note]
+        return cross_validation(pool, keys, strata), [note]
     if "valid" in parts and not shards["valid"] & (shards["test"] | shards["train"]):
         return [Fold("test", train, official, test, held_out=train[:0])], []
-    train, valid = hold_out(train, keys, classes)
+    train, valid = hold_out(train, keys, strata)
     why = "valid and test share clips" if shards["valid"] & shards["test"] else "there is no validation split of its own"
     note = f"{why}, so {len(valid)} of {len(train) + len(valid)} training clips select the epoch"
     return [Fold("test", train, valid, test, held_out=valid)], [note]
 
 
-def hold_out(clips: Indices, keys: Sequence[str], classes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
-    """(train, valid): one clip in ten, stratified by class, chosen by key hash. A class's only clip stays in training."""
-    ordered = _by_class_and_hash(clips, keys, classes, salt="")
-    labels = classes[ordered]
+def hold_out(clips: Indices, keys: Sequence[str], strata: Indices) -> tuple[Indices, Indices]:
+    """(train, valid): one clip in ten, stratified, chosen by key hash. A stratum's only clip stays in training."""
+    ordered = _by_stratum_and_hash(clips, keys, strata, salt="")
+    labels = strata[ordered]
     several = ordered[np.isin(labels, np.flatnonzero(np.bincount(labels) > 1))] if len(ordered) else ordered
     valid = several[VALID_SHARE // 2 :: VALID_SHARE] if len(several) > VALID_SHARE // 2 else several[:1]
     return np.setdiff1d(clips, valid), np.sort(valid)
 
 
-def cross_validation(clips: Indices, keys: Sequence[str], classes: npt.NDArray[np.int64]) -> list[Fold]:
-    """Five folds of equal size, stratified by class, chosen by a seeded key hash."""
-    ordered = _by_class_and_hash(clips, keys, classes, salt="cross-validation/0/")
+def cross_validation(clips: Indices, keys: Sequence[str], strata: Indices) -> list[Fold]:
+    """Five folds of equal size, stratified, chosen by a seeded key hash."""
+    ordered = _by_stratum_and_hash(clips, keys, strata, salt="cross-validation/0/")
     folds = []
     for number in range(CROSS_VALIDATION_FOLDS):
         test = np.sort(ordered[number::CROSS_VALIDATION_FOLDS])
-        train, valid = hold_out(np.setdiff1d(clips, test), keys, classes)
+        train, valid = hold_out(np.setdiff1d(clips, test), keys, strata)
         folds.append(Fold(str(number), train, valid, test, held_out=valid))
     return folds
 
 
-def _by_class_and_hash(clips: Indices, keys: Sequence[str], classes: npt.NDArray[np.int64], salt: str) -> Indices:
-    return np.array(sorted(clips.tolist(), key=lambda clip: (classes[clip], key_hash(salt + keys[clip]))), dtype=np.int64)
+def _by_stratum_and_hash(clips: Indices, keys: Sequence[str], strata: Indices, salt: str) -> Indices:
+    return np.array(sorted(clips.tolist(), key=lambda clip: (strata[clip], key_hash(salt + keys[clip]))), dtype=np.int64)
 
 
 def key_hash(key: str) -> bytes:

@@ -1,15 +1,18 @@
 """Metrics, and the bootstrap interval of any of them.
 
-A metric is a function of sums of per-clip statistics, so that one resampling routine serves all. Accuracy's statistics are
-(examples right, examples): an example is a clip, or a crop under `--protocol xares`.
+A score of one fold is a function of how often each of its test clips counts: once each for the score itself, as drawn for a
+bootstrap resample. Most metrics are functions of sums of per-clip statistics (`SumScorer`): accuracy's are (examples right,
+examples), where an example is a clip, or a crop under `--protocol xares`. Average precision ranks, so it has a scorer of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from scipy import sparse
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -20,18 +23,147 @@ LEVEL = 0.95
 _DRAWS_AT_ONCE = 1 << 22
 
 
-def accuracy_statistics(right: npt.NDArray[np.bool_], clips: Indices, order: Indices) -> Array:
-    """(clips, 2): examples right and examples of each clip in `order`, from each example's outcome and clip."""
-    position = np.searchsorted(order, clips)
-    statistics = np.zeros((len(order), 2))
-    np.add.at(statistics[:, 0], position, right)
-    np.add.at(statistics[:, 1], position, 1)
+class Scorer(Protocol):
+    """The score of one fold's `clips` test clips, for every seed."""
+
+    clips: int
+
+    def __call__(self, counts: Array) -> Array:
+        """How often each clip counts, (n, clips), to scores (n, seeds)."""
+
+
+class SumScorer:
+    """A score that is a function of the sums of per-clip statistics (seeds, clips, k)."""
+
+    def __init__(self, statistics: Array, from_sums: FromSums) -> None:
+        seeds, self.clips, k = statistics.shape
+        self._shape = seeds, k
+        self._flat = statistics.transpose(1, 0, 2).reshape(self.clips, seeds * k).astype(np.float64)
+        self._from_sums = from_sums
+
+    def __call__(self, counts: Array) -> Array:
+        return self._from_sums((counts @ self._flat).reshape(len(counts), *self._shape))
+
+
+class AveragePrecisionScorer:
+    """Macro average precision: over the classes with positives, or over all (X-ARES), where one without positives has 0.
+
+    `scores` (seeds, examples, classes), `targets` (examples, classes) bool, `clip_of_example` (examples,) in 0..clips-1. Average
+    precision is the sum over thresholds of precision times the recall that the threshold adds; examples of equal score share a
+    threshold (as scikit-learn's average_precision_score).
+    """
+
+    def __init__(
+        self,
+        scores: npt.NDArray[np.float32],
+        targets: npt.NDArray[np.bool_],
+        clip_of_example: Indices,
+        clips: int,
+        *,
+        present_only: bool,
+    ) -> None:
+        self.clips = clips
+        self._present_only = present_only
+        self._classes = targets.shape[1]
+        self._seeds = len(scores)
+        self._ranked = [
+            (seed, _Ranking(scores[seed, :, c], targets[:, c], clip_of_example, clips))
+            for c in range(self._classes)
+            if targets[:, c].any()
+            for seed in range(self._seeds)
+        ]
+
+    def __call__(self, counts: Array) -> Array:
+        total, present = np.zeros((len(counts), self._seeds)), np.zeros((len(counts), self._seeds))
+        weights = np.ascontiguousarray(counts.T, np.float32)
+        for seed, ranking in self._ranked:
+            precision = ranking.average_precision(weights)
+            found = ~np.isnan(precision)
+            total[found, seed] += precision[found]
+            present[found, seed] += 1
+        with np.errstate(invalid="ignore"):
+            return total / (present if self._present_only else self._classes)
+
+
+class _Ranking:
+    """One class's examples in the order of falling score, cut after every threshold that adds a positive."""
+
+    def __init__(
+        self, scores: npt.NDArray[np.float32], targets: npt.NDArray[np.bool_], clip_of: Indices, clips: int
+    ) -> None:
+        order = np.argsort(-scores, kind="stable")
+        ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) + 1  # of runs of equal scores
+        hits = np.cumsum(targets[order])[ends - 1]
+        ends = ends[np.diff(hits, prepend=0) > 0]
+        bounds = np.concatenate([[0], ends])
+        order = order[: bounds[-1]]
+        # Rows are thresholds, columns clips: the product with clips' weights sums the weights between thresholds.
+        self._examples = _rows_of(clip_of[order], bounds, clips)
+        positive = targets[order]
+        self._positives = _rows_of(clip_of[order][positive], np.concatenate([[0], np.cumsum(positive)[ends - 1]]), clips)
+
+    def average_precision(self, weights: npt.NDArray[np.float32]) -> Array:
+        """(n,) from the weights of the clips, (clips, n); nan where no positive has a weight."""
+        positives = (self._positives @ weights).astype(np.float64)
+        above, hits = np.cumsum(self._examples @ weights, axis=0, dtype=np.float64), np.cumsum(positives, axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            precision = np.where(above > 0, hits / above, 0.0)
+            result: Array = (positives * precision).sum(axis=0) / hits[-1]
+        return result
+
+
+def _rows_of(columns: Indices, bounds: Indices, width: int) -> sparse.csr_array:
+    rows = sparse.csr_array((np.ones(len(columns), np.float32), columns, bounds), shape=(len(bounds) - 1, width))
+    return rows
+
+
+def per_clip(values: Array, clips: Indices, order: Indices) -> Array:
+    """(clips, k) sums over each clip's examples, clips as in `order` (sorted), from values (examples, k) and their clips."""
+    statistics = np.zeros((len(order), values.shape[1]))
+    np.add.at(statistics, np.searchsorted(order, clips), values)
     return statistics
 
 
-def accuracy(sums: Array) -> Array:
-    """(..., 2) sums of statistics to accuracies (...)."""
-    return sums[..., 0] / sums[..., 1]
+def accuracy_statistics(right: npt.NDArray[np.bool_], clips: Indices, order: Indices) -> Array:
+    """(clips, 2): examples right and examples of each clip in `order`, from each example's outcome and clip."""
+    return per_clip(np.stack([right, np.ones(len(right))], axis=1), clips, order)
+
+
+def ratio(sums: Array) -> Array:
+    """(..., 2) sums of (part, whole) to shares (...): accuracy."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def word_accuracy(sums: Array) -> Array:
+    """(..., 2) sums of (word errors, words) to max(0, 1 - word error rate) (...)."""
+    return np.maximum(0, 1 - ratio(sums))
+
+
+def recall_both_ways(sums: Array) -> Array:
+    """(..., 4) sums of (captions that rank their clip first, captions, clips that rank a caption of theirs first, clips).
+
+    The mean of text-to-audio and audio-to-text recall.
+    """
+    return (ratio(sums[..., :2]) + ratio(sums[..., 2:])) / 2
+
+
+def error_statistics(predictions: Array, targets: Array) -> Array:
+    """(examples, 8) of numbers: squared error, absolute error, 1, and the moments that a correlation needs."""
+    x, y = predictions - targets.mean(), targets - targets.mean()  # moments of large numbers would cancel out
+    return np.stack([(x - y) ** 2, np.abs(x - y), np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def mean_squared_error(sums: Array) -> Array:
+    return sums[..., 0] / sums[..., 2]
+
+
+def correlation(sums: Array) -> Array:
+    """Pearson's correlation from sums of `error_statistics`; nan where either side does not vary."""
+    n, x, y, xx, yy, xy = (sums[..., i] for i in (2, 3, 4, 5, 6, 7))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Array = (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+    return result
 
 
 def class_metrics(targets: Indices, predictions: Indices) -> dict[str, float]:
@@ -48,26 +180,32 @@ def class_metrics(targets: Indices, predictions: Indices) -> dict[str, float]:
     }
 
 
-def bootstrap(statistics: Sequence[Array], from_sums: FromSums, rng: np.random.Generator) -> Array:
+def point(scorers: Sequence[Scorer]) -> Array:
+    """(folds, seeds): the scores themselves, every clip counted once."""
+    return np.stack([scorer(np.ones((1, scorer.clips)))[0] for scorer in scorers])
+
+
+def bootstrap(scorers: Sequence[Scorer], rng: np.random.Generator) -> Array:
     """(2000,) replicates of a score: clips resampled within each fold, the mean over folds, then over seeds.
 
-    `statistics` holds one array (seeds, clips, k) a fold; all seeds of a fold share a resample.
+    All seeds of a fold share a resample.
     """
     total = np.zeros(RESAMPLES)
-    for fold in statistics:
-        seeds, clips, k = fold.shape
-        flat = fold.transpose(1, 0, 2).reshape(clips, seeds * k)
+    for scorer in scorers:
+        clips = scorer.clips
         rows = max(1, _DRAWS_AT_ONCE // clips)
         for start in range(0, RESAMPLES, rows):
             n = min(rows, RESAMPLES - start)
             drawn = rng.integers(0, clips, (n, clips)) + clips * np.arange(n)[:, None]
             counts = np.bincount(drawn.ravel(), minlength=n * clips).reshape(n, clips)
-            sums = (counts @ flat).reshape(n, seeds, k)
-            total[start : start + n] += from_sums(sums).mean(axis=1)
-    return total / len(statistics)
+            total[start : start + n] += scorer(counts.astype(np.float64)).mean(axis=1)
+    return total / len(scorers)
 
 
-def interval(replicates: Array) -> tuple[float, float]:
-    """The central 95 % of bootstrap replicates (percentile method)."""
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def interval(replicates: Array) -> tuple[float, float] | None:
+    """The central 95 % of bootstrap replicates (percentile method), of those that are defined; None where most are not."""
+    defined = replicates[np.isfinite(replicates)]
+    if 2 * len(defined) < len(replicates):
+        return None
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

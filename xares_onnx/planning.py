@@ -17,6 +17,7 @@ from .encoder import LOAD_SECONDS, Encoder, ModelSpec, open_session
 from .errors import ClipError
 from .events import Observer
 from .folds import CROSS_VALIDATION_FOLDS
+from .kinds import kind_of
 from .shards import ShardIndex, index_shard, read_extent
 from .store import Store
 from .worker import Beat, Tell
@@ -24,6 +25,9 @@ from .worker import Beat, Tell
 _SAMPLED_CLIPS = 24  # a shard
 _BYTES_A_CLIP = 250  # key and json beside the vectors
 _HEAD_FLOPS_A_SECOND = 2e10  # of one core
+_FRAME_BYTES = 2  # a value of a stored frame
+# Products a row where a head has no classes: characters; five captions through two towers of 1024; a model of 0.5 B weights.
+_WEIGHTS = {"linear": 768, "ctc": 30 * 768, "retrieval": 5 * 4 << 20, "llm": 500_000_000}
 _PIPELINE_OVERHEAD = 1.1  # decoding and storing beside the model
 
 
@@ -82,7 +86,8 @@ def measure_rtf(spec: ModelSpec, *, tell: Tell) -> float:
 def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rtf: float, seeds: int) -> PlanRow:
     task = data.task
     clips, to_embed, seconds, seconds_to_embed = 0, 0, 0.0, 0.0
-    for path, spec in shard_specs(encoder, task.name, list(data.plans.values()), crops, store).items():
+    frames = kind_of(task).needs_frames
+    for path, spec in shard_specs(encoder, task.name, list(data.plans.values()), crops, store, frames=frames).items():
         index = index_shard(path)
         count = len(index.samples) if spec.selected is None else len(spec.selected)
         length = _mean_seconds(path, index) * count
@@ -91,16 +96,21 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
             to_embed, seconds_to_embed = to_embed + count, seconds_to_embed + length
     crop = crops.seconds or (seconds / clips if clips else 1.0)
     dim = encoder.contract.dim
+    hop = encoder.contract.hop_samples
+    frame_rate = encoder.contract.sample_rate / hop if hop else 0.0
     digests = data.shard_digests()
     overlapping = not task.data.folds and digests["train"] & digests["test"]
     folds = len(data.parts) if task.data.folds else CROSS_VALIDATION_FOLDS if overlapping else 1
-    flops = 6.0 * (seconds / crop) * task.head.epochs * folds * seeds * dim * len(task.target.class_names)
+    rows = seconds * frame_rate if frames else seconds / crop
+    weights = dim * len(task.target.class_names) if task.target.class_names else _WEIGHTS[task.head.kind]
+    flops = 6.0 * rows * task.head.epochs * folds * seeds * weights
     return PlanRow(
         task=task.name,
         clips=clips,
         clips_to_embed=to_embed,
         hours=seconds / 3600,
-        disk_bytes=seconds_to_embed / crop * dim * 4 + to_embed * _BYTES_A_CLIP,
+        disk_bytes=seconds_to_embed * (4 * dim / crop + (_FRAME_BYTES * dim + 8) * frame_rate * frames)
+        + to_embed * _BYTES_A_CLIP,
         embed_seconds=seconds_to_embed * rtf * _PIPELINE_OVERHEAD,
         train_seconds=flops / _HEAD_FLOPS_A_SECOND,
     )

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from .errors import LabelError
+from .rasters import Events
 
 MAX_CLASSES = 100_000
 
@@ -65,7 +67,153 @@ class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
         return number
 
 
-Target = ClassTarget | IntegerTarget
+class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tags", tag_field="kind", dict=True):
+    """Any number of class names a clip: a list, or a text with `separator` between them."""
+
+    key: str
+    classes: tuple[str, ...]
+    separator: str = ";"
+
+    def __post_init__(self) -> None:
+        _check_classes(self.classes, self.separator)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes
+
+    def encode(self, label: Mapping[str, Any]) -> tuple[int, ...]:
+        """Class indices of a clip's json, sorted, perhaps none; `LabelError` where one is not of the vocabulary."""
+        value = _field(label, self.key)
+        names = value.split(self.separator) if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise LabelError(f"label {self.key} is {_shown(value)}, neither a text nor a list of class names")
+        names = [name.strip() for name in names if name.strip()]
+        if unknown := [name for name in names if name not in self._index]:
+            raise LabelError(f"unknown label {self.key}={_shown(unknown[0])}")
+        return tuple(sorted({self._index[name] for name in names}))
+
+
+class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="events", tag_field="kind", dict=True):
+    """Events in time: the json is a list of them (or holds one as `events`), each with its start and end in seconds."""
+
+    start: str
+    end: str
+    label: str
+    classes: tuple[str, ...]
+    separator: str = ","
+
+    def __post_init__(self) -> None:
+        _check_classes(self.classes, self.separator)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes
+
+    def encode(self, label: Mapping[str, Any]) -> Events:
+        """The clip's events. Those outside the vocabulary are counted, not fatal; `LabelError` where one has no times."""
+        entries = label.get("events")
+        if not isinstance(entries, list):
+            raise LabelError("its json is no list of events")
+        times, classes, outside = [], [], 0
+        for entry in entries:
+            if not isinstance(entry, dict):
+                raise LabelError(f"event {_shown(entry)} is no object")
+            start, end, named = (_field(entry, key) for key in (self.start, self.end, self.label))
+            if not (_is_number(start) and _is_number(end) and start <= end):
+                raise LabelError(
+                    f"event {_shown(named)} has no times: {self.start}={_shown(start)}, {self.end}={_shown(end)}"
+                )
+            if not isinstance(named, str):
+                number = _whole_number(named)
+                named = str(named if number is None else number)
+            for name in filter(None, (part.strip() for part in named.split(self.separator))):
+                if name in self._index:
+                    times.append((float(start), float(end)))
+                    classes.append(self._index[name])
+                else:
+                    outside += 1
+        bounds = np.array(times, np.float64).reshape(-1, 2)
+        return Events(bounds[:, 0], bounds[:, 1], np.array(classes, np.int64), outside)
+
+
+class CaptionsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="captions", tag_field="kind"):
+    """Texts that describe a clip: the json's values under `keys`, or every text in it."""
+
+    keys: tuple[str, ...] | None = None
+
+    class_names = ()
+
+    def encode(self, label: Mapping[str, Any]) -> tuple[str, ...]:
+        """The clip's captions; `LabelError` where there is none."""
+        values = label.values() if self.keys is None else [label.get(key) for key in self.keys]
+        captions = tuple(value for value in values if isinstance(value, str) and value.strip())
+        if not captions:
+            raise LabelError("its json holds no caption")
+        return captions
+
+
+class TranscriptTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="transcript", tag_field="kind"):
+    """What is said in a clip."""
+
+    key: str
+
+    class_names = ()
+
+    def encode(self, label: Mapping[str, Any]) -> str:
+        """The transcript as it is written; `LabelError` where it holds no letter and no digit."""
+        value = _field(label, self.key)
+        if not isinstance(value, str):
+            raise LabelError(f"transcript {self.key} is {_shown(value)}, not a text")
+        if not any(character.isalnum() for character in value):
+            raise LabelError(f"its transcript {self.key} is empty")
+        return value
+
+
+class NumberTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="number", tag_field="kind"):
+    """A number from `low` to `high`."""
+
+    key: str
+    low: float
+    high: float
+
+    class_names = ()
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError("`low` must lie below `high`")
+
+    def encode(self, label: Mapping[str, Any]) -> float:
+        """The clip's number; `LabelError` where it is none of the range."""
+        value = _field(label, self.key)
+        if not _is_number(value) or not self.low <= value <= self.high:
+            raise LabelError(f"label {self.key}={_shown(value)} is no number from {self.low:g} to {self.high:g}")
+        return float(value)
+
+
+Target = ClassTarget | IntegerTarget | TagsTarget | EventsTarget | CaptionsTarget | TranscriptTarget | NumberTarget
+
+
+def _check_classes(classes: tuple[str, ...], separator: str) -> None:
+    if not classes or len(set(classes)) != len(classes):
+        raise ValueError("`classes` needs at least one name, each once")
+    if not separator:
+        raise ValueError("`separator` must not be empty")
+    if bad := [name for name in classes if separator in name or name != name.strip() or not name]:
+        raise ValueError(
+            f"class {bad[0]!r} can never be read: it is empty, holds the separator, or begins or ends in white space"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _field(label: Mapping[str, Any], key: str) -> Any:

@@ -12,10 +12,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from .errors import TaskFileError, nearest
+from .errors import TaskFileError, UsageError, nearest
 from .targets import Target
 
 Domain = Literal["speech", "environment", "music", "synthetic"]
+HeadKind = Literal["linear", "retrieval", "ctc", "llm"]
+Metric = Literal[
+    "accuracy", "mean_average_precision", "segment_f1_macro", "segment_f1_micro", "recall_at_1", "one_minus_wer", "mse"
+]
 
 
 class Folds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,20 +64,59 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("`crop_seconds` must lie between 0.1 and 3600")
 
 
+HEAD_KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
+
+# What can be learnt of each kind of target, and how it is scored.
+HEADS: dict[str, tuple[HeadKind, ...]] = {
+    "class": ("linear",),
+    "integer": ("linear",),
+    "tags": ("linear",),
+    "events": ("linear",),
+    "captions": ("retrieval",),
+    "transcript": ("ctc", "llm"),
+    "number": ("linear",),
+}
+METRICS: dict[str, tuple[Metric, ...]] = {
+    "class": ("accuracy",),
+    "integer": ("accuracy",),
+    "tags": ("mean_average_precision",),
+    "events": ("segment_f1_macro", "segment_f1_micro"),
+    "captions": ("recall_at_1",),
+    "transcript": ("one_minus_wer",),
+    "number": ("mse",),
+}
+
+
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    kind: Literal["linear"] = "linear"
+    """`positive_weight` multiplies the loss of what is there, where a head decides class by class (tags, events)."""
+
+    kind: HeadKind = "linear"
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-3
+    positive_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.positive_weight <= 1e6:
+            raise ValueError("`positive_weight` lies above 0 and at most at 1000000")
         if not (1 <= self.epochs <= 10_000 and 1 <= self.batch_size <= 1_000_000 and 0 < self.learning_rate < 10):
             raise ValueError("`epochs` lies in 1..10000, `batch_size` in 1..1000000, `learning_rate` above 0 and below 10")
 
 
 class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    metric: Literal["accuracy"] = "accuracy"
-    knn: bool = True
+    """`segment_seconds` belongs to the segment metrics. `knn` is for classes, and on unless it is switched off."""
+
+    metric: Metric = "accuracy"
+    segment_seconds: float | None = None
+    knn: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.segment_seconds is not None and not 0.001 <= self.segment_seconds <= 3600:
+            raise ValueError("`segment_seconds` must lie between 0.001 and 3600")
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric != "mse"
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,11 +144,49 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError("`name` may hold letters, digits, `_`, `-` and `.` only")
         if self.weight is not None and not 0 <= self.weight < 1e12:
             raise ValueError("`weight` must not be negative")
+        if self.weight is not None and self.kind == "number":
+            raise ValueError("the error of a number is averaged with no other score; leave out `weight`")
+        for table, key, value, allowed in (
+            ("head", "kind", self.head.kind, HEADS[self.kind]),
+            ("score", "metric", self.score.metric, METRICS[self.kind]),
+        ):
+            if value not in allowed:
+                choices = " or ".join(repr(word) for word in allowed)
+                raise ValueError(
+                    f"[{table}] {key} {value!r} does not fit a target of kind {self.kind!r}; write {key} = {choices}"
+                )
+        if (self.score.segment_seconds is None) == (self.kind == "events"):
+            needed = "needs `segment_seconds`" if self.kind == "events" else "has no use for `segment_seconds`"
+            raise ValueError(f"[score] of a target of kind {self.kind!r} {needed}")
+        if self.score.knn and not self.classifies:
+            raise ValueError(f"[score] knn is for classes, not for a target of kind {self.kind!r}")
+        if self.head.positive_weight != 1 and self.kind not in ("tags", "events"):
+            raise ValueError(f"[head] positive_weight is for tags and events, not for a target of kind {self.kind!r}")
+        if self.data.crop_seconds is not None and self.kind in ("events", "transcript"):
+            raise ValueError(f"[data] crop_seconds would cut through the {self.kind} of a clip; leave it out")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether every clip is of one class."""
+        return self.kind in ("class", "integer")
+
+    @property
+    def knn(self) -> bool:
+        """Whether a kNN is scored beside the head."""
+        return self.classifies and self.score.knn is not False
 
     @property
     def kind(self) -> str:
         """Target kind as the TOML names it."""
         return str(self.target.__struct_config__.tag)
+
+    def with_head(self, kind: HeadKind) -> Task:
+        """The task with another kind of head; `UsageError` where it does not fit the target."""
+        if kind not in HEADS[self.kind]:
+            raise UsageError(
+                f"head {kind!r} does not fit {self.name}, a task of kind {self.kind!r}: {' or '.join(HEADS[self.kind])}"
+            )
+        return msgspec.structs.replace(self, head=msgspec.structs.replace(self.head, kind=kind))
 
     def digest(self) -> str:
         """Hex digest of everything in the file that shapes a score: not the title, not what others published."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import msgspec
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -30,12 +31,21 @@ from .. import events
 from ..catalog import part_globs
 from ..errors import printable
 from ..planning import Plan, PlanRow
-from ..results import Average, Result, TaskResult
+from ..results import Average, Result, TaskResult, published_averages
 from ..store import Header
 from ..task import Task
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
+_METRICS = {
+    "accuracy": "accuracy",
+    "mean_average_precision": "mAP",
+    "segment_f1_macro": "macro F1",
+    "segment_f1_micro": "micro F1",
+    "recall_at_1": "recall@1",
+    "one_minus_wer": "1 - WER",
+    "mse": "MSE",
+}
 _VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training"}
 _UNITS = {"prepare": "files", "embed": "clips", "train": "epochs"}
 
@@ -144,7 +154,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     by_task: dict[str, dict[str, TaskResult]] = {}
     for record in result.tasks:
         by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
-    words = ("task",) if _narrow(console) else ("task", "domain")
+    words = ("task",) if _narrow(console) else ("task", "domain", "metric")
     table = _table(console, words, ("head", "95 %", "knn", "95 %", "tested", "dropped"))
     table.columns[0].no_wrap = False  # a title may take two lines where it must
     reasons = []
@@ -153,7 +163,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         cells = [*_score_cells(records.get("head")), *_score_cells(records.get("knn"))]
         dropped = len(first.clips.dropped)
         table.add_row(
-            *(printable(first.title), first.domain)[: len(words)],
+            *(printable(first.title), first.domain, _METRICS[first.metric])[: len(words)],
             *cells,
             str(first.n_test) if first.n_test else "",
             Text(str(dropped), style="yellow") if dropped else "",
@@ -168,16 +178,46 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     console.print(table, soft_wrap=False)
     if result.averages:
         console.print(_averages_table(result, console), soft_wrap=False)
+    _print_published(result, console)
     settings = result.settings
-    if any(not record.comparable and record.status == "ok" for record in result.tasks):
-        why = f"at most {settings['limit']} clips a split were used" if settings["limit"] else "too many clips were lost"
+    if incomparable := [record for record in result.tasks if not record.comparable and record.status == "ok"]:
+        first_note = incomparable[0].notes[-1] if incomparable[0].notes else "not its whole data"
+        why = f"at most {settings['limit']} clips a split were used" if settings["limit"] else first_note
         reasons.append(f"{_NOT_COMPARABLE} not comparable with other results, and in no average: {why}")
     for reason in reasons:
         console.print(Text(printable(reason), style="yellow"))
     seeds = f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}"
-    console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better")
+    errors = dict.fromkeys(record.title for record in result.tasks if not record.higher_is_better)
+    but = f", but lower for {', '.join(map(printable, errors))}" if errors else ""
+    console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better{but}")
     if saved:
         console.print(f"saved {printable(saved)}")
+
+
+def _print_published(result: Result, console: Console) -> None:
+    """The scores beside those that X-ARES published, where it did for any of these tasks."""
+    shown = [record for record in result.tasks if record.score is not None and record.published]
+    if not shown:
+        return
+    encoders = list(shown[0].published)
+    table = _table(console, ("beside X-ARES's published scores", "method"), ("this model", *encoders))
+    for record in shown:
+        published = [f"{record.published[name]:.3f}" for name in encoders]
+        table.add_row(printable(record.title), record.method, _score_cells(record)[0], *published)
+    table.add_section()
+    for method in ("head", "knn"):
+        rows = [r for r in shown if (r.method == "knn") == (method == "knn") and r.weight]
+        if not rows:
+            continue
+        own = sum((r.weight or 0) * (r.score or 0) for r in rows) / sum(r.weight or 0 for r in rows)
+        averages = published_averages(rows, "knn" if method == "knn" else "head")
+        table.add_row("weighted average of these", method, f"{own:.3f}", *(f"{averages[name]:.3f}" for name in encoders))
+    console.print(table, soft_wrap=False)
+    console.print(
+        "published scores were computed by X-ARES, by its own protocol, on its own copy of the data; their averages are computed "
+        "from its columns and weights: over the public tasks 0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, "
+        "0.490, 0.632, 0.598"
+    )
 
 
 def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:
@@ -188,7 +228,7 @@ def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console
     for task, on_disk in rows:
         weight = f"{task.weight:g}" if task.weight is not None else "-"
         private = ", private" if task.private else ""
-        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, task.score.metric)
+        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, _METRICS[task.score.metric])
         table.add_row(*words, weight, printable(on_disk) + private)
     console.print(table, soft_wrap=False)
     console.print(f"data folder: {printable(str(folder))}")
@@ -202,15 +242,16 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
         ("name", task.name),
         ("title", task.title),
         ("domain", f"{task.domain}, private" if task.private else task.domain),
-        ("kind", f"{task.kind}, {len(names)} classes, from {task.target.key!r} of a clip's json"),
-        ("classes", shown),
+        ("kind", f"{task.kind}, {len(names)} classes" if names else task.kind),
+        *([("classes", shown)] if names else []),
+        ("target", _target(task)),
         ("crops", f"{task.data.crop_seconds:g} s" if task.data.crop_seconds else "none, whole clips"),
         (
             "head",
             f"{task.head.kind}, {task.head.epochs} epochs, batches of {task.head.batch_size}, "
             f"learning rate {task.head.learning_rate:g}",
         ),
-        ("metric", f"{task.score.metric}, {'also' if task.score.knn else 'not'} by kNN"),
+        ("metric", f"{_metric(task)}, {'also' if task.knn else 'not'} by kNN"),
         ("weight", f"{task.weight:g}" if task.weight is not None else "none, so in no average"),
     ]
     if task.data.zenodo:
@@ -233,6 +274,19 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
             rows.append(("note", task.published.note))
     for label, value in rows:
         console.print(Text.assemble((f"{printable(label):<18}", "bold"), printable(value)))
+
+
+def _target(task: Task) -> str:
+    """Where in a clip's json the target lies."""
+    fields = {
+        name: value for name, value in msgspec.structs.asdict(task.target).items() if name != "classes" and value is not None
+    }
+    return ", ".join(f"{name} {value!r}" for name, value in fields.items()) or "every text in a clip's json"
+
+
+def _metric(task: Task) -> str:
+    segment = f" over segments of {task.score.segment_seconds:g} s" if task.score.segment_seconds else ""
+    return f"{_METRICS[task.score.metric]}{segment}"
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -318,7 +372,7 @@ def _hop(result: Result) -> str:
 
 
 def _narrow(console: Console) -> bool:
-    return console.width < 100
+    return console.width < 112
 
 
 def _table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:

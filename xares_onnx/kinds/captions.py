@@ -1,0 +1,81 @@
+"""Captions: an audio and a text tower, scored by recall at 1, the mean of both directions.
+
+`corrected` has the vocabulary trained on the training captions; X-ARES has BERT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..folds import Fold
+from ..metrics import Array, Scorer, SumScorer, per_clip, recall_both_ways
+from .kind import Kind, Outcome, outcomes_of
+
+# Columns of a prediction: [captions that rank the example first, captions, whether one of them is ranked first], and how
+# many captions rank it, and whether it ranks one of them, within 5 and within 10.
+_WITHIN = {1: (0, 2), 5: (3, 4), 10: (5, 6)}
+_CAPTIONS = 1
+
+
+class Captions(Kind):
+    def why_undefined(self) -> str | None:
+        if empty := super().why_undefined():
+            return empty
+        for fold in self.folds:
+            if len(fold.test) < 2:
+                return f"one test clip in fold {fold.name} ranks first whatever the encoder"
+        return None
+
+    def why_not_comparable(self) -> str | None:
+        if self.protocol.corrected or self.tools.vocabulary is not None:
+            return None
+        return "X-ARES's captions use BERT's vocabulary; name its vocab.txt by --vocabulary to be comparable"
+
+    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
+        from ..probes.retrieval import train_retrieval
+        from ..wordpiece import WordPiece
+
+        given = None if self.protocol.corrected else self.tools.vocabulary
+        results = train_retrieval(
+            self.dataset.embeddings,
+            self.dataset.labels,
+            self.dataset.clip_of_crop,
+            self.crop_rows(),
+            self.task.head,
+            range(seeds),
+            vocabulary=WordPiece.from_file(given) if given else None,
+            arithmetic=self.protocol.name,
+            on_epoch=on_epoch,
+        )
+        return outcomes_of(results)
+
+    def _statistics(self, fold: Fold, outcomes: Sequence[Outcome], within: int) -> Array:
+        tested = np.sort(fold.test)
+        to_audio, to_text = _WITHIN[within]
+        statistics = []
+        for outcome in outcomes:
+            ranked = outcome.predictions.astype(np.float64)
+            columns = [ranked[:, to_audio], ranked[:, _CAPTIONS], ranked[:, to_text], np.ones(len(ranked))]
+            statistics.append(per_clip(np.stack(columns, axis=1), self.clips_of(outcome.examples), tested))
+        return np.stack(statistics)
+
+    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
+        return SumScorer(self._statistics(fold, outcomes, 1), recall_both_ways)
+
+    def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        sums = {within: self._statistics(fold, outcomes, within).sum(axis=1) for within in _WITHIN}
+        text_to_audio, audio_to_text = sums[1][:, 0] / sums[1][:, 1], sums[1][:, 2] / sums[1][:, 3]
+        return {
+            "text_to_audio_recall_at_1": float(text_to_audio.mean()),
+            "audio_to_text_recall_at_1": float(audio_to_text.mean()),
+            "recall_at_5": float(recall_both_ways(sums[5]).mean()),
+            "recall_at_10": float(recall_both_ways(sums[10]).mean()),
+        }
+
+    def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
+        """Captions that rank the example first, its captions, and whether it ranks one of them first."""
+        return {"recall": outcome.predictions[:, :3].astype(np.int32)}

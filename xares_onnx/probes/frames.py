@@ -1,0 +1,193 @@
+"""Train linear heads on frames: every fold and every seed in one loop, the frames read block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .. import rasters
+from ..models.linear import LinearHeads, binary_cross_entropy_gradient, normalised
+from ..rasters import Average, Bools, Events, Floats
+from . import linear
+from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread
+
+_FRAMES_AT_ONCE = 2048  # read, normalised and multiplied together: 6 MiB of 768 dimensions
+
+
+class Settings(linear.Settings, Protocol):
+    """Of `task.Head`."""
+
+    @property
+    def positive_weight(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class _Clips:
+    """The clips of a set, each with what it is trained for and scored by; nothing is kept of a clip that was read."""
+
+    frames: Sequence[npt.NDArray[Any]]
+    times: Sequence[Floats]
+    seconds: Sequence[float]
+    events: Sequence[Events]
+    classes: int
+    segment_seconds: float
+    hop_seconds: float | None
+
+    def targets(self, clip: int) -> Bools:
+        """(frames, classes)."""
+        if self.hop_seconds is not None:
+            return rasters.xares_frame_targets(self.events[clip], len(self.frames[clip]), self.hop_seconds, self.classes)
+        return rasters.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
+
+    def segment_targets(self, clip: int) -> Bools:
+        """(segments, classes)."""
+        if self.hop_seconds is not None:
+            return rasters.xares_segments(self.targets(clip), self.hop_seconds, self.segment_seconds)
+        return rasters.segment_targets(self.events[clip], self.seconds[clip], self.segment_seconds, self.classes)
+
+    def segment_predictions(self, clip: int, active: Bools) -> Bools:
+        """(segments, classes), of the frames (frames, classes) that a head calls active."""
+        if self.hop_seconds is not None:
+            return rasters.xares_segments(active, self.hop_seconds, self.segment_seconds)
+        return rasters.segment_predictions(active, self.times[clip], self.seconds[clip], self.segment_seconds)
+
+    def blocks(self, clips: Indices) -> Iterator[Tensor]:
+        """The frames of some clips one after another, (block, dim) float32, normalised."""
+        pieces: list[npt.NDArray[Any]] = []
+        room = _FRAMES_AT_ONCE
+        for clip in clips:
+            frames = self.frames[clip]
+            while len(frames):
+                pieces.append(frames[:room])
+                frames, room = frames[room:], room - len(pieces[-1])
+                if not room:
+                    yield _normalised(pieces)
+                    pieces, room = [], _FRAMES_AT_ONCE
+        if pieces:
+            yield _normalised(pieces)
+
+
+def _normalised(pieces: list[npt.NDArray[Any]]) -> Tensor:
+    return normalised(torch.from_numpy(np.concatenate(pieces)).float())
+
+
+class _FrameHeads(LinearHeads):
+    """Heads whose input is so much larger than their weights that the affine part of LayerNorm is worth moving into those.
+
+    logits = (x scale + shift) W + b = x (scale W) + (shift W + b), so a block costs two matrix products, one forward and one
+    backward, and nothing is done to each of its values but the normalisation. For the gradient G at the logits, with M = x^T G
+    and g = 1^T G, the chain rule gives scale M + shift g for W, g for b, and the sums over classes of W M and W g for scale and
+    shift. M and g add up over the blocks of a batch.
+    """
+
+    def folded(self, head: int) -> tuple[Tensor, Tensor]:
+        """(dim, classes) weight and (1, classes) bias that map normalised frames to logits."""
+        return self.scale[head].T * self.weight[head], torch.addmm(self.bias[head], self.shift[head], self.weight[head])
+
+    def fill_gradients(self, head: int, clips: _Clips, batch: Indices, positive_weight: float) -> None:
+        """Fill `gradients` of a head: of the mean loss over all frames and classes of a batch of clips."""
+        targets = torch.from_numpy(np.concatenate([clips.targets(clip) for clip in batch]))
+        mean = torch.full((1, 1), 1 / len(targets))
+        weight, bias = self.folded(head)
+        moment, total = torch.zeros_like(weight), torch.zeros_like(bias)
+        start = 0
+        for x in clips.blocks(batch):
+            logits = torch.addmm(bias, x, weight)[None]
+            block = targets[None, start : start + len(x)]
+            gradient = binary_cross_entropy_gradient(logits, block, mean, positive_weight)[0]
+            moment.addmm_(x.T, gradient)
+            total += gradient.sum(dim=0)
+            start += len(x)
+        for_scale, for_shift, for_weight, for_bias = (gradient[head] for gradient in self.gradients)
+        torch.sum(self.weight[head] * moment, dim=1, out=for_scale[0])
+        torch.sum(self.weight[head] * total, dim=1, out=for_shift[0])
+        torch.addmm(moment * self.scale[head].T, self.shift[head].T, total, out=for_weight)
+        for_bias.copy_(total)
+
+
+def train_frames(
+    frames: Sequence[npt.NDArray[Any]],
+    times: Sequence[Floats],
+    seconds: Sequence[float],
+    events: Sequence[Events],
+    folds: Sequence[Rows],
+    classes: int,
+    settings: Settings,
+    seeds: Sequence[int],
+    *,
+    segment_seconds: float,
+    average: Average,
+    hop_seconds: float | None = None,
+    on_epoch: OnEpoch = lambda epoch: None,
+) -> list[HeadResult]:
+    """Train len(folds) x len(seeds) heads on the frames of clips, by binary cross-entropy for each class.
+
+    Of every clip: `frames` (frames, dim) float16 or float32, at least one, read anew whenever they are needed, so they may be
+    mapped from a file; `times` (frames,) their centres in seconds, ascending; its length in `seconds`; its `events`. `folds`
+    hold clip numbers. A batch is `batch_size` clips, its loss the mean over all their frames and classes, a positive counting
+    `positive_weight` times. The epoch is chosen by the `average` F1 over segments of the validation clips. Frames and segments
+    lie on the clock, or with `hop_seconds` on X-ARES's raster. A result's `predictions` are the `rasters.segment_counts` of each
+    test clip, (examples, classes, 3) int64. Raises `ScoreUndefinedError` where a head gives NaN.
+    """
+    clips = _Clips(frames, times, seconds, events, classes, segment_seconds, hop_seconds)
+    with one_thread(), torch.inference_mode():
+        # Heads with more batches come first, so that those which still train are always the leading ones.
+        order = sorted(((f, s) for f in range(len(folds)) for s in seeds), key=lambda head: -len(folds[head[0]].train))
+        generators = [generator(seed, fold) for fold, seed in order]
+        heads = _FrameHeads(frames[0].shape[1], classes, generators)
+        adam = linear.BatchedAdam(heads)
+        selections = [Selection() for _ in order]
+        best_state = [parameter.clone() for parameter in heads.parameters]
+        for epoch in range(1, settings.epochs + 1):
+            rate = learning_rate(epoch, settings.epochs, settings.learning_rate)
+            orders = [rng.permutation(folds[fold].train) for rng, (fold, _) in zip(generators, order, strict=True)]
+            for start in range(0, len(orders[0]), settings.batch_size):
+                batches = [rows[start : start + settings.batch_size] for rows in orders if start < len(rows)]
+                for h, batch in enumerate(batches):
+                    heads.fill_gradients(h, clips, batch, settings.positive_weight)
+                adam.step(len(batches), rate)
+            counts = _count(heads, clips, [folds[fold].valid for fold, _ in order])
+            for h, (_, counted) in enumerate(counts):
+                f1 = rasters.segment_f1(counted.sum(axis=0), average, present_only=hop_seconds is None)
+                if selections[h].better(float(f1) if len(counted) else math.nan, epoch):
+                    for kept, parameter in zip(best_state, heads.parameters, strict=True):
+                        kept[h] = parameter[h]
+            on_epoch(epoch)
+        for parameter, kept in zip(heads.parameters, best_state, strict=True):
+            parameter.copy_(kept)
+        tested = _count(heads, clips, [folds[fold].test for fold, _ in order])
+        results = [
+            HeadResult(fold, seed, *tested[h], selections[h].epoch, selections[h].score)
+            for h, (fold, seed) in enumerate(order)
+        ]
+        return sorted(results, key=lambda result: (result.fold, result.seed))
+
+
+def _count(heads: _FrameHeads, clips: _Clips, chosen: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
+    """For each head: its chosen clips, sorted, and their segment counts (clips, classes, 3). A clip is read once for all heads."""
+    examples = [np.unique(rows) for rows in chosen]
+    counts = [np.zeros((len(rows), clips.classes, 3), np.int64) for rows in examples]
+    folded = [heads.folded(h) for h in range(len(chosen))]
+    for clip in np.unique(np.concatenate(examples)):
+        counted = [h for h, rows in enumerate(examples) if clip in rows]
+        active = np.empty((len(counted), len(clips.frames[clip]), clips.classes), np.bool_)
+        start = 0
+        for x in clips.blocks(np.array([clip])):
+            for row, h in enumerate(counted):
+                weight, bias = folded[h]
+                logits = torch.addmm(bias, x, weight)
+                check_finite(logits)
+                active[row, start : start + len(x)] = (logits > 0).numpy()
+            start += len(x)
+        targets = clips.segment_targets(clip)
+        for row, h in enumerate(counted):
+            found = clips.segment_predictions(clip, active[row])
+            counts[h][np.searchsorted(examples[h], clip)] = rasters.segment_counts(targets, found)
+    return list(zip(examples, counts, strict=True))

@@ -1,0 +1,243 @@
+"""Train the adapter of the `llm` head: frames into a frozen language model that writes the transcript.
+
+Batches of whole clips, in an order drawn anew each epoch; Adam on the adapter alone, at `training.learning_rate`; X-ARES's
+arithmetic otherwise, but that neither padding nor the neighbours of a clip have any influence.
+
+The epoch is chosen as X-ARES chooses it: the likeliest token at every position of the text given the true text before it,
+decoded, cut to the characters of the reference, lower-cased, and 1 - WER over all validation clips (lower-cased too). That
+is no word error rate of a recogniser, only quick to compute. What is scored is written freely by the chosen adapter.
+
+Training takes hours, so it can be killed: see `train_llm`. On the CPU the same inputs give the same bytes (with one version
+of torch, on one machine, with one number of threads); on CUDA some sums run in no fixed order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jiwer
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import ScoreUndefinedError
+from ..files import write_aside
+from ..models.llm import MOST_NEW_TOKENS, Adapter, LanguageModel
+from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate
+
+Frames = Sequence[npt.NDArray[Any]]
+_CLIPS_AT_ONCE = 16  # in scoring, where no gradient is kept; of like lengths, so that little is padding
+
+
+class Settings(Protocol):
+    """What of a task's head this training reads."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+
+
+def train_llm(
+    frames: Frames,
+    transcripts: Sequence[str],
+    folds: Sequence[Rows],
+    settings: Settings,
+    seeds: Sequence[int],
+    *,
+    language_model: LanguageModel,
+    checkpoints: Path | None,
+    name: str,
+    on_epoch: OnEpoch = lambda epoch: None,
+) -> list[HeadResult]:
+    """Train an adapter for every fold and seed, one after the other; results sorted by (fold, seed).
+
+    `frames`: one (frames, dim) array a clip, float16 or float32, at least one frame; read a batch at a time. `transcripts`:
+    one a clip, as it is to be written; no validation transcript is empty. `folds`: clip numbers. A result's `predictions` is
+    a list of str, as generated.
+
+    With a folder `checkpoints` the training is kept there after each epoch, before `on_epoch` is called, and a later call
+    with the same arguments goes on from there to the same result, bit for bit on the CPU; `on_epoch` hears only of epochs
+    that are trained. `name` names the encoder, the data and the task: it stands for the content of `frames`. A file which is
+    damaged, or not of this training, is ignored and written anew. A checkpoint holds the adapter, and nothing of the
+    language model.
+
+    Raises `ScoreUndefinedError` where an adapter gives NaN or infinity, or where the longest clip leaves the language model
+    no positions to write in; `DiskFullError` or `MachineError` where a checkpoint cannot be written.
+    """
+    _check_positions(frames, folds, language_model)
+    results = []
+    for number, rows in enumerate(folds):
+        for seed in sorted(seeds):
+            training = _Training(frames, transcripts, rows, settings, language_model, number, seed)
+            path = checkpoints / f"{training.digest(name)}.safetensors" if checkpoints is not None else None
+            results.append(training.run(path, on_epoch))
+    return results
+
+
+class _Training:
+    """One adapter on its way: its last weights, its best ones, Adam's moments."""
+
+    def __init__(
+        self,
+        frames: Frames,
+        transcripts: Sequence[str],
+        rows: Rows,
+        settings: Settings,
+        language_model: LanguageModel,
+        fold: int,
+        seed: int,
+    ) -> None:
+        self._frames, self._transcripts, self._rows = frames, transcripts, rows
+        self._settings, self._language_model = settings, language_model
+        self._fold, self._seed = fold, seed
+        self._adapter: Adapter = language_model.adapter(frames[rows.train[0]].shape[1], generator(seed, fold))
+        self._adam = torch.optim.Adam(self._adapter.parameters(), lr=settings.learning_rate)
+        self._best = _copied(self._adapter)
+        self._selection = Selection()
+        self._epoch = 0
+
+    def run(self, path: Path | None, on_epoch: OnEpoch) -> HeadResult:
+        if path is not None:
+            self._resume(path)
+        while self._epoch < self._settings.epochs:
+            self._epoch += 1
+            self._train_epoch()
+            if self._selection.better(self._valid_score(), self._epoch):
+                self._best = _copied(self._adapter)
+            if path is not None:
+                self._keep(path)
+            on_epoch(self._epoch)
+        self._adapter.load_state_dict(self._best)
+        examples = np.unique(self._rows.test)
+        predictions = self._in_blocks(examples, lambda adapted, texts: self._language_model.generate(adapted))
+        return HeadResult(self._fold, self._seed, examples, predictions, self._selection.epoch, self._selection.score)
+
+    def _train_epoch(self) -> None:
+        rate = learning_rate(self._epoch, self._settings.epochs, self._settings.learning_rate)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        # Drawn from the epoch's own number, so that a resumed training needs none of the epochs before.
+        order = np.random.default_rng([self._seed, self._fold, self._epoch]).permutation(self._rows.train)
+        for start in range(0, len(order), self._settings.batch_size):
+            batch = order[start : start + self._settings.batch_size]
+            loss = self._language_model.loss(self._adapted(batch), self._texts(batch))
+            self._adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._adam.step()
+
+    def _valid_score(self) -> float:
+        """1 - WER, teacher-forced; nan where there are no validation clips."""
+        clips = np.unique(self._rows.valid)
+        if not len(clips):
+            return math.nan
+        references = self._texts(clips)
+        written = self._in_blocks(clips, self._language_model.teacher_forced)
+        cut = [text[: len(reference)].lower() for text, reference in zip(written, references, strict=True)]
+        return 1 - jiwer.wer([reference.lower() for reference in references], cut)
+
+    def _in_blocks(self, clips: Indices, write: Callable[[Sequence[Tensor], Sequence[str]], list[str]]) -> list[str]:
+        """What `write` makes of each clip, in the order of `clips`."""
+        texts = [""] * len(clips)
+        by_length = np.argsort([len(self._frames[clip]) for clip in clips], kind="stable")
+        for start in range(0, len(clips), _CLIPS_AT_ONCE):
+            block = by_length[start : start + _CLIPS_AT_ONCE]
+            with torch.inference_mode():
+                adapted = self._adapted(clips[block])
+            check_finite(torch.cat(list(adapted)))
+            for place, text in zip(block, write(adapted, self._texts(clips[block])), strict=True):
+                texts[place] = text
+        return texts
+
+    def _adapted(self, clips: Indices) -> Sequence[Tensor]:
+        """One (frames, hidden) a clip."""
+        frames = [torch.from_numpy(np.array(self._frames[clip], np.float32)) for clip in clips]
+        adapted: Tensor = self._adapter(torch.cat(frames).to(self._language_model.device))
+        return torch.split(adapted, [len(part) for part in frames])
+
+    def _texts(self, clips: Indices) -> list[str]:
+        return [self._transcripts[clip] for clip in clips]
+
+    def digest(self, name: str) -> str:
+        """sha256 of everything that shapes the training: the name of its checkpoint."""
+        rows = self._rows
+        shaping = {
+            "name": name,
+            "seed": self._seed,
+            "fold": self._fold,
+            "settings": [self._settings.epochs, self._settings.batch_size, self._settings.learning_rate],
+            "language model": {key: text for key, text in self._language_model.described().items() if key != "name"},
+            "torch": torch.__version__,
+            "train": [(int(clip), self._frames[clip].shape, self._transcripts[clip]) for clip in rows.train],
+            "valid": [(int(clip), self._frames[clip].shape, self._transcripts[clip]) for clip in rows.valid],
+        }
+        return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
+
+    def _keep(self, path: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        for key, parameter in self._adapter.named_parameters():
+            moments = self._adam.state[parameter]
+            tensors |= {f"adapter.{key}": parameter, f"best.{key}": self._best[key]}
+            tensors |= {f"adam.{key}.{moment}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        state = {
+            "training": path.stem,
+            "epoch": str(self._epoch),
+            "best_epoch": str(self._selection.epoch),
+            "score": repr(self._selection.score),
+            "sha256": _content_digest(tensors),
+        }
+        write_aside(path, save(tensors, state))
+
+    def _resume(self, path: Path) -> None:
+        """Take up what is kept at `path`, where that is whole and of this training; else leave everything as it is."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return
+        if state.get("training") != path.stem or state.get("sha256") != _content_digest(tensors):
+            return
+        device = self._language_model.device
+        self._adapter.load_state_dict({key: tensors[f"adapter.{key}"] for key in self._best})
+        self._best = {key: tensors[f"best.{key}"].to(device) for key in self._best}
+        for key, parameter in self._adapter.named_parameters():
+            moments = {moment: tensors[f"adam.{key}.{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+            # Adam keeps its count on the CPU.
+            self._adam.state[parameter] = {k: m if k == "step" else m.to(device) for k, m in moments.items()}
+        self._epoch = int(state["epoch"])
+        self._selection.epoch, self._selection.score = int(state["best_epoch"]), float(state["score"])
+
+
+def _check_positions(frames: Frames, folds: Sequence[Rows], language_model: LanguageModel) -> None:
+    positions = language_model.most_positions
+    clips = np.concatenate([part for rows in folds for part in (rows.train, rows.valid, rows.test)])
+    longest = max((len(frames[clip]) for clip in clips), default=0)
+    if positions is not None and longest + 1 + MOST_NEW_TOKENS > positions:
+        raise ScoreUndefinedError(
+            f"the longest clip has {longest} frames, and the language model {positions} positions"
+            f" for them and up to {MOST_NEW_TOKENS} tokens of text; choose one with more"
+        )
+
+
+def _copied(adapter: Adapter) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+
+
+def _content_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key} {tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].numpy().data)
+    return digest.hexdigest()

@@ -2,8 +2,8 @@
 
     python bench/frames.py [--hours N] [--seeds N] [--dim N]
 
-Frames are float16 in a mapped file, 25 a second, in recordings of ten minutes; events are notes. Memory is what the process has of
-its own (RssAnon): pages of the mapped file come and go. Reading is timed alone: a pass over the file, block by block.
+Frames are float16 in a mapped file, 25 a second, in recordings of ten minutes; events are notes. Memory is what the process
+has of its own (RssAnon): pages of the mapped file come and go. Reading is timed alone: a pass over the file, block by block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xares_onnx.probes.training import Rows
 from xares_onnx.rasters import Events
 from xares_onnx.task import Head
 
-RATE, SECONDS, CLASSES, NOTES_A_SECOND, FRAMES_AT_ONCE = 25, 600, 88, 10, 2048
+RATE, SECONDS, CLASSES, NOTES_A_SECOND, FRAMES_AT_ONCE = 25, 600, 88, 10, 512
 FRAMES = RATE * SECONDS  # of one recording
 
 

@@ -108,6 +108,7 @@ def test_evaluate_prints_a_plain_table_and_saves(world: World, tmp_path: Path) -
     assert cells == [
         "Tones good",
         "environment",
+        "accuracy",
         f"{head['score']:.3f}",
         interval[0],
         f"{knn['score']:.3f}",
@@ -151,8 +152,8 @@ def test_lists_are_comma_separated_and_repeatable(world: World) -> None:
 def test_knn_only(world: World) -> None:
     code, out, _ = run(*world.evaluate("--tasks", world.good, "--method", "knn"))
     row = next(line for line in out.splitlines() if "Tones good" in line)
-    assert (code, row.split("|")[3].strip()) == (0, "")
-    assert 0 <= float(row.split("|")[5]) <= 1
+    assert (code, row.split("|")[4].strip()) == (0, "")
+    assert 0 <= float(row.split("|")[6]) <= 1
     both = json.loads(run(*world.evaluate("--tasks", world.good, "--method", "knn,head", "--json"))[1])
     assert both["settings"]["methods"] == ["head", "knn"]
 
@@ -492,7 +493,8 @@ def test_one_task_in_full(tmp_path: Path) -> None:
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert lines["title"] == "ESC-50"
     assert lines["domain"] == "environment"
-    assert lines["kind"] == "integer, 50 classes, from 'label' of a clip's json"
+    assert lines["kind"] == "integer, 50 classes"
+    assert lines["target"] == "key 'label'"
     assert lines["head"] == "linear, 10 epochs, batches of 32, learning rate 0.001"
     assert lines["metric"] == "accuracy, also by kNN"
     assert lines["weight"] == "400"

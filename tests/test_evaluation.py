@@ -14,7 +14,15 @@ from shard_makers import write_shard
 
 from xares_onnx import evaluation
 from xares_onnx.catalog import shipped_tasks, suite_tasks
-from xares_onnx.errors import DataError, DataMissingError, MachineError, ModelError, UsageError, worst_exit_code
+from xares_onnx.errors import (
+    DataError,
+    DataMissingError,
+    MachineError,
+    ModelError,
+    ScoreUndefinedError,
+    UsageError,
+    worst_exit_code,
+)
 from xares_onnx.evaluation import Evaluation, choose_tasks, evaluate
 from xares_onnx.events import Event, Note, Progress, ignore
 from xares_onnx.results import TaskResult
@@ -319,7 +327,7 @@ def test_too_many_lost_clips_fail_the_task_and_the_others_go_on(world: World) ->
     )
     assert len(failed.clips.dropped) == 3
     assert [type(error) for error in done.errors] == [DataError]
-    assert "many" in done.result.averages["environment"]["head"].missing
+    assert "many" in done.result.averages["own"]["head"].missing
 
     allowed = world.run(task, allow_drops=True)
     for record in records(allowed):
@@ -380,7 +388,9 @@ def test_what_cannot_be_scored_is_undefined(
         assert (record.status, record.score, record.ci95) == ("undefined", None, None)
         assert reason in (record.reason or "")
         assert record.clips.expected == 64
-    assert done.errors == []
+    assert [(type(error), error.exit_code) for error in done.errors] == [(ScoreUndefinedError, 4)]
+    assert name in str(done.errors[0])
+    assert reason in str(done.errors[0])
     assert done.result.averages == {}
 
 
@@ -471,6 +481,9 @@ def test_settings_are_kept(world: World) -> None:
         "methods": ["knn"],
         "limit": None,
         "allow_drops": True,
+        "heads": {},
+        "lm": None,
+        "vocabulary": None,
         "suite": None,
         "tasks": ["tones"],
     }

@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("models") / "tiny-lm")
 
 
-def make_folder(folder: Path, *, separator: bool = True, steps: int = 1000, **special: str) -> Path:
+def make_folder(folder: Path, *, separator: bool = True, steps: int = 800, **special: str) -> Path:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     bytes_alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -102,11 +102,11 @@ def teach_to_copy(model: Any, tokenizer: Any, steps: int) -> None:
     rates = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-2, total_steps=steps)
     separator = tokenizer.convert_tokens_to_ids("<|vision_end|>")
     for step in range(steps):
-        texts = tokenizer(sentences(rng, 24, 2 + step % 5)).input_ids
+        texts = tokenizer(sentences(rng, 24, 2 + step % 4)).input_ids
         ids = torch.tensor([[*text, separator, *text, tokenizer.eos_token_id] for text in texts])
         inputs = model.get_input_embeddings()(ids)
         labels = ids.clone()
-        labels[:, : len(texts[0]) + 1] = -100
+        labels[:, : len(texts[0])] = -100
         loss = model(inputs_embeds=inputs, labels=labels, use_cache=False).loss
         adam.zero_grad()
         loss.backward()
@@ -118,7 +118,7 @@ def sentences(rng: np.random.Generator, count: int, length: int | None = None) -
     """`length` letters, none twice, and from 3 on with a space between two of them."""
     found = []
     for _ in range(count):
-        letters = rng.permutation(list(LETTERS))[: length or rng.integers(2, 7)].tolist()
+        letters = rng.permutation(list(LETTERS))[: length or rng.integers(2, 6)].tolist()
         if len(letters) > 2:
             letters[rng.integers(1, len(letters) - 1)] = " "
         found.append("".join(letters))
@@ -258,7 +258,7 @@ def adapted_noise(lengths: Sequence[int], seed: int = 0, scale: float = 1.0) -> 
 
 
 def test_the_adapter_learns_to_transcribe(language_model: LanguageModel) -> None:
-    task = speech(200, 30, 60)
+    task = speech(300, 30, 60)
     (result,) = task.train(language_model)
     references = [task.transcripts[clip] for clip in result.examples]
     assert not {task.transcripts[clip] for clip in task.folds[0].train} >= set(references)
@@ -268,7 +268,7 @@ def test_the_adapter_learns_to_transcribe(language_model: LanguageModel) -> None
 
 
 def test_shuffled_transcripts_teach_nothing(language_model: LanguageModel) -> None:
-    task = speech(200, 30, 60)
+    task = speech(300, 30, 60)
     train = task.folds[0].train
     shuffled = np.array(task.transcripts, object)
     shuffled[train] = np.random.default_rng(0).permutation(shuffled[train])
@@ -799,7 +799,7 @@ def test_devices(folder: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_the_adapter_learns_on_cuda(folder: Path, tmp_path: Path) -> None:
-    task, heard = speech(200, 30, 60), []
+    task, heard = speech(300, 30, 60), []
     model = LanguageModel(folder, "cuda")
     with pytest.raises(KilledError):
         task.train(model, checkpoints=tmp_path, on_epoch=kill_after(2, heard))

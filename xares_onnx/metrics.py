@@ -24,9 +24,13 @@ _DRAWS_AT_ONCE = 1 << 22
 
 
 class Scorer(Protocol):
-    """The score of one fold's `clips` test clips, for every seed."""
+    """The score of one fold's `clips` test clips, for every seed.
+
+    `favours_repeats`: a resample holds clips more than once, and a clip ranked beside its own copies ranks too well.
+    """
 
     clips: int
+    favours_repeats: bool
 
     def __call__(self, counts: Array) -> Array:
         """How often each clip counts, (n, clips), to scores (n, seeds)."""
@@ -34,6 +38,8 @@ class Scorer(Protocol):
 
 class SumScorer:
     """A score that is a function of the sums of per-clip statistics (seeds, clips, k)."""
+
+    favours_repeats = False
 
     def __init__(self, statistics: Array, from_sums: FromSums) -> None:
         seeds, self.clips, k = statistics.shape
@@ -52,6 +58,8 @@ class AveragePrecisionScorer:
     precision is the sum over thresholds of precision times the recall that the threshold adds; examples of equal score share a
     threshold (as scikit-learn's average_precision_score).
     """
+
+    favours_repeats = True
 
     def __init__(
         self,
@@ -188,17 +196,23 @@ def point(scorers: Sequence[Scorer]) -> Array:
 def bootstrap(scorers: Sequence[Scorer], rng: np.random.Generator) -> Array:
     """(2000,) replicates of a score: clips resampled within each fold, the mean over folds, then over seeds.
 
-    All seeds of a fold share a resample.
+    All seeds of a fold share a resample. Where a metric favours repeated clips (with few positives, average precision may be
+    higher in every resample than in the sample), the replicates are moved so that their mean is the score.
     """
     total = np.zeros(RESAMPLES)
     for scorer in scorers:
         clips = scorer.clips
         rows = max(1, _DRAWS_AT_ONCE // clips)
+        replicates = np.empty(RESAMPLES)
         for start in range(0, RESAMPLES, rows):
             n = min(rows, RESAMPLES - start)
             drawn = rng.integers(0, clips, (n, clips)) + clips * np.arange(n)[:, None]
             counts = np.bincount(drawn.ravel(), minlength=n * clips).reshape(n, clips)
-            total[start : start + n] += scorer(counts.astype(np.float64)).mean(axis=1)
+            replicates[start : start + n] = scorer(counts.astype(np.float64)).mean(axis=1)
+        if scorer.favours_repeats:
+            replicates += scorer(np.ones((1, clips))).mean() - np.nanmean(replicates)
+            replicates = replicates.clip(0, 1)
+        total += replicates
     return total / len(scorers)
 
 

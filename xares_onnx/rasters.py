@@ -1,7 +1,7 @@
 """Events in time to active frames, and active frames to the segments that are scored.
 
-Two arithmetics. On the clock, the default: a frame is an instant, a segment an interval, and neither the number of segments nor
-their targets depend on the encoder. And X-ARES's, which counts in frames (`xares_…`).
+Two arithmetics. On the clock, the default: a frame is an instant, a segment an interval, and neither the number of segments
+nor their targets depend on the encoder. And X-ARES's, which counts in frames (`xares_…`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 Average = Literal["macro", "micro"]
 
-# Seconds: far above the rounding of float64 times, far below the distance of two samples.
+# Seconds: far above the rounding of decimal times, far below the distance of two samples. A centre that lies no further
+# before a boundary, of an event or of a segment, is taken to lie on it.
 _TOLERANCE = 1e-6
 
 
@@ -25,8 +26,8 @@ _TOLERANCE = 1e-6
 class Events:
     """A clip's events, in any order; they may overlap, last no time, and reach beyond the clip.
 
-    `onsets` and `offsets` (events,) seconds, `classes` (events,) class indices. `outside` counts the events of no known class;
-    they are not among these.
+    `onsets` and `offsets` (events,) seconds, `classes` (events,) class indices. `outside` counts the events of no known
+    class; they are not among these.
     """
 
     onsets: Floats
@@ -48,10 +49,11 @@ class Events:
 def frame_targets(events: Events, times: Floats, classes: int) -> Bools:
     """(frames, classes): a frame is active where an event covers its centre, onset <= time < offset.
 
-    `times` (frames,) are the centres in seconds, ascending, at least one. An event that covers no centre marks the frame whose
-    centre is nearest to its middle (the earlier of two), so events beyond the clip are to be left out first: `Events.within`.
+    `times` (frames,) are the centres in seconds, ascending, at least one. An event that covers no centre marks the frame
+    whose centre is nearest to its middle (the earlier of two), so events beyond the clip are to be left out first:
+    `Events.within`.
     """
-    starts, stops = np.searchsorted(times, events.onsets), np.searchsorted(times, events.offsets)
+    starts, stops = (np.searchsorted(times + _TOLERANCE, instants) for instants in (events.onsets, events.offsets))
     nearest = _nearest(times, (events.onsets + events.offsets) / 2)
     missed = starts == stops
     return _painted(len(times), classes, np.where(missed, nearest, starts), np.where(missed, nearest + 1, stops), events)
@@ -65,8 +67,8 @@ def segment_count(seconds: float, segment_seconds: float) -> int:
 def segment_targets(events: Events, seconds: float, segment_seconds: float, classes: int) -> Bools:
     """(segments, classes): a segment is active where an event overlaps it by more than 1 us.
 
-    Segment k is [k L, (k+1) L), cut off at the clip's end. An event that overlaps no segment by so much counts for the one that
-    its middle lies in.
+    Segment k is [k L, (k+1) L), cut off at the clip's end. An event that overlaps no segment by so much counts for the one
+    that its middle lies in.
     """
     events = events.within(seconds)
     count = segment_count(seconds, segment_seconds)
@@ -80,8 +82,8 @@ def segment_targets(events: Events, seconds: float, segment_seconds: float, clas
 def segment_predictions(active: Bools, times: Floats, seconds: float, segment_seconds: float) -> Bools:
     """(segments, classes): a segment is active where a frame is whose centre lies in it.
 
-    `active` (frames, classes), `times` as for `frame_targets`. A segment without a centre takes the frame whose centre is nearest
-    to its middle, so a hop may be longer than a segment. A centre past the clip's end counts for the last segment.
+    `active` (frames, classes), `times` as for `frame_targets`. A segment without a centre takes the frame whose centre is
+    nearest to its middle, so a hop may be longer than a segment. A centre past the clip's end counts for the last segment.
     """
     count = segment_count(seconds, segment_seconds)
     # The first frame of each segment, and the end: the frames of segment k are bounds[k] .. bounds[k + 1].
@@ -128,7 +130,7 @@ def xares_frame_targets(events: Events, frames: int, hop_seconds: float, classes
 
 
 def xares_segments(active: Bools, hop_seconds: float, segment_seconds: float) -> Bools:
-    """(segments, classes): whether any of ceil(segment / hop) frames is active, of (frames, classes); the rest is dropped."""
+    """(segments, classes): whether any of ceil(segment / hop) frames (frames, classes) is active; the rest is dropped."""
     width = int(np.ceil(segment_seconds / hop_seconds))
     count = len(active) // width
     return np.asarray(active[: count * width].reshape(count, width, active.shape[1]).any(axis=1))
@@ -144,10 +146,10 @@ def segment_counts(targets: Bools, predictions: Bools) -> Indices:
 
 
 def segment_f1(counts: npt.NDArray[Any], average: Average, *, present_only: bool) -> Floats:
-    """F1 = 2 TP / (2 TP + FP + FN) of counts (..., classes, 3), to (...,): its mean over classes (macro), or of their sum (micro).
+    """F1 = 2 TP / (2 TP + FP + FN) of counts (..., classes, 3), to (...,): the mean over classes (macro) or of all (micro).
 
-    0 where there is neither a positive nor a prediction, as scikit-learn's `zero_division=0`. With `present_only` the macro mean
-    is over the classes that have positives, and either average is nan where no class has one.
+    0 where there is neither a positive nor a prediction, as scikit-learn's `zero_division=0`. With `present_only` the macro
+    mean is over the classes that have positives, and either average is nan where no class has one.
     """
     present = counts[..., 0] + counts[..., 2] > 0
     if average == "micro":

@@ -232,7 +232,7 @@ class FrameSpool:
             for array in tensors.values():
                 self._file.write(array.tobytes())
             self._file.seek(0)
-            self._file.write(_header(shapes))
+            self._file.write(_header(shapes, _HEADER_BYTES))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -293,15 +293,16 @@ def _fits_float16(values: npt.NDArray[np.float32]) -> bool:
 _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
 
 
-def _header(tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bytes:
-    """The head of a safetensors file (8 bytes of length, then JSON) whose tensors follow in this order, `_HEADER_BYTES` long."""
+def _header(tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]], length: int = 8) -> bytes:
+    """The head of a safetensors file (8 bytes of length, then JSON) whose tensors follow in this order, `length` bytes or more."""
     described, start = {}, 0
     for name, (dtype, shape) in tensors.items():
         stop = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         described[name] = {"dtype": _DTYPES[dtype.name], "shape": shape, "data_offsets": [start, stop]}
         start = stop
     text = msgspec.json.encode(described)
-    return (_HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(_HEADER_BYTES - 8)
+    text = text.ljust(max(length - 8, -(-len(text) // 8) * 8))
+    return len(text).to_bytes(8, "little") + text
 
 
 def _mapped(path: Path) -> npt.NDArray[Any]:

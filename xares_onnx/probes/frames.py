@@ -18,7 +18,7 @@ from ..rasters import Average, Bools, Events, Floats
 from . import linear
 from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread
 
-_FRAMES_AT_ONCE = 2048  # read, normalised and multiplied together: 6 MiB of 768 dimensions
+_FRAMES_AT_ONCE = 512  # read, normalised and multiplied together: 1.5 MiB of 768 dimensions, which a cache holds
 
 
 class Settings(linear.Settings, Protocol):
@@ -82,9 +82,9 @@ class _FrameHeads(LinearHeads):
     """Heads whose input is so much larger than their weights that the affine part of LayerNorm is worth moving into those.
 
     logits = (x scale + shift) W + b = x (scale W) + (shift W + b), so a block costs two matrix products, one forward and one
-    backward, and nothing is done to each of its values but the normalisation. For the gradient G at the logits, with M = x^T G
-    and g = 1^T G, the chain rule gives scale M + shift g for W, g for b, and the sums over classes of W M and W g for scale and
-    shift. M and g add up over the blocks of a batch.
+    backward, and nothing is done to each of its values but the normalisation. For the gradient G at the logits, with M = x^T
+    G and g = 1^T G, the chain rule gives scale M + shift g for W, g for b, and the sums over classes of W M and W g for
+    scale and shift. M and g add up over the blocks of a batch.
     """
 
     def folded(self, head: int) -> tuple[Tensor, Tensor]:
@@ -129,12 +129,13 @@ def train_frames(
 ) -> list[HeadResult]:
     """Train len(folds) x len(seeds) heads on the frames of clips, by binary cross-entropy for each class.
 
-    Of every clip: `frames` (frames, dim) float16 or float32, at least one, read anew whenever they are needed, so they may be
-    mapped from a file; `times` (frames,) their centres in seconds, ascending; its length in `seconds`; its `events`. `folds`
-    hold clip numbers. A batch is `batch_size` clips, its loss the mean over all their frames and classes, a positive counting
-    `positive_weight` times. The epoch is chosen by the `average` F1 over segments of the validation clips. Frames and segments
-    lie on the clock, or with `hop_seconds` on X-ARES's raster. A result's `predictions` are the `rasters.segment_counts` of each
-    test clip, (examples, classes, 3) int64. Raises `ScoreUndefinedError` where a head gives NaN.
+    Of every clip: `frames` (frames, dim) float16 or float32, at least one, read anew whenever they are needed, so they may
+    be mapped from a file; `times` (frames,) their centres in seconds, ascending; its length in `seconds`; its `events`.
+    `folds` hold clip numbers. A batch is `batch_size` clips, its loss the mean over all their frames and classes, a positive
+    counting `positive_weight` times. The epoch is chosen by the `average` F1 over segments of the validation clips. Frames
+    and segments lie on the clock, or with `hop_seconds` on X-ARES's raster. A result's `predictions` are the
+    `rasters.segment_counts` of each test clip, (examples, classes, 3) int64. Raises `ScoreUndefinedError` where a head gives
+    NaN.
     """
     clips = _Clips(frames, times, seconds, events, classes, segment_seconds, hop_seconds)
     with one_thread(), torch.inference_mode():
@@ -171,7 +172,7 @@ def train_frames(
 
 
 def _count(heads: _FrameHeads, clips: _Clips, chosen: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
-    """For each head: its chosen clips, sorted, and their segment counts (clips, classes, 3). A clip is read once for all heads."""
+    """For each head its chosen clips, sorted, and their segment counts (clips, classes, 3). A clip is read once for all."""
     examples = [np.unique(rows) for rows in chosen]
     counts = [np.zeros((len(rows), clips.classes, 3), np.int64) for rows in examples]
     folded = [heads.folded(h) for h in range(len(chosen))]

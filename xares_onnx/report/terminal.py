@@ -206,7 +206,7 @@ def _print_published(result: Result, console: Console) -> None:
         table.add_row(printable(record.title), record.method, _score_cells(record)[0], *published)
     table.add_section()
     for method in ("head", "knn"):
-        rows = [r for r in shown if (r.method == "knn") == (method == "knn") and r.weight]
+        rows = [r for r in shown if (r.method == "knn") == (method == "knn") and r.weight and r.comparable]
         if not rows:
             continue
         own = sum((r.weight or 0) * (r.score or 0) for r in rows) / sum(r.weight or 0 for r in rows)

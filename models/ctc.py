@@ -79,7 +79,8 @@ def ctc_gradient(
     time and characters reversed. What all states of a frame share cancels in them, so it runs on odds against the blank:
     a blank then costs nothing, and a padding frame, which only blanks can pass, leaves every path where it is.
     """
-    clips, classes, frames, characters = len(lengths), logits.shape[1], max(lengths), max(map(len, targets))
+    clips, classes = len(lengths), logits.shape[1]
+    frames, characters = max(1, *lengths), max(map(len, targets))
     sizes = torch.tensor([len(target) for target in targets])
     ends = np.cumsum(lengths)
     parts = [slice(end - length, end) for end, length in zip(ends.tolist(), lengths, strict=True)]
@@ -89,7 +90,7 @@ def ctc_gradient(
     column = (padded + classes * torch.arange(clips)).flatten()  # of each character, in (frames, clips * classes)
 
     odds = logits - logits[:, BLANK : BLANK + 1]
-    by_time = workspace.take("by time", frames, clips, classes).zero_()
+    by_time = workspace.take("by time", frames, clips, classes)
     for n, (length, part) in enumerate(zip(lengths, parts, strict=True)):
         by_time[:length, n] = odds[part]
     emissions = workspace.take("emissions", frames, characters * clips)

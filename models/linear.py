@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_LARGE = 1e15  # of float32; the sum of the squares of a few thousand such values is near its largest number
+
 
 class LinearHeads:
     """`heads` independent copies of LayerNorm(dim) -> Linear(dim, classes), run as one batched product.
@@ -52,7 +54,9 @@ class LinearHeads:
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """LayerNorm without its affine part, over the last axis."""
+    """LayerNorm without its affine part, over the last axis. Embeddings whose squares overflow are normalised in float64."""
+    if embeddings.numel() and embeddings.abs().max() > _LARGE:
+        return nn.functional.layer_norm(embeddings.double(), embeddings.shape[-1:]).to(embeddings.dtype)
     return nn.functional.layer_norm(embeddings, embeddings.shape[-1:])
 
 

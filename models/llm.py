@@ -122,14 +122,14 @@ class LanguageModel:
         """A fresh adapter for frames of `dim`: as wide inside as the model's own feed-forward layers, as X-ARES's."""
         return Adapter(dim, self.intermediate_size, self.hidden_size, rng).to(self.device)
 
-    def loss(self, adapted: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
-        """Mean cross-entropy over every separator, text and end token of a batch, each token counting the same.
+    def losses(self, adapted: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        """Cross-entropy (tokens,) of every separator, text and end token of a batch, in the order of the utterances.
 
         `adapted`: one (frames, hidden) an utterance, of at least one frame.
         """
         logits, labels = self._text_logits(adapted, texts)
         counted = labels != -100
-        return nn.functional.cross_entropy(logits[counted].float(), labels[counted])
+        return nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
 
     @torch.inference_mode()
     def teacher_forced(self, adapted: Sequence[Tensor], texts: Sequence[str]) -> list[str]:
@@ -162,7 +162,7 @@ class LanguageModel:
                 break
             inputs, positions = self._embed(chosen[:, None]), positions[:, -1:] + 1
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-        return [self._decoded(row[(row == self._end).cumsum(0) == 0]) for row in tokens]
+        return [self._decoded(row) for row in tokens]
 
     def _text_logits(self, adapted: Sequence[Tensor], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Logits (batch, tokens, vocabulary) and the labels (batch, tokens) that they foretell; -100 where there is none."""

@@ -17,16 +17,17 @@ class RetrievalHead(nn.Module):
     """Audio: LayerNorm(dim) -> Linear(dim, 1024) -> GELU -> Linear(1024, 1024).
     Text: Embedding(vocabulary, 1024) -> Linear(1024, 1024) -> GELU -> Linear(1024, 1024), then the mean over the tokens.
 
-    The audio embeddings are frozen, so they come normalised (`models.linear.normalised`) and only the affine part of LayerNorm is
-    kept here. What the text tower makes of a token does not depend on its neighbours, so each token of a batch goes
-    through it once; and its last layer commutes with the mean, so that it runs once a caption.
+    The audio embeddings are frozen, so they come normalised (`models.linear.normalised`) and only the affine part of
+    LayerNorm is kept here. What the text tower makes of a token does not depend on its neighbours, so each token of a batch
+    goes through it once; and its last layer commutes with the mean, so it runs once a caption.
     """
 
     def __init__(self, dim: int, vocabulary: int, tokens: Tensor, rng: np.random.Generator) -> None:
-        """Of a vocabulary of some size, only the rows of `tokens`, sorted numbers, are kept; captions use positions in it.
+        """Only the rows of `tokens`, numbers below `vocabulary`, are kept: captions hold positions in `tokens`.
 
-        Drawn as torch draws these layers, each as (inputs, outputs), weight before bias: the layers of the audio tower, the
-        whole text embedding (normal, float32), the layers of the text tower (uniform within 1/sqrt(inputs)).
+        A token that no caption has is never read, nor moved, as its gradient is always 0. The draws are those of torch's own
+        layers, each as (inputs, outputs) and weight before bias: both layers of the audio tower, the embedding of the whole
+        vocabulary (normal, float32), both layers of the text tower (uniform within 1/sqrt(inputs)).
         """
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
@@ -44,7 +45,7 @@ class RetrievalHead(nn.Module):
 
     def text(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """Captions, their tokens (tokens,) one after another and where each starts (captions,), to (captions, 1024)."""
-        unique, places = tokens.unique(return_inverse=True)
+        unique, places = torch.unique(tokens, return_inverse=True)
         hidden: Tensor = gelu(self.text_hidden(embedding(unique, self.embedding)))
         output: Tensor = self.text_output(embedding_bag(places, hidden, starts, mode="mean"))
         return output
@@ -75,9 +76,11 @@ def cosine_loss(audio: Tensor, text: Tensor, log_temperature: Tensor, clips: Ten
 
 
 def product_loss(audio: Tensor, text: Tensor, log_temperature: Tensor) -> Tensor:
-    """X-ARES's: symmetric InfoNCE of dot products, over pairs (n, 1024) and (n, 1024), and mean |E| / ||E|| of both matrices."""
-    logits = log_temperature.exp() * (audio @ text.T)
-    return _symmetric_cross_entropy(logits) + sum(matrix.abs().mean() / matrix.norm() for matrix in (audio, text))
+    """X-ARES's: symmetric InfoNCE of dot products, over pairs (n, 1024) and (n, 1024), plus mean |E| / ||E|| of both."""
+    loss = _symmetric_cross_entropy(log_temperature.exp() * (audio @ text.T))
+    for matrix in (audio, text):
+        loss = loss + matrix.abs().mean() / torch.linalg.vector_norm(matrix)
+    return loss
 
 
 def _symmetric_cross_entropy(logits: Tensor) -> Tensor:

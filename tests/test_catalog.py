@@ -19,7 +19,6 @@ from xares_onnx.catalog import (
     cache_folder,
     data_folder,
     find_parts,
-    in_group,
     missing_data,
     named_tasks,
     on_disk,

@@ -92,7 +92,8 @@ def embedded(
     encoder: Encoder, store: Path, *plans: ShardPlan | Path, crops: CropSettings = WHOLE, observer: Observer = ignore
 ) -> tuple[list[EmbeddedShard], list[ShardReport]]:
     made = [plan_of(plan) if isinstance(plan, Path) else plan for plan in plans]
-    shards, reports = embed_shards(encoder, "mine", made, crops, Store(store), observer)
+    specs = shard_specs(encoder, "mine", made, crops, Store(store), frames=False)
+    shards, reports = embed_shards(encoder, specs, Store(store), observer)
     assert list(shards) == [plan.path for plan in made]
     for shard in shards.values():
         assert shard.header.expected == len(shard.clips) + len(shard.drops)

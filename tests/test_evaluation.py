@@ -273,7 +273,6 @@ def test_without_data_the_synthetic_suite_and_it_is_said(
     said: list[Event] = []
     chosen = [task.name for task, _ in choose_tasks([], None, None, said.append)]
     assert chosen == [task.name for task in shipped_tasks().values() if task.domain == "synthetic"]
-    assert len(chosen) == 6
     assert [event.text for event in said if isinstance(event, Note)] == [
         "no data in env, so the built-in synthetic suite is scored; --data names another folder"
     ]

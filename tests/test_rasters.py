@@ -115,6 +115,7 @@ def test_only_what_lies_in_the_clip_is_kept() -> None:
         (10.0000005, 1.0, 10),  # a remainder that is rounding
         (10.00002, 1.0, 11),  # the remainder of one sample at 48 kHz
         (0.05, 0.1, 1),
+        (0.0, 0.1, 1),
         (3600 * 24.0, 0.1, 864_000),
     ],
 )
@@ -142,7 +143,7 @@ def test_tenths_of_a_second_are_as_many_segments(tenths: int) -> None:
         (0.3, 0.3, [3]),  # no time, in the segment that begins there
         (0.65, 0.65, [6]),
         (0.31, 0.3100005, [3]),
-        (0.2999995, 0.3000007, [3]),  # overlaps neither by enough: its middle decides
+        (0.2999995, 0.3000007, [3]),  # overlaps neither by enough: it begins, all but, at the boundary
         (0.2999985, 0.3000001, [2]),
         (-1.0, 0.15, [0, 1]),
         (0.75, 7.0, [7]),  # the last segment is short: 0.7 to 0.77
@@ -221,11 +222,11 @@ def test_a_centre_on_a_boundary_belongs_to_the_segment_that_begins_there() -> No
 
 
 def test_a_centre_on_a_boundary_is_not_before_it_for_rounding() -> None:
-    times = np.arange(40) * 0.1
-    assert times[17] < 1.7000000000000002 == 1.3 + 0.4
-    assert times[3] > 0.3
-    found = frame_targets(events_of([(1.3, 1.3 + 0.4, 0), (0.1, 0.3, 1), (np.nextafter(2.0, 3), 2.05, 2)]), times, CLASSES)
-    np.testing.assert_array_equal(found, active(40, *((i, 0) for i in range(13, 17)), (1, 1), (2, 1), (20, 2)))
+    times = np.arange(40) / 10
+    assert times[17] < 1.3 + 0.4
+    assert times[3] < 0.1 + 0.2
+    found = frame_targets(events_of([(1.3, 1.3 + 0.4, 0), (0.1 + 0.2, 0.5, 1)]), times, CLASSES)
+    np.testing.assert_array_equal(found, active(40, *((i, 0) for i in range(13, 17)), (3, 1), (4, 1)))
 
 
 @given(

@@ -19,7 +19,7 @@ from xares_onnx import results
 from xares_onnx.catalog import in_group, shipped_tasks
 from xares_onnx.errors import MachineError, UsageError
 from xares_onnx.evaluation import evaluate
-from xares_onnx.results import published_averages, Clips, Seconds, TaskResult, averages, make_room
+from xares_onnx.results import Clips, Seconds, TaskResult, averages, make_room, published_averages
 from xares_onnx.shards import Drop
 from xares_onnx.task import Task, load_task
 

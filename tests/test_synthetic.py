@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_toeplitz
 from scipy.stats import binom
 from threadpoolctl import threadpool_limits
+from xares_onnx.probe import CropFold, train_linear
 
 from xares_onnx import synthetic
 from xares_onnx.audio import decode
 from xares_onnx.errors import DataError, MachineError, UnknownTaskError
-from xares_onnx.probe import CropFold, train_linear
 from xares_onnx.shards import index_shard, read_extent
 from xares_onnx.synthetic import LABELS, SAMPLE_RATE, SPLITS, TASKS, Clip, build, clips, is_built
 from xares_onnx.targets import ClassTarget

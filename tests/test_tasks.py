@@ -146,7 +146,10 @@ def test_a_users_own_file_works_like_a_shipped_one(tmp_path: Path) -> None:
         ({"splits": 'splits = {train="a", test="b"}\nfolds = {pattern="{fold}", numbers=[1, 2]}'}, "needs either"),
         ({"domain": 'domain = "speach"'}, "domain is 'speach', but must be one of 'speech', 'environment'"),
         ({"kind": 'kind = "tag"'}, r"target\.kind is 'tag', but must be one of 'class', 'integer', 'tags', 'events'"),
-        ({"kind": 'kind = "tags"'}, r"\[score\] metric 'accuracy' does not fit a target of kind 'tags'; write metric = 'mean"),
+        (
+            {"kind": 'kind = "tags"'},
+            r"\[score\] metric 'accuracy' does not fit a target of kind 'tags'; write metric = 'mean",
+        ),
         ({"kind": "kind = 3"}, r"Expected `str`, got `int` \(at `target\.kind`\)"),
         ({"kind": 'kind = "integer"'}, r"Expected `int`, got `array` \(at `target\.classes`\)"),
         ({"title": "title = 3"}, r"Expected `str`, got `int` \(at `title`\)"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -120,17 +120,9 @@ def shard_specs(
 
 
 def embed_shards(
-    encoder: Encoder,
-    task: str,
-    plans: Sequence[ShardPlan],
-    crops: CropSettings,
-    store: Store,
-    observer: Observer,
-    *,
-    frames: bool = False,
+    encoder: Encoder, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer
 ) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
     """Every shard's embeddings, from the store where it has them; and reports of those that had to be made."""
-    specs = shard_specs(encoder, task, plans, crops, store, frames=frames)
     shards: dict[Path, EmbeddedShard] = {}
     missing: dict[Path, int] = {}
     for path, spec in specs.items():
@@ -142,6 +134,7 @@ def embed_shards(
     reports: list[ShardReport] = []
     done = sum(shard.header.expected for shard in shards.values())
     total = done + sum(missing.values())
+    task = next(iter(specs.values())).task
     for path, clips in missing.items():
         observer(Progress("embed", task, done, total))
         key = specs[path].key()

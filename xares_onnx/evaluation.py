@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from . import audio, results, scoring, synthetic
 from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
-from .dataset import TaskData, assemble, check_drops, prepare
-from .embed import embed_shards, shard_specs
+from .dataset import assemble, check_drops, prepare
+from .embed import EmbedSpec, embed_shards, shard_specs
 from .encoder import Encoder, load_encoder, onnxruntime_distributions
 from .errors import (
     DataError,
@@ -125,13 +125,20 @@ def evaluate(
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
             results.make_room(output)
-        run = _Run(encoder, settings, device, cache, output, observe)
+        tools = _load_tools(selection, settings, device, cache, observe)
+        run = _Run(encoder, settings, tools, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
             Result(
                 encoder=_encoder_record(encoder),
                 environment=environment(encoder),
-                settings={**msgspec.to_builtins(settings), "suite": suite, "tasks": [task.name for task, _ in selection]},
+                settings={
+                    **msgspec.to_builtins(settings),
+                    "lm": tools.language_model and tools.language_model.described(),
+                    "vocabulary": tools.vocabulary and tools.vocabulary.digest,
+                    "suite": suite,
+                    "tasks": [task.name for task, _ in selection],
+                },
                 notes=list(dict.fromkeys(notes)),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 tasks=run.results,
@@ -215,10 +222,10 @@ class _Run:
     """One evaluation in progress."""
 
     def __init__(
-        self, encoder: Encoder, settings: Settings, device: str, cache: Path, output: Path | None, observer: Observer
+        self, encoder: Encoder, settings: Settings, tools: Tools, cache: Path, output: Path | None, observer: Observer
     ) -> None:
         self._encoder = encoder
-        self._device = device
+        self._tools = tools
         self._settings = settings
         self._protocol = Protocol(settings.protocol)
         self._cache = cache
@@ -260,7 +267,8 @@ class _Run:
             return
         data = prepare(task, folder, self._digests, self._settings.limit, self._observer)
         plans, crops = list(data.plans.values()), self._protocol.crops(task)
-        shards, reports = embed_shards(self._encoder, task.name, plans, crops, self._store, self._observer, frames=frames)
+        specs = shard_specs(self._encoder, task.name, plans, crops, self._store, frames=frames)
+        shards, reports = embed_shards(self._encoder, specs, self._store, self._observer)
         dataset = assemble(data, shards)
         embed_seconds = time.perf_counter() - started
         embedded = sum(report.audio_seconds for report in reports)
@@ -288,7 +296,7 @@ class _Run:
         common["notes"] = [*losses, *notes]
         for note in common["notes"]:
             self._observer(Note(f"{task.name}: {note}"))
-        kind = kind_of_task(task, self._protocol, dataset, folds, self._tools(task, data))
+        kind = kind_of_task(task, self._protocol, dataset, folds, self._tools_of(task, specs.values()))
         if undefined := kind.why_undefined():
             self._undefined(task, self._methods(task), undefined, common)
         elif unsuited := kind.why_not_applicable():
@@ -297,19 +305,13 @@ class _Run:
             for method in self._methods(task):
                 self._score(kind, method, common)
 
-    def _tools(self, task: Task, data: TaskData) -> Tools:
-        contract, settings = self._encoder.contract, self._settings
-        plans, crops, frames = list(data.plans.values()), self._protocol.crops(task), kind_of(task).needs_frames
-        embedded = [
-            spec.key() for spec in shard_specs(self._encoder, task.name, plans, crops, self._store, frames=frames).values()
-        ]
-        return Tools(
+    def _tools_of(self, task: Task, specs: Iterable[EmbedSpec]) -> Tools:
+        contract, protocol = self._encoder.contract, self._settings.protocol
+        identity = msgspec.json.encode([task.digest(), protocol, [spec.key() for spec in specs]])
+        return replace(
+            self._tools,
             hop_seconds=contract.hop_samples / contract.sample_rate if contract.hop_samples else None,
-            vocabulary=Path(settings.vocabulary) if settings.vocabulary else None,
-            lm=settings.lm,
-            device=self._device,
-            checkpoints=self._cache / "checkpoints",
-            identity=hashlib.sha256(msgspec.json.encode([task.digest(), settings.protocol, embedded])).hexdigest(),
+            identity=hashlib.sha256(identity).hexdigest(),
         )
 
     def _score(self, kind: Kind, method: Method, common: dict[str, Any]) -> None:
@@ -364,6 +366,26 @@ class _Run:
     def _without_score(self, task: Task, status: Status, reason: str, common: dict[str, Any] | None = None) -> None:
         for method in self._methods(task):
             self.results.append(_task_result(task, method, status=status, reason=reason, **(common or {})))
+
+
+def _load_tools(
+    selection: Sequence[tuple[Task, Path]], settings: Settings, device: str, cache: Path, observer: Observer
+) -> Tools:
+    """What some heads need, at once: a folder that holds none of it is better said before hours of embedding."""
+    vocabulary, language_model = None, None
+    if settings.vocabulary is not None:
+        from .wordpiece import WordPiece
+
+        vocabulary = WordPiece.from_file(Path(settings.vocabulary))
+    if any(task.head.kind == "llm" for task, _ in selection):
+        from .models.llm import LanguageModel
+
+        assert settings.lm is not None
+        # An ONNX Runtime provider says where the encoder runs; torch knows the CPU and CUDA.
+        language_model = LanguageModel(settings.lm, device if device.startswith(("auto", "cpu", "cuda")) else "auto")
+    elif settings.lm is not None:
+        observer(Note("no task has the llm head, so --lm is not used; --head librispeech=llm chooses it"))
+    return Tools(vocabulary=vocabulary, language_model=language_model, checkpoints=cache / "checkpoints")
 
 
 def synthetic_data(task: Task, cache: Path, observer: Observer) -> Path:
@@ -469,10 +491,6 @@ def _checked_settings(
         if kind not in HEAD_KINDS:
             raise UsageError(f"--head {pair!r} must read TASK=KIND, with a kind of {', '.join(HEAD_KINDS)}")
         by_task[task] = kind  # type: ignore[assignment]
-    if vocabulary is not None:
-        from .wordpiece import WordPiece
-
-        WordPiece.from_file(vocabulary)  # a wrong file is said before anything is embedded
     return Settings(
         protocol=protocol,
         seeds=seeds,

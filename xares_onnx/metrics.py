@@ -26,11 +26,12 @@ _DRAWS_AT_ONCE = 1 << 22
 class Scorer(Protocol):
     """The score of one fold's `clips` test clips, for every seed.
 
-    `favours_repeats`: a resample holds clips more than once, and a clip ranked beside its own copies ranks too well.
+    `limits` is None, except where a metric favours repeated clips: a clip ranked beside its own copies ranks too well. Then it
+    is the least and the greatest score that these clips can have.
     """
 
     clips: int
-    favours_repeats: bool
+    limits: tuple[float, float] | None
 
     def __call__(self, counts: Array) -> Array:
         """How often each clip counts, (n, clips), to scores (n, seeds)."""
@@ -39,7 +40,7 @@ class Scorer(Protocol):
 class SumScorer:
     """A score that is a function of the sums of per-clip statistics (seeds, clips, k)."""
 
-    favours_repeats = False
+    limits: tuple[float, float] | None = None
 
     def __init__(self, statistics: Array, from_sums: FromSums) -> None:
         seeds, self.clips, k = statistics.shape
@@ -59,8 +60,6 @@ class AveragePrecisionScorer:
     threshold (as scikit-learn's average_precision_score).
     """
 
-    favours_repeats = True
-
     def __init__(
         self,
         scores: npt.NDArray[np.float32],
@@ -74,6 +73,8 @@ class AveragePrecisionScorer:
         self._present_only = present_only
         self._classes = targets.shape[1]
         self._seeds = len(scores)
+        present = float(targets.any(axis=0).mean())
+        self.limits: tuple[float, float] | None = (0.0, 1.0 if present_only else present)
         self._ranked = [
             (seed, _Ranking(scores[seed, :, c], targets[:, c], clip_of_example, clips))
             for c in range(self._classes)
@@ -158,8 +159,10 @@ def recall_both_ways(sums: Array) -> Array:
 
 def error_statistics(predictions: Array, targets: Array) -> Array:
     """(examples, 8) of numbers: squared error, absolute error, 1, and the moments that a correlation needs."""
-    x, y = predictions - targets.mean(), targets - targets.mean()  # moments of large numbers would cancel out
-    return np.stack([(x - y) ** 2, np.abs(x - y), np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+    # Moments of large numbers would cancel out. About its median a constant leaves exactly nothing; its mean may be rounded.
+    x, y = predictions - np.median(predictions), targets - np.median(targets)
+    error = predictions - targets
+    return np.stack([error**2, np.abs(error), np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
 
 
 def mean_squared_error(sums: Array) -> Array:
@@ -209,9 +212,9 @@ def bootstrap(scorers: Sequence[Scorer], rng: np.random.Generator) -> Array:
             drawn = rng.integers(0, clips, (n, clips)) + clips * np.arange(n)[:, None]
             counts = np.bincount(drawn.ravel(), minlength=n * clips).reshape(n, clips)
             replicates[start : start + n] = scorer(counts.astype(np.float64)).mean(axis=1)
-        if scorer.favours_repeats:
+        if scorer.limits:
             replicates += scorer(np.ones((1, clips))).mean() - np.nanmean(replicates)
-            replicates = replicates.clip(0, 1)
+            replicates = replicates.clip(*scorer.limits)
         total += replicates
     return total / len(scorers)
 

@@ -68,15 +68,13 @@ def segment_targets(events: Events, seconds: float, segment_seconds: float, clas
     """(segments, classes): a segment is active where an event overlaps it by more than 1 us.
 
     Segment k is [k L, (k+1) L), cut off at the clip's end. An event that overlaps no segment by so much counts for the one
-    that its middle lies in.
+    that it begins in.
     """
     events = events.within(seconds)
     count = segment_count(seconds, segment_seconds)
     starts = _segment_of(events.onsets, segment_seconds, count)
     stops = np.ceil((events.offsets - _TOLERANCE) / segment_seconds).astype(np.int64)
-    middles = _segment_of((events.onsets + events.offsets) / 2, segment_seconds, count)
-    missed = starts >= stops
-    return _painted(count, classes, np.where(missed, middles, starts), np.where(missed, middles + 1, stops), events)
+    return _painted(count, classes, starts, np.maximum(stops, starts + 1), events)
 
 
 def segment_predictions(active: Bools, times: Floats, seconds: float, segment_seconds: float) -> Bools:
@@ -92,8 +90,8 @@ def segment_predictions(active: Bools, times: Floats, seconds: float, segment_se
     segments = np.empty((count, active.shape[1]), np.bool_)
     segments[filled] = np.logical_or.reduceat(active, bounds[filled], axis=0)
     empty = np.flatnonzero(bounds[:-1] == bounds[1:])
-    ends = np.minimum((empty + 1) * segment_seconds, seconds)
-    segments[empty] = active[_nearest(times, (empty * segment_seconds + ends) / 2)]
+    # Not the middle of a last segment that is cut short; but where that is empty, the last frame is nearest to either.
+    segments[empty] = active[_nearest(times, (empty + 0.5) * segment_seconds)]
     return segments
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 
 from .errors import LabelError
 from .rasters import Events
+from .text import normalise
 
 MAX_CLASSES = 100_000
 
@@ -133,7 +136,7 @@ class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
                 )
             if not isinstance(named, str):
                 number = _whole_number(named)
-                named = str(named if number is None else number)
+                named = _shown(named) if number is None else str(number)
             for name in filter(None, (part.strip() for part in named.split(self.separator))):
                 if name in self._index:
                     times.append((float(start), float(end)))
@@ -157,6 +160,8 @@ class CaptionsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ta
         captions = tuple(value for value in values if isinstance(value, str) and value.strip())
         if not captions:
             raise LabelError("its json holds no caption")
+        for caption in captions:
+            _check_characters("caption", caption)
         return captions
 
 
@@ -172,7 +177,8 @@ class TranscriptTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         value = _field(label, self.key)
         if not isinstance(value, str):
             raise LabelError(f"transcript {self.key} is {_shown(value)}, not a text")
-        if not any(character.isalnum() for character in value):
+        _check_characters("transcript", value)
+        if not normalise(value):
             raise LabelError(f"its transcript {self.key} is empty")
         return value
 
@@ -187,7 +193,7 @@ class NumberTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
     class_names = ()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        if not 0 < self.high - self.low < math.inf:
             raise ValueError("`low` must lie below `high`")
 
     def encode(self, label: Mapping[str, Any]) -> float:
@@ -213,7 +219,14 @@ def _check_classes(classes: tuple[str, ...], separator: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Not NaN, not infinite, and no whole number of json that is too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _check_characters(name: str, text: str) -> None:
+    """Json can escape half of a surrogate pair, which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise LabelError(f"its {name} {_shown(text)} holds half a character")
 
 
 def _field(label: Mapping[str, Any], key: str) -> Any:
@@ -234,5 +247,5 @@ def _whole_number(value: Any) -> int | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # which does not descend into a deep list
     return text if len(text) <= 60 else text[:57] + "..."

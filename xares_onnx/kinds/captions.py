@@ -37,9 +37,7 @@ class Captions(Kind):
 
     def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
         from ..probes.retrieval import train_retrieval
-        from ..wordpiece import WordPiece
 
-        given = None if self.protocol.corrected else self.tools.vocabulary
         results = train_retrieval(
             self.dataset.embeddings,
             self.dataset.labels,
@@ -47,7 +45,7 @@ class Captions(Kind):
             self.crop_rows(),
             self.task.head,
             range(seeds),
-            vocabulary=WordPiece.from_file(given) if given else None,
+            vocabulary=None if self.protocol.corrected else self.tools.vocabulary,
             arithmetic=self.protocol.name,
             on_epoch=on_epoch,
         )

@@ -16,8 +16,10 @@ from ..folds import Fold, Indices, Protocol
 from ..metrics import Scorer
 from ..task import Task
 
-if TYPE_CHECKING:
-    from ..probes.training import HeadResult, Rows  # torch: seconds to import, so only where something is trained
+if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+    from ..models.llm import LanguageModel
+    from ..probes.training import HeadResult, Rows
+    from ..wordpiece import WordPiece
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,13 @@ class Outcome:
 class Tools:
     """What some heads need beside the data.
 
-    `hop_seconds` is the encoder's; `vocabulary` BERT's vocab.txt; `lm` a language model's folder, `device` where it runs; `checkpoints` a
-    folder for long trainings, and `identity` what names this encoder's embeddings of this task's data in it.
+    `hop_seconds` is the encoder's; `vocabulary` BERT's; `checkpoints` a folder for long trainings, and `identity` what names this
+    encoder's embeddings of this task's data in it.
     """
 
     hop_seconds: float | None = None
-    vocabulary: Path | None = None
-    lm: str | None = None
-    device: str = "auto"
+    vocabulary: WordPiece | None = None
+    language_model: LanguageModel | None = None
     checkpoints: Path | None = None
     identity: str = ""
 

@@ -53,17 +53,16 @@ class Transcript(Kind):
         )
 
     def _train_llm(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
-        from ..models.llm import LanguageModel
         from ..probes.llm import train_llm
 
-        assert self.tools.lm is not None
+        assert self.tools.language_model is not None
         results = train_llm(
             self.dataset.frames,
             self.dataset.labels,
             self.clip_rows(),
             self.task.head,
             range(seeds),
-            language_model=LanguageModel(self.tools.lm, self.tools.device),
+            language_model=self.tools.language_model,
             checkpoints=self.tools.checkpoints,
             name=self.tools.identity,
             on_epoch=on_epoch,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.ctc import CtcHead, Workspace, collapse, ctc_gradient
 from ..models.linear import normalised
-from ..text import word_errors
+from ..text import character_errors
 from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread
 
 Frames = npt.NDArray[np.floating[Any]]  # of one clip (frames, dim), float16 or float32
@@ -68,7 +68,8 @@ def train_ctc(
     `frames` holds one array (frames, dim) a clip, `transcripts` its text, normalised and not empty; folds have clip numbers.
     A head's classes are the blank and the characters of its fold's training transcripts, in the order of code points.
     The loss is the mean over a batch's clips of the CTC loss by character; clips with too few frames for their text add
-    nothing to it. The chosen epoch is the first with the largest 1 - word error rate of the validation clips.
+    nothing to it. The chosen epoch is the first with the least character error rate of the validation clips: the word
+    error rate stays at 1 for many epochs, while words are nearly right.
     `predictions` is a list of hypotheses, exactly as decoded. `ScoreUndefinedError` where a head gives NaN or infinity.
     """
     with one_thread(), torch.inference_mode():
@@ -130,8 +131,8 @@ class _Learner:
         score = float("nan")
         if len(self._rows.valid):
             references = [self._transcripts[clip] for clip in self._rows.valid]
-            errors, words = word_errors(references, self._hypotheses(self._rows.valid)).sum(axis=0).tolist()
-            score = 1 - errors / words
+            errors, characters = character_errors(references, self._hypotheses(self._rows.valid)).sum(axis=0).tolist()
+            score = 1 - errors / characters
         if self._selection.better(score, epoch):
             for kept, parameter in zip(self._best, self._head.parameters, strict=True):
                 kept.copy_(parameter)

@@ -78,7 +78,7 @@ def _normalised(pieces: list[npt.NDArray[Any]]) -> Tensor:
     return normalised(torch.from_numpy(np.concatenate(pieces)).float())
 
 
-class _FrameHeads(LinearHeads):
+class FrameHeads(LinearHeads):
     """Heads whose input is so much larger than their weights that the affine part of LayerNorm is worth moving into those.
 
     logits = (x scale + shift) W + b = x (scale W) + (shift W + b), so a block costs two matrix products, one forward and one
@@ -142,7 +142,7 @@ def train_frames(
         # Heads with more batches come first, so that those which still train are always the leading ones.
         order = sorted(((f, s) for f in range(len(folds)) for s in seeds), key=lambda head: -len(folds[head[0]].train))
         generators = [generator(seed, fold) for fold, seed in order]
-        heads = _FrameHeads(frames[0].shape[1], classes, generators)
+        heads = FrameHeads(frames[0].shape[1], classes, generators)
         adam = linear.BatchedAdam(heads)
         selections = [Selection() for _ in order]
         best_state = [parameter.clone() for parameter in heads.parameters]
@@ -171,7 +171,7 @@ def train_frames(
         return sorted(results, key=lambda result: (result.fold, result.seed))
 
 
-def _count(heads: _FrameHeads, clips: _Clips, chosen: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
+def _count(heads: FrameHeads, clips: _Clips, chosen: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
     """For each head its chosen clips, sorted, and their segment counts (clips, classes, 3). A clip is read once for all."""
     examples = [np.unique(rows) for rows in chosen]
     counts = [np.zeros((len(rows), clips.classes, 3), np.int64) for rows in examples]

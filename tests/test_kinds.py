@@ -1,0 +1,263 @@
+"""Whole evaluations of every kind of task: both protocols, an encoder without frames, and data that give no score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bank_model import write_model
+from corpus import Clips, wav, write_task, write_tones
+from kind_makers import KINDS, SIZES, clips_of, write_bank, write_kind
+
+from xares_onnx.errors import ScoreUndefinedError, UsageError, worst_exit_code
+from xares_onnx.evaluation import Evaluation, evaluate
+from xares_onnx.results import TaskResult
+from xares_onnx.store import Store
+
+# Score that an encoder which hears the tones reaches, and one that hears nothing does not; of an error, the greatest.
+ENOUGH = {"tags": 0.9, "events": 0.8, "captions": 0.12, "transcript": 0.5, "number": 3.5}
+MAY_DIFFER = {"seconds", "rtf", "environment", "created"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kinds")
+    write_bank(folder / "bank.onnx")
+    for kind in KINDS:
+        write_kind(folder, kind)
+    return folder
+
+
+def run(folder: Path, *names: str, **options: Any) -> Evaluation:
+    arguments: dict[str, Any] = {"data": folder / "data", "cache": folder / "cache", "seeds": 2, **options}
+    model = arguments.pop("model", folder / "bank.onnx")
+    return evaluate(model, [str(folder / f"{name}.toml") for name in names], **arguments)
+
+
+def only(done: Evaluation) -> TaskResult:
+    (record,) = done.result.tasks
+    return record
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "xares"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_scored_by_both_protocols(folder: Path, kind: str, protocol: Any) -> None:
+    done = run(folder, kind, protocol=protocol, output=folder / f"{kind}-{protocol}.json")
+    record = only(done)
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.score is not None
+    assert record.ci95 is not None
+    assert record.ci95[0] <= record.score <= record.ci95[1]
+    assert record.ci95[0] < record.ci95[1]
+    assert record.score > ENOUGH[kind] if record.higher_is_better else record.score < ENOUGH[kind]
+    assert len(record.per_seed) == 2
+    assert (record.n_test, record.clips.read) == (SIZES["test"], sum(SIZES.values()))
+    assert record.metrics
+    assert record.predictions is not None
+    rows = np.load(folder / record.predictions, allow_pickle=False)
+    assert len(rows["key"]) == 2 * SIZES["test"]
+    assert done.errors == []
+    missing_tool = protocol == "xares" and kind in ("captions", "transcript")  # no BERT vocabulary, no language model
+    assert record.comparable is not missing_tool
+    assert any("to be comparable" in note for note in record.notes) is missing_tool
+
+
+def test_scores_can_be_made_again_from_what_is_kept_of_each_clip(folder: Path) -> None:
+    from sklearn.metrics import average_precision_score, f1_score
+
+    def kept(kind: str) -> tuple[TaskResult, dict[str, Any]]:
+        record = only(run(folder, kind, seeds=1, output=folder / f"{kind}-kept.json"))
+        assert record.predictions is not None
+        return record, dict(np.load(folder / record.predictions, allow_pickle=False))
+
+    record, rows = kept("tags")
+    assert record.score == pytest.approx(average_precision_score(rows["target"], rows["prediction"], average="macro"))
+    record, rows = kept("number")
+    assert record.score == pytest.approx(((rows["target"] - rows["prediction"]) ** 2).mean())
+    assert record.metrics["pearson"] == pytest.approx(np.corrcoef(rows["target"], rows["prediction"])[0, 1])
+    record, rows = kept("transcript")
+    errors, words = rows["word_errors"].sum(axis=0)
+    assert words == sum(len(text.split()) for text in rows["target"])
+    assert record.score == pytest.approx(1 - errors / words)
+    record, rows = kept("captions")
+    hits, captions, first = rows["recall"].sum(axis=0)
+    assert record.score == pytest.approx((hits / captions + first / len(rows["recall"])) / 2)
+    record, rows = kept("events")
+    right, false, missed = rows["segments"].sum(axis=0).T
+    scores = [
+        f1_score(np.repeat([1, 0, 1], [r, f, m]), np.repeat([1, 1, 0], [r, f, m]), zero_division=0)
+        for r, f, m in zip(right, false, missed, strict=True)
+    ]
+    assert record.score == pytest.approx(np.mean(scores))
+
+
+def test_the_same_command_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """With another number of threads and another cache, too."""
+
+    def lasting(done: Evaluation) -> Any:
+        record = json.loads(done.json())
+        for task in record["tasks"]:
+            for name in MAY_DIFFER & set(task):
+                del task[name]
+        return {key: value for key, value in record.items() if key not in MAY_DIFFER}
+
+    first = run(folder, *KINDS, threads=2, output=tmp_path / "a.json")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "a.predictions").iterdir()}
+    again = run(folder, *KINDS, threads=1, cache=tmp_path / "cache", output=tmp_path / "a.json")
+    assert lasting(first) == lasting(again)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a.predictions").iterdir()} == saved
+    assert len(saved) == len(KINDS)
+
+
+def test_heads_of_frames_train_from_the_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder, "events", "transcript")
+    written: list[str] = []
+    monkeypatch.setattr(Store, "write", lambda self, key, *rest: written.append(key))
+    cached = run(folder, "events", "transcript")
+    assert written == []
+    assert all(record.rtf is None and record.status == "ok" for record in cached.result.tasks)
+
+
+def test_a_clip_only_encoder_has_no_score_where_frames_are_needed(folder: Path, tmp_path: Path) -> None:
+    write_kind(folder, "events", "weighted", weight=100)
+    model = write_model(tmp_path / "clip.onnx", clip_only=True)
+    done = run(folder, *KINDS, "weighted", model=model)
+    by_task = {record.task: record for record in done.result.tasks}
+    for name in ("events", "transcript", "weighted"):
+        record = by_task[name]
+        assert (record.status, record.score, record.ci95) == ("not_applicable", None, None)
+        assert "gives one vector a clip" in (record.reason or "")
+    for name in ("tags", "captions", "number"):
+        assert by_task[name].status == "ok"
+    assert done.errors == []  # nothing is wrong with model or data
+    assert done.result.averages == {}
+
+
+@pytest.mark.parametrize("kind", ["events", "transcript"])
+def test_fewer_frames_than_a_kind_needs(folder: Path, tmp_path: Path, kind: str) -> None:
+    """One frame a second: segments take the nearest frame, but eight letters do not go into one frame."""
+    model = write_bank(tmp_path / "slow.onnx", hop=16_000)
+    record = only(run(folder, kind, model=model))
+    assert record.status == ("ok" if kind == "events" else "not_applicable")
+    if kind == "transcript":
+        assert "fewer frames than characters" in (record.reason or "")
+
+
+def test_a_hop_changes_what_is_heard_and_not_what_is_scored(folder: Path, tmp_path: Path) -> None:
+    """The same recordings through encoders of 10, 20 and 40 ms: as many segments, and nearly the same score."""
+    scores, segments = [], set()
+    for hop in (160, 320, 640):
+        path = write_bank(tmp_path / f"{hop}.onnx", hop=hop)
+        record = only(run(folder, "events", model=path, output=tmp_path / f"{hop}.json"))
+        assert record.predictions is not None
+        counts = np.load(tmp_path / record.predictions)["segments"]
+        segments.add(int((counts[..., 0] + counts[..., 2]).sum()))  # those that hold an event
+        scores.append(record.score)
+    assert len(segments) == 1
+    assert max(scores) - min(scores) < 0.1
+
+
+# ---------------------------------------------------------------- data that give no score
+
+
+def relabelled(kind: str, change: Callable[[Any], Any] = lambda label: label) -> dict[str, Clips]:
+    splits = {}
+    for number, (split, count) in enumerate(SIZES.items()):
+        made = clips_of(kind, split, count, seed=number)
+        splits[split] = {key: (audio, change(label)) for key, (audio, label) in made.items()}
+    return splits
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits", "status", "reason"),
+    [
+        ("captions", relabelled("captions", lambda label: {"one": " ", "two": 5}), "failed", "its json holds no caption"),
+        ("transcript", relabelled("transcript", lambda label: {"trans": " . "}), "failed", "its transcript trans is empty"),
+        ("number", relabelled("number", lambda label: {"score": 11}), "failed", "no number from 0 to 10"),
+        ("tags", relabelled("tags", lambda label: {"tags": ""}), "undefined", "have no tags"),
+        ("events", relabelled("events", lambda label: []), "undefined", "have no events"),
+        *((kind, {"test": {}}, "undefined", "there are no test clips") for kind in KINDS),
+        *((kind, {"train": {}}, "undefined", "there are no training clips") for kind in KINDS),
+    ],
+)
+def test_what_gives_no_score_is_recorded_and_the_others_go_on(
+    folder: Path, tmp_path: Path, kind: str, splits: dict[str, Clips], status: str, reason: str
+) -> None:
+    write_task(tmp_path, "tones", epochs=1)
+    write_tones(tmp_path / "data")
+    write_kind(tmp_path, kind, "bad", **splits)
+    done = run(tmp_path, "bad", "tones", model=folder / "bank.onnx", output=tmp_path / "out.json")
+    bad, *good = done.result.tasks
+    assert (bad.status, bad.score, bad.ci95) == (status, None, None)
+    assert reason in (bad.reason or "")
+    assert [record.status for record in good] == ["ok", "ok"]
+    assert worst_exit_code(error.exit_code for error in done.errors) == 4
+    assert json.loads((tmp_path / "out.json").read_bytes())["tasks"][0]["status"] == status
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_gives_nan_for_every_clip_gives_no_score(tmp_path: Path, kind: str) -> None:
+    """The bank's last output is no number where a clip lies below -0.9: each clip is a named drop."""
+    model = write_model(tmp_path / "fragile.onnx")
+    deep = wav(np.full(8000, -0.95, np.float32))
+    splits = {split: {key: (deep, label) for key, (_, label) in made.items()} for split, made in relabelled(kind).items()}
+    done = run(tmp_path, write_kind(tmp_path, kind, **splits).stem, model=model)
+    record = only(done)
+    assert (record.status, record.score, record.clips.read) == ("failed", None, 0)
+    assert "NaN or infinity" in (record.reason or "")
+    assert worst_exit_code(error.exit_code for error in done.errors) == 4
+
+
+@pytest.mark.parametrize("kind", ["tags", "events", "number"])
+def test_huge_embeddings_are_scored_like_any_others(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Those of 1e30 are finite, but their squares are not: heads normalise them all the same."""
+    record = only(run(folder, kind, model=write_bank(tmp_path / "huge.onnx", gain=1e30)))
+    assert record.status == "ok"
+    assert record.score is not None
+    # Nothing is too quiet for the epsilon of a LayerNorm now: frames of silence look like any others.
+    assert record.score < ENOUGH[kind] if kind == "number" else record.score > ENOUGH[kind] / 2
+
+
+def test_events_outside_the_vocabulary_are_counted(folder: Path) -> None:
+    def with_others(events: Any) -> Any:
+        return [*events, {"onset": 0.1, "offset": 0.2, "label": "siren"}, {"onset": 0, "offset": 1, "label": "low,bell"}]
+
+    write_kind(folder, "events", "outside", **relabelled("events", with_others))
+    record = only(run(folder, "outside"))
+    assert record.status == "ok"
+    assert record.clips.events_outside == 2 * sum(SIZES.values())
+    assert record.clips.dropped == []
+    assert any("are of no class of the vocabulary" in note for note in record.notes)
+
+
+# ---------------------------------------------------------------- heads and tools
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": ["transcript"]}, "must read TASK=KIND"),
+        ({"heads": ["transcript=lstm"]}, "with a kind of linear, retrieval, ctc, llm"),
+        ({"heads": ["transcripts=llm"]}, "names no task that is scored; did you mean 'transcript'"),
+        ({"heads": ["transcript=linear"]}, "head 'linear' does not fit transcript"),
+        ({"heads": ["transcript=llm"]}, "needs a language model; name its folder by --lm"),
+        ({"vocabulary": Path("nowhere.txt")}, "nowhere.txt"),
+        ({"heads": ["transcript=llm"], "lm": "no/such/folder"}, "neither a folder nor a model"),
+    ],
+)
+def test_a_wrong_choice_is_said_at_once(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(folder, "transcript", **options)
+
+
+def test_berts_vocabulary_makes_captions_comparable(folder: Path, tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "loud", "soft", "tone", "over", "under", "low", "mid", "high", "top"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    done = run(folder, "captions", protocol="xares", vocabulary=tmp_path / "vocab.txt")
+    assert only(done).comparable
+    assert len(done.result.settings["vocabulary"]) == 64
+    assert only(run(folder, "captions", vocabulary=tmp_path / "vocab.txt")).score == only(run(folder, "captions")).score

@@ -1,0 +1,710 @@
+"""Tags and numbers, from pooled embeddings to a score: against torch's layers and optimiser, scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import average_precision_score, f1_score
+from torch import nn
+
+from xares_onnx.dataset import Dataset
+from xares_onnx.errors import ScoreUndefinedError
+from xares_onnx.folds import Fold, Protocol
+from xares_onnx.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.metrics import correlation, error_statistics, mean_squared_error
+from xares_onnx.models.linear import binary_cross_entropy_gradient
+from xares_onnx.probes import linear
+from xares_onnx.probes.linear import Classification, Regression, Tagging, train_linear
+from xares_onnx.probes.training import HeadResult, Rows
+from xares_onnx.results import Clips
+from xares_onnx.scoring import score
+from xares_onnx.targets import ClassTarget, NumberTarget, TagsTarget
+from xares_onnx.task import Data, Head, Score, Task
+
+DIM = 8
+NAMES = ("wind", "rain", "dog", "tram", "bell", "hum")
+LOW, HIGH = 20.0, 60.0
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Indices = NDArray[np.int64]
+ScoreOf = Callable[[NDArray[Any], NDArray[Any]], float]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def precision_of_present(scores: NDArray[Any], targets: Bools) -> float:
+    present = targets.any(axis=0)
+    return float(average_precision_score(targets[:, present], scores[:, present])) if present.any() else math.nan
+
+
+def precision_of_all(scores: NDArray[Any], targets: Bools) -> float:
+    """X-ARES's: every class counts, one without positives 0."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No positive class found")
+        return float(average_precision_score(targets, scores))
+
+
+def minus_squared_error(numbers: Floats, targets: Floats) -> float:
+    return -float(np.mean((numbers - targets) ** 2))
+
+
+@dataclass
+class Reference:
+    """What one plain head does. `outputs` are of the chosen epoch, an example of the test part each."""
+
+    outputs: NDArray[Any] = field(default_factory=lambda: np.empty(0))
+    epoch: int = 0
+    valid_scores: list[float] = field(default_factory=list)
+    moved: float = 0.0  # furthest that a weight went
+
+
+def train_one(
+    embeddings: NDArray[np.float32],
+    learnt: NDArray[Any],
+    loss: nn.Module,
+    examples: Indices,
+    rows: Rows,
+    valid_score: Callable[[NDArray[Any], Indices], float],
+    head: Head,
+    draws: tuple[int, int],
+    activation: Callable[[torch.Tensor], torch.Tensor] = lambda outputs: outputs,
+) -> Reference:
+    """LayerNorm and Linear by autograd and Adam, from weights drawn for (seed, fold): weight, bias, an order an epoch.
+
+    `learnt` (crops, outputs) is what the loss sees, `valid_score` is given outputs and the examples that they are of.
+    """
+    draw, outputs = rng(list(draws)), learnt.shape[1]  # type: ignore[arg-type]
+    model = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, outputs))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor(draw.uniform(-(DIM**-0.5), DIM**-0.5, (DIM, outputs)).T))
+        model[1].bias.copy_(torch.tensor(draw.uniform(-(DIM**-0.5), DIM**-0.5, (1, outputs))[0]))
+    x, y = torch.from_numpy(embeddings), torch.from_numpy(learnt).float()
+    start = model[1].weight.detach().clone()
+
+    def predict(crops: Indices) -> tuple[NDArray[Any], Indices]:
+        with torch.no_grad():
+            values = activation(model(x[crops])).numpy()
+        owners = np.unique(examples[crops])
+        return np.stack([values[examples[crops] == owner].mean(axis=0) for owner in owners]), owners
+
+    adam = torch.optim.Adam(model.parameters())
+    found = Reference()
+    for epoch in range(1, head.epochs + 1):
+        for group in adam.param_groups:
+            group["lr"] = head.learning_rate * (0.55 + 0.45 * math.cos(math.pi * (epoch - 1) / head.epochs))
+        order = draw.permutation(rows.train)
+        for first in range(0, len(order), head.batch_size):
+            batch = order[first : first + head.batch_size]
+            adam.zero_grad()
+            loss(model(x[batch]), y[batch]).backward()
+            adam.step()
+        value = valid_score(*predict(rows.valid)) if len(rows.valid) else math.nan
+        if math.isnan(value) or not found.epoch or value > max(found.valid_scores):
+            found.epoch, found.outputs = epoch, predict(rows.test)[0]
+        found.valid_scores.append(value)
+    found.moved = float((model[1].weight.detach() - start).abs().max())
+    return found
+
+
+# ---------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    embeddings: NDArray[np.float32]  # (crops, dim)
+    examples: Indices  # (crops,)
+    tags: Bools  # (examples, classes)
+    numbers: Floats  # (examples,)
+    folds: list[Rows]
+
+
+def problem(sizes: Sequence[tuple[int, int, int]], *, crops: int = 3, seed: int = 0, noise: float = 1.0) -> Problem:
+    """Folds of (train, valid, test) examples of 1 to `crops` crops. Rarer classes come last, and the last never."""
+    draw = rng(seed)
+    count = max(sum(size) for size in sizes)
+    tags = draw.random((count, len(NAMES))) < [0.5, 0.4, 0.3, 0.2, 0.15, 0]
+    examples = np.repeat(np.arange(count), draw.integers(1, crops + 1, count))
+    directions = draw.standard_normal((len(NAMES), DIM))
+    clean = tags @ directions + 0.5 * draw.standard_normal((count, DIM))
+    embeddings = clean[examples] + noise * draw.standard_normal((len(examples), DIM))
+    embeddings = embeddings * draw.uniform(0.5, 20, (len(examples), 1)) + 3  # LayerNorm must matter
+    numbers = np.clip(41 + 8 * (clean @ directions[0]) / np.linalg.norm(directions[0]), LOW, HIGH)
+    folds = []
+    for train, valid, test in sizes:
+        order = draw.permutation(count)
+        parts = np.split(order[: train + valid + test], [train, train + valid])
+        folds.append(Rows(*(np.flatnonzero(np.isin(examples, part)) for part in parts)))
+    return Problem(embeddings.astype(np.float32), examples, tags, numbers, folds)
+
+
+UNEQUAL = [(40, 12, 30), (61, 15, 20), (23, 20, 40)]  # last batches short, epochs of different lengths
+HEAD = Head(epochs=7, batch_size=16, learning_rate=0.03)
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("present_only", [True, False])
+@pytest.mark.parametrize("weight", [1.0, 6.0])
+def test_tags_are_learnt_as_torch_learns_them(weight: float, present_only: bool) -> None:
+    p = problem(UNEQUAL)
+    scored_by = precision_of_present if present_only else precision_of_all
+    found = train_linear(
+        p.embeddings, Tagging(p.tags[p.examples], weight, present_only=present_only), p.examples, p.folds, HEAD, (0, 5)
+    )
+    assert [(result.fold, result.seed) for result in found] == [(f, s) for f in range(3) for s in (0, 5)]
+    early = 0
+    for result in found:
+        reference = train_one(
+            p.embeddings,
+            p.tags[p.examples],
+            nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weight)),
+            p.examples,
+            p.folds[result.fold],
+            lambda scores, examples: scored_by(scores, p.tags[examples]),
+            HEAD,
+            (result.seed, result.fold),
+            torch.sigmoid,
+        )
+        assert reference.moved > 0.3  # there was something to learn
+        assert result.examples.tolist() == np.unique(p.examples[p.folds[result.fold].test]).tolist()
+        np.testing.assert_allclose(result.predictions, reference.outputs, atol=1e-4)
+        assert result.best_epoch == reference.epoch
+        assert result.valid_score == pytest.approx(max(reference.valid_scores), abs=1e-6)
+        early += result.best_epoch < HEAD.epochs
+    assert early
+
+
+def test_the_weight_of_positives_changes_what_is_learnt() -> None:
+    p = problem([(60, 0, 40)])
+    light, heavy = (
+        train_linear(p.embeddings, Tagging(p.tags[p.examples], w, present_only=True), p.examples, p.folds, HEAD, (0,))[0]
+        for w in (1.0, 6.0)
+    )
+    assert heavy.predictions.mean() > light.predictions.mean() + 0.1
+
+
+@pytest.mark.parametrize("bounds", [None, (LOW, HIGH)])
+def test_numbers_are_learnt_as_torch_learns_them(bounds: tuple[float, float] | None) -> None:
+    """With bounds on the scale 0..1, and cut off at them; without, on the number itself."""
+    p = problem(UNEQUAL)
+    low, width = (LOW, HIGH - LOW) if bounds else (0.0, 1.0)
+    head = replace_head(HEAD, learning_rate=0.03 if bounds else 0.3)
+    found = train_linear(p.embeddings, Regression(p.numbers[p.examples], bounds), p.examples, p.folds, head, (0, 5))
+    early, cut = 0, 0
+
+    def decided(outputs: NDArray[Any]) -> Floats:
+        numbers = outputs[:, 0].astype(np.float64) * width + low
+        return np.clip(numbers, *bounds) if bounds else numbers
+
+    for result in found:
+        reference = train_one(
+            p.embeddings,
+            (p.numbers[p.examples, None] - low) / width,
+            nn.MSELoss(),
+            p.examples,
+            p.folds[result.fold],
+            lambda outputs, examples: minus_squared_error(decided(outputs), p.numbers[examples]),
+            head,
+            (result.seed, result.fold),
+        )
+        assert reference.moved > 0.1
+        np.testing.assert_allclose(result.predictions, decided(reference.outputs), rtol=1e-4)
+        assert result.best_epoch == reference.epoch
+        assert result.valid_score == pytest.approx(max(reference.valid_scores), rel=1e-4)
+        assert result.valid_score < 0
+        early += result.best_epoch < head.epochs
+        cut += int(np.isin(result.predictions, [LOW, HIGH]).sum())
+    assert early or not bounds  # raw numbers are still approached when the training ends
+    assert bool(cut) == bool(bounds)
+
+
+def replace_head(head: Head, **changes: Any) -> Head:
+    named = {name: getattr(head, name) for name in head.__struct_fields__}
+    return Head(**{**named, **changes})
+
+
+def test_the_gradient_of_tags_is_autograds() -> None:
+    draw = rng(4)
+    logits = torch.from_numpy(draw.normal(0, 4, (2, 5, 3))).float().requires_grad_()
+    targets = torch.from_numpy(draw.random((2, 5, 3)) < 0.4)
+    weight = torch.from_numpy(draw.random((2, 5))).float()
+    for positive_weight in (1.0, 10.0):
+        logits.grad = None
+        losses = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(positive_weight), reduction="none")(logits, targets.float())
+        (losses.mean(dim=2) * weight).sum().backward()
+        found = binary_cross_entropy_gradient(logits.detach(), targets, weight, positive_weight)
+        torch.testing.assert_close(found, logits.grad)
+
+
+OBJECTIVES: dict[str, Callable[[Problem], Any]] = {
+    "classes": lambda p: Classification(p.tags[p.examples].argmax(axis=1), len(NAMES)),
+    "tags": lambda p: Tagging(p.tags[p.examples], 1.0, present_only=True),
+    "number": lambda p: Regression(p.numbers[p.examples], (LOW, HIGH)),
+    "raw number": lambda p: Regression(p.numbers[p.examples], None),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_validation_the_last_epoch_is_taken(objective: str) -> None:
+    p = problem([(30, 0, 20)])
+    (result,) = train_linear(p.embeddings, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))
+    assert result.best_epoch == HEAD.epochs
+    assert math.isnan(result.valid_score)
+
+
+def test_validation_clips_without_tags_select_nothing_unless_every_class_counts() -> None:
+    """No class to average over: the last epoch. Over all classes the score is 0 in every epoch: the first."""
+    p = problem([(40, 10, 20)])
+    p.tags[np.unique(p.examples[p.folds[0].valid])] = False
+    for present_only, epoch in ((True, HEAD.epochs), (False, 1)):
+        objective = Tagging(p.tags[p.examples], 1.0, present_only=present_only)
+        (result,) = train_linear(p.embeddings, objective, p.examples, p.folds, HEAD, (0,))
+        assert result.best_epoch == epoch
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("value", [1e19, 1e20, 1e25, 1e30, 3e38, math.nan, math.inf])
+def test_embeddings_that_are_too_large_give_no_score_and_nothing_else(objective: str, value: float) -> None:
+    """The square of 1e20 overflows, and LayerNorm would make zeros of it: every head would be a constant."""
+    p = problem([(30, 10, 20)])
+    p.embeddings[:] *= 1 / np.abs(p.embeddings).max()
+    p.embeddings[:] *= np.float32(value)
+    try:
+        results = train_linear(p.embeddings, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))
+    except ScoreUndefinedError as error:
+        assert "NaN or infinity" in str(error)
+        assert value != 1e19
+    else:
+        assert value == 1e19
+        assert len(np.unique(results[0].predictions)) > 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_one_nan_is_enough(objective: str, part: str) -> None:
+    p = problem([(30, 10, 20)])
+    p.embeddings[getattr(p.folds[0], part)[3], 2] = math.nan
+    with pytest.raises(ScoreUndefinedError):
+        train_linear(p.embeddings, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_same_bytes_whatever_stands_beside_it(objective: str) -> None:
+    p = problem(UNEQUAL)
+    made = OBJECTIVES[objective](p)
+
+    def trained(folds: list[Rows], seeds: Sequence[int]) -> dict[tuple[int, int], HeadResult]:
+        return {(r.fold, r.seed): r for r in train_linear(p.embeddings, made, p.examples, folds, HEAD, seeds)}
+
+    together, again, alone = trained(p.folds, (0, 1)), trained(p.folds, (0, 1)), trained(p.folds[:2], (1,))
+    for key, result in together.items():
+        assert result.predictions.tobytes() == again[key].predictions.tobytes()
+    for key, result in alone.items():
+        np.testing.assert_allclose(result.predictions, together[key].predictions, rtol=1e-5, atol=1e-6)
+
+
+def test_test_labels_select_nothing() -> None:
+    p = problem([(40, 12, 30)])
+    other = replace(p, tags=p.tags.copy(), numbers=p.numbers.copy())
+    tested = np.unique(p.examples[p.folds[0].test])
+    other.tags[tested] = ~other.tags[tested]
+    other.numbers[tested] = LOW
+    for made in (OBJECTIVES["tags"], OBJECTIVES["number"]):
+        one, two = (train_linear(q.embeddings, made(q), q.examples, q.folds, HEAD, (0,))[0] for q in (p, other))
+        assert one.predictions.tobytes() == two.predictions.tobytes()
+        assert one.valid_score == two.valid_score
+
+
+def test_scoring_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem([(40, 12, 30)])
+    whole = [train_linear(p.embeddings, OBJECTIVES[n](p), p.examples, p.folds, HEAD, (0,))[0] for n in ("tags", "number")]
+    monkeypatch.setattr(linear, "_VALUES_AT_ONCE", 7 * DIM)
+    for name, expected in zip(("tags", "number"), whole, strict=True):
+        (blocks,) = train_linear(p.embeddings, OBJECTIVES[name](p), p.examples, p.folds, HEAD, (0,))
+        np.testing.assert_allclose(blocks.predictions, expected.predictions, rtol=1e-5)
+        assert blocks.best_epoch == expected.best_epoch
+
+
+# ---------------------------------------------------------------- statistics of numbers
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(3, 60),
+    offset=st.sampled_from([0.0, -5.0, 1e6]),
+    other_offset=st.sampled_from([0.0, 3.0, -1e6]),
+    scale=st.sampled_from([1e-3, 1.0, 1e4]),
+)
+def test_sums_of_numbers_are_scipys(seed: int, count: int, offset: float, other_offset: float, scale: float) -> None:
+    """However far predictions and targets lie from 0, and from each other."""
+    draw = rng(seed)
+    targets = offset + scale * draw.standard_normal(count)
+    predictions = other_offset + 0.5 * (targets - offset) + scale * draw.standard_normal(count)
+    sums = error_statistics(predictions, targets).sum(axis=0)
+    assert mean_squared_error(sums) == pytest.approx(np.mean((predictions - targets) ** 2))
+    assert sums[1] / sums[2] == pytest.approx(np.mean(np.abs(predictions - targets)))
+    assert correlation(sums) == pytest.approx(stats.pearsonr(predictions, targets).statistic, abs=1e-8)
+
+
+@given(seed=st.integers(0, 2**32 - 1), clips=st.integers(2, 12))
+def test_statistics_may_be_summed_in_any_parts(seed: int, clips: int) -> None:
+    draw = rng(seed)
+    predictions, targets = draw.normal(50, 3, 30), draw.normal(48, 3, 30)
+    statistics, owners = error_statistics(predictions, targets), draw.integers(0, clips, 30)
+    counts = draw.integers(1, 4, clips)
+    sums = sum(counts[clip] * statistics[owners == clip].sum(axis=0) for clip in range(clips))
+    repeated = np.repeat(np.arange(30), counts[owners])
+    expected = stats.pearsonr(predictions[repeated], targets[repeated]).statistic
+    assert correlation(np.asarray(sums)) == pytest.approx(expected, abs=1e-9)
+    assert mean_squared_error(np.asarray(sums)) == pytest.approx(np.mean((predictions - targets)[repeated] ** 2))
+
+
+@given(constant=st.floats(-1e9, 1e9), count=st.integers(1, 200), seed=st.integers(0, 99))
+def test_what_does_not_vary_has_no_correlation(constant: float, count: int, seed: int) -> None:
+    varied = rng(seed).normal(3, 2, count)
+    fixed = np.full(count, constant)
+    for predictions, targets in ((fixed, varied), (varied, fixed), (fixed, fixed)):
+        assert math.isnan(correlation(error_statistics(predictions, targets).sum(axis=0)))
+
+
+def test_correlation_is_of_each_head() -> None:
+    draw = rng()
+    targets, predictions = draw.standard_normal(20), draw.standard_normal((3, 20))
+    sums = np.stack([error_statistics(one, targets).sum(axis=0) for one in predictions])
+    expected = [stats.pearsonr(one, targets).statistic for one in predictions]
+    np.testing.assert_allclose(correlation(sums), expected)
+
+
+# ---------------------------------------------------------------- kinds, from embeddings to a score
+
+DATA = Data(splits={"train": "train.tar", "test": "test.tar"})
+TAGS = Task(
+    name="scenes",
+    title="Scenes",
+    domain="environment",
+    data=DATA,
+    target=TagsTarget("tags", NAMES),
+    head=replace_head(HEAD, positive_weight=3.0),
+    score=Score("mean_average_precision"),
+)
+NUMBER = Task(
+    name="ages",
+    title="Ages",
+    domain="speech",
+    data=DATA,
+    target=NumberTarget("age", LOW, HIGH),
+    head=HEAD,
+    score=Score("mse"),
+)
+FOLDS = {"a": (40, 12, 30), "b": (61, 15, 20)}
+
+
+@dataclass(frozen=True)
+class Scene:
+    problem: Problem
+    dataset: Dataset
+    folds: list[Fold]
+
+    def kind(self, task: Task, protocol: str = "corrected") -> Kind:
+        return kind_of(task)(task, Protocol(protocol), self.dataset, self.folds, Tools())  # type: ignore[arg-type]
+
+
+def scene(task: Task, sizes: dict[str, tuple[int, int, int]] = FOLDS, *, noise: float = 1.0, crops: int = 3) -> Scene:
+    p = problem(list(sizes.values()), noise=noise, crops=crops)
+    labels: list[Any] = [tuple(np.flatnonzero(row).tolist()) for row in p.tags] if task is TAGS else p.numbers.tolist()
+    none = np.empty(0, np.int64)
+    # The clips of a fold in no order: what a head is given must not depend on it.
+    parts = [[rng(1).permutation(np.unique(p.examples[part])) for part in (f.train, f.valid, f.test)] for f in p.folds]
+    folds = [Fold(name, *found, none) for name, found in zip(sizes, parts, strict=True)]
+    keys = [f"test.tar/{clip:03}" for clip in range(len(labels))]
+    clips = Clips(expected=len(labels), read=len(labels), dropped=[])
+    return Scene(p, Dataset(p.embeddings, p.examples, labels, keys, {}, clips, 1.0, []), folds)
+
+
+def outputs_of(s: Scene, task: Task, protocol: str, fold: int, seed: int) -> tuple[Floats, NDArray[Any], Indices]:
+    """(outputs, targets, clips) of the test examples by the reference: crops for X-ARES, clips otherwise.
+
+    X-ARES ranks and selects by logits over all classes, and learns numbers as they are.
+    """
+    p, rows, theirs = s.problem, s.problem.folds[fold], protocol == "xares"
+    examples = np.arange(len(p.examples)) if theirs else p.examples
+    clip_of = p.examples if theirs else np.arange(len(p.tags))
+    tested = clip_of[np.unique(examples[rows.test])]
+    if task is TAGS:
+        scored_by = precision_of_all if theirs else precision_of_present
+        reference = train_one(
+            p.embeddings,
+            p.tags[p.examples],
+            nn.BCEWithLogitsLoss(pos_weight=torch.full((len(NAMES),), task.head.positive_weight)),
+            examples,
+            rows,
+            lambda outputs, found: scored_by(outputs, p.tags[clip_of[found]]),
+            task.head,
+            (seed, fold),
+            (lambda logits: logits) if theirs else torch.sigmoid,
+        )
+        return reference.outputs, p.tags[tested], tested
+    low, width = (0.0, 1.0) if theirs else (LOW, HIGH - LOW)
+
+    def decided(outputs: NDArray[Any]) -> Floats:
+        numbers = outputs[:, 0].astype(np.float64) * width + low
+        return numbers if theirs else numbers.clip(LOW, HIGH)
+
+    reference = train_one(
+        p.embeddings,
+        (p.numbers[p.examples, None] - low) / width,
+        nn.MSELoss(),
+        examples,
+        rows,
+        lambda outputs, found: minus_squared_error(decided(outputs), p.numbers[clip_of[found]]),
+        task.head,
+        (seed, fold),
+    )
+    return decided(reference.outputs), p.numbers[tested], tested
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "xares"])
+def test_tags_from_embeddings_to_a_score(protocol: str) -> None:
+    s = scene(TAGS)
+    kind = s.kind(TAGS, protocol)
+    assert kind.why_undefined() is None
+    scored = score(kind, "linear", kind.train(2, lambda epoch: None))
+    references = [[outputs_of(s, TAGS, protocol, fold, seed) for seed in range(2)] for fold in range(2)]
+    scored_by = precision_of_all if protocol == "xares" else precision_of_present
+    expected = np.array([[scored_by(outputs, targets) for outputs, targets, _ in row] for row in references])
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(scored.per_fold, expected.mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(scored.per_seed, expected.mean(axis=0), atol=1e-6)
+    assert scored.score == pytest.approx(expected.mean(), abs=1e-6)
+    assert scored.metrics == {"classes_with_positives": 5}  # of six
+    assert scored.n_test == 30 + 20
+    assert scored.ci95 is not None
+    assert scored.ci95[0] < scored.score < scored.ci95[1]
+    assert scored.replicates.mean() == pytest.approx(scored.score, abs=0.003)
+    rows = scored.predictions
+    for fold, name in enumerate("ab"):
+        for seed in range(2):
+            mine = (rows["fold"] == name) & (rows["seed"] == seed)
+            outputs, targets, clips = references[fold][seed]
+            probabilities = 1 / (1 + np.exp(-outputs.astype(float))) if protocol == "xares" else outputs
+            np.testing.assert_allclose(rows["prediction"][mine], probabilities, atol=1e-4)
+            np.testing.assert_array_equal(rows["target"][mine], targets)
+            assert rows["key"][mine].tolist() == [s.dataset.keys[clip] for clip in clips]
+    assert len(rows["key"]) == sum(len(outputs) for row in references for outputs, _, _ in row)
+    assert (rows["prediction"].dtype, rows["target"].dtype) == (np.float32, np.bool_)
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "xares"])
+def test_a_number_from_embeddings_to_a_score(protocol: str) -> None:
+    s = scene(NUMBER)
+    kind = s.kind(NUMBER, protocol)
+    assert kind.why_undefined() is None
+    scored = score(kind, "linear", kind.train(2, lambda epoch: None))
+    references = [[outputs_of(s, NUMBER, protocol, fold, seed) for seed in range(2)] for fold in range(2)]
+    errors = np.array([[np.mean((found - true) ** 2) for found, true, _ in row] for row in references])
+    np.testing.assert_allclose(scored.per_fold, errors.mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(scored.per_seed, errors.mean(axis=0), rtol=1e-4)
+    assert scored.score == pytest.approx(errors.mean(), rel=1e-4)
+    pearson = [[stats.pearsonr(found, true).statistic for found, true, _ in row] for row in references]
+    absolute = [[np.mean(np.abs(found - true)) for found, true, _ in row] for row in references]
+    assert set(scored.metrics) == {"pearson", "mean_absolute_error"}
+    assert scored.metrics["pearson"] == pytest.approx(np.mean(pearson), abs=1e-4)
+    assert scored.metrics["mean_absolute_error"] == pytest.approx(np.mean(absolute), rel=1e-4)
+    assert scored.n_test == 30 + 20
+    assert scored.ci95 is not None
+    assert scored.ci95[0] < scored.score < scored.ci95[1]
+    rows = scored.predictions
+    for fold, name in enumerate("ab"):
+        for seed in range(2):
+            mine = (rows["fold"] == name) & (rows["seed"] == seed)
+            numbers, targets, clips = references[fold][seed]
+            np.testing.assert_allclose(rows["prediction"][mine], numbers, rtol=1e-4)
+            np.testing.assert_array_equal(rows["target"][mine], targets)
+            assert rows["key"][mine].tolist() == [s.dataset.keys[clip] for clip in clips]
+    outside = (rows["prediction"] < LOW) | (rows["prediction"] > HIGH)
+    assert outside.any() == (protocol == "xares")  # a few epochs from 0 towards 40
+
+
+def test_an_error_of_crops_is_resampled_by_clips() -> None:
+    s = scene(NUMBER, {"a": (40, 12, 60)}, crops=6)
+    kind = s.kind(NUMBER, "xares")
+    scored = score(kind, "linear", kind.train(1, lambda epoch: None))
+    rows = scored.predictions
+    errors = (rows["prediction"] - rows["target"]) ** 2
+    sums, crops = (
+        np.array([values[rows["key"] == key].sum() for key in np.unique(rows["key"])])
+        for values in (errors, np.ones_like(errors))
+    )
+    reference = stats.bootstrap(
+        (sums, crops),
+        lambda one, other, axis: one.sum(axis=axis) / other.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=rng(3),
+    )
+    assert scored.replicates.std() == pytest.approx(reference.standard_error, rel=0.06)
+    assert scored.ci95 == pytest.approx(tuple(reference.confidence_interval), rel=0.03)
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "xares"])
+def test_predictions_that_do_not_vary_have_an_error_and_no_correlation(protocol: str) -> None:
+    s = scene(NUMBER)
+    kind = s.kind(NUMBER, protocol)
+    constant = 0.1 + 31.7
+    outcomes = [
+        Outcome(number, 0, examples, np.full(len(examples), constant))
+        for number, fold in enumerate(s.folds)
+        for examples in [np.unique(kind.examples_of_crops[s.dataset.crops_of(fold.test)])]
+    ]
+    scored = score(kind, "linear", outcomes)
+    assert set(scored.metrics) == {"mean_absolute_error"}
+    assert scored.per_fold == pytest.approx(
+        [np.mean((constant - s.problem.numbers[kind.clips_of(o.examples)]) ** 2) for o in outcomes]
+    )
+
+
+def test_an_encoder_that_hears_nothing_predicts_the_mean() -> None:
+    """A constant embedding leaves a head its bias alone."""
+    s = scene(NUMBER)
+    s.problem.embeddings[:] = 1
+    kind = s.kind(NUMBER)
+    scored = score(kind, "linear", kind.train(1, lambda epoch: None))
+    assert "pearson" not in scored.metrics
+    assert scored.score > 0.8 * np.var(s.problem.numbers)
+
+
+def test_one_test_clip_has_an_error_and_no_correlation() -> None:
+    s = scene(NUMBER, {"a": (40, 12, 1)})
+    kind = s.kind(NUMBER)
+    scored = score(kind, "linear", kind.train(1, lambda epoch: None))
+    assert scored.n_test == 1
+    assert set(scored.metrics) == {"mean_absolute_error"}
+    assert scored.ci95 == pytest.approx((scored.score, scored.score))
+
+
+def test_a_score_that_is_not_defined_is_said() -> None:
+    s = scene(TAGS)
+    kind = s.kind(TAGS)
+    outcomes = kind.train(1, lambda epoch: None)
+    for clip in s.folds[1].test:
+        s.dataset.labels[clip] = ()
+    with pytest.raises(ScoreUndefinedError, match="^the mean_average_precision of its test clips is not defined$"):
+        score(kind, "linear", outcomes)
+
+
+def test_every_epoch_is_told() -> None:
+    for task in (TAGS, NUMBER):
+        told: list[int] = []
+        scene(task).kind(task).train(1, told.append)
+        assert told == list(range(1, HEAD.epochs + 1))
+
+
+def test_tags_and_numbers_know_no_neighbours() -> None:
+    for task in (TAGS, NUMBER):
+        with pytest.raises(NotImplementedError, match=f"there is no kNN for {task.kind}"):
+            scene(task).kind(task).search()
+
+
+# ---------------------------------------------------------------- what gives no score
+
+
+def fold_of(train: list[int], test: list[int], name: str = "x") -> Fold:
+    none = np.empty(0, np.int64)
+    return Fold(name, np.array(train, np.int64), none, np.array(test, np.int64), none)
+
+
+def labelled(task: Task, labels: list[Any], *folds: Fold) -> Kind:
+    count = len(labels)
+    clips = Clips(expected=count, read=count, dropped=[])
+    keys = [str(clip) for clip in range(count)]
+    dataset = Dataset(np.zeros((count, 2), np.float32), np.arange(count), labels, keys, {}, clips, 1.0, [])
+    return kind_of(task)(task, Protocol("corrected"), dataset, list(folds), Tools())
+
+
+@pytest.mark.parametrize(
+    ("folds", "why"),
+    [
+        ([fold_of([0, 2], [1])], None),
+        ([fold_of([2, 4], [1])], "the training clips of fold x have no tags"),
+        ([fold_of([0, 1], [2, 4])], "the test clips of fold x have no tags"),
+        ([fold_of([0, 1], [3]), fold_of([0], [2], "y")], "the test clips of fold y have no tags"),
+        ([fold_of([], [1])], "there are no training clips in fold x"),
+        ([fold_of([0], [])], "there are no test clips in fold x"),
+        ([fold_of([1, 3], [0])], None),  # a class that is only tested is ranked by chance, and has a score
+    ],
+)
+def test_which_tags_have_no_score(folds: list[Fold], why: str | None) -> None:
+    assert labelled(TAGS, [(0, 2), (1,), (), (0, 1), ()], *folds).why_undefined() == why
+
+
+@pytest.mark.parametrize(
+    ("fold", "why"),
+    [
+        (fold_of([0], [1]), None),
+        (fold_of([], [1]), "there are no training clips in fold x"),
+        (fold_of([0], []), "there are no test clips in fold x"),
+    ],
+)
+def test_which_numbers_have_no_score(fold: Fold, why: str | None) -> None:
+    assert labelled(NUMBER, [21.0, 22.0], fold).why_undefined() == why
+
+
+def test_a_class_that_is_tested_and_not_trained_has_no_score() -> None:
+    task = Task(name="c", title="C", domain="music", data=DATA, target=ClassTarget("key", ("a", "b", "c")))
+    why = labelled(task, [0, 1, 2, 2], fold_of([0, 1], [2, 3], "y")).why_undefined()
+    assert why == "class 'c' is tested in fold y but has no training clip"
+
+
+@given(labels=st.lists(st.lists(st.integers(0, 5), max_size=4, unique=True).map(tuple), min_size=1, max_size=20))
+def test_a_clips_stratum_is_its_rarest_tag(labels: list[tuple[int, ...]]) -> None:
+    """Held-out clips are chosen in the same proportion from every stratum; clips without tags are one of their own."""
+    strata = kind_of(TAGS).strata(labels)
+    assert strata.dtype == np.int64
+    often = [sum(tag in tags for tags in labels) for tag in range(6)]
+    for tags, stratum in zip(labels, strata.tolist(), strict=True):
+        assert stratum >= 0
+        if not tags:
+            assert stratum == 0
+        else:
+            assert stratum - 1 in tags
+            assert often[stratum - 1] == min(often[tag] for tag in tags)
+    assert kind_of(NUMBER).strata([1.5] * 3).tolist() == [0, 0, 0]
+
+
+def test_macro_f1_of_classes_is_scikit_learns() -> None:
+    """The kind that they share a head with: predictions of two seeds, macro F1 over the classes that are tested."""
+    task = Task(name="c", title="C", domain="music", data=DATA, target=ClassTarget("key", NAMES))
+    labels = rng().integers(0, 5, 40)
+    kind = labelled(task, labels.tolist(), fold_of([0, 1, 2], list(range(3, 40))))
+    outcomes = [Outcome(0, seed, np.arange(3, 40), rng(seed + 5).integers(0, 6, 37)) for seed in range(2)]
+    scored = score(kind, "linear", outcomes)
+    truth = labels[3:]
+    expected = [f1_score(truth, o.predictions, labels=np.unique(truth), average="macro") for o in outcomes]
+    assert scored.metrics["macro_f1"] == pytest.approx(np.mean(expected))
+    assert scored.per_seed == pytest.approx([np.mean(o.predictions == truth) for o in outcomes])

@@ -26,7 +26,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def macro(scores: NDArray[Any], targets: Bools, *, present_only: bool) -> float:
-    """scikit-learn's macro average precision of (examples, classes). It warns of a class without positives, and gives it 0."""
+    """scikit-learn's macro average precision of (examples, classes); it gives a class without positives 0, and warns."""
     if present_only:
         targets, scores = targets[:, targets.any(axis=0)], scores[:, targets.any(axis=0)]
         if not targets.shape[1]:

@@ -180,7 +180,9 @@ def train_one(c: Corpus, fold: int, seed: int, settings: Settings) -> Reference:
             torch_loss(logits, [len(c.frames[clip]) for clip in batch], targets).backward()
             adam.step()
         if len(part.valid):
-            found.scores.append(character_accuracy([c.transcripts[i] for i in part.valid], [hypothesis(i) for i in part.valid]))
+            found.scores.append(
+                character_accuracy([c.transcripts[i] for i in part.valid], [hypothesis(i) for i in part.valid])
+            )
         if not found.scores or found.scores[-1] > best:
             best = found.scores[-1] if found.scores else best
             found.best = parameters()

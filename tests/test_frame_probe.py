@@ -322,7 +322,9 @@ def test_the_same_bytes_twice_whatever_the_threads(heads: dict[bytes, Any]) -> N
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            p.train(Settings(epochs=2), (0, 1))
+            meanwhile: list[int] = []
+            p.train(Settings(epochs=2), (0, 1), on_epoch=lambda _, seen=meanwhile: seen.append(torch.get_num_threads()))
+            assert meanwhile == [1, 1]  # threads would share out the sums of a product
             assert torch.get_num_threads() == threads  # the caller's setting is given back
         finally:
             torch.set_num_threads(1)

@@ -288,20 +288,25 @@ def test_validation_clips_without_tags_select_nothing_unless_every_class_counts(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("value", [1e19, 1e20, 1e25, 1e30, 3e38, math.nan, math.inf])
+@pytest.mark.parametrize("value", [1e20, 1e25, 1e30, 3e38, math.nan, math.inf])
 def test_embeddings_that_are_too_large_give_no_score_and_nothing_else(objective: str, value: float) -> None:
     """The square of 1e20 overflows, and LayerNorm would make zeros of it: every head would be a constant."""
     p = problem([(30, 10, 20)])
     p.embeddings[:] *= 1 / np.abs(p.embeddings).max()
     p.embeddings[:] *= np.float32(value)
-    try:
-        results = train_linear(p.embeddings, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))
-    except ScoreUndefinedError as error:
-        assert "NaN or infinity" in str(error)
-        assert value != 1e19
-    else:
-        assert value == 1e19
-        assert len(np.unique(results[0].predictions)) > 1
+    with pytest.raises(ScoreUndefinedError, match="NaN or infinity"):
+        train_linear(p.embeddings, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_large_embeddings_are_learnt_as_small_ones_are(objective: str) -> None:
+    p = problem([(30, 10, 20)])
+    small, large = (
+        train_linear(p.embeddings * scale, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))[0]
+        for scale in (np.float32(1), np.float32(1e16))
+    )
+    assert len(np.unique(small.predictions)) > 1
+    np.testing.assert_allclose(large.predictions, small.predictions, atol=0.01)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -614,7 +619,7 @@ def test_a_score_that_is_not_defined_is_said() -> None:
     outcomes = kind.train(1, lambda epoch: None)
     for clip in s.folds[1].test:
         s.dataset.labels[clip] = ()
-    with pytest.raises(ScoreUndefinedError, match="^the mean_average_precision of its test clips is not defined$"):
+    with pytest.raises(ScoreUndefinedError, match="mean_average_precision of its test clips is not defined"):
         score(kind, "linear", outcomes)
 
 

@@ -20,8 +20,8 @@ from xares_onnx.targets import (
     EventsTarget,
     IntegerTarget,
     NumberTarget,
-    Target,
     TagsTarget,
+    Target,
     TranscriptTarget,
 )
 from xares_onnx.task import HEADS, Task, load_task
@@ -61,7 +61,7 @@ def test_tags_have_a_separator_of_their_own() -> None:
     target = TagsTarget("tags", ("a;b", "c"), separator=", ")
     assert target.encode({"tags": "c, a;b"}) == (0, 1)
     assert target.class_names == ("a;b", "c")
-    with pytest.raises(LabelError, match="^unknown label tags='c,a;b'$"):
+    with pytest.raises(LabelError, match="unknown label tags='c,a;b'"):
         target.encode({"tags": "c,a;b"})
 
 
@@ -112,7 +112,7 @@ def test_events_are_times_and_classes() -> None:
     assert found.offsets.tolist() == [4.5, 3, 1]
     assert found.classes.tolist() == [1, 0, 1]
     assert found.outside == 0
-    assert (found.onsets.dtype, found.offsets.dtype, found.classes.dtype) == (np.float64, np.float64, np.int64)
+    assert [values.dtype for values in (found.onsets, found.offsets, found.classes)] == [np.float64, np.float64, np.int64]
 
 
 def test_no_events_are_events_too() -> None:
@@ -189,7 +189,7 @@ def test_no_events_are_a_reason(label: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("onset", "offset"), [(0, HUGE), (-HUGE, 0), (HUGE, HUGE)])
 def test_a_time_that_no_float_holds_is_a_reason(onset: int, offset: int) -> None:
-    with pytest.raises(LabelError, match="^event 'Speech' has no times: ") as caught:
+    with pytest.raises(LabelError, match="event 'Speech' has no times: ") as caught:
         EVENTS.encode({"events": [event("Speech", onset, offset)]})
     assert len(str(caught.value)) < 200
 
@@ -242,7 +242,7 @@ def test_a_transcript_is_taken_as_it_is_written(text: str) -> None:
         ({"text": 7}, "transcript text is 7, not a text"),
         ({"text": ["hello"]}, "transcript text is ['hello'], not a text"),
         ({"text": ""}, "its transcript text is empty"),
-        ({"text": " ... '’ - "}, "its transcript text is empty"),
+        ({"text": " ... '\u2019 - "}, "its transcript text is empty"),
         ({"text": "\u02bc"}, "its transcript text is empty"),  # letters to Unicode, which are read as an apostrophe
         ({"text": "\uff9e \u037a"}, "its transcript text is empty"),  # and as marks on nothing
     ],
@@ -253,7 +253,7 @@ def test_no_transcript_is_a_reason(label: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
-@given(text=st.text(max_size=6) | st.text("'’ʼﾞ.\u0301a \u200d", max_size=4))
+@given(text=st.text(max_size=6) | st.text("'\u2019\u02bc\uff9e.\u0301a \u200d", max_size=4))
 def test_any_transcript_that_is_taken_has_a_word(text: str) -> None:
     """Its error rate is defined, normalised or in lower case."""
     try:
@@ -266,12 +266,12 @@ def test_any_transcript_that_is_taken_has_a_word(text: str) -> None:
     assert taken.lower().split()
 
 
-@pytest.mark.parametrize("half", ["\ud800", "\udfff", "\udcff"])
-def test_half_a_character_is_a_reason(half: str) -> None:
+@pytest.mark.parametrize("code", [0xD800, 0xDCFF, 0xDFFF])
+def test_half_a_character_is_a_reason(code: int) -> None:
     """Json can escape one half of a surrogate pair; tokenizers and files take no such text."""
     for target, name in ((CaptionsTarget(), "caption"), (TranscriptTarget("text"), "transcript")):
         with pytest.raises(LabelError, match=rf"^its {name} 'a \\ud[8-f].. b' holds half a character$") as caught:
-            target.encode(parse_label(json.dumps({"text": f"a {half} b"})))
+            target.encode(parse_label(json.dumps({"text": f"a {chr(code)} b"})))
         str(caught.value).encode()
         whole = target.encode(parse_label(json.dumps({"text": "a \U0001f415 b"})))
         assert whole in ("a \U0001f415 b", ("a \U0001f415 b",))
@@ -294,7 +294,7 @@ def test_no_number_is_a_reason(value: Any) -> None:
 
 
 def test_a_number_that_is_not_there_is_a_reason() -> None:
-    with pytest.raises(LabelError, match="^its json has no 'score'$"):
+    with pytest.raises(LabelError, match="its json has no 'score'"):
         NumberTarget("score", 0, 1).encode({"Score": 1})
     assert NumberTarget("score", 0, 1).class_names == ()
 
@@ -311,7 +311,7 @@ TARGETS: list[Target] = [
     TranscriptTarget("label"),
     NumberTarget("label", -3, 3),
 ]
-words = st.sampled_from(["label", "start", "end", "events", "a", "b", "a;b", "a,b", "1", "ʼ", "\ud800"])
+words = st.sampled_from(["label", "start", "end", "events", "a", "b", "a;b", "a,b", "1", "\u02bc", "\ud800"])
 scalars = st.one_of(
     words, st.text(max_size=4), st.none(), st.booleans(), st.integers(), st.integers(-2, 3), st.floats(), st.just(HUGE)
 )
@@ -325,13 +325,12 @@ labels = st.dictionaries(words, jsons, max_size=4) | st.fixed_dictionaries({"lab
 @settings(max_examples=300)
 @given(label=labels)
 def test_any_json_is_a_target_or_a_reason(label: Any) -> None:
-    parsed = parse_label(json.dumps(label))
+    parsed, reasons = parse_label(json.dumps(label)), []
     for target in TARGETS:
         try:
-            found = target.encode(parsed)
+            found: Any = target.encode(parsed)
         except LabelError as error:
-            assert len(str(error)) < 250
-            str(error).encode()
+            reasons.append(str(error))
             continue
         match target:
             case ClassTarget() | IntegerTarget():
@@ -351,6 +350,7 @@ def test_any_json_is_a_target_or_a_reason(label: Any) -> None:
                 assert found == parsed["label"]
             case NumberTarget():
                 assert -3 <= found <= 3
+    assert all(len(reason.encode()) < 250 for reason in reasons)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: type(target).__name__)
@@ -405,7 +405,7 @@ NEW = ("tags", "events", "captions", "transcript", "number")
 
 
 def toml(kind: str, *, top: str = "", data: str = "", target: str | None = None, head: str = "", score: str = "") -> str:
-    """A valid task of a kind; `target` replaces the fields of its target, the others are added, or replace those of a key."""
+    """A valid task of a kind; `target` replaces the fields of its target, the others are added, or replace a line."""
 
     def table(lines: str, more: str) -> str:
         keys = {line.partition("=")[0].strip() for line in more.splitlines()}

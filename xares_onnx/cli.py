@@ -158,9 +158,7 @@ def evaluate(
         list[str] | None, typer.Option("--head", help="TASK=KIND, a head other than the task's own: librispeech=llm.")
     ] = None,
     lm: Annotated[str | None, typer.Option("--lm", help="Folder of a causal language model, for the llm head.")] = None,
-    vocabulary: Annotated[
-        Path | None, typer.Option(help="BERT's vocab.txt, for captions under --protocol xares.")
-    ] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="BERT's vocab.txt, for captions under --protocol xares.")] = None,
     contract: Annotated[
         list[str] | None, typer.Option("--contract", help="KEY=VALUE the model does not declare, such as sample_rate=8000.")
     ] = None,

@@ -490,7 +490,7 @@ def _checked_settings(
         task, _, kind = pair.partition("=")
         if kind not in HEAD_KINDS:
             raise UsageError(f"--head {pair!r} must read TASK=KIND, with a kind of {', '.join(HEAD_KINDS)}")
-        by_task[task] = kind  # type: ignore[assignment]
+        by_task[task] = kind
     return Settings(
         protocol=protocol,
         seeds=seeds,

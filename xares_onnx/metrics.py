@@ -2,7 +2,8 @@
 
 A score of one fold is a function of how often each of its test clips counts: once each for the score itself, as drawn for a
 bootstrap resample. Most metrics are functions of sums of per-clip statistics (`SumScorer`): accuracy's are (examples right,
-examples), where an example is a clip, or a crop under `--protocol xares`. Average precision ranks, so it has a scorer of its own.
+examples), where an example is a clip, or a crop under `--protocol xares`. Average precision ranks, so it has a scorer of its
+own.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _DRAWS_AT_ONCE = 1 << 22
 class Scorer(Protocol):
     """The score of one fold's `clips` test clips, for every seed.
 
-    `limits` is None, except where a metric favours repeated clips: a clip ranked beside its own copies ranks too well. Then it
-    is the least and the greatest score that these clips can have.
+    `limits` is None, except where a metric favours repeated clips: a clip ranked beside its own copies ranks too well. Then
+    it is the least and the greatest score that these clips can have.
     """
 
     clips: int
@@ -55,9 +56,9 @@ class SumScorer:
 class AveragePrecisionScorer:
     """Macro average precision: over the classes with positives, or over all (X-ARES), where one without positives has 0.
 
-    `scores` (seeds, examples, classes), `targets` (examples, classes) bool, `clip_of_example` (examples,) in 0..clips-1. Average
-    precision is the sum over thresholds of precision times the recall that the threshold adds; examples of equal score share a
-    threshold (as scikit-learn's average_precision_score).
+    `scores` (seeds, examples, classes), `targets` (examples, classes) bool, `clip_of_example` (examples,) in 0..clips-1.
+    Average precision is the sum over thresholds of precision times the recall that the threshold adds; examples of equal
+    score share a threshold (as scikit-learn's average_precision_score).
     """
 
     def __init__(
@@ -122,7 +123,9 @@ class _Ranking:
 
 
 def _rows_of(columns: Indices, bounds: Indices, width: int) -> sparse.csr_array:
-    rows = sparse.csr_array((np.ones(len(columns), np.float32), columns, bounds), shape=(len(bounds) - 1, width))
+    rows: sparse.csr_array = sparse.csr_array(
+        (np.ones(len(columns), np.float32), columns, bounds), shape=(len(bounds) - 1, width)
+    )
     return rows
 
 

@@ -91,7 +91,7 @@ def segment_predictions(active: Bools, times: Floats, seconds: float, segment_se
     segments[filled] = np.logical_or.reduceat(active, bounds[filled], axis=0)
     empty = np.flatnonzero(bounds[:-1] == bounds[1:])
     # Not the middle of a last segment that is cut short; but where that is empty, the last frame is nearest to either.
-    segments[empty] = active[_nearest(times, (empty + 0.5) * segment_seconds)]
+    segments[empty] = active[_nearest(times, (empty.astype(np.float64) + 0.5) * segment_seconds)]
     return segments
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -186,8 +186,8 @@ class Store:
 class FrameSpool:
     """Frames of one shard on their way into the store: a file that is renamed into place when the rest is known.
 
-    float16, or float32 where float16 would overflow, or blur more than one frame in a hundred by 1 % of its spread. A context
-    manager: what was not finished is removed.
+    float16, or float32 where float16 would overflow, or blur more than one frame in a hundred by 1 % of its spread. A
+    context manager: what was not finished is removed.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
@@ -293,8 +293,8 @@ def _fits_float16(values: npt.NDArray[np.float32]) -> bool:
 _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
 
 
-def _header(tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]], length: int = 8) -> bytes:
-    """The head of a safetensors file (8 bytes of length, then JSON) whose tensors follow in this order, `length` bytes or more."""
+def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], length: int = 8) -> bytes:
+    """The head of a safetensors file (8 bytes of length, then JSON) whose tensors follow, at least `length` long."""
     described, start = {}, 0
     for name, (dtype, shape) in tensors.items():
         stop = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))

@@ -129,8 +129,8 @@ def train_linear(
 ) -> list[HeadResult]:
     """Train len(folds) x len(seeds) heads on crops.
 
-    `embeddings` (crops, dim), `examples` (crops,) the example that a crop is scored with: an example's prediction is made of the
-    mean over its crops. Raises `ScoreUndefinedError` where a head gives NaN, or an embedding has no finite length.
+    `embeddings` (crops, dim), `examples` (crops,) the example that a crop is scored with: an example's prediction is made of
+    the mean over its crops. Raises `ScoreUndefinedError` where a head gives NaN, or an embedding has no finite length.
     """
     with one_thread(), torch.inference_mode():
         x = torch.from_numpy(np.ascontiguousarray(embeddings))

@@ -131,7 +131,7 @@ class LanguageModel:
         counted = labels != -100
         return nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def teacher_forced(self, adapted: Sequence[Tensor], texts: Sequence[str]) -> list[str]:
         """The likeliest token at every position of text and end, each given the true ones before it, decoded."""
         logits, labels = self._text_logits(adapted, texts)
@@ -139,7 +139,7 @@ class LanguageModel:
         # What stands at the separator, the first label of an utterance, is no text.
         return [self._decoded(row[label != -100][1:]) for row, label in zip(chosen, labels, strict=True)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, adapted: Sequence[Tensor]) -> list[str]:
         """What the model writes after the separator: its likeliest token each time, at most 200, up to the end token.
 

@@ -16,16 +16,33 @@ from shard_makers import RATE, write_shard
 SIZES = {"train": 48, "valid": 16, "test": 24}
 _LETTERS = dict(zip("abcd", CLASSES, strict=True)) | {" ": "bell"}
 _BELL = 1750.0  # Hz
-_NAMES = json.dumps(list(CLASSES))
-TABLES = {
-    "tags": f'[target]\nkind = "tags"\nkey = "tags"\nseparator = ";"\nclasses = {_NAMES}\n'
-    '[score]\nmetric = "mean_average_precision"\n[head]\nepochs = 30\nlearning_rate = 0.02\n',
-    "events": '[target]\nkind = "events"\nstart = "onset"\nend = "offset"\nlabel = "label"\n'
-    f'classes = {_NAMES}\n[score]\nmetric = "segment_f1_macro"\nsegment_seconds = 0.25\n[head]\nepochs = 20\nbatch_size = 4\nlearning_rate = 0.02\n',
-    "captions": '[target]\nkind = "captions"\n[score]\nmetric = "recall_at_1"\n[head]\nkind = "retrieval"\nepochs = 8\nlearning_rate = 0.001\n',
-    "transcript": '[target]\nkind = "transcript"\nkey = "trans"\n[score]\nmetric = "one_minus_wer"\n'
-    '[head]\nkind = "ctc"\nepochs = 30\nbatch_size = 4\nlearning_rate = 0.03\n',
-    "number": '[target]\nkind = "number"\nkey = "score"\nlow = 0\nhigh = 10\n[score]\nmetric = "mse"\n[head]\nepochs = 200\nlearning_rate = 0.05\n',
+_NAMES = list(CLASSES)
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "tags": {
+        "target": {"key": "tags", "separator": ";", "classes": _NAMES},
+        "score": {"metric": "mean_average_precision"},
+        "head": {"epochs": 30, "learning_rate": 0.02},
+    },
+    "events": {
+        "target": {"start": "onset", "end": "offset", "label": "label", "classes": _NAMES},
+        "score": {"metric": "segment_f1_macro", "segment_seconds": 0.25},
+        "head": {"epochs": 20, "batch_size": 4, "learning_rate": 0.02},
+    },
+    "captions": {
+        "target": {},
+        "score": {"metric": "recall_at_1"},
+        "head": {"kind": "retrieval", "epochs": 8},
+    },
+    "transcript": {
+        "target": {"key": "trans"},
+        "score": {"metric": "one_minus_wer"},
+        "head": {"kind": "ctc", "epochs": 30, "batch_size": 4, "learning_rate": 0.03},
+    },
+    "number": {
+        "target": {"key": "score", "low": 0, "high": 10},
+        "score": {"metric": "mse"},
+        "head": {"epochs": 200, "learning_rate": 0.05},
+    },
 }
 KINDS = tuple(TABLES)
 Signal = NDArray[np.float64]
@@ -67,7 +84,12 @@ def write_kind(folder: Path, kind: str, name: str | None = None, *, weight: int 
     heading = f'name = "{name}"\ntitle = "{name}"\ndomain = "music"\n' + (f"weight = {weight}\n" if weight else "")
     data = '[data]\nsplits = { train = "train-*.tar", valid = "valid-*.tar", test = "test-*.tar" }\n'
     path = folder / f"{name}.toml"
-    path.write_text(heading + data + TABLES[kind])
+    tables = {**TABLES[kind], "target": {"kind": kind, **TABLES[kind]["target"]}}
+    lines = [
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+        for name, table in tables.items()
+    ]
+    path.write_text(heading + data + "".join(lines))
     return path
 
 

@@ -13,7 +13,7 @@ from bank_model import write_model
 from corpus import Clips, wav, write_task, write_tones
 from kind_makers import KINDS, SIZES, clips_of, write_bank, write_kind
 
-from xares_onnx.errors import ScoreUndefinedError, UsageError, worst_exit_code
+from xares_onnx.errors import UsageError, worst_exit_code
 from xares_onnx.evaluation import Evaluation, evaluate
 from xares_onnx.results import TaskResult
 from xares_onnx.store import Store

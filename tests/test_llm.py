@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,12 @@ def make_folder(folder: Path, *, separator: bool = True, steps: int = 600, **spe
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(bytes_alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if "bos_token" in special:  # as Llama's, which begins every text with it
+        begin = special["bos_token"]
+        tokenizer.add_special_tokens([begin])
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",
@@ -214,8 +222,8 @@ class Plain:
             written.append(token)
         return written
 
-    def generate(self, adapted: Tensor, penalty: float = 1.1) -> str:
-        return self.tokenizer.decode(self.tokens(adapted, penalty), skip_special_tokens=True)
+    def generate(self, adapted: Tensor) -> str:
+        return self.tokenizer.decode(self.tokens(adapted, 1.1), skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -353,12 +361,11 @@ def test_the_repetition_penalty_and_the_limit_of_tokens_matter(untaught_folder: 
     plain, language_model = plain_from(untaught_folder), LanguageModel(untaught_folder, "cpu")
     for model in (plain.model, language_model.model):
         model.lm_head.register_forward_hook(lambda _, __, logits: logits + shift)
-    adapted = adapted_noise([9, 4], scale=2.0)
-    expected = [plain.generate(frames) for frames in adapted]
-    for penalty in (1.0, 1.2):
-        assert expected[0] != plain.generate(adapted[0], penalty)
-    assert len(plain.tokens(adapted[0], 1.1)) == 200
-    assert language_model.generate(adapted) == expected
+    (adapted,) = adapted_noise([9], scale=2.0)
+    tokens = plain.tokens(adapted, 1.1)
+    assert len(tokens) == 200
+    assert tokens not in [plain.tokens(adapted, penalty) for penalty in (1.0, 1.2)]
+    assert language_model.generate([adapted]) == [plain.tokenizer.decode(tokens, skip_special_tokens=True)]
 
 
 def test_padding_goes_to_the_longest_and_logits_are_those_of_the_text(language_model: LanguageModel) -> None:
@@ -708,6 +715,7 @@ def test_the_digest_is_of_every_file_that_is_read(
 def test_the_separator_where_the_tokenizer_has_not_qwens(tmp_path: Path, special: dict[str, str], separator: str) -> None:
     model = LanguageModel(make_folder(tmp_path / "lm", separator=False, steps=0, **special), "cpu")
     assert model.described()["separator"] == separator
+    assert len(model.tokenizer("AB").input_ids) == 2 + ("bos_token" in special)
     assert model.losses(adapted_noise([3]), ["AB"]).shape == (4,)
     assert "<|" not in "".join(model.generate(adapted_noise([3, 4])) + model.teacher_forced(adapted_noise([3]), ["AB"]))
 
@@ -780,19 +788,42 @@ def test_a_wrong_folder_is_refused_in_one_sentence(
     shutil.copytree(folder, copied)
     (copied / "harm.py").write_text("raise SystemExit('stranger code has run')")
     change(copied)
-    with pytest.raises(UsageError, match=sentence) as refusal:
+    with logged() as records, pytest.raises(UsageError, match=sentence) as refusal:
         LanguageModel(copied, "cpu")
     assert str(copied) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+    assert not records
     assert capfd.readouterr() == ("", "")
 
 
-def test_loading_is_quiet_and_leaves_transformers_settings(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What transformers logs, whatever pytest does with its streams."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_loading_and_writing_are_quiet_and_leave_transformers_settings(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log = pytest.importorskip("transformers").logging
-    before = log.get_verbosity(), log.is_progress_bar_enabled()
-    LanguageModel(folder, "cpu").generate(adapted_noise([2]))
+    before = log.get_verbosity()
+    log.set_verbosity(logging.WARNING)
+    try:
+        with logged() as records:
+            LanguageModel(folder, "cpu").generate(adapted_noise([2]))
+        assert (log.get_verbosity(), log.is_progress_bar_enabled()) == (logging.WARNING, True)
+    finally:
+        log.set_verbosity(before)
+    assert not records
     assert capfd.readouterr() == ("", "")
-    assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
 
 
 def test_nothing_is_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

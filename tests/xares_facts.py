@@ -27,8 +27,8 @@ voxceleb1              speech       14811963  2000  6   speakerid              1
 voxlingua33            speech       14812245  1609  10  labels                 33    c1faed21  10  64  knn  train_subset dev dev
 """  # noqa: E501
 
-# Its tasks of other kinds. Name, domain, Zenodo record, weight, seconds of a crop, kind, classes and the start of the SHA-256 of
-# their names joined by line ends, epochs, batch, our head, our name of the metric, shards.
+# Its tasks of other kinds. Name, domain, Zenodo record, weight, seconds of a crop, kind, classes and the start of the
+# SHA-256 of their names joined by line ends, epochs, batch, our head, our name of the metric, shards.
 OTHERS = """
 clotho         environment  14856454  1045   30  captions    0 -           20  128  retrieval  recall_at_1             clotho_development clotho_evaluation clotho_validation
 desed          environment  14808180  1153   -   events      10 cf0f6c10   10  32   linear     segment_f1_macro        wds-audio-train wds-audio-eval wds-audio-eval

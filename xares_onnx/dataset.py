@@ -56,8 +56,8 @@ class TaskData:
 class Dataset:
     """The usable clips of a task. `keys` are unique over all shards; `parts` are clip indices.
 
-    `labels` has what the task's target makes of each clip's json. `frames` and `times` hold, for a task that needs them, each
-    clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds.
+    `labels` has what the task's target makes of each clip's json. `frames` and `times` hold, for a task that needs them,
+    each clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds.
     """
 
     embeddings: npt.NDArray[np.float32]  # (crops, dim)

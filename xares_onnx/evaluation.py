@@ -101,10 +101,10 @@ def evaluate(
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
 
     A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
-    With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads` chooses
-    heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and `vocabulary` is
-    BERT's vocab.txt for captions under X-ARES's protocol.
-    Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
+    With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads`
+    chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
+    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. Raises `UsageError`, `ModelError`,
+    `DataMissingError`, `MachineError`.
     """
     settings = _checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary)
     find_model(Path(model))  # a wrong path is said before anything else
@@ -448,7 +448,7 @@ def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
 
 
 def _with_heads(selection: Sequence[tuple[Task, Path]], settings: Settings) -> list[tuple[Task, Path]]:
-    """The tasks with the heads that were asked for; under X-ARES's protocol a language model, where one is named, is its own."""
+    """The tasks with the heads that were asked for. Under X-ARES's protocol a language model that is named is its own."""
     names = [task.name for task, _ in selection]
     if unknown := [name for name in settings.heads if name not in names]:
         raise UsageError(

@@ -82,8 +82,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     n_test: int = 0
     weight: float | None = None
     comparable: bool = True
-    """Whether this is the task's score by its protocol: not after `--limit`, nor when too many clips were lost, nor where the
-    protocol's own head or vocabulary was not at hand."""
+    """Whether this is the task's score by its protocol: not after `--limit`, nor when too many clips were lost, nor
+    where the protocol's own head or vocabulary was not at hand."""
     clips: Clips
     notes: list[str] = []
     """What is not as usual in this task: held-out selection, cross-validation, losses that were allowed."""
@@ -136,8 +136,8 @@ def averages(
     """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
 
     `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
-    comes from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks` may hold
-    a user's: they make a group `own`, and are in no other, so that the others mean the same for everybody.
+    comes from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
+    may hold a user's: they make a group `own`, and are in no other, so that the others mean the same for everybody.
     """
     shipped = shipped_tasks()
     tasks = {**shipped, **{task.name: task for task in own_tasks}}
@@ -177,8 +177,8 @@ def averages(
 def published_averages(results: Iterable[TaskResult], method: Literal["head", "knn"]) -> dict[str, float]:
     """Weighted averages of X-ARES's published scores by encoder, over those of `results` that have a score of the method.
 
-    They are computed from the published columns: the averages that X-ARES's README prints under its MLP columns (0.699, 0.490,
-    0.632, 0.598 over the public tasks) are not those of the columns and weights (0.694, 0.484, 0.626, 0.593).
+    They are computed from the published columns: the averages that X-ARES's README prints under its MLP columns (0.699,
+    0.490, 0.632, 0.598 over the public tasks) are not those of the columns and weights (0.694, 0.484, 0.626, 0.593).
     """
     rows = [
         r for r in results if r.score is not None and r.published and r.weight and (r.method == "knn") == (method == "knn")

@@ -1,6 +1,7 @@
 """Kinds of task: each joins a target, a head and a metric, and evaluation knows none of them by name.
 
-A new kind is a target (in `targets`), a head (in `probes` and `models`) and a metric (in `metrics`), joined by a module here.
+A new kind is a target (in `targets`), a head (in `probes` and `models`) and a metric (in `metrics`), joined by a module
+here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Events in time: a linear head on every frame, scored by F1 over segments.
 
-`corrected`: targets lie on the encoder's measured frame times, and segments are cut on the clock, so that the score means the same
-for every hop. X-ARES counts in frames.
+`corrected`: targets lie on the encoder's measured frame times, and segments are cut on the clock, so that the score means
+the same for every hop. X-ARES counts in frames.
 """
 
 from __future__ import annotations

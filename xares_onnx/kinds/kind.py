@@ -36,8 +36,8 @@ class Outcome:
 class Tools:
     """What some heads need beside the data.
 
-    `hop_seconds` is the encoder's; `vocabulary` BERT's; `checkpoints` a folder for long trainings, and `identity` what names this
-    encoder's embeddings of this task's data in it.
+    `hop_seconds` is the encoder's; `vocabulary` BERT's; `checkpoints` a folder for long trainings, and `identity` what
+    names this encoder's embeddings of this task's data in it.
     """
 
     hop_seconds: float | None = None

@@ -1,6 +1,7 @@
 """Any number of classes a clip: a linear head that decides each class by itself, scored by macro average precision.
 
-`corrected` averages over the classes with positives among the test clips; X-ARES over all, those without positives counting 0.
+`corrected` averages over the classes with positives among the test clips; X-ARES over all, those without positives
+counting 0.
 """
 
 from __future__ import annotations

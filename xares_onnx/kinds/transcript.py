@@ -1,4 +1,4 @@
-"""What is said: a CTC head on the frames, or X-ARES's adapter into a frozen language model; scored by 1 - word error rate."""
+"""What is said: a CTC head on the frames, or X-ARES's adapter into a language model; scored by 1 - word error rate."""
 
 from __future__ import annotations
 

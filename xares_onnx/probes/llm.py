@@ -169,7 +169,7 @@ class _Training:
         by_length = np.argsort([len(self._frames[clip]) for clip in clips], kind="stable")
         for start in range(0, len(clips), _CLIPS_AT_ONCE):
             block = by_length[start : start + _CLIPS_AT_ONCE]
-            with torch.inference_mode():
+            with torch.no_grad():
                 adapted = self._adapted(clips[block])
             check_finite(torch.cat(list(adapted)))
             for place, text in zip(block, write(adapted, self._texts(clips[block])), strict=True):

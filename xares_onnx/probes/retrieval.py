@@ -173,7 +173,6 @@ class _Learner:
     def _predict(self, crops: Indices) -> tuple[Indices, Indices]:
         """(examples, what `recalls` gives of them) for some crops."""
         pairing = self._pairing
-        crops = np.unique(crops)
         owners = pairing.clip_of_crop[crops] if pairing.corrected else crops
         examples, first, places = np.unique(owners, return_index=True, return_inverse=True)
         audio = torch.zeros(len(examples), WIDTH)

@@ -56,6 +56,7 @@ def embed(encoder: Encoder, shard: Path, store: Path) -> ShardReport:
         shard_digest=file_digest(shard),
         shard_stamp=stamp(shard),
         crops=CropSettings(None),
+        frames=False,
         selected=None,
         store=store,
     )

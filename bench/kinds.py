@@ -28,26 +28,7 @@ from xares_onnx.rasters import Events
 from xares_onnx.task import Head
 
 CLIPS, HELD_OUT, EPOCHS = 1000, 100, 2
-WORDS = [
-    "a",
-    "dog",
-    "barks",
-    "while",
-    "rain",
-    "falls",
-    "on",
-    "the",
-    "roof",
-    "of",
-    "an",
-    "old",
-    "car",
-    "and",
-    "people",
-    "talk",
-    "near",
-    "water",
-]
+WORDS = ["a", "dog", "barks", "while", "rain", "falls", "on", "the", "roof", "of", "an", "old", "car", "near", "water"]
 
 
 def trainings(dim: int) -> dict[str, Callable[[], Any]]:

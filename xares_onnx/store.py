@@ -186,8 +186,8 @@ class Store:
 class FrameSpool:
     """Frames of one shard on their way into the store: a file that is renamed into place when the rest is known.
 
-    float16, or float32 where float16 would overflow, or blur more than one frame in a hundred by 1 % of its spread. A
-    context manager: what was not finished is removed.
+    float16, or float32 where float16 would overflow, or blur more than one frame in a hundred by 1 % of its spread: that is
+    decided for each chunk of a clip. A context manager: what was not finished is removed.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
@@ -201,10 +201,13 @@ class FrameSpool:
 
     def add(self, values: npt.NDArray[np.float32], times: npt.NDArray[np.float64]) -> None:
         """More frames (frames, dim) of the crop in progress, with their times (frames,)."""
-        if self._dtype is np.float16 and not _fits_float16(values):
+        fits = _fits_float16(values)
+        if not fits and self._dtype is np.float16:
             self._widen()
+        # Rounded in a wide file too: a clip's frames must not depend on whether a neighbour needed float32.
+        rounded = values.astype(np.float16) if fits else values
         try:
-            self._file.write(np.ascontiguousarray(values, self._dtype).data)
+            self._file.write(np.ascontiguousarray(rounded, self._dtype).data)
         except OSError as error:
             raise disk_error(error, self._path) from error
         self._times.append(times)

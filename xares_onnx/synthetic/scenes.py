@@ -212,10 +212,9 @@ def _number(number: int, rng: Generator) -> tuple[dict[str, float], Waveform]:
     score = round(rng.uniform(0, 10), 1)
     samples = _samples(rng.uniform(1.0, 1.5))
     hertz = 150 * 3 ** rng.uniform() * glide(samples, rng.uniform(-0.05, 0.05))
-    clean = unit(tone(hertz, any_harmonics(rng), rng))
-    return {"score": score}, record(
-        clean + gain(4 * score - 20) * noise(samples, rng, rng.uniform(-4, 2) * octaves()), None, rng
-    )
+    mixed = unit(tone(hertz, any_harmonics(rng), rng))
+    mixed += gain(4 * score - 20) * noise(samples, rng, rng.uniform(-4, 2) * octaves())
+    return {"score": score}, record(mixed, None, rng)
 
 
 def _samples(seconds: float) -> int:

@@ -33,15 +33,15 @@ def _beep(samples: int, shift: float, rng: Generator) -> Signal:
 
 
 def _whistle(samples: int, shift: float, rng: Generator) -> Signal:
-    """A sine of 1.5 kHz that wavers by a semitone, five to seven times a second."""
+    """A sine of 1.7 kHz that wavers by a semitone, five to seven times a second."""
     wave = np.sin(2 * np.pi * (_cycles(samples, rng.uniform(5, 7)) + rng.uniform()))
-    return unit(tone(1500 * 2 ** (shift + wave / 12), np.ones(1), rng))
+    return unit(tone(1700 * 2 ** (shift + wave / 12), np.ones(1), rng))
 
 
 def _siren(samples: int, shift: float, rng: Generator) -> Signal:
-    """Two tones in turn, a fourth apart around 800 Hz, each for about 0.1 s."""
+    """Two sines in turn, a third apart around 1 kHz, each for about 0.1 s: at any one instant it is a beep."""
     upper = (_cycles(samples, rng.uniform(4.5, 5.5)) + rng.uniform()) % 1 < 0.5
-    return unit(tone(800 * 2 ** (shift + np.where(upper, 5, 0) / 12), np.array([1, 0, 1 / 9]), rng))
+    return unit(tone(1000 * 2 ** (shift + np.where(upper, 2, -2) / 12), np.ones(1), rng))
 
 
 def _chirps(samples: int, shift: float, rng: Generator) -> Signal:

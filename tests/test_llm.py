@@ -448,11 +448,24 @@ def test_a_fresh_adapter_is_drawn_as_torch_draws_layers(language_model: Language
     assert ours.bias.abs().max().item() == pytest.approx(torch_draws.abs().max().item(), rel=0.02)
 
 
+def adapter_of(weights: dict[str, Tensor]) -> PlainAdapter:
+    adapter = PlainAdapter(0, 0)
+    adapter.load_state_dict(weights)
+    return adapter.requires_grad_(False)
+
+
+def teacher_forced(task: Speech, plain: Plain, weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """(references, what is written) of the validation clips."""
+    references = [task.transcripts[clip] for clip in task.folds[0].valid]
+    adapted = [adapter_of(weights)(torch.from_numpy(task.frames[clip])) for clip in task.folds[0].valid]
+    return references, [plain.teacher_forced(x, text) for x, text in zip(adapted, references, strict=True)]
+
+
 def test_the_first_best_epoch_by_teacher_forcing_is_chosen(
     language_model: LanguageModel, plain: Plain, tmp_path: Path
 ) -> None:
     """Scores of every epoch recomputed from the weights kept after it."""
-    task = speech(100, 12, 12)
+    task = speech(100, 12, 30)
     adapters: list[dict[str, Tensor]] = []
 
     def note(_: int) -> None:
@@ -460,23 +473,39 @@ def test_the_first_best_epoch_by_teacher_forcing_is_chosen(
 
     (result,) = task.train(language_model, Head(epochs=6, learning_rate=2e-2), checkpoints=tmp_path, on_epoch=note)
     scores = []
-    plain_adapter = PlainAdapter(0, 0)
     for weights in adapters:
-        plain_adapter.load_state_dict(weights)
-        written = []
-        references = [task.transcripts[clip] for clip in task.folds[0].valid]
-        for clip, reference in zip(task.folds[0].valid, references, strict=True):
-            adapted = plain_adapter(torch.from_numpy(task.frames[clip]))
-            written.append(plain.teacher_forced(adapted, reference)[: len(reference)].lower())
-        scores.append(1 - word_error_rate([reference.lower() for reference in references], written))
+        references, written = teacher_forced(task, plain, weights)
+        cut = [text[: len(reference)].lower() for reference, text in zip(references, written, strict=True)]
+        scores.append(1 - word_error_rate([reference.lower() for reference in references], cut))
     assert result.best_epoch == scores.index(max(scores)) + 1
     assert 1 < result.best_epoch < 6
     assert result.valid_score == pytest.approx(max(scores))
     best = kept_weights(*tmp_path.iterdir(), "best.")
     assert all(torch.equal(best[key], adapters[result.best_epoch - 1][key]) for key in best)
-    plain_adapter.load_state_dict(best)
-    expected = [plain.generate(plain_adapter(torch.from_numpy(task.frames[clip])).detach()) for clip in result.examples]
+    expected, last = (
+        [plain.generate(adapter_of(weights)(torch.from_numpy(task.frames[clip]))) for clip in result.examples]
+        for weights in (best, adapters[-1])
+    )
+    assert expected != last
     assert result.predictions == expected
+
+
+def test_selection_cuts_to_the_reference_and_lowers_case(
+    language_model: LanguageModel, plain: Plain, tmp_path: Path
+) -> None:
+    task = speech(100, 40, 2)
+    mixed = [text[:2].lower() + text[2:] for text in task.transcripts]
+    task = replace(task, transcripts=[text if clip % 2 else mixed[clip] for clip, text in enumerate(task.transcripts)])
+    (result,) = task.train(language_model, Head(epochs=1), checkpoints=tmp_path)
+    references, written = teacher_forced(task, plain, kept_weights(*tmp_path.iterdir()))
+    cut = [text[: len(reference)] for reference, text in zip(references, written, strict=True)]
+    lower = [reference.lower() for reference in references]
+    expected = 1 - word_error_rate(lower, [text.lower() for text in cut])
+    assert result.valid_score == pytest.approx(expected)
+    assert expected not in (
+        pytest.approx(1 - word_error_rate(references, cut)),
+        pytest.approx(1 - word_error_rate(lower, [text.lower() for text in written])),
+    )
 
 
 def test_without_validation_clips_the_last_epoch_is_taken(language_model: LanguageModel) -> None:

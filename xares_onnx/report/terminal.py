@@ -180,10 +180,11 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         console.print(_averages_table(result, console), soft_wrap=False)
     _print_published(result, console)
     settings = result.settings
-    if incomparable := [record for record in result.tasks if not record.comparable and record.status == "ok"]:
-        first_note = incomparable[0].notes[-1] if incomparable[0].notes else "not its whole data"
-        why = f"at most {settings['limit']} clips a split were used" if settings["limit"] else first_note
-        reasons.append(f"{_NOT_COMPARABLE} not comparable with other results, and in no average: {why}")
+    incomparable = [record for record in result.tasks if not record.comparable and record.status == "ok"]
+    whys = [f"at most {settings['limit']} clips a split were used"] if settings["limit"] else []
+    whys = whys or list(dict.fromkeys(f"{record.task}: {record.notes[-1]}" for record in incomparable if record.notes))
+    if incomparable:
+        reasons.append(f"{_NOT_COMPARABLE} not comparable with other results, and in no average: {'; '.join(whys)}")
     for reason in reasons:
         console.print(Text(printable(reason), style="yellow"))
     seeds = f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}"

@@ -288,22 +288,22 @@ def test_validation_clips_without_tags_select_nothing_unless_every_class_counts(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("value", [1e20, 1e25, 1e30, 3e38, math.nan, math.inf])
-def test_embeddings_that_are_too_large_give_no_score_and_nothing_else(objective: str, value: float) -> None:
-    """The square of 1e20 overflows, and LayerNorm would make zeros of it: every head would be a constant."""
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_embeddings_that_are_no_numbers_give_no_score_and_nothing_else(objective: str, value: float) -> None:
     p = problem([(30, 10, 20)])
-    p.embeddings[:] *= 1 / np.abs(p.embeddings).max()
     p.embeddings[:] *= np.float32(value)
     with pytest.raises(ScoreUndefinedError, match="NaN or infinity"):
         train_linear(p.embeddings, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_large_embeddings_are_learnt_as_small_ones_are(objective: str) -> None:
+@pytest.mark.parametrize("size", [1e14, 1e16, 1e20, 1e30, 1e36])
+def test_large_embeddings_are_learnt_as_small_ones_are(objective: str, size: float) -> None:
+    """The square of 1e20 overflows, and a LayerNorm in float32 would make zeros of it: every head would be a constant."""
     p = problem([(30, 10, 20)])
     small, large = (
         train_linear(p.embeddings * scale, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))[0]
-        for scale in (np.float32(1), np.float32(1e16))
+        for scale in (np.float32(1), np.float32(size))
     )
     assert len(np.unique(small.predictions)) > 1
     np.testing.assert_allclose(large.predictions, small.predictions, atol=0.01)

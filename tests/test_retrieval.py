@@ -388,7 +388,7 @@ def test_batches_of_one_pair_train(arithmetic: str) -> None:
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("rate", [1e12, 1e38])  # after one step, an audio vector is finite but not its norm; not even finite
+@pytest.mark.parametrize("rate", [1e9, 1e38])  # after one step, an audio vector is finite but not its norm; not even finite
 def test_a_head_that_runs_away_gives_no_score(arithmetic: str, rate: float) -> None:
     p = problem([(6, 0, 4)])
     with pytest.raises(ScoreUndefinedError, match="NaN or infinity"):

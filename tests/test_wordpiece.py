@@ -147,7 +147,7 @@ def test_no_words_give_the_marks_alone(captions: list[str]) -> None:
 
 
 def test_every_character_is_kept() -> None:
-    characters = [chr(0xAC00 + i) for i in range(1500)]  # Hangul; BERT takes each apart into two or three
+    characters = [chr(0x4E00 + i) for i in range(1500)]  # the trainer would keep a thousand
     vocabulary = WordPiece.trained([" ".join(characters[i : i + 9]) for i in range(0, 1500, 9)] + ["ab ba"], size=10)
     assert 1 not in vocabulary.encode(" ".join(characters) + " aabb")
 

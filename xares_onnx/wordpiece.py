@@ -55,8 +55,8 @@ class WordPiece:
             min_frequency=2,
             show_progress=False,
             special_tokens=[*_MARKS, *(_CONTINUES + character for character in continuing)],
-            limit_alphabet=sys.maxunicode
-            + 1,  # no limit: which of equally rare characters would go, the hash map decides too
+            # None, that is: the hash map would also choose which of equally rare characters go.
+            limit_alphabet=sys.maxunicode + 1,
             continuing_subword_prefix=_CONTINUES,
         )
         tokenizer.train_from_iterator(texts, trainer)

@@ -130,12 +130,11 @@ def train_linear(
     """Train len(folds) x len(seeds) heads on crops.
 
     `embeddings` (crops, dim), `examples` (crops,) the example that a crop is scored with: an example's prediction is made of
-    the mean over its crops. Raises `ScoreUndefinedError` where a head gives NaN, or an embedding has no finite length.
+    the mean over its crops. Raises `ScoreUndefinedError` where a head gives NaN, or an embedding is not finite.
     """
     with one_thread(), torch.inference_mode():
-        x = torch.from_numpy(np.ascontiguousarray(embeddings))
-        check_finite(torch.linalg.vector_norm(x, dim=1))  # LayerNorm makes nothing but zeros of a variance that overflows
-        x = normalised(x)
+        x = normalised(torch.from_numpy(np.ascontiguousarray(embeddings)))
+        check_finite(x)
         y = torch.from_numpy(objective.targets)
         # Heads with more batches come first, so that those which still train are always the leading ones.
         order = sorted(((f, s) for f in range(len(folds)) for s in seeds), key=lambda head: -len(folds[head[0]].train))

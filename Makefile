@@ -43,6 +43,8 @@ realdata: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## build rea
 bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and memory, as ratios within one run
 	$(BIN)/python bench/embedding.py resemblyzer.onnx
 	$(BIN)/python bench/heads.py
+	$(BIN)/python bench/kinds.py resemblyzer.onnx
+	$(BIN)/python bench/frames.py
 	$(BIN)/python bench/rerun.py logmel.onnx
 	$(BIN)/python bench/memory.py resemblyzer.onnx
 

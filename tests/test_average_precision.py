@@ -137,14 +137,14 @@ def test_no_positives_at_all() -> None:
 
 
 def test_many_clips_are_counted_exactly() -> None:
-    """20,000 clips of which one ranks first and one last: (1 + 2/20000) / 2."""
-    targets = np.zeros((20_000, 1), bool)
+    """20,003 clips of which one ranks first and one last: (1 + 2/20003) / 2."""
+    targets = np.zeros((20_003, 1), bool)
     targets[[0, -1]] = True
-    scores = -np.arange(20_000, dtype=np.float32)[None, :, None]
+    scores = -np.arange(20_003, dtype=np.float32)[None, :, None]
     scorer = scorer_of(scores, targets, present_only=True)
-    assert point([scorer])[0, 0] == pytest.approx((1 + 2 / 20_000) / 2, rel=1e-9)
-    counts = np.full((1, 20_000), 3.0)
-    assert scorer(counts)[0, 0] == pytest.approx((1 + 2 / 20_000) / 2, rel=1e-9)
+    assert point([scorer])[0, 0] == pytest.approx((1 + 2 / 20_003) / 2, rel=1e-9)
+    counts = np.full((1, 20_003), 3.0)
+    assert scorer(counts)[0, 0] == pytest.approx((1 + 2 / 20_003) / 2, rel=1e-9)
 
 
 # ---------------------------------------------------------------- the interval
@@ -254,6 +254,14 @@ def test_seeds_share_a_resample() -> None:
         bootstrap([scorer_of(np.concatenate([scores] * seeds), targets, present_only=True)], rng()) for seeds in (1, 3)
     )
     np.testing.assert_allclose(alone, thrice, atol=1e-6)
+
+
+def test_every_seed_counts_alike() -> None:
+    scores, targets = task_like(50, 3, seeds=2, share=0.2)
+    scores[1] = scores[1] / 4 + targets  # one head is far better
+    both, *each = (bootstrap([scorer_of(s, targets, present_only=True)], rng()) for s in (scores, scores[:1], scores[1:]))
+    assert each[1].mean() > each[0].mean() + 0.1
+    np.testing.assert_allclose(both, (each[0] + each[1]) / 2, atol=0.02)  # a head alone may be cut off at 1
 
 
 def test_the_bootstrap_repeats_and_fills_every_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -586,7 +586,7 @@ def kill_after(last: int, heard: list[int]) -> Callable[[int], None]:
     return on_epoch
 
 
-@pytest.mark.parametrize("valid", [6, 0])
+@pytest.mark.parametrize("valid", [13, 0])
 @pytest.mark.parametrize("last", [1, 3, 4])
 def test_a_killed_training_resumes_to_the_same_result(
     language_model: LanguageModel, tmp_path: Path, last: int, valid: int
@@ -703,6 +703,7 @@ def test_whatever_shapes_the_training_names_the_checkpoint(
             {"task": replace(task, frames=longer)},
             {"task": replace(task, folds=[replace(rows, train=rows.train[::-1])])},
             {"task": replace(task, folds=[replace(rows, valid=rows.test)])},
+            {"task": replace(task, folds=[rows, rows])},
         ],
         start=2,
     ):

@@ -261,6 +261,17 @@ def test_the_gradient_of_tags_is_autograds() -> None:
         torch.testing.assert_close(found, logits.grad)
 
 
+@pytest.mark.parametrize("bounds", [None, (LOW, HIGH)])
+def test_the_gradient_of_a_number_is_autograds(bounds: tuple[float, float] | None) -> None:
+    draw = rng(4)
+    logits = torch.from_numpy(draw.normal(0, 4, (2, 5, 1))).float().requires_grad_()
+    targets = torch.from_numpy(draw.uniform(LOW, HIGH, (2, 5)))
+    weight = torch.from_numpy(draw.random((2, 5))).float()
+    scaled = ((targets - LOW) / (HIGH - LOW) if bounds else targets).float()
+    (nn.MSELoss(reduction="none")(logits[..., 0], scaled) * weight).sum().backward()
+    torch.testing.assert_close(Regression(targets.numpy(), bounds).gradient(logits.detach(), targets, weight), logits.grad)
+
+
 OBJECTIVES: dict[str, Callable[[Problem], Any]] = {
     "classes": lambda p: Classification(p.tags[p.examples].argmax(axis=1), len(NAMES)),
     "tags": lambda p: Tagging(p.tags[p.examples], 1.0, present_only=True),
@@ -296,6 +307,13 @@ def test_embeddings_that_are_no_numbers_give_no_score_and_nothing_else(objective
         train_linear(p.embeddings, OBJECTIVES[objective](p), p.examples, p.folds, HEAD, (0,))
 
 
+def test_a_number_that_the_head_cannot_hold_gives_no_score() -> None:
+    """The embeddings are fine, but single precision ends at 3.4e38."""
+    p = problem([(30, 10, 20)])
+    with pytest.raises(ScoreUndefinedError, match="NaN or infinity"):
+        train_linear(p.embeddings, Regression(p.numbers[p.examples] * 1e40, None), p.examples, p.folds, HEAD, (0,))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("size", [1e14, 1e16, 1e20, 1e30, 1e36])
 def test_large_embeddings_are_learnt_as_small_ones_are(objective: str, size: float) -> None:
@@ -319,7 +337,7 @@ def test_one_nan_is_enough(objective: str, part: str) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_same_bytes_whatever_stands_beside_it(objective: str) -> None:
+def test_the_same_bytes_twice_and_the_same_numbers_alone(objective: str) -> None:
     p = problem(UNEQUAL)
     made = OBJECTIVES[objective](p)
 
@@ -553,6 +571,44 @@ def test_a_number_from_embeddings_to_a_score(protocol: str) -> None:
             assert rows["key"][mine].tolist() == [s.dataset.keys[clip] for clip in clips]
     outside = (rows["prediction"] < LOW) | (rows["prediction"] > HIGH)
     assert outside.any() == (protocol == "xares")  # a few epochs from 0 towards 40
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "xares"])
+def test_validation_clips_without_tags_select_as_their_protocol_says(protocol: str) -> None:
+    """X-ARES's precision is 0 in every epoch, so the first; over no class it is not defined, so the last."""
+    s = scene(TAGS)
+    for fold in s.folds:
+        for clip in fold.valid:
+            s.problem.tags[clip], s.dataset.labels[clip] = False, ()
+    kind = s.kind(TAGS, protocol)
+    for outcome in kind.train(1, lambda epoch: None):
+        outputs, _, _ = outputs_of(s, TAGS, protocol, outcome.fold, 0)
+        expected = 1 / (1 + np.exp(-outputs.astype(float))) if protocol == "xares" else outputs
+        np.testing.assert_allclose(outcome.predictions, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "xares"])
+@pytest.mark.parametrize("task", [TAGS, NUMBER], ids=["tags", "number"])
+def test_a_clip_counts_with_all_its_crops(task: Task, protocol: str) -> None:
+    """`scorer` takes counts of the sorted test clips: as if the rows of each were there so many times."""
+    s = scene(task)
+    kind = s.kind(task, protocol)
+    outcomes = [outcome for outcome in kind.train(2, lambda epoch: None) if outcome.fold == 0]
+    tested = np.sort(s.folds[0].test)
+    counts = rng(8).integers(0, 4, (3, len(tested)))
+    found = kind.scorer(s.folds[0], outcomes)(counts.astype(float))
+    assert found.shape == (3, 2)
+    for row, counted in zip(found, counts, strict=True):
+        times = dict(zip(tested.tolist(), counted.tolist(), strict=True))
+        for value, outcome in zip(row, outcomes, strict=True):
+            clips = outcome.examples if protocol == "corrected" else s.problem.examples[outcome.examples]
+            rows = np.repeat(np.arange(len(clips)), [times[clip] for clip in clips.tolist()])
+            predictions = outcome.predictions[rows]
+            if task is TAGS:
+                scored_by = precision_of_all if protocol == "xares" else precision_of_present
+                assert value == pytest.approx(scored_by(predictions, s.problem.tags[clips[rows]]), abs=1e-6)
+            else:
+                assert value == pytest.approx(np.mean((predictions - s.problem.numbers[clips[rows]]) ** 2))
 
 
 def test_an_error_of_crops_is_resampled_by_clips() -> None:

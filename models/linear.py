@@ -68,7 +68,7 @@ def cross_entropy_gradient(logits: Tensor, classes: Tensor, weight: Tensor) -> T
 
 
 def binary_cross_entropy_gradient(logits: Tensor, targets: Tensor, weight: Tensor, positive_weight: float = 1.0) -> Tensor:
-    """Gradient at the logits (n, batch, classes) of binary cross-entropies: the mean over classes, times `weight` (n, batch).
+    """Gradient at the logits (n, batch, classes) of binary cross-entropies, their mean over classes times `weight`.
 
     `targets` are 0 or 1; the loss of a 1 counts `positive_weight` times, as in torch's `BCEWithLogitsLoss(pos_weight)`.
     """

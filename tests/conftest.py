@@ -1,6 +1,7 @@
 """Settings and fixtures of every test."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,3 +33,11 @@ def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> N
             return _shared_worker.call(*arguments, **options)
 
     monkeypatch.setattr(encoder, "Worker", Borrowed)
+
+
+@pytest.fixture(scope="session")
+def taught_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny language model that writes what it is told, one for all tests: it takes seconds to teach."""
+    from tiny_lm import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny-lm")

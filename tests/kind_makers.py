@@ -103,6 +103,11 @@ def clips_of(kind: str, prefix: str, count: int, seed: int) -> Clips:
     return clips
 
 
+def burst(letter: str, seconds: float, rng: np.random.Generator) -> Signal:
+    """The tone of a letter a to d, or of a space."""
+    return _sine(_LETTERS[letter], seconds, rng)
+
+
 def _sine(name: str, seconds: float, rng: np.random.Generator) -> Signal:
     times = np.arange(round(seconds * RATE)) / RATE
     return np.asarray(np.sin(2 * np.pi * PITCHES.get(name, _BELL) * times + rng.uniform(0, 6)))
@@ -137,7 +142,7 @@ def _transcript(rng: np.random.Generator) -> tuple[Signal, Any]:
     text = " ".join(words)
     # Short bursts, the space one of its own: a head of single frames cannot tell one pause from another.
     gap = np.zeros(RATE // 25)
-    parts = [part for letter in text for part in (_sine(_LETTERS[letter], rng.uniform(0.03, 0.05), rng), gap)]
+    parts = [part for letter in text for part in (burst(letter, rng.uniform(0.03, 0.05), rng), gap)]
     return np.concatenate([gap, *parts]), {"trans": text.upper()}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bank_model import write_model
 from corpus import Clips, wav, write_task, write_tones
-from kind_makers import KINDS, SIZES, clips_of, write_bank, write_kind
+from kind_makers import KINDS, SIZES, burst, clips_of, write_bank, write_kind
 
 from xares_onnx.errors import UsageError, worst_exit_code
 from xares_onnx.evaluation import Evaluation, evaluate
@@ -261,3 +261,45 @@ def test_berts_vocabulary_makes_captions_comparable(folder: Path, tmp_path: Path
     assert only(done).comparable
     assert len(done.result.settings["vocabulary"]) == 64
     assert only(run(folder, "captions", vocabulary=tmp_path / "vocab.txt")).score == only(run(folder, "captions")).score
+
+
+def spelt_out(count: int, seed: int) -> Clips:
+    """Texts of four letters and a space, a tone of 100 ms each, without a pause: an encoder of that hop gives one frame each."""
+    rng, clips = np.random.default_rng(seed), {}
+    for number in range(count):
+        letters = rng.permutation(list("ABCD")).tolist()
+        letters.insert(rng.integers(1, 4), " ")
+        tones = [burst(letter.lower(), 0.1, rng) for letter in letters]
+        clips[f"{seed}-{number:03}"] = (wav((0.2 * np.concatenate(tones)).astype(np.float32)), {"trans": "".join(letters)})
+    return clips
+
+
+def test_the_llm_head_from_audio_to_a_score(taught_lm: Path, tmp_path: Path) -> None:
+    """The encoder hears five tones; the language model writes what the adapter tells it, letter by letter."""
+    splits = {
+        split: spelt_out(count, seed) for seed, (split, count) in enumerate({"train": 96, "valid": 16, "test": 24}.items())
+    }
+    task = write_kind(tmp_path, "transcript", "spoken", **splits)
+    task.write_text(task.read_text().replace("batch_size = 4", "batch_size = 8").replace("0.03", "0.01"))
+    model = write_bank(tmp_path / "bank.onnx", hop=1600)
+    arguments: dict[str, Any] = {"model": model, "lm": str(taught_lm), "cache": tmp_path / "cache"}
+    corrected = run(tmp_path, "spoken", heads=["spoken=llm"], seeds=1, output=tmp_path / "llm.json", **arguments)
+    record = only(corrected)
+    assert (record.method, record.status, record.comparable) == ("llm", "ok", True)
+    assert record.score is not None
+    assert record.score > 0.5
+    said = corrected.result.settings["lm"]
+    assert (said["name"], len(said["digest"]), said["device"]) == (taught_lm.name, 64, "cpu")
+    checkpoints = list((tmp_path / "cache" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1
+    again = run(tmp_path, "spoken", heads=["spoken=llm"], seeds=1, output=tmp_path / "llm.json", **arguments)
+    assert only(again).score == record.score  # from the checkpoint: nothing is trained again
+    assert only(again).seconds.train < record.seconds.train / 2
+    xares = run(tmp_path, "spoken", protocol="xares", seeds=1, **arguments)
+    assert (only(xares).method, only(xares).comparable) == ("llm", True)
+
+
+def test_a_language_model_that_no_head_wants_is_said(folder: Path, taught_lm: Path) -> None:
+    done = run(folder, "tags", lm=str(taught_lm))
+    assert done.result.settings["lm"] is None
+    assert any("--lm is not used" in note for note in done.result.notes)

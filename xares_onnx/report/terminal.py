@@ -215,8 +215,9 @@ def _print_published(result: Result, console: Console) -> None:
         table.add_row("weighted average of these", method, f"{own:.3f}", *(f"{averages[name]:.3f}" for name in encoders))
     console.print(table, soft_wrap=False)
     console.print(
-        "published scores are X-ARES's, by its own protocol on its own copy of the data; averages are computed from its columns "
-        "and weights: over the public tasks 0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, 0.490, 0.632, 0.598"
+        "published scores are X-ARES's, by its own protocol on its own copy of the data; averages are computed from its "
+        "columns and weights: over the public tasks 0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, 0.490, "
+        "0.632, 0.598"
     )
 
 

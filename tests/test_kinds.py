@@ -264,7 +264,7 @@ def test_berts_vocabulary_makes_captions_comparable(folder: Path, tmp_path: Path
 
 
 def spelt_out(count: int, seed: int) -> Clips:
-    """Texts of four letters and a space, a tone of 100 ms each, without a pause: an encoder of that hop gives one frame each."""
+    """Texts of four letters and a space, a tone of 100 ms each, no pause: an encoder of that hop gives a frame each."""
     rng, clips = np.random.default_rng(seed), {}
     for number in range(count):
         letters = rng.permutation(list("ABCD")).tolist()

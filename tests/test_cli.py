@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from corpus import tones, write_encoder, write_task, write_tones
 from shard_makers import write_shard
@@ -111,6 +112,7 @@ def test_evaluate_prints_a_plain_table_and_saves(world: World, tmp_path: Path) -
         "accuracy",
         f"{head['score']:.3f}",
         interval[0],
+        f"+-{np.std(head['per_seed'], ddof=1):.3f}",
         f"{knn['score']:.3f}",
         interval[1],
         "12",
@@ -153,7 +155,7 @@ def test_knn_only(world: World) -> None:
     code, out, _ = run(*world.evaluate("--tasks", world.good, "--method", "knn"))
     row = next(line for line in out.splitlines() if "Tones good" in line)
     assert (code, row.split("|")[4].strip()) == (0, "")
-    assert 0 <= float(row.split("|")[6]) <= 1
+    assert 0 <= float(row.split("|")[7]) <= 1
     both = json.loads(run(*world.evaluate("--tasks", world.good, "--method", "knn,head", "--json"))[1])
     assert both["settings"]["methods"] == ["head", "knn"]
 
@@ -173,7 +175,7 @@ def test_options_reach_the_evaluation(world: World) -> None:
 def test_a_limit_is_marked_at_every_score(world: World) -> None:
     out = run(*world.evaluate("--tasks", world.good, "--limit", "6"))[1]
     row = next(line for line in out.splitlines() if "Tones good" in line)
-    assert [row.split("|")[i].strip()[-1] for i in (4, 6)] == ["*", "*"]
+    assert [row.split("|")[i].strip()[-1] for i in (4, 7)] == ["*", "*"]
     assert "* not comparable with other results, and in no average: at most 6 clips a split were used" in out
     assert "weighted average" not in out
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import IO
 
 import msgspec
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -28,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import events
-from ..catalog import part_globs
+from ..catalog import part_globs, shipped_tasks
 from ..errors import printable
 from ..planning import Plan, PlanRow
 from ..results import Average, Result, TaskResult, published_averages
@@ -155,12 +156,14 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     for record in result.tasks:
         by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
     words = ("task",) if _narrow(console) else ("task", "domain", "metric")
-    table = _table(console, words, ("head", "95 %", "knn", "95 %", "tested", "dropped"))
+    spread = () if _narrow(console) else ("seeds",)
+    table = _table(console, words, ("head", "95 %", *spread, "knn", "95 %", "tested", "dropped"))
     table.columns[0].no_wrap = False  # a title may take two lines where it must
     reasons = []
     for records in by_task.values():
         first = next(iter(records.values()))
-        cells = [*_score_cells(records.get("head")), *_score_cells(records.get("knn"))]
+        cells = [*_score_cells(records.get("head")), *[_spread(records.get("head"))] * len(spread)]
+        cells += _score_cells(records.get("knn"))
         dropped = len(first.clips.dropped)
         table.add_row(
             *(printable(first.title), first.domain, _METRICS[first.metric])[: len(words)],
@@ -190,7 +193,8 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     seeds = f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}"
     errors = dict.fromkeys(record.title for record in result.tasks if not record.higher_is_better)
     but = f", but lower for {', '.join(map(printable, errors))}" if errors else ""
-    console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better{but}")
+    spread_note = "; +- is the standard deviation over seeds" if spread and settings["seeds"] > 1 else ""
+    console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better{but}{spread_note}")
     if saved:
         console.print(f"saved {printable(saved)}")
 
@@ -219,6 +223,10 @@ def _print_published(result: Result, console: Console) -> None:
         "columns and weights: over the public tasks 0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, 0.490, "
         "0.632, 0.598"
     )
+    for task in dict.fromkeys(record.task for record in shown):
+        published = shipped_tasks()[task].published if task in shipped_tasks() else None
+        if published and published.note:
+            console.print(f"{printable(task)}, published {printable(published.note)}")
 
 
 def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:
@@ -352,6 +360,11 @@ def _score_cells(record: TaskResult | None) -> tuple[Text | str, str]:
     return Text(f"{record.score:.3f}{mark}", style="bold"), _interval(record.ci95)
 
 
+def _spread(record: TaskResult | None) -> str:
+    """Standard deviation over seeds."""
+    return f"+-{np.std(record.per_seed, ddof=1):.3f}" if record is not None and len(record.per_seed) > 1 else ""
+
+
 def _plan_cells(row: PlanRow) -> tuple[str, ...]:
     return (
         str(row.clips),
@@ -373,7 +386,7 @@ def _hop(result: Result) -> str:
 
 
 def _narrow(console: Console) -> bool:
-    return console.width < 112
+    return console.width < 120
 
 
 def _table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:

@@ -47,7 +47,7 @@ def write_shard(path: Path, kind: str, clips: int, seed: int = 0) -> None:
             tar.write({"__key__": f"{i:06d}", container.lower(): encoded.getvalue(), "json": {"label": i % 2}})
 
 
-def embed(encoder: Encoder, shard: Path, store: Path) -> ShardReport:
+def embed(encoder: Encoder, shard: Path, store: Path, *, frames: bool = False) -> ShardReport:
     """One shard through the encoder's worker, from tar to store."""
     spec = EmbedSpec(
         model=encoder.spec,
@@ -56,7 +56,7 @@ def embed(encoder: Encoder, shard: Path, store: Path) -> ShardReport:
         shard_digest=file_digest(shard),
         shard_stamp=stamp(shard),
         crops=CropSettings(None),
-        frames=False,
+        frames=frames,
         selected=None,
         store=store,
     )

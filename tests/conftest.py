@@ -35,6 +35,17 @@ def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(encoder, "Worker", Borrowed)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products on a busy machine are much slower with several threads of torch."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def taught_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny language model that writes what it is told, one for all tests: it takes seconds to teach."""

@@ -7,7 +7,6 @@ separator. Speech is made of one vector a character, and some noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,7 @@ from xares_onnx.errors import ScoreUndefinedError
 from xares_onnx.models.llm import Adapter, LanguageModel
 from xares_onnx.probes import llm
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

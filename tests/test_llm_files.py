@@ -34,13 +34,7 @@ from tiny_lm import (
 from xares_onnx.errors import MachineError, UsageError
 from xares_onnx.models.llm import LanguageModel
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

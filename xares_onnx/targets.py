@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import reprlib
 import sys
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -19,7 +19,12 @@ from .text import normalise
 MAX_CLASSES = 100_000
 
 
-class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="class", tag_field="kind", dict=True):
+@functools.cache
+def _index(classes: tuple[str, ...]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(classes)}
+
+
+class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="class", tag_field="kind"):
     """One class name a clip, from `classes`."""
 
     key: str
@@ -28,10 +33,6 @@ class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     def __post_init__(self) -> None:
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("`classes` needs at least two names, each once")
-
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.classes)}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -42,9 +43,9 @@ class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         value = _field(label, self.key)
         if not isinstance(value, str):
             raise LabelError(f"label {self.key} is {_shown(value)}, not a class name")
-        if value not in self._index:
+        if value not in _index(self.classes):
             raise LabelError(f"unknown label {self.key}={_shown(value)}")
-        return self._index[value]
+        return _index(self.classes)[value]
 
 
 class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="integer", tag_field="kind"):
@@ -70,7 +71,7 @@ class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
         return number
 
 
-class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tags", tag_field="kind", dict=True):
+class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tags", tag_field="kind"):
     """Any number of class names a clip: a list, or a text with `separator` between them."""
 
     key: str
@@ -79,10 +80,6 @@ class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="t
 
     def __post_init__(self) -> None:
         _check_classes(self.classes, self.separator)
-
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.classes)}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -95,12 +92,12 @@ class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="t
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise LabelError(f"label {self.key} is {_shown(value)}, neither a text nor a list of class names")
         names = [name.strip() for name in names if name.strip()]
-        if unknown := [name for name in names if name not in self._index]:
+        if unknown := [name for name in names if name not in _index(self.classes)]:
             raise LabelError(f"unknown label {self.key}={_shown(unknown[0])}")
-        return tuple(sorted({self._index[name] for name in names}))
+        return tuple(sorted({_index(self.classes)[name] for name in names}))
 
 
-class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="events", tag_field="kind", dict=True):
+class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="events", tag_field="kind"):
     """Events in time: the json is a list of them (or holds one as `events`), each with its start and end in seconds."""
 
     start: str
@@ -111,10 +108,6 @@ class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
 
     def __post_init__(self) -> None:
         _check_classes(self.classes, self.separator)
-
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.classes)}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -138,9 +131,9 @@ class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
                 number = _whole_number(named)
                 named = _shown(named) if number is None else str(number)
             for name in filter(None, (part.strip() for part in named.split(self.separator))):
-                if name in self._index:
+                if name in _index(self.classes):
                     times.append((float(start), float(end)))
-                    classes.append(self._index[name])
+                    classes.append(_index(self.classes)[name])
                 else:
                     outside += 1
         bounds = np.array(times, np.float64).reshape(-1, 2)

@@ -8,7 +8,7 @@ as they are needed, so memory holds one batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from ..models.ctc import CtcHead, Workspace, collapse, ctc_gradient
 from ..models.linear import normalised
 from ..text import character_errors
-from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread
+from .training import (
+    HeadResult,
+    Indices,
+    OnEpoch,
+    Rows,
+    Selection,
+    Settings,
+    check_finite,
+    generator,
+    learning_rate,
+    one_thread,
+)
 
 Frames = npt.NDArray[np.floating[Any]]  # of one clip (frames, dim), float16 or float32
 
 _ROWS_READ_AT_ONCE = 64  # small enough to stay in the cache from the conversion to the normalisation
 _ROWS_SCORED_AT_ONCE = 4096
-
-
-class Settings(Protocol):
-    """What a task says of the training of its head."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
 
 
 def why_not(frame_counts: Sequence[int], seconds: Sequence[float], transcripts: Sequence[str]) -> str | None:

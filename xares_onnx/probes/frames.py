@@ -15,14 +15,14 @@ from torch import Tensor
 from .. import rasters
 from ..models.linear import LinearHeads, binary_cross_entropy_gradient, normalised
 from ..rasters import Average, Bools, Events, Floats
-from . import linear
+from . import linear, training
 from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread
 
 _FRAMES_AT_ONCE = 512  # read, normalised and multiplied together: 1.5 MiB of 768 dimensions, which a cache holds
 
 
-class Settings(linear.Settings, Protocol):
-    """Of `task.Head`."""
+class Settings(training.Settings, Protocol):
+    """With the weight of what is there."""
 
     @property
     def positive_weight(self) -> float: ...

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from ..metrics import AveragePrecisionScorer, point
 from ..models.linear import LinearHeads, binary_cross_entropy_gradient, cross_entropy_gradient, normalised
-from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread
+from .training import (
+    HeadResult,
+    Indices,
+    OnEpoch,
+    Rows,
+    Selection,
+    Settings,
+    check_finite,
+    generator,
+    learning_rate,
+    one_thread,
+)
 
 _VALUES_AT_ONCE = 1 << 24  # most embedding values or logits held at once when scoring, 64 MiB
-
-
-class Settings(Protocol):
-    """Of `task.Head`."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
 
 
 class Objective(Protocol):

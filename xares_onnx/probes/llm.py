@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -31,22 +31,11 @@ from torch import Tensor
 from ..errors import ScoreUndefinedError
 from ..files import write_aside
 from ..models.llm import MOST_NEW_TOKENS, Adapter, LanguageModel
-from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate
+from .training import HeadResult, Indices, OnEpoch, Rows, Selection, Settings, check_finite, generator, learning_rate
 
 Frames = Sequence[npt.NDArray[Any]]
 _FRAMES_AT_ONCE = 4096  # in training, padding counted; the activations of Qwen2.5-0.5B take 3 MB a frame in float32
 _CLIPS_AT_ONCE = 16  # in scoring, where no gradient is kept; of like lengths, so that little is padding
-
-
-class Settings(Protocol):
-    """What of a task's head this training reads."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
 
 
 def train_llm(

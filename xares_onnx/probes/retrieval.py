@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +19,24 @@ from torch.nn.functional import normalize
 from ..models.linear import normalised
 from ..models.retrieval import WIDTH, RetrievalHead, cosine_loss, product_loss
 from ..wordpiece import WordPiece
-from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread
+from .training import (
+    HeadResult,
+    Indices,
+    OnEpoch,
+    Rows,
+    Selection,
+    Settings,
+    check_finite,
+    generator,
+    learning_rate,
+    one_thread,
+)
 
 Arithmetic = Literal["corrected", "xares"]
 
 RANKS = (1, 5, 10)
 _ROWS_AT_ONCE = 4096  # most crops or captions that go through a tower at once when scoring
 _VALUES_AT_ONCE = 1 << 24  # most similarities held at once, 64 MiB
-
-
-class Settings(Protocol):
-    """What a task says of the training of its head."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
 
 
 def train_retrieval(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,17 @@ from ..errors import ScoreUndefinedError
 
 Indices = npt.NDArray[np.int64]
 OnEpoch = Callable[[int], None]  # called with the number of the epoch that ended, counted from 1
+
+
+class Settings(Protocol):
+    """What a task says of the training of its head (`task.Head`)."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
 
 
 @dataclass(frozen=True)

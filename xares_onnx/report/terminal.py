@@ -224,9 +224,9 @@ def _print_published(result: Result, console: Console) -> None:
         "0.632, 0.598"
     )
     for task in dict.fromkeys(record.task for record in shown):
-        published = shipped_tasks()[task].published if task in shipped_tasks() else None
-        if published and published.note:
-            console.print(f"{printable(task)}, published {printable(published.note)}")
+        theirs = shipped_tasks()[task].published if task in shipped_tasks() else None
+        if theirs and theirs.note:
+            console.print(f"{printable(task)}, published {printable(theirs.note)}")
 
 
 def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ Frames may be larger than memory: they are written as they come, and mapped when
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -269,6 +270,8 @@ class FrameSpool:
         try:
             while left > 0:
                 block = narrow.read(min(left, _COPIED_AT_ONCE))
+                if not block:
+                    raise OSError(errno.EIO, "it became shorter while it was read")
                 self._file.write(np.frombuffer(block, np.float16).astype(np.float32).data)
                 left -= len(block)
         except OSError as error:

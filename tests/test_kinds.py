@@ -234,6 +234,22 @@ def test_events_outside_the_vocabulary_are_counted(folder: Path) -> None:
     assert any("are of no class of the vocabulary" in note for note in record.notes)
 
 
+@pytest.mark.parametrize("kind", ["events", "transcript"])
+def test_a_clip_without_a_label_takes_its_frames_along(folder: Path, tmp_path: Path, kind: str) -> None:
+    """The first of each split: the scores are those of the data without it."""
+    spoilt, without = {}, {}
+    for split, made in relabelled(kind).items():
+        first, *others = made
+        spoilt[split] = {**made, first: (made[first][0], {"unlabelled": 1})}
+        without[split] = {key: made[key] for key in others}
+    write_kind(tmp_path, kind, "spoilt", **spoilt)
+    write_kind(tmp_path, kind, "without", **without)
+    one, other = run(tmp_path, "spoilt", "without", model=folder / "bank.onnx", allow_drops=True).result.tasks
+    assert [drop.key.rpartition("/")[2] for drop in one.clips.dropped] == ["test-000", "train-000", "valid-000"]
+    assert other.score is not None
+    assert (one.score, one.per_seed, one.metrics) == (other.score, other.per_seed, other.metrics)
+
+
 # ---------------------------------------------------------------- heads and tools
 
 
@@ -303,3 +319,5 @@ def test_a_language_model_that_no_head_wants_is_said(folder: Path, taught_lm: Pa
     done = run(folder, "tags", lm=str(taught_lm))
     assert done.result.settings["lm"] is None
     assert any("--lm is not used" in note for note in done.result.notes)
+    spoken = run(folder, "transcript", lm=str(taught_lm), seeds=1)
+    assert only(spoken).method == "ctc"  # the protocol's own, unless another is asked for

@@ -95,6 +95,29 @@ def test_hostile_names_in_a_result(console: Console) -> None:
     assert text.count(SHOWN) == 7  # encoder, two titles, key and reason of a drop, reason of a failure, path
 
 
+def test_published_scores_stand_beside_those_of_this_model(console: Console) -> None:
+    """Whatever encoders each task has; averages are of the encoders that all have, and of comparable scores."""
+    esc50 = record(title="ESC-50", score=0.25, weight=400, published={"one": 0.5, "two": 0.75})
+    gtzan = record(task="gtzan_genre", title="GTZAN", score=0.75, weight=100, published={"two": 0.25, HOSTILE: 0.125})
+    other = record(task="ravdess", title="RAVDESS", score=1.0, weight=360, published={"two": 1.0}, comparable=False)
+    terminal.print_result(result(esc50, gtzan, other), console)
+    text = printed(console)
+    safe(text)
+    lines = [line.replace("|", " ").split() for line in text.splitlines()]
+    assert [line for line in lines if "linear" in line or line[:3] == ["weighted", "average", "of"]] == [
+        ["ESC-50", "linear", "0.250", "0.500", "0.750"],
+        ["GTZAN", "linear", "0.750", "0.250", "0.125"],
+        ["RAVDESS", "linear", "1.000*", "1.000"],
+        ["weighted", "average", "of", "these", "head", f"{(400 * 0.25 + 100 * 0.75) / 500:.3f}", "0.650"],
+    ]
+    assert "0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, 0.490, 0.632, 0.598" in text
+
+
+def test_no_table_of_published_scores_where_there_are_none(console: Console) -> None:
+    terminal.print_result(result(record(title="ESC-50", score=None, ci95=None, published={"one": 0.5})), console)
+    assert "published" not in printed(console)
+
+
 def test_hostile_names_in_a_listing(console: Console, tmp_path: Path) -> None:
     path = write_task(tmp_path, "mine", classes=("a", "b"))
     path.write_text(

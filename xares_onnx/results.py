@@ -175,7 +175,8 @@ def averages(
 
 
 def published_averages(results: Iterable[TaskResult], method: Literal["head", "knn"]) -> dict[str, float]:
-    """Weighted averages of X-ARES's published scores by encoder, over those of `results` that have a score of the method.
+    """Weighted averages of published scores by encoder, over those of `results` that have a score of the method: of the
+    encoders that all of these tasks have a published score of.
 
     They are computed from the published columns: the averages that X-ARES's README prints under its MLP columns (0.699,
     0.490, 0.632, 0.598 over the public tasks) are not those of the columns and weights (0.694, 0.484, 0.626, 0.593).
@@ -183,7 +184,7 @@ def published_averages(results: Iterable[TaskResult], method: Literal["head", "k
     rows = [
         r for r in results if r.score is not None and r.published and r.weight and (r.method == "knn") == (method == "knn")
     ]
-    encoders = rows[0].published if rows else {}
+    encoders = [name for name in (rows[0].published if rows else {}) if all(name in row.published for row in rows)]
     total = sum(row.weight or 0 for row in rows)
     return {name: sum((row.weight or 0) * row.published[name] for row in rows) / total for name in encoders}
 

@@ -200,14 +200,14 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
 
 
 def _print_published(result: Result, console: Console) -> None:
-    """The scores beside those that X-ARES published, where it did for any of these tasks."""
+    """The scores beside those that X-ARES, or a user's own task file, has for others."""
     shown = [record for record in result.tasks if record.score is not None and record.published]
     if not shown:
         return
-    encoders = list(shown[0].published)
-    table = _table(console, ("beside X-ARES's published scores", "method"), ("this model", *encoders))
+    encoders = list(dict.fromkeys(name for record in shown for name in record.published))
+    table = _table(console, ("beside published scores", "method"), ("this model", *map(printable, encoders)))
     for record in shown:
-        published = [f"{record.published[name]:.3f}" for name in encoders]
+        published = [f"{record.published[name]:.3f}" if name in record.published else "" for name in encoders]
         table.add_row(printable(record.title), record.method, _score_cells(record)[0], *published)
     table.add_section()
     for method in ("head", "knn"):
@@ -216,17 +216,21 @@ def _print_published(result: Result, console: Console) -> None:
             continue
         own = sum((r.weight or 0) * (r.score or 0) for r in rows) / sum(r.weight or 0 for r in rows)
         averages = published_averages(rows, "knn" if method == "knn" else "head")
-        table.add_row("weighted average of these", method, f"{own:.3f}", *(f"{averages[name]:.3f}" for name in encoders))
+        cells = [f"{averages[name]:.3f}" if name in averages else "" for name in encoders]
+        table.add_row("weighted average of these", method, f"{own:.3f}", *cells)
     console.print(table, soft_wrap=False)
+    theirs = shipped_tasks().keys() & {record.task for record in shown}
+    if not theirs:
+        return
     console.print(
         "published scores are X-ARES's, by its own protocol on its own copy of the data; averages are computed from its "
         "columns and weights: over the public tasks 0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, 0.490, "
         "0.632, 0.598"
     )
-    for task in dict.fromkeys(record.task for record in shown):
-        theirs = shipped_tasks()[task].published if task in shipped_tasks() else None
-        if theirs and theirs.note:
-            console.print(f"{printable(task)}, published {printable(theirs.note)}")
+    for task in sorted(theirs):
+        of_task = shipped_tasks()[task].published
+        if of_task and of_task.note:
+            console.print(f"{task}, published {of_task.note}")
 
 
 def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:
@@ -258,7 +262,8 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
         (
             "head",
             f"{task.head.kind}, {task.head.epochs} epochs, batches of {task.head.batch_size}, "
-            f"learning rate {task.head.learning_rate:g}",
+            f"learning rate {task.head.learning_rate:g}"
+            + (f", what is there counts {task.head.positive_weight:g} times" if task.head.positive_weight != 1 else ""),
         ),
         ("metric", f"{_metric(task)}, {'also' if task.knn else 'not'} by kNN"),
         ("weight", f"{task.weight:g}" if task.weight is not None else "none, so in no average"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ class Classes(Kind):
     def strata(cls, labels: Sequence[int]) -> Indices:
         return np.array(labels, np.int64)
 
-    @property
+    @cached_property
     def classes(self) -> Indices:
         """(clips,) class indices."""
         return np.array(self.dataset.labels, np.int64)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from .kind import Kind, Outcome, outcomes_of
 
 
 class Number(Kind):
-    @property
+    @cached_property
     def numbers(self) -> npt.NDArray[np.float64]:
         """(clips,) the true number of each clip."""
         return np.array(self.dataset.labels, np.float64)

@@ -7,6 +7,7 @@ counting 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from .kind import Kind, Outcome, outcomes_of
 
 
 class Tags(Kind):
-    @property
+    @cached_property
     def present(self) -> npt.NDArray[np.bool_]:
         """(clips, classes): which classes each clip has."""
         matrix = np.zeros((len(self.dataset.labels), len(self.task.target.class_names)), bool)

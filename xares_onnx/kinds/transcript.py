@@ -23,7 +23,7 @@ class Transcript(Kind):
         """As they are compared: normalised, or under X-ARES's protocol in lower case."""
         return [self._compared(transcript) for transcript in self.dataset.labels]
 
-    @property
+    @cached_property
     def _normalised(self) -> list[str]:
         return [text.normalise(transcript) for transcript in self.dataset.labels]
 

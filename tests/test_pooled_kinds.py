@@ -348,7 +348,7 @@ def test_a_score_that_is_not_defined_is_said() -> None:
     for clip in s.folds[1].test:
         s.dataset.labels[clip] = ()
     with pytest.raises(ScoreUndefinedError, match="mean_average_precision of its test clips is not defined"):
-        score(kind, "linear", outcomes)
+        score(s.kind(TAGS), "linear", outcomes)
 
 
 def test_every_epoch_is_told() -> None:

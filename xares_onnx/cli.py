@@ -264,6 +264,34 @@ def export(
     _put(f"{printable(text)}\n", sys.stdout)
 
 
+@app.command()
+@_reported
+def annotate(
+    model: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")],
+    contract: Annotated[
+        list[str], typer.Option("--contract", help="KEY=VALUE to declare, such as sample_rate=16000; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; never the model itself.")],
+    debug: DebugOption = False,
+) -> None:
+    """Write a copy of a model that declares its contract in its own metadata; graph and weights stay as they are."""
+    from .annotate import annotate as write
+    from .report import terminal
+
+    with terminal.TerminalObserver() as observer:
+        done = write(model, contract, output, observer=observer)
+    said = [
+        f"{key}={value}" + (f" (was {done.replaced[key]})" if key in done.replaced else "")
+        for key, value in done.written.items()
+    ]
+    said += [f"{key} dropped (was {value})" for key, value in done.replaced.items() if key not in done.written]
+    text = f"{done.path}: {', '.join(said) or 'nothing new'}"
+    for title, names in (("unchanged", done.kept), ("weights copied", done.copied)):
+        if names:
+            text += f"; {title}: {', '.join(names)}"
+    _put(f"{printable(text)}\n", sys.stdout)
+
+
 @cache_app.command("list")
 @_reported
 def cache_list(cache: CacheOption = None, debug: DebugOption = False) -> None:

@@ -53,6 +53,9 @@ _CHOICES: dict[str, frozenset[str]] = {
     "normalize": frozenset({"none", "zscore"}),
 }
 _COMMAND_LINE = "--contract"
+# sherpa-onnx's own words in metadata: two keys without the prefix, and a flag that says what `xares.amplitude` says.
+_PLAIN = ("sample_rate", "output_dim")
+_NORMALIZE_SAMPLES = {"unit": "1", "int16": "0"}
 _POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
 
 
@@ -157,16 +160,28 @@ def declared_in_sidecar(path: Path) -> Declarations:
 
 def declared_in_metadata(metadata: Mapping[str, str]) -> Declarations:
     """A model's own `metadata_props`: `xares.*` keys first, then sherpa-onnx's plain ones."""
-    plain = {key: metadata[key] for key in ("sample_rate", "output_dim") if key in metadata}
+    plain = {key: metadata[key] for key in _PLAIN if key in metadata}
     if metadata.get("normalize_samples") in ("0", "1"):  # sherpa-onnx: 0 means samples scaled to 16-bit integers
         plain["amplitude"] = "unit" if metadata["normalize_samples"] == "1" else "int16"
     own = {key.removeprefix("xares."): value for key, value in metadata.items() if key.startswith("xares.")}
-    version = own.pop("contract_version", None)
-    if version is not None and version.strip() != str(CONTRACT_VERSION):
-        raise ContractError(
-            f"the model declares contract version {version[:20]!r}, this program reads {CONTRACT_VERSION}; update it"
-        )
+    _check_version(metadata)
+    own.pop("contract_version", None)
     return _read({**plain, **own}, "metadata", strict=False)
+
+
+def metadata_with(metadata: Mapping[str, str], declared: Declarations) -> dict[str, str]:
+    """Metadata that declares this too. Whatever else it says is kept, except what said the same under another name.
+
+    Raises `ContractError` where it is of a contract version that this program does not know.
+    """
+    _check_version(metadata)
+    written = {"xares.contract_version": str(CONTRACT_VERSION)}
+    for name, declaration in declared.items():
+        written[name if name in _PLAIN else f"xares.{name}"] = str(declaration.value)
+    if "amplitude" in declared:
+        written["normalize_samples"] = _NORMALIZE_SAMPLES[str(declared["amplitude"].value)]
+    superseded = {f"xares.{name}" for name in _PLAIN if name in declared}
+    return {**{key: value for key, value in metadata.items() if key not in superseded}, **written}
 
 
 def declared_by_preprocessor(path: Path) -> Declarations:
@@ -201,6 +216,14 @@ def merge(*by_precedence: Declarations) -> Declarations:
     return merged
 
 
+def _check_version(metadata: Mapping[str, str]) -> None:
+    version = metadata.get("xares.contract_version", str(CONTRACT_VERSION))
+    if version.strip() != str(CONTRACT_VERSION):
+        raise ContractError(
+            f"the model declares contract version {version[:20]!r}, this program reads {CONTRACT_VERSION}; update it"
+        )
+
+
 def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
     declarations: Declarations = {}
     for key, value in raw.items():
@@ -221,8 +244,10 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
         parsed = reader(str(value).strip())
         if reader is float and not math.isfinite(parsed):
             raise ValueError
+        if reader is str:
+            parsed.encode()
     except ValueError:
-        kind = "a whole number" if reader is int else "a number"
+        kind = "a whole number" if reader is int else "a number" if reader is float else "UTF-8 text"
         raise wrong(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
     if name in _POSITIVE and not 0 < parsed < 1 << 31:
         raise wrong(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import DataMissingError, DiskFullError, MachineError
@@ -30,13 +33,22 @@ def write_aside(path: Path, data: bytes | memoryview) -> None:
 
     Raises `DiskFullError` or `MachineError`, with the sibling removed.
     """
+    with made_aside(path) as aside, aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def made_aside(path: Path) -> Iterator[Path]:
+    """A temporary sibling to make, renamed into place where the block ends well and removed where it does not.
+
+    Raises `DiskFullError` or `MachineError` for an `OSError` in the block.
+    """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
         os.replace(aside, path)
     except BaseException as error:
         try:
@@ -46,6 +58,14 @@ def write_aside(path: Path, data: bytes | memoryview) -> None:
         if isinstance(error, OSError):
             raise disk_error(error, path) from error
         raise
+
+
+def copy_aside(source: Path, path: Path) -> None:
+    """Copy a file as `write_aside` writes one."""
+    with made_aside(path) as aside, source.open("rb") as original, aside.open("wb") as copy:
+        shutil.copyfileobj(original, copy, 1 << 22)
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
 def disk_error(error: OSError, path: Path) -> MachineError:

@@ -12,7 +12,7 @@ demo: .venv/installed  ## install, export the baseline encoder, score it on the 
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
 	$(BIN)/xares-onnx evaluate logmel.onnx --suite synthetic
 
-test: .venv/installed-resemblyzer  ## install and run the tests
+test: .venv/installed-third-party  ## install and run the tests
 	$(BIN)/python -m pytest
 
 check: .venv/installed  ## format, lint, types, import layers
@@ -73,6 +73,11 @@ lock:  ## resolve the newest versions into requirements.lock, in a fresh environ
 # The wheel carries a pretrained model; its dependencies (a compiled voice detector among them) are not needed to export it.
 .venv/installed-resemblyzer: .venv/installed
 	$(BIN)/pip install --quiet --no-deps resemblyzer==0.1.4
+	touch $@
+
+# The wheels of these two carry ONNX models, which is all that the tests use of them.
+.venv/installed-third-party: .venv/installed-resemblyzer
+	$(BIN)/pip install --quiet --no-deps silero-vad==6.2.3 basic-pitch==0.4.0
 	touch $@
 
 clean:

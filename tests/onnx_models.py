@@ -182,12 +182,19 @@ def tokens() -> ModelProto:
 
 
 def stateful() -> ModelProto:
+    """Gives back the state that it was fed: the next call is to have it."""
     extra = [
         helper.make_node("Add", ["frames_first", "state"], ["embeddings"]),
         helper.make_node("Identity", ["state"], ["new_state"]),
     ]
     state = [value(name, FLOAT, ["batch", 1, DIM]) for name in ("state", "new_state")]
     return encoder(extra=extra, extra_inputs=state[:1], extra_outputs=state[1:])
+
+
+def conditioned() -> ModelProto:
+    """Wants a vector beside the waveform, and gives none back."""
+    extra = [helper.make_node("Add", ["frames_first", "speaker"], ["embeddings"])]
+    return encoder(extra=extra, extra_inputs=[value("speaker", FLOAT, ["batch", 1, DIM])])
 
 
 def not_a_number() -> ModelProto:

@@ -27,14 +27,27 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "frozen batch": (lambda: models.encoder(batch=4), "input 'audio' takes batches of exactly 4"),
     "rank 4": (models.rank_4, "input 'audio' has shape ['batch', 1, 'samples', 1]; a waveform input is"),
     "tokens": (models.tokens, "no float input for a waveform; it has 'tokens'"),
-    "stateful": (
-        models.stateful,
-        "the model wants input 'state' (tensor(float), shape ['batch', 1, 4]) beside the waveform",
+    "stateful": (models.stateful, "the model keeps a state: input 'state' wants output 'new_state' of the call before"),
+    "stateful, and nothing says which is the waveform": (
+        lambda: models.renamed(models.stateful(), "audio", "left"),
+        "input 'state' wants output 'new_state' of the call before",
+    ),
+    "states known by their shape": (
+        lambda: models.renamed(models.stateful(), "new_state", "after"),
+        "input 'state' wants output 'after' of the call before",
+    ),
+    "states known by their names": (
+        lambda: models.renamed(models.renamed(models.stateful(), "state", "h0"), "new_state", "hn"),
+        "input 'h0' wants output 'hn' of the call before",
+    ),
+    "another vector": (
+        models.conditioned,
+        "the model wants input 'speaker' (tensor(float), shape ['batch', 1, 4]) beside the waveform",
     ),
     "a mask": (lambda: models.with_lengths(name="attention"), "the model wants input 'attention' (tensor(int64)"),
     "two waveforms": (
-        lambda: models.renamed(models.stateful(), "audio", "left"),
-        "any of 'left', 'state' could be the waveform; name it by --contract input=NAME",
+        lambda: models.renamed(models.conditioned(), "audio", "left"),
+        "any of 'left', 'speaker' could be the waveform; name it by --contract input=NAME",
     ),
     "NaN": (models.not_a_number, "gives NaN or infinity"),
     "unknown operator": (models.unknown_operator, "Magic"),

@@ -221,6 +221,7 @@ def _choose_inputs(session: Session, declared: Declarations) -> tuple[onnxruntim
     else:
         named = [node for node in floats if node.name in ("audio", "waveform", "input_values")]
         if len(named) != 1:
+            _refuse_state(session, floats)
             raise ContractError(f"any of {_list(by_name)} could be the waveform; name it by --contract input=NAME")
         audio = named[0]
     if audio.type not in FLOAT_TYPES:
@@ -237,12 +238,27 @@ def _choose_inputs(session: Session, declared: Declarations) -> tuple[onnxruntim
             )
         )
         if not is_lengths or lengths is not None:
+            _refuse_state(session, others)
             raise ContractError(
                 f"the model wants input {node.name!r} ({node.type}, shape {node.shape}) beside the waveform, "
                 "which nothing here can fill; export it without that input"
             )
         lengths = node.name
     return audio, lengths
+
+
+def _refuse_state(session: Session, inputs: list[onnxruntime.NodeArg]) -> None:
+    """Raise `ContractError` where one of these wants an output of the call before: such a pair shares a name or a shape."""
+    for node in inputs:
+        stem = node.name.lower().rstrip("0123456789_") or node.name  # `h0` is given back as `hn`
+        for output in session.outputs:
+            alike = output.type == node.type and len(output.shape) == len(node.shape)
+            same = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
+            if alike and (stem in output.name.lower() or same):
+                raise ContractError(
+                    f"the model keeps a state: input {node.name!r} wants output {output.name!r} of the call before, but "
+                    "every clip is embedded by itself; export it with the state inside, starting at zero"
+                )
 
 
 def _input_layout(audio: onnxruntime.NodeArg, declared: Declarations) -> InputLayout:

@@ -1,0 +1,121 @@
+"""Files that others ship: every ONNX model in two wheels ends in a score or in one sentence that says why not.
+
+The wheels are installed without their dependencies (`make test`); only their files are used, nothing of them is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from corpus import write_task, write_tones
+from typer.testing import CliRunner
+
+from xares_onnx import cli
+
+RATE = 22_050  # of basic-pitch
+
+
+def model_of(package: str, inside: str) -> Path:
+    """A model file of an installed package; skips the test where it is not installed."""
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        pytest.skip(f"needs: pip install --no-deps {package.replace('_', '-')}")
+    path = Path(found.submodule_search_locations[0], inside)
+    assert path.is_file()
+    return path
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(cli.app, list(arguments))
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of an evaluation on a small task of tones."""
+    monkeypatch.chdir(tmp_path)
+    task = write_task(tmp_path, "tones")
+    write_tones(tmp_path / "data", "tones", train=24, valid=8, test=12)
+    places = ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out.json")]
+    return ["--tasks", str(task), *places, "--method", "knn", "--device", "cpu", "--threads", "1", "--json"]
+
+
+def sentence(code: int, out: str, err: str) -> str:
+    """The one line of a model that cannot be used."""
+    assert (code, out) == (3, "")
+    *notes, said = err.splitlines()
+    assert all(note.startswith("note: ") for note in notes)
+    assert said.startswith("xares-onnx: ")
+    return said.removeprefix("xares-onnx: ")
+
+
+# ---------------------------------------------------------------- silero-vad: a voice detector fed piece by piece
+
+
+@pytest.mark.parametrize(
+    ("file", "state", "after"),
+    [
+        ("silero_vad.onnx", "state", "stateN"),
+        ("silero_vad_half.onnx", "state", "stateN"),  # in half precision
+        ("silero_vad_op18_ifless.onnx", "state", "stateN"),
+        ("silero_vad_16k_sequence.onnx", "h", "hn"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--contract", "input=input"]])
+def test_a_stateful_model_is_refused_by_the_name_of_its_state(
+    file: str, state: str, after: str, flags: list[str], scored: list[str]
+) -> None:
+    path = model_of("silero_vad", f"data/{file}")
+    said = sentence(*run("evaluate", str(path), *scored, *flags))
+    assert said.startswith(f"the model keeps a state: input '{state}' wants output '{after}' of the call before")
+
+
+def test_a_stateful_model_is_not_annotated(tmp_path: Path) -> None:
+    path = model_of("silero_vad", "data/silero_vad.onnx")
+    said = sentence(*run("annotate", str(path), "--contract", "sample_rate=16000", "-o", str(tmp_path / "out.onnx")))
+    assert said.startswith("the model keeps a state: input 'state'")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- basic-pitch: three outputs over a window of 43,844 samples
+
+PITCH = ("basic_pitch", "saved_models/icassp_2022/nmp.onnx")
+WINDOW_INPUT, OUTPUTS = "serving_default_input_2:0", [f"StatefulPartitionedCall:{number}" for number in range(3)]
+
+
+def score_or_sentence(path: Path, scored: list[str], *flags: str) -> dict[str, object] | None:
+    """The contract of a model that was scored; None for one that was refused by naming an input or an output."""
+    code, out, err = run("evaluate", str(path), *scored, *flags)
+    if code:
+        said = sentence(code, out, err)
+        assert any(repr(name) in said for name in (WINDOW_INPUT, *OUTPUTS)), said
+        return None
+    result = json.loads(out)
+    assert result["tasks"][0]["score"] >= 0
+    contract: dict[str, object] = result["encoder"]["contract"]
+    return contract
+
+
+@pytest.mark.parametrize("output", [None, *OUTPUTS])
+def test_a_model_of_a_fixed_window_ends_in_a_score_or_a_sentence(output: str | None, scored: list[str]) -> None:
+    path = model_of(*PITCH)
+    flags = ["--contract", f"sample_rate={RATE}", *(["--contract", f"output={output}"] if output else [])]
+    contract = score_or_sentence(path, scored, *flags)
+    assert contract is None or output is None or contract["output"] == {"value": output, "source": "--contract"}
+
+
+def test_an_annotated_model_of_a_fixed_window_needs_no_flags(tmp_path: Path, scored: list[str]) -> None:
+    path, copy = model_of(*PITCH), tmp_path / "pitch.onnx"
+    flags = ["--contract", f"sample_rate={RATE}", "--contract", f"output={OUTPUTS[0]}"]
+    code, out, err = run("annotate", str(path), *flags, "-o", str(copy))
+    if code:  # such a window is no part of the contract
+        assert repr(WINDOW_INPUT) in sentence(code, out, err)
+        assert not copy.exists()
+        return
+    contract = score_or_sentence(copy, scored)
+    assert contract is not None
+    assert contract["sample_rate"] == {"value": RATE, "source": "metadata"}
+    assert contract["output"] == {"value": OUTPUTS[0], "source": "metadata"}

@@ -1,0 +1,87 @@
+"""The vendors' page: its examples are run as they stand there, and what they write needs no flags."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+from onnx import numpy_helper
+from onnx_models import noise
+from typer.testing import CliRunner
+
+from xares_onnx import cli
+from xares_onnx.contract import declared_on_command_line
+from xares_onnx.encoder import load_encoder
+
+PAGE = (Path(__file__).parents[1] / "docs/vendors.md").read_text()
+RATE, HOP, RECEPTIVE, DIM = 16_000, 160, 400, 64
+
+
+def run_example(title: str, folder: Path) -> None:
+    """The code block under a heading, in a process of its own."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.split(f"\n## {title}")[1].split("\n## ")[0], flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def run(*arguments: str) -> None:
+    done = CliRunner().invoke(cli.app, list(arguments))
+    assert done.exit_code == 0, done.stderr
+
+
+def annotate_as_shown() -> None:
+    (command,) = re.findall(r"^    xares-onnx (annotate .*)$", PAGE, flags=re.MULTILINE)
+    run(*shlex.split(command))
+
+
+def test_the_plain_example_and_the_command_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_example("Plain `onnx.helper`", tmp_path)
+    annotate_as_shown()
+    signal = noise(RATE + 77)
+    weights = numpy_helper.to_array(onnx.load("plain.onnx").graph.initializer[0])[:, 0].astype(np.float64)
+    expected = np.abs(sliding_window_view(signal.astype(np.float64), RECEPTIVE)[::HOP] @ weights.T)
+    for name in ("plain.onnx", "declared.onnx"):
+        with load_encoder(name, device="cpu", threads=1) as encoder:
+            contract = encoder.contract
+            assert (contract.hop_samples, contract.receptive_field_samples, contract.dim) == (HOP, RECEPTIVE, DIM)
+            assert (contract.sample_rate, contract.license) == (RATE, "MIT")
+            assert contract.sources["sample_rate"] == contract.sources["license"] == "metadata"
+            (found,) = encoder.embed([signal], RATE)
+            np.testing.assert_allclose(found.frames, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("package", "title", "file"),
+    [("tf2onnx", "TensorFlow", "tensorflow.onnx"), ("jax2onnx", "JAX", "jax.onnx")],
+)
+def test_an_example_of_a_framework(
+    package: str, title: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    run_example(title, tmp_path)
+    Path(file).rename("plain.onnx")
+    annotate_as_shown()
+    with load_encoder("declared.onnx", device="cpu", threads=1) as encoder:
+        contract = encoder.contract
+        assert (contract.hop_samples, contract.receptive_field_samples, contract.dim) == (HOP, RECEPTIVE, DIM)
+        assert (contract.input_layout, contract.output_layout, contract.dynamic_batch) == ("BT", "BTD", True)
+        assert contract.sources["sample_rate"] == "metadata"
+
+
+def test_the_keys_of_the_page_can_be_declared() -> None:
+    section = PAGE.split("\n## What is to be declared")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    checked = section.split("have them checked:")[1].split("\n\n")[0]
+    keys = re.findall(r"`(\w+)`", " ".join([*rows, checked]))
+    assert len(keys) > 15
+    values = {"amplitude": "int16", "normalize": "zscore", "input_layout": "BT", "output_layout": "BTD"}
+    assert len(declared_on_command_line(f"{key}={values.get(key, 400)}" for key in keys)) == len(keys)

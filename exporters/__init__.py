@@ -3,7 +3,8 @@
 A family is a module with `build(checkpoint) -> (torch module, Spec)`. To add one, write that module and its
 name in `FAMILIES`; `core` exports it, writes its metadata and checks the file against the torch module.
 
-Importing this package loads neither torch nor onnx; they come with the `export` extra.
+`speech` and `pretrained` are shared by families, `precision` makes files smaller. Importing this package loads neither
+torch nor onnx nor transformers; the last comes with the `export` extra.
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "export"]
 
-FAMILIES = ("logmel", "resemblyzer")
+FAMILIES = ("data2vec", "hubert", "logmel", "resemblyzer", "wav2vec2", "wavlm")
+DTYPES = ("fp32", "fp16")
+QUANTIZATIONS = ("int8-dynamic",)
 
 
-def export(family: str, checkpoint: str | None, output: Path) -> ExportReport:
-    """Write the encoder `family` as an ONNX file; `checkpoint` is a path for the families that have weights.
+def export(
+    family: str, checkpoint: str | None, output: Path, *, dtype: str = "fp32", quantize: str | None = None
+) -> ExportReport:
+    """Write the encoder `family` as an ONNX file.
+
+    `checkpoint` is a path for the families that have weights, or the name of a model in the local cache; for `torch`
+    it is `module:factory`. `dtype` is that of weights and arithmetic; `quantize` makes linear layers smaller still.
 
     Raises `UsageError` for an unknown family, an unusable checkpoint or output path, or where torch or the
     weights are not installed; `ModelError` where the exported file does not agree with the torch module. Then
@@ -31,10 +39,17 @@ def export(family: str, checkpoint: str | None, output: Path) -> ExportReport:
     """
     if family not in FAMILIES:
         raise UsageError(f"there is no encoder family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} must be {' or '.join(DTYPES)}")
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise UsageError(f"--quantize {quantize!r} must be {' or '.join(QUANTIZATIONS)}")
+    if quantize and dtype != "fp32":
+        raise UsageError(f"--quantize {quantize} starts from float32 weights; leave out --dtype {dtype}")
     try:
         core = import_module(f"{__name__}.core")
+        builder = import_module(f"{__name__}.{family}")
     except ModuleNotFoundError as error:
         raise UsageError(f"exporting needs {error.name}; run: pip install 'xares-onnx[export]'") from error
-    encoder, spec = import_module(f"{__name__}.{family}").build(checkpoint)
-    report: ExportReport = core.export_encoder(encoder, spec, output)
+    encoder, spec = builder.build(checkpoint)
+    report: ExportReport = core.export_encoder(encoder, spec, output, precision=quantize or dtype)
     return report

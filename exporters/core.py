@@ -5,12 +5,13 @@ A file is kept only if batch and time are dynamic, frames follow the declared la
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from xares_onnx.errors import ModelError, UsageError
+from xares_onnx.exporters.precision import LOUDNESS_STEP, TOLERANCE, Precision, halve, quantize
+from xares_onnx.files import disk_error
 from xares_onnx.version import __version__
 
 __all__ = ["ExportReport", "Spec", "check_dynamic", "check_parity", "export_encoder", "probe_lengths"]
 
 INPUT, OUTPUT = "audio", "embeddings"
 PROBE_BATCHES = (1, 2, 3)
-TOLERANCE = 1e-4  # of the largest absolute value in a clip's embedding
+EXTERNAL_BYTES = 2_000_000_000  # of weights, from which on they stand beside the file: a protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,14 @@ class Spec:
     license: str
     source: str
     comment: str
+    max_samples: int | None = None
     chunk_samples: int | None = None
 
     def frames(self, samples: int) -> int:
         """The frame law: floor((samples - receptive field) / hop) + 1."""
         return (samples - self.receptive_field_samples) // self.hop_samples + 1
 
-    def metadata(self, dim: int) -> dict[str, str]:
+    def metadata(self, dim: int, precision: Precision) -> dict[str, str]:
         """The file's `metadata_props`: the contract's `xares.*` keys, and the plain ones of sherpa-onnx."""
         plain = ("model_type", "sample_rate", "comment")
         declared = {name if name in plain else f"xares.{name}": value for name, value in vars(self).items()}
@@ -66,6 +70,7 @@ class Spec:
             "xares.amplitude": "unit",
             "xares.normalize": "none",
             "xares.exporter": f"xares-onnx {__version__}",
+            "xares.precision": precision,
             "output_dim": str(dim),
             "normalize_samples": "1",  # sherpa-onnx's word for samples in [-1, 1]
             "version": "1",
@@ -83,37 +88,49 @@ class ExportReport:
     batches: tuple[int, ...]
 
 
-def export_encoder(encoder: nn.Module, spec: Spec, output: Path) -> ExportReport:
+def export_encoder(
+    encoder: nn.Module, spec: Spec, output: Path, *, precision: Precision = "fp32", external_bytes: int = EXTERNAL_BYTES
+) -> ExportReport:
     """Export `encoder`, float32 [batch, samples] in [-1, 1] -> [batch, frames, dim], and check the file.
 
-    Raises `ModelError`, and leaves `output` as it was, unless dimensions, frame law and embeddings all hold;
-    `UsageError` where `output` cannot be a file.
+    From `external_bytes` of weights on, they are written to `<output>.data`. Raises `ModelError`, and leaves
+    `output` as it was, unless dimensions, frame law and embeddings all hold; `UsageError` where `output` cannot be a
+    file or the encoder has nothing to make smaller; `MachineError` where the disk does not take it.
     """
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"{output} cannot be written: name a file in a folder that exists")
-    # Beside the output, so that the final rename stays on one file system and is atomic.
-    unchecked = output.with_name(f".{output.name}.{os.getpid()}.part")
+    encoder = encoder.eval().cpu()
     try:
-        with _steady_torch(), torch.no_grad():
-            onnx.save(_trace(encoder.eval().cpu(), spec), unchecked)
+        # Beside the output, so that the final renames stay on one file system and are atomic.
+        with (
+            tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=output.parent) as folder,
+            _steady_torch(),
+            torch.no_grad(),
+        ):
+            unchecked = Path(folder, output.name)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _save(_trace(encoder, spec, precision, Path(scratch)), unchecked, external_bytes)
             check_dynamic(unchecked)
-            max_abs_error = check_parity(encoder, unchecked, spec)
-        os.replace(unchecked, output)
-    finally:
-        unchecked.unlink(missing_ok=True)
+            max_abs_error = check_parity(encoder, unchecked, spec, precision)
+            weights = _weights_beside(unchecked)
+            if weights.exists():  # first: a file without its weights is worse than weights without a file
+                os.replace(weights, _weights_beside(output))
+            os.replace(unchecked, output)
+    except OSError as error:
+        raise disk_error(error, output) from error
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     return ExportReport(output, parameters, max_abs_error, probe_lengths(spec), PROBE_BATCHES)
 
 
 def check_dynamic(path: Path) -> None:
     """Raise `ModelError` where the file fixes batch or time: an exporter may specialise without a word."""
-    graph = onnx.load(path).graph
+    graph = onnx.load(path, load_external_data=False).graph
     for value in (graph.input[0], graph.output[0]):
         if not all(size.dim_param for size in value.type.tensor_type.shape.dim[:2]):
             raise ModelError(f"the exported file fixes the batch or the time of {value.name!r}")
 
 
-def check_parity(encoder: nn.Module, path: Path, spec: Spec) -> float:
+def check_parity(encoder: nn.Module, path: Path, spec: Spec, precision: Precision = "fp32") -> float:
     """The largest absolute difference between the file and `encoder`, over probe lengths and batches.
 
     The module hears one clip at a time, the file hears them together, each at its own loudness: a file frozen
@@ -126,7 +143,7 @@ def check_parity(encoder: nn.Module, path: Path, spec: Spec) -> float:
     worst = 0.0
     for samples, batch in itertools.product(probe_lengths(spec), PROBE_BATCHES):
         where = f"at {samples} samples and batch {batch}"
-        audio = _probe_audio(batch, samples)
+        audio = _probe_audio(batch, samples, LOUDNESS_STEP[precision])
         with _as_model_error(f"{name} or its torch module does not run {where}"):
             expected = torch.cat([encoder(clip[None]) for clip in audio]).detach().numpy()
             (found,) = session.run([OUTPUT], {INPUT: audio.numpy()})
@@ -134,7 +151,7 @@ def check_parity(encoder: nn.Module, path: Path, spec: Spec) -> float:
         if not found.shape == expected.shape == law:
             raise ModelError(f"{name} gives {found.shape} {where}, torch {expected.shape}, its law {law}")
         errors = np.abs(found - expected).max(axis=(1, 2))
-        if not (errors <= TOLERANCE * np.abs(expected).max(axis=(1, 2))).all():  # NaN fails too
+        if not (errors <= TOLERANCE[precision] * np.abs(expected).max(axis=(1, 2))).all():  # NaN fails too
             raise ModelError(f"{name} differs from the torch module by {errors.max():.2g} {where}")
         worst = max(worst, float(errors.max()))
     return worst
@@ -146,43 +163,60 @@ def probe_lengths(spec: Spec) -> tuple[int, ...]:
     return (shortest, shortest + hop - 1, (shortest + rate) | 1, (shortest + 2 * rate + hop // 3) | 1)
 
 
-def _probe_audio(batch: int, samples: int) -> Tensor:
-    """Noise, float32 [batch, samples]; each clip ten times louder than the one before, the last at 0.9."""
+def _probe_audio(batch: int, samples: int, step: float) -> Tensor:
+    """Noise, float32 [batch, samples]; each clip `step` times louder than the one before, the last at 0.9."""
     noise = np.random.default_rng(samples).uniform(-0.9, 0.9, (batch, samples))
-    return torch.from_numpy((noise * 10.0 ** np.arange(1 - batch, 1)[:, None]).astype(np.float32))
+    return torch.from_numpy((noise * step ** np.arange(1 - batch, 1)[:, None]).astype(np.float32))
 
 
-def _trace(encoder: nn.Module, spec: Spec) -> onnx.ModelProto:
-    """Graph and metadata, by torch's TorchScript exporter: the newer one cannot export `nn.LSTM`."""
-    example = _probe_audio(2, spec.min_samples + spec.sample_rate // 2)
-    buffer = io.BytesIO()
+def _trace(encoder: nn.Module, spec: Spec, precision: Precision, scratch: Path) -> onnx.ModelProto:
+    """Graph and metadata, by torch's TorchScript exporter: the newer one cannot export `nn.LSTM`.
+
+    `scratch` is an empty folder for what does not fit into one protobuf.
+    """
+    if precision == "fp16":
+        encoder = halve(deepcopy(encoder))
+    example = _probe_audio(2, spec.min_samples + spec.sample_rate // 2, step=10.0)
+    traced = scratch / "traced.onnx"
     with _as_model_error(f"torch cannot export {spec.model_type}"):
         dim = encoder(example).shape[-1]
         torch.onnx.export(
             encoder,
             (example,),
-            buffer,  # type: ignore[arg-type]  # typed for the newer exporter, which takes paths only
+            str(traced),
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch", 1: "samples"}, OUTPUT: {0: "batch", 1: "frames"}},
             opset_version=17,  # every ONNX Runtime since 1.12 reads it
             dynamo=False,
         )
-    model = onnx.load_from_string(buffer.getvalue())
+        model = onnx.load(traced)
+        if precision == "int8-dynamic":
+            model = quantize(model, scratch)
     model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = dim  # shape inference may not reach it
-    onnx.helper.set_model_props(model, spec.metadata(dim))
+    onnx.helper.set_model_props(model, spec.metadata(dim, precision))
     return model
+
+
+def _save(model: onnx.ModelProto, path: Path, external_bytes: int) -> None:
+    beside = sum(len(weight.raw_data) for weight in model.graph.initializer) >= external_bytes
+    onnx.save(model, path, save_as_external_data=beside, location=_weights_beside(path).name)
+
+
+def _weights_beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
 
 
 @contextmanager
 def _steady_torch() -> Iterator[None]:
     """One thread: threads that wait for each other at every LSTM step take 30x as long on a busy machine.
-    No warnings of the older exporter's age, nor of fixed LSTM shapes, which `check_parity` rules out."""
+    No warnings of the older exporter's age, nor of what a trace may fix, which `check_parity` rules out."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning)
             warnings.filterwarnings("ignore", module=r"torch\.onnx|torch\.nn\.modules\.rnn")
             yield
     finally:
@@ -194,6 +228,8 @@ def _as_model_error(what: str) -> Iterator[None]:
     """Neither torch's exporter nor ONNX Runtime has one base class of errors: take the first line of any."""
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
         detail = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{what}: {detail}") from error

@@ -248,15 +248,22 @@ def list_tasks(
 @app.command()
 @_reported
 def export(
-    family: Annotated[str, typer.Argument(help="logmel, or resemblyzer.")],
-    checkpoint: Annotated[str | None, typer.Argument(help="Weights, for families that have some.")] = None,
+    family: Annotated[str, typer.Argument(help="data2vec, hubert, logmel, resemblyzer, wav2vec2 or wavlm.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="Weights: a file or folder, or the name of a model in the local cache; nothing is downloaded."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: <family>.onnx]")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or fp16: of weights and arithmetic behind the front end.")] = "fp32",
+    quantize: Annotated[
+        str | None, typer.Option(help="int8-dynamic: linear layers in 8 bits; for the CPU, a clip at a time.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Export a known encoder family to ONNX, checked against its PyTorch module."""
     from . import exporters
 
-    report = exporters.export(family, checkpoint, output or Path(f"{family}.onnx"))
+    report = exporters.export(family, checkpoint, output or Path(f"{family}.onnx"), dtype=dtype, quantize=quantize)
     text = (
         f"{report.path}: {report.parameters / 1e6:.1f} M parameters, at most {report.max_abs_error:.1e} from PyTorch "
         f"over {len(report.lengths)} lengths x {len(report.batches)} batch sizes"

@@ -1,0 +1,68 @@
+"""Smaller files: weights in half precision, or the matrices of linear layers in 8 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from xares_onnx.errors import UsageError
+
+__all__ = ["LOUDNESS_STEP", "PRECISIONS", "TOLERANCE", "Precision", "halve", "quantize"]
+
+Precision = Literal["fp32", "fp16", "int8-dynamic"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8-dynamic")
+
+# How far a file may be from the float32 module, as a share of the largest absolute value in a clip's embedding.
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "int8-dynamic": 0.2}
+
+# How much louder each probe clip of a batch is than the one before. Dynamic quantisation takes one scale for a
+# whole batch, so that a quiet clip beside a loud one is lost: such a file is for clips of one loudness, or batch 1.
+LOUDNESS_STEP: dict[Precision, float] = {"fp32": 10.0, "fp16": 10.0, "int8-dynamic": 1.0}
+
+
+def halve(encoder: nn.Module) -> nn.Module:
+    """`encoder` itself, computing in float16 but for its `front_end`, where it has one: powers underflow there.
+
+    What enters and leaves it stays float32. Raises `UsageError` where all of it is a front end.
+    """
+    parts = [part for name, part in encoder.named_children() if name != "front_end"]
+    if not hasattr(encoder, "front_end"):
+        parts = [encoder]
+    if not any(True for part in parts for _ in part.parameters()):
+        raise UsageError("this encoder has no weights to keep in half precision; export it without --dtype fp16")
+    for part in parts:
+        part.half()
+        part.register_forward_pre_hook(lambda _, inputs: _cast(inputs, torch.float32, torch.float16))
+        part.register_forward_hook(lambda _, __, outputs: _cast(outputs, torch.float16, torch.float32))
+    return encoder
+
+
+def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(item, before, after) for item in value)
+    return value.to(after) if isinstance(value, Tensor) and value.dtype == before else value
+
+
+def quantize(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """`model` with the constant matrices of its products in 8 bits, and its activations quantised as they come.
+
+    Convolutions stay as they are: a front end would suffer, and the CPU gains nothing. `folder` takes large
+    temporary files. Raises `UsageError` where no product has a constant matrix.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    before, after = folder / "float.onnx", folder / "int8.onnx"
+    # The mark of its own preprocessing, without which it logs advice; there is nothing to preprocess in a traced graph.
+    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    onnx.save(model, before, save_as_external_data=True, location=f"{before.name}.data")
+    quantize_dynamic(
+        before, after, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, use_external_data_format=True
+    )
+    quantized = onnx.load(after)
+    if not any(node.op_type == "MatMulInteger" for node in quantized.graph.node):
+        raise UsageError("this encoder has no linear layers to quantise; export it without --quantize")
+    return quantized

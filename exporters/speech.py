@@ -1,0 +1,70 @@
+"""What wav2vec 2.0, HuBERT, WavLM and data2vec share: strided convolutions on the waveform, then a transformer.
+
+The file holds the normalisation of the checkpoint's preprocessor, each clip by itself, and gives the last hidden state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xares_onnx.errors import UsageError
+from xares_onnx.exporters.core import Spec
+from xares_onnx.exporters.pretrained import Checkpoint, LastHiddenState
+
+__all__ = ["SpeechEncoder", "ZeroMeanUnitVariance", "build_speech"]
+
+
+class ZeroMeanUnitVariance(nn.Module):
+    """float32 [batch, samples] -> the same, each clip less its mean and over its standard deviation."""
+
+    def forward(self, audio: Tensor) -> Tensor:
+        centred = audio - audio.mean(dim=-1, keepdim=True)
+        return centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-7)  # as the preprocessor has it
+
+
+class SpeechEncoder(nn.Module):
+    """float32 [batch, samples] in [-1, 1] -> the last hidden state [batch, frames, dim]."""
+
+    def __init__(self, model: nn.Module, *, normalize: bool) -> None:
+        super().__init__()
+        self.front_end = ZeroMeanUnitVariance() if normalize else nn.Identity()
+        self.body = LastHiddenState(model)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        hidden: Tensor = self.body(self.front_end(audio))
+        return hidden
+
+
+def build_speech(family: str, title: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    """The encoder of a checkpoint whose config says that it is of `family`, and its contract.
+
+    Raises `UsageError` where the checkpoint is missing, incomplete or of another kind.
+    """
+    found = Checkpoint.find(family, checkpoint)
+    settings = found.preprocessor()
+    normalize, rate = settings.get("do_normalize"), settings.get("sampling_rate")
+    if not isinstance(normalize, bool) or not isinstance(rate, int):
+        raise UsageError(
+            f"{found.folder}/preprocessor_config.json must say do_normalize (true or false) and sampling_rate (in Hz)"
+        )
+    model = found.load()
+    config = model.config
+    if getattr(config, "add_adapter", False):
+        raise UsageError(f"{found.folder} has an adapter behind its encoder, which is not supported; use the plain encoder")
+    hop, receptive = 1, 1
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        receptive += (kernel - 1) * hop
+        hop *= stride
+    spec = Spec(
+        model_type=family,
+        sample_rate=rate,
+        hop_samples=hop,
+        receptive_field_samples=receptive,
+        first_frame_center_samples=receptive / 2,
+        min_samples=receptive,
+        license=found.license,
+        source=found.source,
+        comment=f"{title}, last hidden state; normalisation of each clip {'inside' if normalize else 'not used'}",
+    )
+    return SpeechEncoder(model, normalize=normalize), spec

@@ -248,7 +248,7 @@ def list_tasks(
 @app.command()
 @_reported
 def export(
-    family: Annotated[str, typer.Argument(help="data2vec, hubert, logmel, resemblyzer, wav2vec2 or wavlm.")],
+    family: Annotated[str, typer.Argument(help="data2vec, hubert, logmel, resemblyzer, wav2vec2, wavlm or whisper.")],
     checkpoint: Annotated[
         str | None,
         typer.Argument(help="Weights: a file or folder, or the name of a model in the local cache; nothing is downloaded."),

@@ -158,9 +158,12 @@ def check_parity(encoder: nn.Module, path: Path, spec: Spec, precision: Precisio
 
 
 def probe_lengths(spec: Spec) -> tuple[int, ...]:
-    """The shortest length, the last before one more frame, two odd ones about one and two seconds longer."""
-    shortest, hop, rate = spec.min_samples, spec.hop_samples, spec.sample_rate
-    return (shortest, shortest + hop - 1, (shortest + rate) | 1, (shortest + 2 * rate + hop // 3) | 1)
+    """The shortest length, the last before one more frame, two odd ones about one and two seconds longer, or less where the
+    encoder takes less."""
+    shortest, hop, step = spec.min_samples, spec.hop_samples, spec.sample_rate
+    if spec.max_samples is not None:
+        step = min(step, (spec.max_samples - shortest - hop // 3 - 1) // 2)
+    return (shortest, shortest + hop - 1, (shortest + step) | 1, (shortest + 2 * step + hop // 3) | 1)
 
 
 def _probe_audio(batch: int, samples: int, step: float) -> Tensor:
@@ -176,7 +179,7 @@ def _trace(encoder: nn.Module, spec: Spec, precision: Precision, scratch: Path) 
     """
     if precision == "fp16":
         encoder = halve(deepcopy(encoder))
-    example = _probe_audio(2, spec.min_samples + spec.sample_rate // 2, step=10.0)
+    example = _probe_audio(2, (spec.min_samples + probe_lengths(spec)[2]) // 2, step=10.0)
     traced = scratch / "traced.onnx"
     with _as_model_error(f"torch cannot export {spec.model_type}"):
         dim = encoder(example).shape[-1]

@@ -248,10 +248,13 @@ def list_tasks(
 @app.command()
 @_reported
 def export(
-    family: Annotated[str, typer.Argument(help="data2vec, hubert, logmel, resemblyzer, wav2vec2, wavlm or whisper.")],
+    family: Annotated[str, typer.Argument(help="data2vec, hubert, logmel, resemblyzer, torch, wav2vec2, wavlm or whisper.")],
     checkpoint: Annotated[
         str | None,
-        typer.Argument(help="Weights: a file or folder, or the name of a model in the local cache; nothing is downloaded."),
+        typer.Argument(
+            help="Weights: a file or folder, or the name of a model in the local cache; nothing is downloaded. For torch, "
+            "module:factory: your own code, which is imported and run here."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: <family>.onnx]")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or fp16: of weights and arithmetic behind the front end.")] = "fp32",

@@ -6,7 +6,7 @@ CLEAN := .clean-venv/bin
 SHARED ?= ../shared
 REALDATA ?= build/realdata
 
-.PHONY: demo test check wheel-demo realdata bench lock clean
+.PHONY: demo test check wheel-demo realdata bench families lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -47,6 +47,9 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 	$(BIN)/python bench/frames.py
 	$(BIN)/python bench/rerun.py logmel.onnx
 	$(BIN)/python bench/memory.py resemblyzer.onnx
+
+families: .venv/installed  ## export known families at their real size: parity with PyTorch, and speed
+	$(BIN)/python bench/families.py
 
 lock:  ## resolve the newest versions into requirements.lock, in a fresh environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

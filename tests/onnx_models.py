@@ -56,43 +56,63 @@ def encoder(
     extra_outputs: Sequence[ValueInfoProto] = (),
     metadata: dict[str, str] | None = None,
 ) -> ModelProto:
-    """The tiny encoder in a layout; `any` gives (batch, frames, dim) without a declared shape. `extra` nodes stand in for
-    the last ones: they read `frames_first` (batch, frames, dim) and write `embeddings`."""
-    audio = {"BT": [batch, samples], "B1T": [batch, 1, samples], "T": [samples]}[input_layout]
-    axes = {"BT": [1], "T": [0, 1]}.get(input_layout)
-    nodes = [helper.make_node("Cast", ["audio"], ["single"], to=FLOAT)]
-    if axes is None:
-        nodes.append(helper.make_node("Identity", ["single"], ["signal"]))
-    else:
-        nodes += [constant("signal_axes", axes), helper.make_node("Unsqueeze", ["single", "signal_axes"], ["signal"])]
-    nodes += [
+    """The tiny encoder in layouts written as in `Contract`, such as B1T and BT1D; `any` gives BTD without a declared shape.
+    `extra` nodes stand in for the last ones: they read `frames_first` (batch, frames, dim) and write `embeddings`."""
+    sizes: dict[str, int | str | None] = {"B": batch, "T": samples, "1": 1}
+    nodes = [
+        helper.make_node("Cast", ["audio"], ["single"], to=FLOAT),
+        constant("row_shape", [1, 1, -1] if "B" not in input_layout else [0, 1, -1]),
+        helper.make_node("Reshape", ["single", "row_shape"], ["signal"]),
         helper.make_node("Conv", ["signal", "weights", "bias"], ["linear"], strides=[HOP], kernel_shape=[RECEPTIVE]),
         helper.make_node("Abs", ["linear"], ["dim_first"]),
         helper.make_node("Transpose", ["dim_first"], ["frames_first"], perm=[0, 2, 1]),
     ]
-    shaped = {
-        "BTD": helper.make_node("Identity", ["frames_first"], ["shaped"]),
-        "any": helper.make_node("Identity", ["frames_first"], ["shaped"]),
-        "BDT": helper.make_node("Identity", ["dim_first"], ["shaped"]),
-        "TD": helper.make_node("Squeeze", ["frames_first", "batch_axis"], ["shaped"]),
-        "BD": helper.make_node("ReduceMean", ["frames_first"], ["shaped"], axes=[1], keepdims=0),
-    }
-    if output_layout == "TD":
-        nodes.append(constant("batch_axis", [0]))
-    nodes += extra or [shaped[output_layout], helper.make_node("Cast", ["shaped"], ["embeddings"], to=kind)]
-    out: dict[str, Dims] = {
-        "BTD": [batch, frames, DIM],
-        "BDT": [batch, DIM, frames],
-        "TD": [frames, DIM],
-        "BD": [batch, DIM],
-        "any": None,
-    }
+    layout = "BTD" if output_layout == "any" else output_layout
+    if not extra:
+        nodes += [*shaped(layout), helper.make_node("Cast", ["shaped"], ["embeddings"], to=kind)]
+    sizes_out: dict[str, int | str | None] = {"B": batch, "T": frames, "D": DIM, "1": 1}
     return build(
-        nodes,
-        [value("audio", kind, audio), *extra_inputs],
-        [value("embeddings", kind, out[output_layout]), *extra_outputs],
+        [*nodes, *extra],
+        [value("audio", kind, [sizes[axis] for axis in input_layout]), *extra_inputs],
+        [
+            value("embeddings", kind, None if output_layout == "any" else [sizes_out[axis] for axis in layout]),
+            *extra_outputs,
+        ],
         metadata=metadata,
     )
+
+
+def shaped(layout: str) -> list[NodeProto]:
+    """Nodes from `frames_first` (batch, frames, dim) to `shaped` in a layout; without T it is the mean over the frames."""
+    axes, name, nodes = "BTD", "frames_first", []
+    if "T" not in layout:
+        nodes.append(helper.make_node("ReduceMean", [name], ["mean"], axes=[1], keepdims=0))
+        axes, name = "BD", "mean"
+    if "B" not in layout:
+        nodes += [constant("batch_axis", [0]), helper.make_node("Squeeze", [name, "batch_axis"], ["row"])]
+        axes, name = axes[1:], "row"
+    perm = [axes.index(axis) for axis in layout if axis != "1"]
+    nodes.append(helper.make_node("Transpose", [name], ["ordered"], perm=perm))
+    single = [i for i, axis in enumerate(layout) if axis == "1"]
+    if single:
+        return [*nodes, constant("ones", single), helper.make_node("Unsqueeze", ["ordered", "ones"], ["shaped"])]
+    return [*nodes, helper.make_node("Identity", ["ordered"], ["shaped"])]
+
+
+def waveform_input(name: str) -> ValueInfoProto:
+    return value(name, FLOAT, ["batch", "samples"])
+
+
+def with_mask(kind: int = INT64, name: str = "attention_mask") -> ModelProto:
+    """Right only where the mask holds one for every sample: the output is scaled by the mean of the mask."""
+    extra = [
+        helper.make_node("Cast", [name], ["mask_float"], to=FLOAT),
+        helper.make_node("ReduceMean", ["mask_float"], ["share"], axes=[1], keepdims=1),
+        constant("share_axis", [2]),
+        helper.make_node("Unsqueeze", ["share", "share_axis"], ["scale"]),
+        helper.make_node("Mul", ["frames_first", "scale"], ["embeddings"]),
+    ]
+    return encoder(extra=extra, extra_inputs=[value(name, kind, ["batch", "samples"])])
 
 
 def with_lengths(kind: int = INT64, name: str = "lengths") -> ModelProto:
@@ -109,13 +129,25 @@ def with_lengths(kind: int = INT64, name: str = "lengths") -> ModelProto:
     return encoder(extra=extra, extra_inputs=[value(name, kind, ["batch"])])
 
 
-def batch_coupled() -> ModelProto:
+def cast_to_embeddings(layout: str) -> list[NodeProto]:
+    return [*shaped(layout), helper.make_node("Identity", ["shaped"], ["embeddings"])]
+
+
+def divides_its_samples(by: float) -> ModelProto:
+    """Right for samples that are `by` times too large."""
+    model = encoder()
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "weights")
+    tensor.CopyFrom(numpy_helper.from_array((WEIGHTS[:, None, :] / by).astype(np.float32), "weights"))
+    return model
+
+
+def batch_coupled(batch: int | str = "batch") -> ModelProto:
     """Divides by the loudest value of the whole batch."""
     extra = [
         helper.make_node("ReduceMax", ["frames_first"], ["loudest"], keepdims=1),
         helper.make_node("Div", ["frames_first", "loudest"], ["embeddings"]),
     ]
-    return encoder(extra=extra)
+    return encoder(extra=extra, batch=batch)
 
 
 def several_outputs() -> ModelProto:
@@ -160,10 +192,6 @@ def stops_growing(frames: int) -> ModelProto:
 
 
 # ---------------------------------------------------------------- hopeless models
-
-
-def frozen_samples(samples: int = 16_000) -> ModelProto:
-    return encoder(samples=samples, frames=None)
 
 
 def rank_4() -> ModelProto:
@@ -211,6 +239,24 @@ def unknown_operator() -> ModelProto:
 
 def scalar_output() -> ModelProto:
     return encoder(output_layout="any", extra=[helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], keepdims=0)])
+
+
+def one_value(layout: str) -> ModelProto:
+    """The mean over the dimension in a layout of B, T and 1; over the frames too, if it has no T."""
+    axes = [2] if "T" in layout else [1, 2]
+    extra = [helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=axes, keepdims=int("1" in layout))]
+    return encoder(output_layout="any", extra=extra)
+
+
+def mean_over_a_batch_of_5() -> ModelProto:
+    extra = [helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=[0], keepdims=0)]
+    return encoder(output_layout="any", batch=5, extra=extra)
+
+
+def heads() -> ModelProto:
+    """[batch, frames, 2, dim / 2]."""
+    extra = [constant("split", [0, 0, 2, DIM // 2]), helper.make_node("Reshape", ["frames_first", "split"], ["embeddings"])]
+    return encoder(output_layout="any", extra=extra)
 
 
 def constant_frames(frames: int = 5) -> ModelProto:

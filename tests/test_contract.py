@@ -88,7 +88,9 @@ def test_every_key_reads_its_own_type() -> None:
         ("amplitude=Unit", "amplitude='Unit' must be one of int16, unit"),
         ("normalize=yes", "normalize='yes' must be one of none, zscore"),
         ("input_kind=features", "input_kind='features' must be one of waveform"),
-        ("output_layout=DBT", "output_layout='DBT' must be one of BD, BDT, BTD, TD"),
+        ("output_layout=DBTB", "output_layout='DBTB' must name each axis, B the batch, T the frames, D the dimension"),
+        ("output_layout=BT", "output_layout='BT' must name each axis"),
+        ("input_layout=BTT", "input_layout='BTT' must be one of B1T, BT, BT1, T"),
     ],
 )
 def test_wrong_declarations_say_what_is_wrong(pair: str, says: str) -> None:

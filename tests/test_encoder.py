@@ -106,7 +106,7 @@ def run_in_batches(spec: ModelSpec, clips: list[np.ndarray], batch: int, *, tell
     single = [
         np.concatenate([frames for _, _, frames, _ in ChunkRunner(session, spec).run([Job(0, clip)])]) for clip in clips
     ]
-    session.run = lambda waveforms, contract: (sizes.append(len(waveforms)), run(waveforms, contract))[1]  # type: ignore
+    session.run = lambda waveforms, *rest: (sizes.append(len(waveforms)), run(waveforms, *rest))[1]  # type: ignore
     try:
         runner = ChunkRunner(session, ModelSpec(spec.info, spec.device, 1))
         runner._batch = batch

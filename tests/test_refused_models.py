@@ -23,8 +23,10 @@ RATE = 16_000
 # ---------------------------------------------------------------- refused models
 
 REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
-    "frozen samples": (models.frozen_samples, "input 'audio' takes exactly 16000 samples; export it with a dynamic samples"),
-    "frozen batch": (lambda: models.encoder(batch=4), "input 'audio' takes batches of exactly 4"),
+    "a window of features": (
+        lambda: models.encoder(samples=80, frames=None),
+        "input 'audio' takes exactly 80 values, too few for a window of audio; export it with a dynamic samples axis",
+    ),
     "rank 4": (models.rank_4, "input 'audio' has shape ['batch', 1, 'samples', 1]; a waveform input is"),
     "tokens": (models.tokens, "no float input for a waveform; it has 'tokens'"),
     "stateful": (models.stateful, "the model keeps a state: input 'state' wants output 'new_state' of the call before"),
@@ -44,10 +46,30 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
         models.conditioned,
         "the model wants input 'speaker' (tensor(float), shape ['batch', 1, 4]) beside the waveform",
     ),
-    "a mask": (lambda: models.with_lengths(name="attention"), "the model wants input 'attention' (tensor(int64)"),
+    "a state beside an input of any name": (
+        lambda: models.renamed(models.stateful(), "audio", "sound"),
+        "the model wants input 'state' (tensor(float), shape ['batch', 1, 4]) beside the waveform",
+    ),
+    "a second waveform": (
+        lambda: models.encoder(extra_inputs=[models.waveform_input("padding_mask")]),
+        "the model wants input 'padding_mask' (tensor(float), shape ['batch', 'samples']) beside the waveform, which "
+        "nothing here can fill; if it is a mask with ones for samples, say --contract mask_input=padding_mask, else",
+    ),
+    "one value a frame": (
+        lambda: models.one_value("BT1"),
+        "output 'embeddings' gives 1 value a frame; an embedding needs a dimension of 2 or more",
+    ),
+    "one value a frame without an axis": (lambda: models.one_value("BT"), "one value a frame is no embedding"),
+    "one value a clip": (lambda: models.one_value("B"), "a single value is no embedding"),
+    "frames and heads": (models.heads, "several axes could hold the dim"),
+    "a batch that is nowhere in the output": (
+        models.mean_over_a_batch_of_5,
+        "with a fixed batch of 5 no axis holds the batch",
+    ),
+    "an unnamed input": (lambda: models.with_lengths(name="attention"), "the model wants input 'attention' (tensor(int64)"),
     "two waveforms": (
-        lambda: models.renamed(models.conditioned(), "audio", "left"),
-        "any of 'left', 'speaker' could be the waveform; name it by --contract input=NAME",
+        lambda: models.renamed(models.encoder(extra_inputs=[models.waveform_input("right")]), "audio", "left"),
+        "any of 'left', 'right' could be the waveform; name it by --contract input=NAME",
     ),
     "NaN": (models.not_a_number, "gives NaN or infinity"),
     "unknown operator": (models.unknown_operator, "Magic"),

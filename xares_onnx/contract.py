@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,8 +18,7 @@ import msgspec
 
 from .errors import ContractError, UsageError, nearest
 
-InputLayout = Literal["BT", "B1T", "T"]
-OutputLayout = Literal["BTD", "BDT", "TD", "BD"]
+InputLayout = Literal["BT", "B1T", "BT1", "T"]
 
 DEFAULT_SAMPLE_RATE = 16_000
 DEFAULT_CHUNK_SECONDS = 10.0
@@ -30,6 +30,7 @@ _DECLARABLE: dict[str, Callable[[str], Any]] = {
     "input": str,
     "input_layout": str,
     "lengths_input": str,
+    "mask_input": str,
     "output": str,
     "output_layout": str,
     "output_dim": int,
@@ -47,8 +48,7 @@ _DECLARABLE: dict[str, Callable[[str], Any]] = {
 }
 _CHOICES: dict[str, frozenset[str]] = {
     "input_kind": frozenset({"waveform"}),
-    "input_layout": frozenset({"BT", "B1T", "T"}),
-    "output_layout": frozenset({"BTD", "BDT", "TD", "BD"}),
+    "input_layout": frozenset({"BT", "B1T", "BT1", "T"}),
     "amplitude": frozenset({"unit", "int16"}),
     "normalize": frozenset({"none", "zscore"}),
 }
@@ -89,17 +89,19 @@ class FrameLaw(msgspec.Struct, frozen=True):
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
     """How to feed a model and read it. Lengths are in samples at `sample_rate`; `sources` says where each field is from.
 
-    A clip-only encoder (`output_layout` BD) has no hop and no frame centre.
+    `output_layout` names each axis: B the batch, T the frames, D the dimension, 1 an axis of size one. A clip-only encoder
+    (no T) has no hop and no frame centre. Where the graph fixes the batch, `fixed_batch` is its size; where the samples are
+    fixed, every chunk is a window of `chunk_samples`, which gives `window_frames` frames, and the hop may be a fraction.
     """
 
     input: str
     input_layout: InputLayout
     lengths_input: str | None
     output: str
-    output_layout: OutputLayout
+    output_layout: str
     dim: int
     sample_rate: int
-    hop_samples: int | None
+    hop_samples: int | float | None
     receptive_field_samples: int | None
     first_frame_center_samples: float | None
     min_samples: int
@@ -109,6 +111,9 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     normalize: Literal["none", "zscore"]
     dynamic_batch: bool
     batch_coupled: bool
+    mask_input: str | None = None
+    fixed_batch: int | None = None
+    window_frames: int | None = None
     license: str | None = None
     source: str | None = None
     sources: dict[str, str] = {}
@@ -117,11 +122,18 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     def clip_only(self) -> bool:
         return self.hop_samples is None
 
+    @property
+    def fixed_window(self) -> bool:
+        """Whether every chunk has the one length that the model takes."""
+        return self.min_samples == self.max_samples
+
     def frames_of(self, samples: int) -> int:
         """How many frames the model gives for an input; a clip-only encoder gives one vector."""
+        if self.window_frames is not None:
+            return self.window_frames
         if self.hop_samples is None or self.receptive_field_samples is None:
             return 1
-        return FrameLaw(self.hop_samples, self.receptive_field_samples).frames(samples)
+        return FrameLaw(int(self.hop_samples), self.receptive_field_samples).frames(samples)
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Each field as {"value", "source"}, for the record."""
@@ -253,6 +265,11 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
         raise wrong(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
         raise wrong(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+    if name == "output_layout" and not re.fullmatch(r"(?!.*([BTD]).*\1)[BTD1]*D[BTD1]*", parsed):
+        raise wrong(
+            f"{source}: {name}={parsed!r} must name each axis, B the batch, T the frames, D the dimension and 1 one of size "
+            "one, such as BTD"
+        )
     return parsed  # type: ignore[no-any-return]
 
 

@@ -46,7 +46,7 @@ CALL_SECONDS = 60.0  # longest silence while it runs
 GPU_BATCH = 16
 _BASE_MEMORY = 8 << 30
 _THREAD_MEMORY = 1 << 30  # wav2vec2-base needs 0.6 GB for a chunk of 10 s
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,6 +230,11 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
         if contract.sources.get(name) == "default"
     ]:
         notes.append(f"assumed, because the model does not say: {', '.join(assumed)} (--contract changes it)")
+    if contract.fixed_batch is not None and contract.fixed_batch > 1:
+        notes.append(
+            f"the model takes batches of exactly {contract.fixed_batch}, so each is one chunk repeated, at "
+            f"{contract.fixed_batch} times the cost; export it with a dynamic batch axis to avoid that"
+        )
     if contract.batch_coupled:
         notes.append("an item's embedding depends on its neighbours in a batch, so the model runs one item at a time")
     return EncoderInfo(
@@ -314,7 +319,8 @@ class ChunkRunner:
 
     def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[npt.NDArray[np.float32]]:
         batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
-        output = self._session.run(batch, self._contract)
+        held = [chunk.stop - chunk.start for _, chunk, _ in group]
+        output = self._session.run(batch, self._contract, held)
         if output.shape[0] != len(group) or output.shape[2] != self._contract.dim or not output.shape[1]:
             raise ContractError(
                 f"the model gives shape {list(output.shape)} for {len(group)} x {batch.shape[1]} samples; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,31 +19,30 @@ from .contract import (
     Contract,
     Declarations,
     FrameLaw,
-    InputLayout,
-    OutputLayout,
     fit_frame_law,
     frames_of_dimension,
     law_holds,
 )
 from .errors import ContractError, ModelError
-from .session import FLOAT_TYPES, Session, as_frames, feeds_for
+from .layouts import batch_axis, growing_axis, output_layout
+from .model_inputs import Inputs, choose_inputs, listed
+from .probing import Probe
+from .session import Session
+from .windows import Window
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-_LENGTH_TYPES = {"tensor(int64)", "tensor(int32)"}
-_LENGTH_NAMES = ("length", "lens", "num_samples", "n_samples")
 _COUPLING_TOLERANCE = 1e-3  # of the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
+_FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}
 
 
 def measure_contract(session: Session, declared: Declarations, beat: Callable[[], None]) -> Contract:
     """The full contract of a loaded model. `beat` is called after every run: a sign of life."""
-    probe = _Probe(session, declared, beat)
-    audio, lengths = _choose_inputs(session, declared)
+    probe = Probe(session, declared, beat)
+    inputs = choose_inputs(session.inputs, declared)
     probe.contract = Contract(
-        input=audio.name,
-        input_layout=_input_layout(audio, declared),
-        lengths_input=lengths,
+        input=inputs.audio,
+        input_layout=inputs.layout,
+        lengths_input=inputs.lengths,
+        mask_input=inputs.mask,
         output="",
         output_layout="BTD",
         dim=0,
@@ -58,286 +57,216 @@ def measure_contract(session: Session, declared: Declarations, beat: Callable[[]
         normalize=probe.choose("normalize", "none"),
         dynamic_batch=False,
         batch_coupled=False,
+        fixed_batch=inputs.fixed_batch,
         license=probe.choose("license", None),
         source=probe.choose("source", None),
     )
+    samples = _fixed_samples(probe, inputs)
+    if samples is None:
+        samples = _measure_growing(probe, inputs)
+    else:
+        _measure_window(probe, samples)
+    probe.update(**_measure_batch(probe, samples))
+    sources = {**probe.sources, "dim": "measured"}
+    named = {"input": "input", "input_layout": "input_layout", "lengths_input": "lengths_input", "mask_input": "mask_input"}
+    for field in named:
+        if getattr(probe.contract, field) is not None:
+            sources[field] = declared[field].source if field in declared else "graph"
+    if inputs.fixed_batch is not None:
+        sources["fixed_batch"] = "graph"
+    sources["output"] = declared["output"].source if "output" in declared else sources.get("output", "graph")
+    sources.setdefault("output_layout", "measured")
+    probe.update(sources=sources)
+    return probe.contract
+
+
+def _measure_growing(probe: Probe, inputs: Inputs) -> int:
+    """A model that takes inputs of many lengths: its output, its frame law and its lengths. The length of the probe."""
     low = probe.shortest_probe()
     high = 3 * low + 1
     if probe.contract.max_samples:
         high = min(high, probe.contract.max_samples)
-    name, layout = _choose_output(probe, low, high)
-    probe.update(output=name, output_layout=layout)
-    dim = probe.embed(low).shape[2]
-    if dim < 2:
-        raise ContractError(f"output {name!r} gives {dim} value a frame; an embedding needs a dimension of 2 or more")
-    probe.update(dim=probe.agree("output_dim", dim))
-    if layout != "BD":
-        law = _measure_law(probe, audio, low, high)
+    _choose_output(probe, low, high)
+    if "T" in probe.contract.output_layout:
+        law = _measure_law(probe, inputs, low, high)
         probe.update(
             hop_samples=probe.agree("hop_samples", law.hop),
             receptive_field_samples=probe.agree("receptive_field_samples", law.receptive_field),
             first_frame_center_samples=probe.choose("first_frame_center_samples", law.receptive_field / 2),
         )
-        if "first_frame_center_samples" not in declared:
+        if "first_frame_center_samples" not in probe.declared:
             probe.sources["first_frame_center_samples"] = "default (receptive field / 2)"
-    elif contradicted := declared.keys() & {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}:
-        key = min(contradicted)
-        raise ContractError(
-            f"{declared[key].source} declares {key}={declared[key].value}, but output {name!r} gives one vector a clip, "
-            "which has no frames"
-        )
+    else:
+        _refuse_frames_of_a_clip(probe)
     probe.update(min_samples=_measure_minimum(probe, low))
     probe.update(chunk_samples=_choose_chunk(probe))
-    probe.check_long_input()
-    probe.update(**_measure_batch(probe, audio, low))
-    sources = {**probe.sources, "dim": "measured"}
-    for field, key in (("input", "input"), ("input_layout", "input_layout"), ("lengths_input", "lengths_input")):
-        sources[field] = declared[key].source if key in declared else "graph"
-    sources["output"] = declared["output"].source if "output" in declared else sources.get("output", "graph")
-    sources["output_layout"] = "measured"
-    probe.update(sources=sources)
-    return probe.contract
+    _check_long_input(probe)
+    return low
 
 
-class _Probe:
-    """The model under probing, with the contract as far as it is known."""
-
-    contract: Contract
-
-    def __init__(self, session: Session, declared: Declarations, beat: Callable[[], None]) -> None:
-        self.session = session
-        self.declared = declared
-        self.sources: dict[str, str] = {}
-        self._beat = beat
-        self._types = {node.name: node.type for node in session.inputs}
-
-    def update(self, **fields: Any) -> None:
-        import msgspec
-
-        self.contract = msgspec.structs.replace(self.contract, **fields)
-
-    def choose(self, key: str, default: Any) -> Any:
-        """A declared value, or the default; says which it was."""
-        if key in self.declared:
-            self.sources[key] = self.declared[key].source
-            return self.declared[key].value
-        if default is not None:
-            self.sources[key] = "default"
-        return default
-
-    def agree(self, key: str, measured: int) -> int:
-        """The measured value, which a declaration must not contradict."""
-        if key in self.declared and self.declared[key].value != measured:
-            by = self.declared[key]
-            raise ContractError(
-                f"{by.source} declares {key}={by.value}, but {measured} was measured; correct the declaration"
-            )
-        self.sources[key] = f"measured, as declared in {self.declared[key].source}" if key in self.declared else "measured"
-        return measured
-
-    def noise(self, samples: int, batch: int = 1) -> npt.NDArray[np.float32]:
-        signal = np.random.default_rng(0).standard_normal((batch, samples)).astype(np.float32)
-        noise: npt.NDArray[np.float32] = np.clip(signal * np.float32(0.1), -1, 1)
-        return noise
-
-    def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
-        results = self.session.run_raw(names, feeds_for(batch, self.contract, self._types))
-        self._beat()
-        return results
-
-    def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        (result,) = self.run_outputs([self.contract.output], batch)
-        expected = {"BTD": 3, "BDT": 3, "TD": 2, "BD": 2}[self.contract.output_layout]
-        if result.ndim != expected:
-            raise ContractError(f"output {self.contract.output!r} changes its rank from {expected} to {result.ndim}")
-        return as_frames(result, self.contract)
-
-    def embed(self, samples: int) -> npt.NDArray[np.float32]:
-        frames = self.run(self.noise(samples))
-        if not np.isfinite(frames).all():
-            raise ModelError(f"the model gives NaN or infinity for {samples} samples of quiet noise")
-        return frames
-
-    def frames(self, samples: int) -> int:
-        return int(self.embed(samples).shape[1])
-
-    def shortest_probe(self) -> int:
-        """About one second, or the first longer input that the model takes; a third of the most that it may take."""
-        least = int(self.declared["min_samples"].value) if "min_samples" in self.declared else 0
-        most = self.contract.max_samples
-        lengths = [max(least, seconds * self.contract.sample_rate) for seconds in (1, 2, 4, 10, 30)]
-        if most is not None:
-            lengths = [samples for samples in lengths if 3 * samples <= most] or [max(least, most // 3)]
-        names = [node.name for node in self.session.outputs if node.type in FLOAT_TYPES]
-        if not names:
-            raise ContractError("no output is a float tensor, so none can be an embedding")
-        last_error: ModelError | None = None
-        for samples in lengths:
-            try:
-                self.run_outputs(names, self.noise(samples))
-                return samples
-            except ContractError:
-                raise
-            except ModelError as error:
-                last_error = error
-        tried = ", ".join(f"{samples / self.contract.sample_rate:g}" for samples in lengths)
-        raise ContractError(f"the model takes no input of {tried} s: {last_error}")
-
-    def check_long_input(self) -> None:
-        """The law must hold at the chunk length too: an export may have frozen a maximum."""
-        contract = self.contract
-        try:
-            frames = self.frames(contract.chunk_samples)
-        except ContractError:
-            raise
-        except ModelError as error:
-            raise ContractError(
-                f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
-                f"one by --contract chunk_samples=N ({error})"
-            ) from error
-        if frames != (foretold := contract.frames_of(contract.chunk_samples)):
-            raise ContractError(
-                f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell {foretold}; "
-                "declare a shorter --contract chunk_samples=N"
-            )
+# ---------------------------------------------------------------- fixed windows
 
 
-def _choose_inputs(session: Session, declared: Declarations) -> tuple[onnxruntime.NodeArg, str | None]:
-    """The audio input and the lengths input; every other input is one that nobody can fill."""
-    inputs = session.inputs
-    by_name = {node.name: node for node in inputs}
-    for key in ("input", "lengths_input"):
-        if key in declared and declared[key].value not in by_name:
-            raise ContractError(
-                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {_list(by_name)}"
-            )
-    floats = [node for node in inputs if node.type in FLOAT_TYPES]
-    if "input" in declared:
-        audio = by_name[str(declared["input"].value)]
-    elif len(floats) == 1:
-        audio = floats[0]
-    elif not floats:
-        raise ContractError(f"the model has no float input for a waveform; it has {_list(by_name)}")
+def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
+    """The only length that the model takes: by its graph, or declared as both the least and the most."""
+    declared = {key: probe.declared[key] for key in ("min_samples", "max_samples", "chunk_samples") if key in probe.declared}
+    if inputs.window is None:
+        least, most = declared.get("min_samples"), declared.get("max_samples")
+        if not least or not most or least.value != most.value:
+            return None
+        window, why = int(most.value), most.source
     else:
-        named = [node for node in floats if node.name in ("audio", "waveform", "input_values")]
-        if len(named) != 1:
-            _refuse_state(session, floats)
-            raise ContractError(f"any of {_list(by_name)} could be the waveform; name it by --contract input=NAME")
-        audio = named[0]
-    if audio.type not in FLOAT_TYPES:
-        raise ContractError(f"input {audio.name!r} is {audio.type}; a waveform input must be float")
-    others = [node for node in inputs if node.name != audio.name]
-    lengths = None
-    for node in others:
-        is_lengths = (
-            node.type in _LENGTH_TYPES
-            and len(node.shape) == 1
-            and (
-                ("lengths_input" in declared and declared["lengths_input"].value == node.name)
-                or any(part in node.name.lower() for part in _LENGTH_NAMES)
-            )
-        )
-        if not is_lengths or lengths is not None:
-            _refuse_state(session, others)
+        window, why = inputs.window, "graph (the input's axis is fixed)"
+    for key, by in declared.items():
+        if by.value != window:
             raise ContractError(
-                f"the model wants input {node.name!r} ({node.type}, shape {node.shape}) beside the waveform, "
-                "which nothing here can fill; export it without that input"
+                f"{by.source} declares {key}={by.value}, but input {inputs.audio!r} takes exactly {window} samples; "
+                "correct the declaration"
             )
-        lengths = node.name
-    return audio, lengths
+    lengths = ("min_samples", "max_samples", "chunk_samples")
+    probe.sources.update({key: declared[key].source if key in declared else why for key in lengths})
+    probe.update(min_samples=window, max_samples=window, chunk_samples=window)
+    return window
 
 
-def _refuse_state(session: Session, inputs: list[onnxruntime.NodeArg]) -> None:
-    """Raise `ContractError` where one of these wants an output of the call before: such a pair shares a name or a shape."""
-    for node in inputs:
-        stem = node.name.lower().rstrip("0123456789_") or node.name  # `h0` is given back as `hn`
-        for output in session.outputs:
-            alike = output.type == node.type and len(output.shape) == len(node.shape)
-            same = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
-            if alike and (stem in output.name.lower() or same):
-                raise ContractError(
-                    f"the model keeps a state: input {node.name!r} wants output {output.name!r} of the call before, but "
-                    "every clip is embedded by itself; export it with the state inside, starting at zero"
-                )
+def _measure_window(probe: Probe, samples: int) -> None:
+    """A model whose input is a fixed window: its output, and the times of the frames in the window."""
+    window = _choose_output(probe, samples, samples)
+    if "T" not in probe.contract.output_layout:
+        _refuse_frames_of_a_clip(probe)
+        return
+    frames = probe.frames(samples)
+    probe.update(window_frames=frames)
+    assert window is not None
+    if measured := window.measure_frames():
+        hop: float = probe.agree("hop_samples", measured[0])
+        receptive: int | None = probe.agree("receptive_field_samples", measured[1])
+        center, why = measured[1] / 2, "default (receptive field / 2)"
+    else:
+        even = samples / frames
+        hop = probe.choose("hop_samples", int(even) if even.is_integer() else even)
+        if "hop_samples" not in probe.declared:
+            probe.sources["hop_samples"] = "default (window / frames)"
+        receptive = probe.choose("receptive_field_samples", None)
+        in_the_middle = (samples - (frames - 1) * hop) / 2
+        if in_the_middle <= 0:
+            raise ContractError(
+                f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames so far apart do not fit "
+                f"into the window of {samples} samples; correct the declaration"
+            )
+        center, why = in_the_middle, "default (frames in the middle of the window)"
+        if receptive is not None:
+            center, why = receptive / 2, "default (receptive field / 2)"
+    probe.update(
+        hop_samples=hop,
+        receptive_field_samples=receptive,
+        first_frame_center_samples=probe.choose("first_frame_center_samples", center),
+    )
+    if "first_frame_center_samples" not in probe.declared:
+        probe.sources["first_frame_center_samples"] = why
 
 
-def _input_layout(audio: onnxruntime.NodeArg, declared: Declarations) -> InputLayout:
-    shape = list(audio.shape)
-    layouts: dict[int, InputLayout] = {1: "T", 2: "BT", 3: "B1T"}
-    if len(shape) not in layouts or (len(shape) == 3 and shape[1] != 1):
-        raise ContractError(
-            f"input {audio.name!r} has shape {shape}; a waveform input is [batch, samples], [batch, 1, samples] or [samples]"
-        )
-    layout = layouts[len(shape)]
-    if "input_layout" in declared and declared["input_layout"].value != layout:
-        by = declared["input_layout"]
-        raise ContractError(f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}")
-    if isinstance(shape[-1], int):
-        raise ContractError(f"input {audio.name!r} takes exactly {shape[-1]} samples; export it with a dynamic samples axis")
-    if len(shape) > 1 and isinstance(shape[0], int) and shape[0] != 1:
-        raise ContractError(f"input {audio.name!r} takes batches of exactly {shape[0]}; export it with a dynamic batch axis")
-    return layout
+# ---------------------------------------------------------------- outputs
 
 
-def _choose_output(probe: _Probe, low: int, high: int) -> tuple[str, OutputLayout]:
-    """The embedding output and its layout, from which axis grows with the input."""
-    names = [node.name for node in probe.session.outputs if node.type in FLOAT_TYPES]
+def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
+    """The embedding output, its layout and dimension, from which axis grows with the input.
+
+    Where the input cannot grow (`low` is `high`) it is the axis along which a change moves; the `Window` is then returned.
+    """
+    names = probe.float_outputs()
     if "output" in probe.declared:
         wanted = probe.declared["output"]
         if wanted.value not in names:
-            raise ContractError(f"{wanted.source}: the model has no float output {wanted.value!r}; it has {_list(names)}")
+            raise ContractError(f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}")
         names = [str(wanted.value)]
-    short = probe.run_outputs(names, probe.noise(low))
-    long = probe.run_outputs(names, probe.noise(high))
-    layouts: dict[str, OutputLayout] = {}
+    window = Window(probe, names, low) if low == high else None
+    short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
+    long = short if window else dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
+    pair = _pair(probe, names, low)
+    layouts: dict[str, str] = {}
     problems = []
-    for name, a, b in zip(names, short, long, strict=True):
-        layout = _layout(a.shape, b.shape)
-        if layout is None:
-            problems.append(f"output {name!r} has shape {list(a.shape)} for {low} samples and {list(b.shape)} for {high}")
-        else:
-            layouts[name] = layout
+    for name in names:
+        try:
+            if 0 in short[name].shape:
+                raise ContractError("it is empty")
+            if window:
+                batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch)
+                time = _window_time(probe, window, name, batch)
+            else:
+                time = growing_axis(short[name].shape, long[name].shape)
+                batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch, time)
+            layouts[name] = output_layout(short[name].shape, batch, time)
+        except ContractError as error:
+            lengths = f"{list(short[name].shape)} for {low} samples" + (
+                "" if window else f" and {list(long[name].shape)} for {high}"
+            )
+            problems.append(f"output {name!r} has shape {lengths}: {error}")
     if not layouts:
-        raise ContractError(
-            f"{problems[0]}: no axis holds frames that follow the input's length; an encoder gives [batch, frames, dim]"
-        )
-    framed = [name for name in layouts if layouts[name] != "BD"] or list(layouts)
+        raise ContractError(problems[0])
+    framed = [name for name in layouts if "T" in layouts[name]] or list(layouts)
     preferred = [name for name in framed if name in ("embeddings", "last_hidden_state")] or framed
     if len(preferred) > 1:
-        raise ContractError(f"any of outputs {_list(preferred)} could be the embedding; name it by --contract output=NAME")
+        raise ContractError(f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME")
+    name = preferred[0]
     if len(names) > 1:
         probe.sources["output"] = (
             "measured (the one whose frames follow the length)" if len(framed) == 1 else "graph (by name)"
         )
-    name = preferred[0]
-    layout = layouts[name]
-    if "output_layout" in probe.declared and probe.declared["output_layout"].value != layout:
-        by = probe.declared["output_layout"]
-        raise ContractError(f"{by.source} declares output_layout={by.value}, but {layout} was measured")
-    return name, layout
+    by = probe.declared.get("output_layout")
+    if by and by.value != layouts[name]:
+        raise ContractError(f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured")
+    probe.update(output=name, output_layout=layouts[name])
+    dim = probe.embed(low).shape[2]
+    if dim < 2:
+        each = "frame" if "T" in layouts[name] else "clip"
+        raise ContractError(f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more")
+    probe.update(dim=probe.agree("output_dim", dim))
+    return window
 
 
-def _layout(short: tuple[int, ...], long: tuple[int, ...]) -> OutputLayout | None:
-    """Which axis is frames, from the output's shape for a short and a longer input (batch 1)."""
-    if len(short) != len(long) or 0 in short:
-        return None
-    grows = [axis for axis in range(len(short)) if long[axis] > short[axis]]
-    if len(short) == 3 and short[0] == 1 and len(grows) == 1:
-        return {1: "BTD", 2: "BDT"}.get(grows[0])  # type: ignore[return-value]
-    if len(short) == 2 and grows == [0]:
-        return "TD"
-    if len(short) == 2 and not grows and short == long and short[0] == 1:
-        return "BD"
-    return None
+def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray[Any]]:
+    """The outputs for a batch of two, which show the axis of the batch; none where the model takes no such batch."""
+    if probe.contract.fixed_batch is not None or "B" not in probe.contract.input_layout:
+        return {}
+    try:
+        return dict(zip(names, probe.run_outputs(names, probe.noise(samples, batch=2)), strict=True))
+    except ModelError:
+        return {}
 
 
-def _measure_law(probe: _Probe, audio: onnxruntime.NodeArg, low: int, high: int) -> FrameLaw:
+def _window_time(probe: Probe, window: Window, name: str, batch: int | None) -> int | None:
+    """The axis of the frames in a window: as measured; as declared only where no measurement can tell."""
+    try:
+        return window.time_axis(name, batch)
+    except ContractError:
+        by = probe.declared.get("output_layout")
+        layout = str(by.value) if by else ""
+        if not by or "T" not in layout or len(layout) != window.plain[name].ndim:
+            raise
+        probe.sources["output_layout"] = by.source
+        return layout.index("T")
+
+
+def _refuse_frames_of_a_clip(probe: Probe) -> None:
+    if contradicted := probe.declared.keys() & _FRAME_KEYS:
+        key = min(contradicted)
+        raise ContractError(
+            f"{probe.declared[key].source} declares {key}={probe.declared[key].value}, but output "
+            f"{probe.contract.output!r} gives one vector a clip, which has no frames"
+        )
+
+
+# ---------------------------------------------------------------- frames, lengths and batches
+
+
+def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
     """The frame law: guessed from the symbolic dimension or the declarations, and confirmed; else found by bisection."""
     guesses: list[FrameLaw | None] = []
     hop, receptive = probe.declared.get("hop_samples"), probe.declared.get("receptive_field_samples")
     if hop and receptive:
         guesses.append(FrameLaw(int(hop.value), int(receptive.value)))
-    if counted := _symbolic_frames(probe, audio):
+    if counted := _symbolic_frames(probe, inputs):
         guesses.append(fit_frame_law(counted, low, high))
     for guess in guesses:
         if guess and law_holds(guess, probe.frames, low, high):
@@ -352,14 +281,14 @@ def _measure_law(probe: _Probe, audio: onnxruntime.NodeArg, low: int, high: int)
     return law
 
 
-def _symbolic_frames(probe: _Probe, audio: onnxruntime.NodeArg) -> Callable[[int], int] | None:
-    axis = {"BTD": 1, "BDT": 2, "TD": 0}[probe.contract.output_layout]
+def _symbolic_frames(probe: Probe, inputs: Inputs) -> Callable[[int], int] | None:
+    axis = probe.contract.output_layout.index("T")
     shape = next(node.shape for node in probe.session.outputs if node.name == probe.contract.output)
-    samples, frames = audio.shape[-1], shape[axis] if axis < len(shape) else None
+    samples, frames = inputs.samples, shape[axis] if axis < len(shape) else None
     return frames_of_dimension(frames, samples) if isinstance(samples, str) and isinstance(frames, str) else None
 
 
-def _measure_minimum(probe: _Probe, low: int) -> int:
+def _measure_minimum(probe: Probe, low: int) -> int:
     """The shortest input that gives a frame: as declared, by the law, else the shortest of a few that works."""
     if declared := probe.choose("min_samples", None):
         try:
@@ -383,7 +312,7 @@ def _measure_minimum(probe: _Probe, low: int) -> int:
     return low
 
 
-def _choose_chunk(probe: _Probe) -> int:
+def _choose_chunk(probe: Probe) -> int:
     contract = probe.contract
     chunk = int(probe.choose("chunk_samples", round(DEFAULT_CHUNK_SECONDS * contract.sample_rate)))
     if contract.max_samples is not None and chunk > contract.max_samples:
@@ -395,11 +324,30 @@ def _choose_chunk(probe: _Probe) -> int:
     return chunk
 
 
-def _measure_batch(probe: _Probe, audio: onnxruntime.NodeArg, samples: int) -> dict[str, bool]:
+def _check_long_input(probe: Probe) -> None:
+    """The law must hold at the chunk length too: an export may have frozen a maximum."""
+    contract = probe.contract
+    try:
+        frames = probe.frames(contract.chunk_samples)
+    except ContractError:
+        raise
+    except ModelError as error:
+        raise ContractError(
+            f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
+            f"one by --contract chunk_samples=N ({error})"
+        ) from error
+    if frames != (foretold := contract.frames_of(contract.chunk_samples)):
+        raise ContractError(
+            f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell {foretold}; "
+            "declare a shorter --contract chunk_samples=N"
+        )
+
+
+def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
     """Whether batches work, and whether an item's embedding depends on a loud neighbour."""
     probe.sources["dynamic_batch"] = probe.sources["batch_coupled"] = "measured"
-    fixed = probe.contract.input_layout == "T" or probe.contract.output_layout == "TD" or isinstance(audio.shape[0], int)
-    if fixed:
+    contract = probe.contract
+    if contract.fixed_batch is not None or "B" not in contract.input_layout or "B" not in contract.output_layout:
         return {"dynamic_batch": False, "batch_coupled": False}
     pair = probe.noise(samples, batch=2)
     pair[1] = np.clip(pair[1] * 9, -1, 1)
@@ -413,7 +361,3 @@ def _measure_batch(probe: _Probe, audio: onnxruntime.NodeArg, samples: int) -> d
     scale = float(np.abs(alone).max()) or 1.0
     coupled = not bool(np.abs(together[:1] - alone).max() <= _COUPLING_TOLERANCE * scale)
     return {"dynamic_batch": True, "batch_coupled": coupled}
-
-
-def _list(names: Any) -> str:
-    return ", ".join(repr(str(name)) for name in names) or "none"

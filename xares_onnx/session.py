@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .adapter import Adapter
 from .contract import Contract
 from .errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-FLOAT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
@@ -45,6 +46,7 @@ class Session:
         else:
             self._session = self._open(onnxruntime, *provider_of(device))
         self.provider: str = self._session.get_providers()[0]
+        self.types: dict[str, str] = {node.name: node.type for node in self._session.get_inputs()}
         self._run_options = onnxruntime.RunOptions()
         if self.provider == CPU:  # keeps resident memory flat over chunks of many lengths
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -89,43 +91,16 @@ class Session:
                 raise ContractError(f"output {name!r} is not a tensor; name another by --contract output=NAME")
         return results
 
-    def run(self, batch: npt.NDArray[np.float32], contract: Contract) -> npt.NDArray[np.float32]:
+    def run(
+        self, batch: npt.NDArray[np.float32], contract: Contract, held: Sequence[int] | None = None
+    ) -> npt.NDArray[np.float32]:
         """Waveforms (batch, samples) in [-1, 1] to embeddings (batch, frames, dim); a clip-only encoder gives one frame.
 
-        Layout, amplitude and types are adapted as the contract says.
+        Of each waveform the first `held` samples are the clip's own; all, if it is not given.
         """
-        feeds = feeds_for(batch, contract, {node.name: node.type for node in self.inputs})
-        (result,) = self.run_raw([contract.output], feeds)
-        return as_frames(result, contract)
-
-
-def feeds_for(batch: npt.NDArray[np.float32], contract: Contract, types: dict[str, str]) -> dict[str, npt.NDArray[Any]]:
-    """What the model is fed for waveforms (batch, samples)."""
-    audio = batch * np.float32(32768) if contract.amplitude == "int16" else batch
-    audio = audio.astype(FLOAT_TYPES[types[contract.input]], copy=False)
-    if contract.input_layout == "B1T":
-        audio = audio[:, None, :]
-    elif contract.input_layout == "T":
-        audio = audio[0]
-    feeds: dict[str, npt.NDArray[Any]] = {contract.input: audio}
-    if contract.lengths_input is not None:
-        dtype = np.int32 if types[contract.lengths_input] == "tensor(int32)" else np.int64
-        feeds[contract.lengths_input] = np.full(len(batch), batch.shape[1], dtype=dtype)
-    return feeds
-
-
-def as_frames(result: npt.NDArray[Any], contract: Contract) -> npt.NDArray[np.float32]:
-    """The model's output as float32 (batch, frames, dim)."""
-    result = result.astype(np.float32, copy=False)
-    match contract.output_layout:
-        case "BTD":
-            return result
-        case "BDT":
-            return result.transpose(0, 2, 1)
-        case "TD":
-            return result[None]
-        case "BD":
-            return result[:, None, :]
+        adapter = Adapter(contract, self.types)
+        (result,) = self.run_raw([contract.output], adapter.feeds(batch, held))
+        return adapter.frames(result, len(batch))
 
 
 def provider_of(device: str) -> tuple[str, dict[str, str]]:

@@ -1,0 +1,102 @@
+"""A model under probing: run on seeded noise, with the contract as far as it is known and where each field is from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .adapter import FLOAT_TYPES, Adapter
+from .contract import Contract, Declarations
+from .errors import ContractError, ModelError
+from .session import Session
+
+
+class Probe:
+    """The model under probing, with the contract as far as it is known."""
+
+    contract: Contract
+
+    def __init__(self, session: Session, declared: Declarations, beat: Callable[[], None]) -> None:
+        self.session = session
+        self.declared = declared
+        self.sources: dict[str, str] = {}
+        self._beat = beat
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.contract, self.session.types)
+
+    def update(self, **fields: Any) -> None:
+        self.contract = msgspec.structs.replace(self.contract, **fields)
+
+    def choose(self, key: str, default: Any) -> Any:
+        """A declared value, or the default; says which it was."""
+        if key in self.declared:
+            self.sources[key] = self.declared[key].source
+            return self.declared[key].value
+        if default is not None:
+            self.sources[key] = "default"
+        return default
+
+    def agree(self, key: str, measured: int) -> int:
+        """The measured value, which a declaration must not contradict."""
+        if key in self.declared and self.declared[key].value != measured:
+            by = self.declared[key]
+            raise ContractError(
+                f"{by.source} declares {key}={by.value}, but {measured} was measured; correct the declaration"
+            )
+        self.sources[key] = f"measured, as declared in {self.declared[key].source}" if key in self.declared else "measured"
+        return measured
+
+    def float_outputs(self) -> list[str]:
+        names = [node.name for node in self.session.outputs if node.type in FLOAT_TYPES]
+        if not names:
+            raise ContractError("no output is a float tensor, so none can be an embedding")
+        return names
+
+    def noise(self, samples: int, batch: int = 1) -> npt.NDArray[np.float32]:
+        signal = np.random.default_rng(0).standard_normal((batch, samples)).astype(np.float32)
+        noise: npt.NDArray[np.float32] = np.clip(signal * np.float32(0.1), -1, 1)
+        return noise
+
+    def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
+        results = self.session.run_raw(names, self.adapter.feeds(batch))
+        self._beat()
+        return results
+
+    def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        (result,) = self.run_outputs([self.contract.output], batch)
+        return self.adapter.frames(result, len(batch))
+
+    def embed(self, samples: int) -> npt.NDArray[np.float32]:
+        frames = self.run(self.noise(samples))
+        if not np.isfinite(frames).all():
+            raise ModelError(f"the model gives NaN or infinity for {samples} samples of quiet noise")
+        return frames
+
+    def frames(self, samples: int) -> int:
+        return int(self.embed(samples).shape[1])
+
+    def shortest_probe(self) -> int:
+        """About one second, or the first longer input that the model takes; a third of the most that it may take."""
+        least = int(self.declared["min_samples"].value) if "min_samples" in self.declared else 0
+        most = self.contract.max_samples
+        lengths = [max(least, seconds * self.contract.sample_rate) for seconds in (1, 2, 4, 10, 30)]
+        if most is not None:
+            lengths = [samples for samples in lengths if 3 * samples <= most] or [max(least, most // 3)]
+        names = self.float_outputs()
+        last_error: ModelError | None = None
+        for samples in lengths:
+            try:
+                self.run_outputs(names, self.noise(samples))
+                return samples
+            except ContractError:
+                raise
+            except ModelError as error:
+                last_error = error
+        tried = ", ".join(f"{samples / self.contract.sample_rate:g}" for samples in lengths)
+        raise ContractError(f"the model takes no input of {tried} s: {last_error}")

@@ -103,7 +103,7 @@ def waveform_input(name: str) -> ValueInfoProto:
     return value(name, FLOAT, ["batch", "samples"])
 
 
-def with_mask(kind: int = INT64, name: str = "attention_mask") -> ModelProto:
+def with_mask(kind: int = INT64, name: str = "attention_mask", samples: int | str = "samples") -> ModelProto:
     """Right only where the mask holds one for every sample: the output is scaled by the mean of the mask."""
     extra = [
         helper.make_node("Cast", [name], ["mask_float"], to=FLOAT),
@@ -112,10 +112,10 @@ def with_mask(kind: int = INT64, name: str = "attention_mask") -> ModelProto:
         helper.make_node("Unsqueeze", ["share", "share_axis"], ["scale"]),
         helper.make_node("Mul", ["frames_first", "scale"], ["embeddings"]),
     ]
-    return encoder(extra=extra, extra_inputs=[value(name, kind, ["batch", "samples"])])
+    return encoder(samples=samples, extra=extra, extra_inputs=[value(name, kind, ["batch", samples])])
 
 
-def with_lengths(kind: int = INT64, name: str = "lengths") -> ModelProto:
+def with_lengths(kind: int = INT64, name: str = "lengths", samples: int | str = "samples") -> ModelProto:
     """Right only where `lengths` holds the number of samples of each item: the output is scaled by lengths / samples."""
     extra = [
         helper.make_node("Shape", ["audio"], ["size"], start=1, end=2),
@@ -126,7 +126,7 @@ def with_lengths(kind: int = INT64, name: str = "lengths") -> ModelProto:
         helper.make_node("Unsqueeze", ["ratio", "ratio_axes"], ["scale"]),
         helper.make_node("Mul", ["frames_first", "scale"], ["embeddings"]),
     ]
-    return encoder(extra=extra, extra_inputs=[value(name, kind, ["batch"])])
+    return encoder(samples=samples, extra=extra, extra_inputs=[value(name, kind, ["batch"])])
 
 
 def cast_to_embeddings(layout: str) -> list[NodeProto]:
@@ -150,25 +150,26 @@ def batch_coupled(batch: int | str = "batch") -> ModelProto:
     return encoder(extra=extra, batch=batch)
 
 
-def several_outputs() -> ModelProto:
+def several_outputs(samples: int | str = "samples") -> ModelProto:
     """Beside the frames: a pooled vector and a constant table. Only `hidden` follows the length."""
     extra = [
         helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=[1], keepdims=0),
         helper.make_node("Identity", ["frames_first"], ["hidden"]),
         helper.make_node("Identity", ["weights"], ["table"]),
     ]
-    outputs = [value("hidden", FLOAT, ["batch", FRAMES, DIM]), value("table", FLOAT, None)]
-    return encoder(output_layout="BD", extra=extra, extra_outputs=outputs)
+    outputs = [value("hidden", FLOAT, ["batch", None, DIM]), value("table", FLOAT, None)]
+    return encoder(output_layout="BD", samples=samples, extra=extra, extra_outputs=outputs)
 
 
-def two_hidden_states() -> ModelProto:
+def two_hidden_states(samples: int | str = "samples") -> ModelProto:
     """Two outputs with frames, of which neither has a telling name."""
     model = encoder(
+        samples=samples,
         extra=[
             helper.make_node("Identity", ["frames_first"], ["embeddings"]),
             helper.make_node("Neg", ["frames_first"], ["layer_2"]),
         ],
-        extra_outputs=[value("layer_2", FLOAT, ["batch", FRAMES, DIM])],
+        extra_outputs=[value("layer_2", FLOAT, ["batch", None, DIM])],
     )
     return renamed(model, "embeddings", "layer_1")
 
@@ -191,6 +192,38 @@ def stops_growing(frames: int) -> ModelProto:
     return encoder(extra=extra)
 
 
+def padding_front_end(pad: int, samples: int | str = "samples") -> ModelProto:
+    """Pads the signal with zeros on both sides."""
+    extra = [
+        helper.make_node(
+            "Conv", ["signal", "weights", "bias"], ["padded"], strides=[HOP], kernel_shape=[RECEPTIVE], pads=[pad, pad]
+        ),
+        helper.make_node("Abs", ["padded"], ["padded_abs"]),
+        helper.make_node("Transpose", ["padded_abs"], ["embeddings"], perm=[0, 2, 1]),
+    ]
+    return encoder(samples=samples, output_layout="any", extra=extra)
+
+
+def frozen_inside(samples: int) -> ModelProto:
+    """Takes one length only, though its axes do not say so."""
+    extra = [
+        constant("only", [0, (samples - RECEPTIVE) // HOP + 1, DIM]),
+        helper.make_node("Reshape", ["frames_first", "only"], ["embeddings"]),
+    ]
+    return encoder(extra=extra)
+
+
+def same_everywhere(samples: int) -> ModelProto:
+    """(batch, frames, dim) where every value is a multiple of one value of the window."""
+    extra = [
+        helper.make_node("ReduceMean", ["frames_first"], ["level"], axes=[1, 2], keepdims=1),
+        helper.make_node("Mul", ["frames_first", "level"], ["scaled"]),
+        helper.make_node("Sub", ["scaled", "scaled"], ["zeros"]),
+        helper.make_node("Add", ["zeros", "level"], ["embeddings"]),
+    ]
+    return encoder(samples=samples, frames=None, extra=extra)
+
+
 # ---------------------------------------------------------------- hopeless models
 
 
@@ -209,14 +242,13 @@ def tokens() -> ModelProto:
     return build(nodes, [value("tokens", INT64, ["batch", "time"])], [value("embeddings", FLOAT, None)])
 
 
-def stateful() -> ModelProto:
-    """Gives back the state that it was fed: the next call is to have it."""
+def stateful(samples: int | str = "samples") -> ModelProto:
     extra = [
         helper.make_node("Add", ["frames_first", "state"], ["embeddings"]),
         helper.make_node("Identity", ["state"], ["new_state"]),
     ]
     state = [value(name, FLOAT, ["batch", 1, DIM]) for name in ("state", "new_state")]
-    return encoder(extra=extra, extra_inputs=state[:1], extra_outputs=state[1:])
+    return encoder(samples=samples, extra=extra, extra_inputs=state[:1], extra_outputs=state[1:])
 
 
 def conditioned() -> ModelProto:
@@ -241,11 +273,11 @@ def scalar_output() -> ModelProto:
     return encoder(output_layout="any", extra=[helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], keepdims=0)])
 
 
-def one_value(layout: str) -> ModelProto:
+def one_value(layout: str, samples: int | str = "samples") -> ModelProto:
     """The mean over the dimension in a layout of B, T and 1; over the frames too, if it has no T."""
     axes = [2] if "T" in layout else [1, 2]
     extra = [helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=axes, keepdims=int("1" in layout))]
-    return encoder(output_layout="any", extra=extra)
+    return encoder(output_layout="any", samples=samples, extra=extra)
 
 
 def mean_over_a_batch_of_5() -> ModelProto:
@@ -257,6 +289,11 @@ def heads() -> ModelProto:
     """[batch, frames, 2, dim / 2]."""
     extra = [constant("split", [0, 0, 2, DIM // 2]), helper.make_node("Reshape", ["frames_first", "split"], ["embeddings"])]
     return encoder(output_layout="any", extra=extra)
+
+
+def a_table() -> ModelProto:
+    """Its only output is its bias, whatever comes in."""
+    return encoder("T", "any", extra=[helper.make_node("Identity", ["bias"], ["embeddings"])])
 
 
 def constant_frames(frames: int = 5) -> ModelProto:

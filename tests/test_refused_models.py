@@ -75,6 +75,7 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "unknown operator": (models.unknown_operator, "Magic"),
     "scalar": (models.scalar_output, "output 'embeddings' has shape [] for 16000 samples and []"),
     "constant frames": (models.constant_frames, "output 'embeddings' has shape [1, 5, 4]"),
+    "the same for any input": (models.a_table, "output 'embeddings' is the same for any input"),
     "no law": (models.lawless_frames, "the frame count of output 'embeddings' follows no law"),
     "a sequence": (models.sequence_output, "no output is a float tensor"),
     "two hidden states": (models.two_hidden_states, "any of outputs 'layer_1', 'layer_2' could be the embedding"),

@@ -225,11 +225,16 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
     contract = measure_contract(session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat()))
     notes = [session.note] if session.note else []
     if assumed := [
-        f"{name}={getattr(contract, name):g}" if name == "sample_rate" else f"{name}={getattr(contract, name)}"
-        for name in ("sample_rate", "amplitude", "normalize")
-        if contract.sources.get(name) == "default"
+        f"{name}={value:g}" if isinstance(value := getattr(contract, name), int | float) else f"{name}={value}"
+        for name in ("sample_rate", "amplitude", "normalize", "hop_samples")
+        if contract.sources.get(name, "").startswith("default")
     ]:
         notes.append(f"assumed, because the model does not say: {', '.join(assumed)} (--contract changes it)")
+    if contract.fixed_window:
+        notes.append(
+            f"the model takes windows of exactly {contract.chunk_samples} samples, so clips are cut into these, and "
+            "the last one is filled up with zeros"
+        )
     if contract.fixed_batch is not None and contract.fixed_batch > 1:
         notes.append(
             f"the model takes batches of exactly {contract.fixed_batch}, so each is one chunk repeated, at "

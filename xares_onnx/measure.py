@@ -222,6 +222,8 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
         each = "frame" if "T" in layouts[name] else "clip"
         raise ContractError(f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more")
     probe.update(dim=probe.agree("output_dim", dim))
+    if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
+        raise ContractError(f"output {name!r} is the same for any input; name another by --contract output=NAME")
     return window
 
 

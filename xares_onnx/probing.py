@@ -58,8 +58,8 @@ class Probe:
             raise ContractError("no output is a float tensor, so none can be an embedding")
         return names
 
-    def noise(self, samples: int, batch: int = 1) -> npt.NDArray[np.float32]:
-        signal = np.random.default_rng(0).standard_normal((batch, samples)).astype(np.float32)
+    def noise(self, samples: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.float32]:
+        signal = np.random.default_rng(seed).standard_normal((batch, samples)).astype(np.float32)
         noise: npt.NDArray[np.float32] = np.clip(signal * np.float32(0.1), -1, 1)
         return noise
 

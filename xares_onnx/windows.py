@@ -68,6 +68,7 @@ class Window:
         return ends.hop, ends.receptive_field + begins.receptive_field - 1
 
     def _changed(self, names: list[str], start: int, stop: int, seed: int) -> dict[str, npt.NDArray[Any]]:
+        """Outputs for other noise from `start` to `stop`, as loud as before, so that little else moves."""
         noise = self._noise.copy()
-        noise[:, start:stop] = np.random.default_rng(seed).uniform(-1, 1, stop - start)
+        noise[:, start:stop] = np.random.default_rng(seed).permuted(self._noise[0])[: stop - start]
         return dict(zip(names, self._probe.run_outputs(names, noise), strict=True))

@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     ),
     "a state beside an input of any name": (
         lambda: models.renamed(models.stateful(), "audio", "sound"),
-        "the model wants input 'state' (tensor(float), shape ['batch', 1, 4]) beside the waveform",
+        "the model keeps a state: input 'state' wants output 'new_state' of the call before",
     ),
     "a second waveform": (
         lambda: models.encoder(extra_inputs=[models.waveform_input("padding_mask")]),

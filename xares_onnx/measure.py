@@ -37,7 +37,7 @@ _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_sam
 def measure_contract(session: Session, declared: Declarations, beat: Callable[[], None]) -> Contract:
     """The full contract of a loaded model. `beat` is called after every run: a sign of life."""
     probe = Probe(session, declared, beat)
-    inputs = choose_inputs(session.inputs, declared)
+    inputs = choose_inputs(session.inputs, session.outputs, declared)
     probe.contract = Contract(
         input=inputs.audio,
         input_layout=inputs.layout,

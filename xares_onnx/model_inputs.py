@@ -35,7 +35,7 @@ class Inputs(msgspec.Struct, frozen=True):
         return self.samples if isinstance(self.samples, int) else None
 
 
-def choose_inputs(nodes: list[onnxruntime.NodeArg], declared: Declarations) -> Inputs:
+def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations) -> Inputs:
     """Raises `ContractError` where no input, or any of several, could take the waveform, and for one nobody can fill."""
     by_name = {node.name: node for node in nodes}
     for key in ("input", "lengths_input", "mask_input"):
@@ -43,7 +43,7 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], declared: Declarations) -> I
             raise ContractError(
                 f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}"
             )
-    audio = by_name[str(declared["input"].value)] if "input" in declared else _waveform(nodes, declared)
+    audio = by_name[str(declared["input"].value)] if "input" in declared else _waveform(nodes, outputs, declared)
     if audio.type not in FLOAT_TYPES:
         raise ContractError(f"input {audio.name!r} is {audio.type}; a waveform input must be float")
     shape = list(audio.shape)
@@ -58,6 +58,7 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], declared: Declarations) -> I
         elif lengths is None and _is_lengths(node, declared):
             lengths = node.name
         else:
+            _refuse_state([other for other in nodes if other.name != audio.name], outputs)
             raise ContractError(
                 f"the model wants input {node.name!r} ({node.type}, shape {node.shape}) beside the waveform, "
                 f"which nothing here can fill; {_cure(node)}"
@@ -69,7 +70,23 @@ def listed(names: Any) -> str:
     return ", ".join(repr(str(name)) for name in names) or "none"
 
 
-def _waveform(nodes: list[onnxruntime.NodeArg], declared: Declarations) -> onnxruntime.NodeArg:
+def _refuse_state(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]) -> None:
+    """Raise `ContractError` where one of these wants an output of the call before: such a pair shares a name or a shape."""
+    for node in nodes:
+        stem = node.name.lower().rstrip("0123456789_") or node.name  # `h0` is given back as `hn`
+        for output in outputs:
+            alike = output.type == node.type and len(output.shape) == len(node.shape)
+            same = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
+            if alike and (stem in output.name.lower() or same):
+                raise ContractError(
+                    f"the model keeps a state: input {node.name!r} wants output {output.name!r} of the call before, but "
+                    "every clip is embedded by itself; export it with the state inside, starting at zero"
+                )
+
+
+def _waveform(
+    nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations
+) -> onnxruntime.NodeArg:
     floats = [node for node in nodes if node.type in FLOAT_TYPES and not _is_mask(node, declared)]
     if len(floats) > 1:  # a state has a shape of its own
         floats = [
@@ -80,6 +97,7 @@ def _waveform(nodes: list[onnxruntime.NodeArg], declared: Declarations) -> onnxr
     if len(floats) > 1:
         named = [node for node in floats if node.name in ("audio", "waveform", "input_values")]
         if len(named) != 1:
+            _refuse_state(floats, outputs)
             names = listed(node.name for node in floats)
             raise ContractError(f"any of {names} could be the waveform; name it by --contract input=NAME")
         return named[0]

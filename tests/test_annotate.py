@@ -136,6 +136,7 @@ def test_weights_files_go_with_the_copy(tmp_path: Path) -> None:
     found = files_in(tmp_path / "to")
     assert sorted(found) == ["deep/weights.bin", "out.onnx"]
     assert found["deep/weights.bin"] == models.WEIGHTS.tobytes()
+    assert without_metadata(tmp_path / "to/out.onnx") == without_metadata(model)
     for file in (tmp_path / "from").rglob("*.*"):
         file.unlink()
     same_embedding(tmp_path / "to/out.onnx")

@@ -35,10 +35,6 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
         "input 'state' wants output 'new_state' of the call before",
     ),
     "states known by their shape": (
-        lambda: models.renamed(models.stateful(), "new_state", "after"),
-        "input 'state' wants output 'after' of the call before",
-    ),
-    "states known by their names": (
         lambda: models.renamed(models.renamed(models.stateful(), "state", "h0"), "new_state", "hn"),
         "input 'h0' wants output 'hn' of the call before",
     ),

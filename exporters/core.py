@@ -114,6 +114,7 @@ def export_encoder(
             max_abs_error = check_parity(encoder, unchecked, spec, precision)
             weights = _weights_beside(unchecked)
             if weights.exists():  # first: a file without its weights is worse than weights without a file
+                weights.chmod(unchecked.stat().st_mode)  # onnx writes it for its owner alone
                 os.replace(weights, _weights_beside(output))
             os.replace(unchecked, output)
     except OSError as error:

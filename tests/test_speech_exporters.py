@@ -188,6 +188,7 @@ def test_large_weights_stand_beside_the_file(made: dict[str, Path], files: dict[
     report = core.export_encoder(encoder, spec, tmp_path / "large.onnx", external_bytes=1_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
     assert report.path.stat().st_size < (tmp_path / "large.onnx.data").stat().st_size
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     moved = shutil.copytree(tmp_path, tmp_path / "moved")
     audio = clip(16_001)[None]
     with load_encoder(moved / "large.onnx", device="cpu", threads=1) as encoder_there:

@@ -6,7 +6,7 @@ CLEAN := .clean-venv/bin
 SHARED ?= ../shared
 REALDATA ?= build/realdata
 
-.PHONY: demo test check wheel-demo realdata bench families lock clean
+.PHONY: demo test check wheel-demo realdata families bench lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -40,6 +40,9 @@ realdata: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## build rea
 	$(BIN)/xares-onnx evaluate resemblyzer.onnx --data $(REALDATA)/env
 	$(BIN)/xares-onnx evaluate resemblyzer.onnx --data $(REALDATA)/env --protocol xares --output results/resemblyzer-xares.json
 
+families: .venv/installed  ## export every family with a checkpoint at real size, random weights: parity at 10 s, and speed
+	PYTHONPATH=tests $(BIN)/python bench/families.py
+
 bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and memory, as ratios within one run
 	$(BIN)/python bench/embedding.py resemblyzer.onnx
 	$(BIN)/python bench/heads.py
@@ -47,9 +50,6 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 	$(BIN)/python bench/frames.py
 	$(BIN)/python bench/rerun.py logmel.onnx
 	$(BIN)/python bench/memory.py resemblyzer.onnx
-
-families: .venv/installed  ## export known families at their real size: parity with PyTorch, and speed
-	$(BIN)/python bench/families.py
 
 lock:  ## resolve the newest versions into requirements.lock, in a fresh environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

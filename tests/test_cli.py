@@ -593,6 +593,25 @@ def test_prune_everything(cache: Path) -> None:
     assert not [path for path in (cache / "store").rglob("*") if path.is_file()]
 
 
+def test_export_takes_a_factory_and_a_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["import torch", "def build():", "    module = torch.nn.Sequential(torch.nn.Unflatten(1, (1, -1)),"]
+    lines += [
+        "        torch.nn.Conv1d(1, 4, 400, 160), torch.nn.Flatten(2))",
+        "    module.sample_rate = 16_000",
+        "    return module",
+    ]
+    (tmp_path / "channels_first.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("export", "torch", "channels_first:build")
+    assert (code, out) == (3, "")
+    assert "do not grow evenly" in err
+    code, out, err = run("export", "logmel", "--quantize", "int8-dynamic")
+    assert (code, out) == (2, "")
+    assert "no linear layers to quantise" in err
+    assert run("export", "logmel", "--dtype", "half")[0] == 2
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".onnx"] == []
+
+
 def test_export_then_evaluate(world: World, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     code, out, err = run("export", "logmel", "-o", str(tmp_path / "logmel.onnx"))

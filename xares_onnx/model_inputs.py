@@ -73,11 +73,10 @@ def listed(names: Any) -> str:
 def _refuse_state(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]) -> None:
     """Raise `ContractError` where one of these wants an output of the call before: such a pair shares a name or a shape."""
     for node in nodes:
-        stem = node.name.lower().rstrip("0123456789_") or node.name  # `h0` is given back as `hn`
         for output in outputs:
             alike = output.type == node.type and len(output.shape) == len(node.shape)
             same = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
-            if alike and (stem in output.name.lower() or same):
+            if alike and (node.name.lower() in output.name.lower() or same):
                 raise ContractError(
                     f"the model keeps a state: input {node.name!r} wants output {output.name!r} of the call before, but "
                     "every clip is embedded by itself; export it with the state inside, starting at zero"

@@ -28,7 +28,12 @@ BASE = {
     "wavlm": transformers.WavLMConfig(mask_time_prob=0.0),
     "data2vec": transformers.Data2VecAudioConfig(mask_time_prob=0.0),
     "whisper": transformers.WhisperConfig(
-        d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, decoder_layers=1, vocab_size=51_865
+        d_model=512,
+        encoder_layers=6,
+        encoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_layers=1,
+        decoder_attention_heads=8,
     ),
 }
 

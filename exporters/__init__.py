@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "export"]
 
-FAMILIES = ("data2vec", "hubert", "logmel", "resemblyzer", "torch", "wav2vec2", "wavlm", "whisper")
+FAMILIES = ("dasheng", "data2vec", "hubert", "logmel", "resemblyzer", "torch", "wav2vec2", "wavlm", "whisper")
 DTYPES = ("fp32", "fp16")
 QUANTIZATIONS = ("int8-dynamic",)
 

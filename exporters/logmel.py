@@ -50,20 +50,28 @@ class MelPower(nn.Module):
 
     The DFT is a strided convolution with windowed cosines and sines, made in double precision: several times
     faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does:
-    frame i is then centred on sample i * hop, else on i * hop + window / 2.
+    frame i is then centred on sample i * hop, else on i * hop + window / 2. `filters`, (bands, window_samples // 2 + 1),
+    stand for Slaney's.
     """
 
     dft: Tensor
     filters: Tensor
 
-    def __init__(self, bands: int, *, centred: bool) -> None:
+    def __init__(
+        self,
+        bands: int,
+        *,
+        centred: bool,
+        window_samples: int = WINDOW_SAMPLES,
+        filters: NDArray[np.float64] | None = None,
+    ) -> None:
         super().__init__()
-        self.padding = WINDOW_SAMPLES // 2 if centred else 0
-        time = np.arange(WINDOW_SAMPLES)
-        phase = 2 * np.pi / WINDOW_SAMPLES * np.outer(np.arange(WINDOW_SAMPLES // 2 + 1), time)
-        window = 0.5 - 0.5 * np.cos(2 * np.pi / WINDOW_SAMPLES * time)  # periodic Hann
+        self.padding = window_samples // 2 if centred else 0
+        time = np.arange(window_samples)
+        phase = 2 * np.pi / window_samples * np.outer(np.arange(window_samples // 2 + 1), time)
+        window = 0.5 - 0.5 * np.cos(2 * np.pi / window_samples * time)  # periodic Hann
         kernels = np.concatenate([window * np.cos(phase), window * np.sin(phase)])
-        filters = mel_filters(bands, WINDOW_SAMPLES, SAMPLE_RATE)
+        filters = mel_filters(bands, window_samples, SAMPLE_RATE) if filters is None else filters
         self.register_buffer("dft", torch.from_numpy(kernels[:, None]).float())
         # Twice side by side: the sum over bins then also adds the squares of cosine and sine.
         self.register_buffer("filters", torch.from_numpy(np.tile(filters, 2)[:, :, None]).float())

@@ -60,7 +60,7 @@ class Checkpoint:
                     f"there is no folder {checkpoint} and no model of that name in the local cache; download it first"
                 ) from error
             found = cls(folder, f"{checkpoint}@{folder.name}")
-        if (kind := found._json(_CONFIG).get("model_type")) != family:
+        if (kind := found.config().get("model_type")) != family:
             raise UsageError(f"{checkpoint} holds a model of type {kind!r}, not {family!r}; export it as what it is")
         return found
 
@@ -71,6 +71,9 @@ class Checkpoint:
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         stated = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*(\S+)", text)
         return stated[1].strip("\"'") if stated else "not stated"
+
+    def config(self) -> dict[str, Any]:
+        return self._json(_CONFIG)
 
     def preprocessor(self) -> dict[str, Any]:
         """The preprocessor's settings: they are half of the encoder, and no default stands for them."""

@@ -248,7 +248,9 @@ def list_tasks(
 @app.command()
 @_reported
 def export(
-    family: Annotated[str, typer.Argument(help="data2vec, hubert, logmel, resemblyzer, torch, wav2vec2, wavlm or whisper.")],
+    family: Annotated[
+        str, typer.Argument(help="dasheng, data2vec, hubert, logmel, resemblyzer, torch, wav2vec2, wavlm or whisper.")
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Argument(

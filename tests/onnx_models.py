@@ -280,6 +280,12 @@ def one_value(layout: str, samples: int | str = "samples") -> ModelProto:
     return encoder(output_layout="any", samples=samples, extra=extra)
 
 
+def attention_map(samples: int | str = "samples") -> ModelProto:
+    """[batch, frames, frames]: how alike any two frames are."""
+    extra = [helper.make_node("MatMul", ["frames_first", "dim_first"], ["embeddings"])]
+    return encoder(output_layout="any", samples=samples, extra=extra)
+
+
 def mean_over_a_batch_of_5() -> ModelProto:
     extra = [helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=[0], keepdims=0)]
     return encoder(output_layout="any", batch=5, extra=extra)

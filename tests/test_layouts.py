@@ -48,6 +48,10 @@ FORMS: dict[str, tuple[Callable[[], ModelProto], dict[str, Any]]] = {
     "[samples]": (lambda: models.encoder("T", "TD"), {"input_layout": "T", "output_layout": "TD"}),
     "[3, samples]": (lambda: models.encoder(batch=3), {"fixed_batch": 3, "output_layout": "BTD"}),
     "[4, samples] to [4, 4, frames]": (lambda: models.encoder("BT", "BDT", batch=DIM), {"output_layout": "BDT"}),
+    "[4, samples] to [4, frames, 4], the batch last": (
+        lambda: models.encoder("BT", "DTB", batch=DIM),
+        {"output_layout": "DTB"},
+    ),
     "[3, 1, samples] to [frames, 3, dim]": (lambda: models.encoder("B1T", "TBD", batch=3), {"output_layout": "TBD"}),
     **{
         f"to {layout}": ((lambda layout=layout: models.encoder("BT", layout)), {"output_layout": layout, "dim": DIM})

@@ -72,6 +72,7 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "scalar": (models.scalar_output, "output 'embeddings' has shape [] for 16000 samples and []"),
     "constant frames": (models.constant_frames, "output 'embeddings' has shape [1, 5, 4]"),
     "the same for any input": (models.a_table, "output 'embeddings' is the same for any input"),
+    "an attention map": (models.attention_map, "no single axis holds frames that follow the input's length"),
     "no law": (models.lawless_frames, "the frame count of output 'embeddings' follows no law"),
     "a sequence": (models.sequence_output, "no output is a float tensor"),
     "two hidden states": (models.two_hidden_states, "any of outputs 'layer_1', 'layer_2' could be the embedding"),

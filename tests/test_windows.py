@@ -206,6 +206,7 @@ def test_axes_that_cannot_be_told_apart_may_be_declared(tmp_path: Path, shared_p
         (models.two_hidden_states, [], "any of outputs 'layer_1', 'layer_2' could be the embedding; name it by"),
         (lambda samples: models.one_value("BT", samples=samples), [], "one value a frame is no embedding"),
         (lambda samples: models.one_value("B", samples=samples), [], "a single value is no embedding"),
+        (models.attention_map, [], "which axis holds the frames cannot be seen; say it by --contract output_layout=BTD"),
         (models.stateful, [], "the model keeps a state: input 'state' wants"),
     ],
 )

@@ -144,6 +144,30 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+def remarks(contract: Contract) -> list[str]:
+    """What a user is told about a contract: what was assumed, and what it costs to meet it."""
+    notes = []
+    if assumed := [
+        f"{name}={value:g}" if isinstance(value := getattr(contract, name), int | float) else f"{name}={value}"
+        for name in ("sample_rate", "amplitude", "normalize", "hop_samples")
+        if contract.sources.get(name, "").startswith("default")
+    ]:
+        notes.append(f"assumed, because the model does not say: {', '.join(assumed)} (--contract changes it)")
+    if contract.fixed_window:
+        notes.append(
+            f"the model takes windows of exactly {contract.chunk_samples} samples, so clips are cut into these, and "
+            "the last one is filled up with zeros"
+        )
+    if contract.fixed_batch is not None and contract.fixed_batch > 1:
+        notes.append(
+            f"the model takes batches of exactly {contract.fixed_batch}, so each is one chunk repeated, at "
+            f"{contract.fixed_batch} times the cost; export it with a dynamic batch axis to avoid that"
+        )
+    if contract.batch_coupled:
+        notes.append("an item's embedding depends on its neighbours in a batch, so the model runs one item at a time")
+    return notes
+
+
 # ---------------------------------------------------------------- declarations
 
 

@@ -33,6 +33,7 @@ from .contract import (
     declared_in_sidecar,
     declared_on_command_line,
     merge,
+    remarks,
 )
 from .errors import ClipError, ContractError, DataMissingError, ModelError, UsageError
 from .events import Doing, Note, Observer, ignore
@@ -223,32 +224,13 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
     session = _session(model, device)
     tell(Doing("measuring the model"))
     contract = measure_contract(session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat()))
-    notes = [session.note] if session.note else []
-    if assumed := [
-        f"{name}={value:g}" if isinstance(value := getattr(contract, name), int | float) else f"{name}={value}"
-        for name in ("sample_rate", "amplitude", "normalize", "hop_samples")
-        if contract.sources.get(name, "").startswith("default")
-    ]:
-        notes.append(f"assumed, because the model does not say: {', '.join(assumed)} (--contract changes it)")
-    if contract.fixed_window:
-        notes.append(
-            f"the model takes windows of exactly {contract.chunk_samples} samples, so clips are cut into these, and "
-            "the last one is filled up with zeros"
-        )
-    if contract.fixed_batch is not None and contract.fixed_batch > 1:
-        notes.append(
-            f"the model takes batches of exactly {contract.fixed_batch}, so each is one chunk repeated, at "
-            f"{contract.fixed_batch} times the cost; export it with a dynamic batch axis to avoid that"
-        )
-    if contract.batch_coupled:
-        notes.append("an item's embedding depends on its neighbours in a batch, so the model runs one item at a time")
     return EncoderInfo(
         path=model,
         scan=scan,
         contract=contract,
         provider=session.provider,
         onnxruntime=_runtime_version(),
-        notes=tuple(notes),
+        notes=(*([session.note] if session.note else []), *remarks(contract)),
     )
 
 

@@ -29,15 +29,13 @@ def input_layout(shape: Sequence[Any]) -> InputLayout | None:
     return None
 
 
-def batch_axis(
-    output: npt.NDArray[Any], pair: npt.NDArray[Any] | None, fixed_batch: int | None, time: int | None = None
-) -> int | None:
-    """The axis of an output that holds the batch, where there is one; it is not the `time` axis.
+def batch_axis(output: npt.NDArray[Any], pair: npt.NDArray[Any] | None, fixed_batch: int | None) -> int | None:
+    """The axis of an output that holds the batch, where there is one.
 
     It doubles for a `pair` of waveforms; with a fixed batch of one waveform repeated it holds equal items. Where a batch
     cannot be tried it is the first axis of size one.
     """
-    axes = [axis for axis in range(output.ndim) if axis != time]
+    axes = range(output.ndim)
     if fixed_batch is not None and fixed_batch > 1:
         sized = [axis for axis in axes if output.shape[axis] == fixed_batch and _repeats(output, axis)]
         if not sized:

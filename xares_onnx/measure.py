@@ -190,12 +190,8 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
         try:
             if 0 in short[name].shape:
                 raise ContractError("it is empty")
-            if window:
-                batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch)
-                time = _window_time(probe, window, name, batch)
-            else:
-                time = growing_axis(short[name].shape, long[name].shape)
-                batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch, time)
+            batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch)
+            time = _window_time(probe, window, name, batch) if window else growing_axis(short[name].shape, long[name].shape)
             layouts[name] = output_layout(short[name].shape, batch, time)
         except ContractError as error:
             lengths = f"{list(short[name].shape)} for {low} samples" + (

@@ -129,6 +129,13 @@ def test_frames_that_see_the_whole_window_are_spread_over_it_and_that_is_said(tm
     assert_equals_reference(encoder, 16_000, normalised, hop=16_000 / 98, first=8_000 / 98)
 
 
+def test_a_hop_that_is_no_whole_number_is_remembered(tmp_path: Path, shared_process: None) -> None:
+    model = models.encoder(samples=16_000, frames=98, extra=over_the_window())
+    first, again = (load(model, tmp_path, cache=tmp_path / "cache").contract for _ in range(2))
+    assert again == first
+    assert again.hop_samples == 16_000 / 98
+
+
 @pytest.mark.parametrize(
     ("declared", "first", "source"),
     [

@@ -206,9 +206,7 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
         raise ContractError(f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME")
     name = preferred[0]
     if len(names) > 1:
-        probe.sources["output"] = (
-            "measured (the one whose frames follow the length)" if len(framed) == 1 else "graph (by name)"
-        )
+        probe.sources["output"] = "measured (the only one with frames)" if len(framed) == 1 else "graph (by name)"
     by = probe.declared.get("output_layout")
     if by and by.value != layouts[name]:
         raise ContractError(f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured")

@@ -4,69 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from corpus import tones, write_encoder, write_task, write_tones
+from cli_world import World, run, said, table
+from corpus import tones, write_task
 from shard_makers import write_shard
-from typer.testing import CliRunner
 
 from xares_onnx import __version__, cli, evaluation
 from xares_onnx.catalog import shipped_tasks
 from xares_onnx.errors import DiskFullError, XaresError, worst_exit_code
-
-ROOT = Path(__file__).parents[1]
-# Ctrl-C is ignored by what a background job starts, and the tests may be one.
-START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xares_onnx.cli import main; main()"
-
-
-class World:
-    """A model, two tasks that can be scored and one that cannot, and what `run` leaves on both streams."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data, self.cache = folder, folder / "data", folder / "cache"
-        self.model = str(write_encoder(folder / "bank.onnx"))
-        self.good, self.other, self.cut = (str(write_task(folder, name)) for name in ("good", "other", "cut"))
-        for number, name in enumerate(("good", "other", "cut")):
-            write_tones(self.data, name, train=24, valid=8, test=12 if name == "good" else 16, seed=10 * number)
-        shard = self.data / "cut/test-0.tar"
-        shard.write_bytes(shard.read_bytes()[:20_000])
-        self.environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("XARES_", "FORCE_COLOR", "COLUMNS"))
-            },
-            "XARES_ONNX_DATA": str(self.data),
-            "XARES_ONNX_CACHE": str(self.cache),
-            "PYTHONPATH": str(ROOT),
-        }
-        # Embedded once, so that what a test sees on stderr does not depend on the tests before it.
-        tasks = ["--tasks", f"{self.good},{self.other},{self.cut}", "--data", str(self.data), "--cache", str(self.cache)]
-        assert run(*self.evaluate(*tasks, "--method", "knn", "--quiet"))[0] == 4
-
-    def evaluate(self, *arguments: str) -> list[str]:
-        return ["evaluate", self.model, "--output", str(self.folder / "out.json"), *arguments]
-
-    def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        environment = {**self.environment, **options.pop("env", {})}
-        command = [sys.executable, "-c", START, *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen(command, env=environment, cwd=self.folder, **pipes)
-
-    def real(self, *arguments: str, **options: Any) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of a process of its own."""
-        process = self.start(arguments, **options)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out.decode(), err.decode()
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +31,6 @@ def surroundings(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     for name in ("XARES_ONNX_DATA", "XARES_ONNX_CACHE"):
         monkeypatch.setenv(name, world.environment[name])
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr, in this process."""
-    done = CliRunner().invoke(cli.app, list(arguments))
-    return done.exit_code, done.stdout, done.stderr
-
-
-def said(stderr: str) -> str:
-    """The one line that an error leaves."""
-    assert stderr.startswith("xares-onnx: ")
-    assert stderr.endswith("\n")
-    assert stderr.count("\n") == 1
-    return stderr.removeprefix("xares-onnx: ").strip()
 
 
 # ---------------------------------------------------------------- a run that goes well
@@ -459,12 +397,6 @@ def test_hours_of_a_plan_are_near_where_clips_differ(world: World, tmp_path: Pat
 # ---------------------------------------------------------------- tasks
 
 
-def table(out: str) -> list[list[str]]:
-    """The cells of a plain table, without its head."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
-    return rows[1:]
-
-
 def test_tasks_are_listed_on_one_line_each() -> None:
     code, out, err = run("tasks")
     assert (code, err) == (0, "")
@@ -528,96 +460,3 @@ def test_tasks_as_json() -> None:
     assert (esc50["kind"], esc50["on_disk"], esc50["weight"], esc50["head"]["epochs"]) == ("integer", "no", 400, 10)
     assert esc50["target"] == {"kind": "integer", "key": "label", "classes": 50}
     assert [record["name"] for record in json.loads(run("tasks", "esc50", "--json")[1])] == ["esc50"]
-
-
-# ---------------------------------------------------------------- cache and export
-
-
-@pytest.fixture
-def cache(world: World, tmp_path: Path) -> Path:
-    """A copy of a cache that holds two tasks by one model and one of them by another."""
-    source = world.folder / "two models"
-    if not source.exists():
-        second = write_encoder(world.folder / "second.onnx", declare=False)
-        for model, tasks in ((world.model, f"{world.good},{world.other}"), (str(second), world.good)):
-            arguments = ["evaluate", model, "--tasks", tasks, "--method", "knn", "--quiet", "--cache", str(source)]
-            assert run(*arguments, "--output", str(tmp_path / "r.json")) == (0, "", "")
-    return Path(shutil.copytree(source, tmp_path / "cache"))
-
-
-def stored(cache: Path) -> list[tuple[str, str, str]]:
-    """(model, task, shards) as `cache list` shows them."""
-    code, out, err = run("cache", "list", "--cache", str(cache))
-    assert (code, err) == (0, "")
-    assert f" in {cache / 'store'}" in out
-    return [(row[0], row[2], row[3]) for row in table(out)]
-
-
-ALL = [("bank.onnx", "good", "4"), ("bank.onnx", "other", "4"), ("second.onnx", "good", "4")]
-
-
-def test_prune_without_a_choice_removes_only_leftovers(cache: Path) -> None:
-    assert stored(cache) == ALL
-    shard = next((cache / "store").rglob("*.safetensors"))
-    leftover = shard.with_name(f"{shard.name}.abcd.part")
-    young = shard.with_name(f"{shard.name}.efgh.part")
-    leftover.write_bytes(b"x" * 2_000_000)
-    young.write_bytes(b"x")
-    os.utime(leftover, (0, 0))
-    assert run("cache", "prune", "--cache", str(cache)) == (0, "removed 0 stored shards, freed 2.0 MB\n", "")
-    assert not leftover.exists()
-    assert young.exists()  # may belong to a run that goes on
-    assert stored(cache) == ALL
-
-
-def test_prune_by_model(cache: Path) -> None:
-    assert run("cache", "prune", "--model", "second.onnx", "--cache", str(cache))[1].startswith("removed 4 stored shards")
-    assert stored(cache) == ALL[:2]
-
-
-def test_prune_by_age(cache: Path) -> None:
-    for path in (cache / "store").rglob("*.safetensors"):
-        header = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[0])
-        if header["task"] == "other":
-            os.utime(path, (time.time() - 3 * 86_400,) * 2)
-    assert run("cache", "prune", "--older-than", "4", "--cache", str(cache))[1].startswith("removed 0 ")
-    narrowed = ["cache", "prune", "--older-than", "2", "--model", "second.onnx", "--cache", str(cache)]
-    assert run(*narrowed)[1].startswith("removed 0 ")  # both must fit
-    assert run("cache", "prune", "--older-than", "2", "--cache", str(cache))[1].startswith("removed 4 ")
-    assert stored(cache) == [ALL[0], ALL[2]]
-
-
-def test_prune_everything(cache: Path) -> None:
-    assert run("cache", "prune", "--all", "--cache", str(cache))[1].startswith("removed 12 stored shards, freed 0.")
-    assert stored(cache) == []
-    assert not [path for path in (cache / "store").rglob("*") if path.is_file()]
-
-
-def test_export_takes_a_factory_and_a_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ["import torch", "def build():", "    module = torch.nn.Sequential(torch.nn.Unflatten(1, (1, -1)),"]
-    lines += [
-        "        torch.nn.Conv1d(1, 4, 400, 160), torch.nn.Flatten(2))",
-        "    module.sample_rate = 16_000",
-        "    return module",
-    ]
-    (tmp_path / "channels_first.py").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run("export", "torch", "channels_first:build")
-    assert (code, out) == (3, "")
-    assert "do not grow evenly" in err
-    code, out, err = run("export", "logmel", "--quantize", "int8-dynamic")
-    assert (code, out) == (2, "")
-    assert "no linear layers to quantise" in err
-    assert run("export", "logmel", "--dtype", "half")[0] == 2
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".onnx"] == []
-
-
-def test_export_then_evaluate(world: World, tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    code, out, err = run("export", "logmel", "-o", str(tmp_path / "logmel.onnx"))
-    assert (code, err) == (0, "")
-    assert out.startswith(f"{tmp_path / 'logmel.onnx'}: 0.")
-    assert " M parameters, at most " in out
-    assert (tmp_path / "logmel.onnx").exists()
-    assert run("evaluate", str(tmp_path / "logmel.onnx"), "--tasks", world.good, "--method", "knn", "--quiet") == (0, "", "")
-    assert [path.name.split("-")[0] for path in (tmp_path / "results").glob("*.json")] == ["logmel"]

@@ -14,7 +14,8 @@ from corpus import Clips, wav, write_task, write_tones
 from kind_makers import KINDS, SIZES, burst, clips_of, write_bank, write_kind
 
 from xares_onnx.errors import UsageError, worst_exit_code
-from xares_onnx.evaluation import Evaluation, evaluate
+from xares_onnx.evaluation import Evaluation, evaluate, plan
+from xares_onnx.events import Note
 from xares_onnx.results import TaskResult
 from xares_onnx.store import Store
 
@@ -135,6 +136,15 @@ def test_a_clip_only_encoder_has_no_score_where_frames_are_needed(folder: Path, 
         assert by_task[name].status == "ok"
     assert done.errors == []  # nothing is wrong with model or data
     assert done.result.averages == {}
+
+
+def test_a_plan_says_what_a_clip_only_encoder_leaves_out(folder: Path, tmp_path: Path) -> None:
+    said: list[Any] = []
+    tasks = [str(folder / f"{kind}.toml") for kind in ("tags", "events")]
+    model = write_model(tmp_path / "clip.onnx", clip_only=True)
+    made = plan(model, tasks, data=folder / "data", cache=folder / "cache", observer=said.append)
+    assert [row.task for row in made.rows] == ["tags"]
+    assert any("events is not planned" in event.text for event in said if isinstance(event, Note))
 
 
 @pytest.mark.parametrize("kind", ["events", "transcript"])
@@ -276,7 +286,9 @@ def test_berts_vocabulary_makes_captions_comparable(folder: Path, tmp_path: Path
     done = run(folder, "captions", protocol="xares", vocabulary=tmp_path / "vocab.txt")
     assert only(done).comparable
     assert len(done.result.settings["vocabulary"]) == 64
-    assert only(run(folder, "captions", vocabulary=tmp_path / "vocab.txt")).score == only(run(folder, "captions")).score
+    corrected = run(folder, "captions", vocabulary=tmp_path / "vocab.txt")
+    assert only(corrected).score == only(run(folder, "captions")).score
+    assert any("--vocabulary is not used" in note for note in corrected.result.notes)
 
 
 def spelt_out(count: int, seed: int) -> Clips:
@@ -311,7 +323,8 @@ def test_the_llm_head_from_audio_to_a_score(taught_lm: Path, tmp_path: Path) -> 
     again = run(tmp_path, "spoken", heads=["spoken=llm"], seeds=1, output=tmp_path / "llm.json", **arguments)
     assert only(again).score == record.score  # from the checkpoint: nothing is trained again
     assert only(again).seconds.train < record.seconds.train / 2
-    xares = run(tmp_path, "spoken", protocol="xares", seeds=1, **arguments)
+    xares = run(tmp_path, "spoken", protocol="xares", seeds=1, device="CPUExecutionProvider", **arguments)
+    assert xares.result.settings["lm"]["device"] == "cpu"  # where the encoder was asked to run
     assert (only(xares).method, only(xares).comparable) == ("llm", True)
 
 

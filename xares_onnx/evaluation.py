@@ -125,7 +125,7 @@ def evaluate(
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
             results.make_room(output)
-        tools = _load_tools(selection, settings, device, cache, observe)
+        tools = _load_tools(selection, settings, _torch_device(device, encoder.info.provider), cache, observe)
         run = _Run(encoder, settings, tools, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
@@ -178,6 +178,7 @@ def plan(
         found = []
         for task, folder in _with_heads(choose_tasks(tasks, suite, data, observer), settings):
             if kind_of(task).needs_frames and encoder.contract.clip_only:
+                observer(Note(f"{task.name} is not planned: it needs frames, and this encoder gives one vector a clip"))
                 continue
             if task.domain == "synthetic":
                 folder = synthetic_data(task, cache, observer)
@@ -377,15 +378,23 @@ def _load_tools(
         from .wordpiece import WordPiece
 
         vocabulary = WordPiece.from_file(Path(settings.vocabulary))
+        if settings.protocol != "xares":
+            observer(Note("--vocabulary is not used: only --protocol xares has BERT's, this one trains its own"))
     if any(task.head.kind == "llm" for task, _ in selection):
         from .models.llm import LanguageModel
 
         assert settings.lm is not None
-        # An ONNX Runtime provider says where the encoder runs; torch knows the CPU and CUDA.
-        language_model = LanguageModel(settings.lm, device if device.startswith(("auto", "cpu", "cuda")) else "auto")
+        language_model = LanguageModel(settings.lm, device)
     elif settings.lm is not None:
         observer(Note("no task has the llm head, so --lm is not used; --head librispeech=llm chooses it"))
     return Tools(vocabulary=vocabulary, language_model=language_model, checkpoints=cache / "checkpoints")
+
+
+def _torch_device(device: str, provider: str) -> str:
+    """Where torch runs what it has to: as asked for, or where the encoder runs if an ONNX Runtime provider was named."""
+    if device.startswith(("auto", "cpu", "cuda")):
+        return device
+    return "cuda" if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
 
 
 def synthetic_data(task: Task, cache: Path, observer: Observer) -> Path:

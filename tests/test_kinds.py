@@ -14,7 +14,7 @@ from corpus import Clips, wav, write_task, write_tones
 from kind_makers import KINDS, SIZES, burst, clips_of, write_bank, write_kind
 
 from xares_onnx.errors import UsageError, worst_exit_code
-from xares_onnx.evaluation import Evaluation, evaluate, plan
+from xares_onnx.evaluation import Evaluation, _torch_device, evaluate, plan
 from xares_onnx.events import Note
 from xares_onnx.results import TaskResult
 from xares_onnx.store import Store
@@ -334,3 +334,18 @@ def test_a_language_model_that_no_head_wants_is_said(folder: Path, taught_lm: Pa
     assert any("--lm is not used" in note for note in done.result.notes)
     spoken = run(folder, "transcript", lm=str(taught_lm), seeds=1)
     assert only(spoken).method == "ctc"  # the protocol's own, unless another is asked for
+
+
+@pytest.mark.parametrize(
+    ("device", "provider", "where"),
+    [
+        ("auto", "CUDAExecutionProvider", "auto"),
+        ("cuda:1", "CUDAExecutionProvider", "cuda:1"),
+        ("cpu", "CPUExecutionProvider", "cpu"),
+        ("CPUExecutionProvider", "CPUExecutionProvider", "cpu"),
+        ("CUDAExecutionProvider", "CUDAExecutionProvider", "cuda"),
+        ("OpenVINOExecutionProvider", "OpenVINOExecutionProvider", "cpu"),
+    ],
+)
+def test_a_language_model_never_goes_where_nobody_asked_for(device: str, provider: str, where: str) -> None:
+    assert _torch_device(device, provider) == where

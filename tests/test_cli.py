@@ -18,6 +18,7 @@ from shard_makers import write_shard
 
 from xares_onnx import __version__, cli, evaluation
 from xares_onnx.catalog import shipped_tasks
+from xares_onnx.cli.app import Terminated
 from xares_onnx.errors import DiskFullError, XaresError, worst_exit_code
 
 
@@ -187,7 +188,7 @@ def test_a_failed_task_leaves_its_code_after_the_table(world: World) -> None:
         (MemoryError("9 GB"), 5, "the memory of this machine does not suffice: 9 GB"),
         (OSError(28, "No space left"), 5, "the disk of this machine does not suffice: [Errno 28] No space left"),
         (KeyboardInterrupt(), 130, "interrupted; finished shards are stored, so the same command goes on from there"),
-        (cli._Terminated(), 143, "interrupted; finished shards are stored, so the same command goes on from there"),
+        (Terminated(), 143, "interrupted; finished shards are stored, so the same command goes on from there"),
         (XaresError(), 70, "XaresError"),
         (XaresError("no \x1b[2Jescape"), 70, r"no \x1b[2Jescape"),
     ],

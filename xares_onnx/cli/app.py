@@ -1,0 +1,151 @@
+"""What every command shares: the app, how errors and output leave it, options. Each module beside this one adds commands.
+
+Heavy imports happen inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import IO, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from ..errors import XaresError, printable
+from ..version import __version__
+
+# The parser's own error class: click's, or that of the copy of click which newer versions of typer hold.
+_ParserError: type[Any] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="xares-onnx",
+    help="Score an audio encoder exported to ONNX on the X-ARES tasks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder with a folder of shards a task. [default: $XARES_ONNX_DATA, ./env]")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="Folder of stored embeddings. [default: $XARES_ONNX_CACHE, the user's cache]")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that everything is put away as on Ctrl-C."""
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 gate, 2 usage, 3 model, 4 data, 5 machine, 70 our fault, 130/143 interrupted."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except _ParserError as error:  # in one line, like every other error; without arguments it is the help
+        code, message = error.exit_code, error.format_message()
+        if "\n" in message:
+            put(f"{message}\n", sys.stderr)
+        else:
+            command = f"{error.ctx.command_path} " if error.ctx else ""
+            say(f"{message.rstrip('.')}; `{command}--help` shows what there is")
+    sys.exit(code)
+
+
+def _on_terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def reported(command: Callable[P, R]) -> Callable[P, R]:
+    """Errors as one line on stderr and an exit code; a traceback only with --debug."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        debug = bool(kwargs.get("debug"))
+        if debug:
+            os.environ["XARES_ONNX_DEBUG"] = "1"  # workers then write to our stderr
+        try:
+            return command(*args, **kwargs)
+        except (KeyboardInterrupt, Terminated) as stop:
+            say("interrupted; finished shards are stored, so the same command goes on from there")
+            raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
+        except XaresError as error:
+            if debug:
+                traceback.print_exc()
+            say(one_line(error))
+            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                say(
+                    f"the {'memory' if isinstance(error, MemoryError) else 'disk'} of this machine does not suffice: {error}"
+                )
+                raise typer.Exit(5) from None
+            say(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)")
+            raise typer.Exit(70) from None
+
+    return run
+
+
+def say(text: str) -> None:
+    put(f"xares-onnx: {printable(text)}\n", sys.stderr)
+
+
+def put(text: str | bytes, stream: IO[Any]) -> None:
+    """Write at once. Where whoever reads it is gone, the work and its exit code do not depend on that."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def one_line(error: XaresError) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if error.exit_code == 70 and len(lines) > 1:  # a worker's traceback
+        return f"internal error in a worker, please report it: {lines[-1]}"
+    return " ".join(lines)
+
+
+def _version(value: bool) -> None:
+    if value:
+        put(f"{__version__}\n", sys.stdout)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def put_json(value: Any) -> None:
+    from ..results import indented
+
+    put(indented(value), sys.stdout.buffer)
+
+
+def split(values: list[str] | None) -> list[str]:
+    """Lists are comma-separated and repeatable."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]

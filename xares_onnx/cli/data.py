@@ -1,0 +1,70 @@
+"""`tasks` and `cache`: what there is to score, and what is stored of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .app import CacheOption, DataOption, DebugOption, app, put, put_json, reported
+
+cache_app = typer.Typer(help="Stored embeddings: list them, remove them.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@app.command("tasks")
+@reported
+def list_tasks(
+    name: Annotated[str | None, typer.Argument(help="One task, or a pattern.")] = None,
+    data: DataOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the tasks: kind, metric, weight, and what is on disk. One task's name shows all about it."""
+    import msgspec
+
+    from .. import catalog
+    from ..report import terminal
+
+    chosen = catalog.named_tasks([name]) if name else list(catalog.shipped_tasks().values())
+    folder = catalog.data_folder(data)
+    rows = [(task, catalog.on_disk(task, folder)) for task in chosen]
+    if json_:
+        put_json([{**msgspec.to_builtins(task), "kind": task.kind, "on_disk": disk} for task, disk in rows])
+    elif len(chosen) == 1:
+        terminal.print_task(chosen[0], folder, terminal.stdout_console())
+    else:
+        terminal.print_tasks(rows, folder, terminal.stdout_console())
+
+
+@cache_app.command("list")
+@reported
+def cache_list(cache: CacheOption = None, debug: DebugOption = False) -> None:
+    """Show stored embeddings by model and task."""
+    from .. import catalog
+    from ..report import terminal
+    from ..store import Store
+
+    store = Store(catalog.cache_folder(cache) / "store")
+    terminal.print_cache(list(store.entries()), str(store.root), terminal.stdout_console())
+
+
+@cache_app.command("prune")
+@reported
+def cache_prune(
+    older_than: Annotated[int | None, typer.Option(help="Embeddings not used for N days.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Embeddings of this model: its file name or the start of its sha256.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All embeddings.")] = False,
+    cache: CacheOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Remove what killed runs left behind, and the embeddings that the options choose."""
+    from .. import catalog
+    from ..store import Store, prune
+
+    store = Store(catalog.cache_folder(cache) / "store")
+    shards, freed = prune(store, older_than_days=older_than, model=model, everything=all_)
+    put(f"removed {shards} stored shard{'' if shards == 1 else 's'}, freed {freed / 1e6:.1f} MB\n", sys.stdout)

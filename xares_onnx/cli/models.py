@@ -1,0 +1,71 @@
+"""`export` and `annotate`: make a model file, or make one say what it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import printable
+from .app import DebugOption, app, put, reported
+
+
+@app.command()
+@reported
+def export(
+    family: Annotated[
+        str, typer.Argument(help="dasheng, data2vec, hubert, logmel, resemblyzer, torch, wav2vec2, wavlm or whisper.")
+    ],
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="Weights: a file or folder, or the name of a model in the local cache; nothing is downloaded. For torch, "
+            "module:factory: your own code, which is imported and run here."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: <family>.onnx]")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or fp16: of weights and arithmetic behind the front end.")] = "fp32",
+    quantize: Annotated[
+        str | None, typer.Option(help="int8-dynamic: linear layers in 8 bits; for the CPU, a clip at a time.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Export a known encoder family to ONNX, checked against its PyTorch module."""
+    from .. import exporters
+
+    report = exporters.export(family, checkpoint, output or Path(f"{family}.onnx"), dtype=dtype, quantize=quantize)
+    text = (
+        f"{report.path}: {report.parameters / 1e6:.1f} M parameters, at most {report.max_abs_error:.1e} from PyTorch "
+        f"over {len(report.lengths)} lengths x {len(report.batches)} batch sizes"
+    )
+    put(f"{printable(text)}\n", sys.stdout)
+
+
+@app.command()
+@reported
+def annotate(
+    model: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")],
+    contract: Annotated[
+        list[str], typer.Option("--contract", help="KEY=VALUE to declare, such as sample_rate=16000; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; never the model itself.")],
+    debug: DebugOption = False,
+) -> None:
+    """Write a copy of a model that declares its contract in its own metadata; graph and weights stay as they are."""
+    from ..annotate import annotate as write
+    from ..report import terminal
+
+    with terminal.TerminalObserver() as observer:
+        done = write(model, contract, output, observer=observer)
+    said = [
+        f"{key}={value}" + (f" (was {done.replaced[key]})" if key in done.replaced else "")
+        for key, value in done.written.items()
+    ]
+    said += [f"{key} dropped (was {value})" for key, value in done.replaced.items() if key not in done.written]
+    text = f"{done.path}: {', '.join(said) or 'nothing new'}"
+    for title, names in (("unchanged", done.kept), ("weights copied", done.copied)):
+        if names:
+            text += f"; {title}: {', '.join(names)}"
+    put(f"{printable(text)}\n", sys.stdout)

@@ -102,19 +102,19 @@ def run_in_batches(spec: ModelSpec, clips: list[np.ndarray], batch: int, *, tell
     from xares_onnx.encoder import ChunkRunner, Job, open_session
 
     session, sizes = open_session(spec, tell), []
-    run = session.run
+    run = session.run_taps
     single = [
-        np.concatenate([frames for _, _, frames, _ in ChunkRunner(session, spec).run([Job(0, clip)])]) for clip in clips
+        np.concatenate([frames for _, _, (frames,), _ in ChunkRunner(session, spec).run([Job(0, clip)])]) for clip in clips
     ]
-    session.run = lambda waveforms, *rest: (sizes.append(len(waveforms)), run(waveforms, *rest))[1]  # type: ignore
+    session.run_taps = lambda waveforms, *rest: (sizes.append(len(waveforms)), run(waveforms, *rest))[1]  # type: ignore
     try:
         runner = ChunkRunner(session, ModelSpec(spec.info, spec.device, 1))
         runner._batch = batch
         parts: list[list[np.ndarray]] = [[] for _ in clips]
-        for job, _, frames, _ in runner.run(Job(i, clip) for i, clip in enumerate(clips)):
+        for job, _, (frames,), _ in runner.run(Job(i, clip) for i, clip in enumerate(clips)):
             parts[job.tag].append(frames)
     finally:
-        del session.run
+        del session.run_taps
     for frames, expected in zip(parts, single, strict=True):
         np.testing.assert_allclose(np.concatenate(frames), expected, atol=1e-6)
     return [sizes, [len(np.concatenate(frames)) for frames in parts]]

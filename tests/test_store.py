@@ -22,8 +22,9 @@ from shard_makers import small_disk
 from xares_onnx import audio, embed, encoder, files, store
 from xares_onnx.contract import Contract
 from xares_onnx.embed import CropSettings, EmbedSpec
-from xares_onnx.encoder import EncoderInfo, ModelSpec
+from xares_onnx.encoder import EncoderInfo, ModelSpec, Tap
 from xares_onnx.errors import DiskFullError, MachineError
+from xares_onnx.layers import Exposure
 from xares_onnx.model_file import ModelScan
 from xares_onnx.session import CUDA
 from xares_onnx.shards import Drop
@@ -232,6 +233,7 @@ def spec() -> EmbedSpec:
 SHAPING: dict[str, Any] = {
     "model.info.scan.sha256": "c",
     "model.info.provider": CUDA,
+    "model.info.exposure": Exposure(("x",)),
     "model.info.onnxruntime": "1.2.4",
     "model.info.contract.input": "x",
     "model.info.contract.input_layout": "B1T",
@@ -264,6 +266,7 @@ SHAPING: dict[str, Any] = {
 NOT_SHAPING: dict[str, Any] = {
     "model.info.path": "elsewhere/n.onnx",
     "model.info.notes": ("said",),
+    "model.info.more_taps": (Tap("x", spec().model.info.contract),),
     "model.info.scan.bytes": 2,
     "model.info.scan.parameters": 2,
     "model.info.scan.external": ("w",),
@@ -307,6 +310,13 @@ def test_what_shapes_the_numbers_changes_the_name(path: str) -> None:
 @pytest.mark.parametrize("path", NOT_SHAPING)
 def test_nothing_else_changes_the_name(path: str) -> None:
     assert changed(spec(), path, NOT_SHAPING[path]).key() == spec().key()
+
+
+def test_each_tap_has_a_name_of_its_own() -> None:
+    layer = Tap("layer", changed(spec().model.info.contract, "output", "inside"))
+    tapped = changed(spec(), "model.info.more_taps", (layer,))
+    assert tapped.key(0) == spec().key()
+    assert tapped.key(1) == changed(spec(), "model.info.contract.output", "inside").key()
 
 
 def test_all_clips_by_name_are_not_all_clips() -> None:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import audio
-from .chunking import frame_centers
+from .chunking import Chunk, frame_centers
+from .contract import Contract
 from .encoder import CALL_SECONDS, LOAD_SECONDS, ChunkRunner, Encoder, Job, ModelSpec, open_session
 from .errors import ClipError, DataError, printable
 from .events import Observer, Progress
@@ -56,12 +57,15 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     selected: frozenset[str] | None
     store: Path
 
-    def key(self) -> str:
-        """Name of the result in the store: a digest of everything that shapes the numbers."""
+    def key(self, tap: int = 0) -> str:
+        """Name of the result in the store for tap number `tap`: a digest of everything that shapes the numbers."""
         info = self.model.info
-        contract = msgspec.structs.replace(info.contract, sources={}, license=None, source=None)
+        contract = msgspec.structs.replace(info.taps[tap].contract, sources={}, license=None, source=None)
+        # What is exposed keeps ONNX Runtime from fusing it away, which may change the last digits.
+        exposed = {} if info.exposure is None else {"exposed": info.exposure}
         return store_key(
             {
+                **exposed,
                 "model": info.scan.sha256,
                 "contract": contract,
                 "batch": info.batch,
@@ -122,13 +126,16 @@ def shard_specs(
 def embed_shards(
     encoder: Encoder, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer
 ) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
-    """Every shard's embeddings, from the store where it has them; and reports of those that had to be made."""
+    """Every shard's embeddings by the first tap, from the store where it has all taps; and reports of what was made."""
     shards: dict[Path, EmbeddedShard] = {}
     missing: dict[Path, int] = {}
+    more = range(1, len(encoder.info.taps))
     for path, spec in specs.items():
-        if (embedded := store.read(spec.key())) is not None:
+        embedded = store.read(spec.key())
+        if embedded is not None and all(store.read(spec.key(tap)) is not None for tap in more):
             shards[path] = embedded
-            store.touch(spec.key())
+            for tap in (0, *more):
+                store.touch(spec.key(tap))
         else:
             missing[path] = len(index_shard(path).samples) if spec.selected is None else len(spec.selected)
     reports: list[ShardReport] = []
@@ -137,21 +144,29 @@ def embed_shards(
     task = next(iter(specs.values())).task
     for path, clips in missing.items():
         observer(Progress("embed", task, done, total))
-        key = specs[path].key()
-        embedded = store.read(key)  # a shard of the same content, or another process, may have made it meanwhile
-        if embedded is None:
+        spec = specs[path]
+        embedded = store.read(spec.key())  # a shard of the same content, or another process, may have made it meanwhile
+        if embedded is None or any(spec.key(tap) not in store for tap in more):
             watch = _offset(observer, task, done, total)
             limit = max(LOAD_SECONDS, CALL_SECONDS)
-            reports.append(
-                encoder.worker.call(embed_shard, specs[path], returns=ShardReport, silence_limit=limit, observer=watch)
-            )
-            embedded = store.read(key)
-        if embedded is None:
-            raise RuntimeError(f"the store lost {key} right after it was written")
+            reports.append(encoder.worker.call(embed_shard, spec, returns=ShardReport, silence_limit=limit, observer=watch))
+            embedded = _written(store, spec.key())
         shards[path] = embedded
         done += clips
     observer(Progress("embed", task, total, total))
     return {path: shards[path] for path in specs}, reports
+
+
+def shards_of_tap(specs: Mapping[Path, EmbedSpec], store: Store, tap: int) -> dict[Path, EmbeddedShard]:
+    """The embeddings of tap number `tap`, after `embed_shards`: read one tap at a time, since all may be more than fits."""
+    return {path: _written(store, spec.key(tap)) for path, spec in specs.items()}
+
+
+def _written(store: Store, key: str) -> EmbeddedShard:
+    shard = store.read(key)
+    if shard is None:
+        raise RuntimeError(f"the store lost {key} right after it was written")
+    return shard
 
 
 def _offset(observer: Observer, task: str, before: int, total: int) -> Observer:
@@ -165,76 +180,111 @@ def _offset(observer: Observer, task: str, before: int, total: int) -> Observer:
 
 
 def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
-    """Embed one shard and write it to the store. A clip that cannot be used is a named drop; its neighbours go on."""
+    """Embed one shard and write each tap to the store. A clip that cannot be used is a named drop; its neighbours go on."""
     started = time.perf_counter()
     session = open_session(spec.model, tell)
     index = index_shard(spec.shard)
     samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
     drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
-    store, key, info = Store(spec.store), spec.key(), spec.model.info
-    with store.spool(key, info.contract.dim) if spec.frames else nullcontext() as spool:
+    store, info = Store(spec.store), spec.model.info
+    with ExitStack() as spools:
+        gathered = []
+        for number, tap in enumerate(info.taps):
+            framed = spec.frames and not tap.contract.clip_only
+            spool = spools.enter_context(store.spool(spec.key(number), tap.contract.dim)) if framed else None
+            gathered.append(_Gathered(tap.contract, spool))
         decoded = _Decoded(spec, samples, info.contract.sample_rate)
-        clips, pooled, clip_of_crop = _run(spec, session, decoded, spool, len(samples), tell)
+        _run(spec, session, decoded, gathered, len(samples), tell)
         if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
             raise DataError(f"shard {spec.shard} changed while it was read; run again")
         drops += decoded.drops
-        audio_seconds = float(sum(clip.seconds for clip in clips))
-        header = Header(
-            store_version=STORE_VERSION,
-            model=Path(info.path).name,
-            model_sha256=info.scan.sha256,
-            task=spec.task,
-            shard=printable(spec.shard.name),
-            expected=len(clips) + len(drops),
-            damage=index.damage,
-            audio_seconds=audio_seconds,
-        )
-        matrix = np.stack(pooled) if pooled else np.empty((0, info.contract.dim), np.float32)
-        shard = EmbeddedShard(header, matrix, np.array(clip_of_crop, np.int64), clips, sorted(drops, key=_drop_order))
-        store.write(key, shard, spool)
-    return ShardReport(key, len(clips), audio_seconds, time.perf_counter() - started)
+        for number, of_tap in enumerate(gathered):
+            header = Header(
+                store_version=STORE_VERSION,
+                model=Path(info.path).name,
+                model_sha256=info.scan.sha256,
+                task=spec.task,
+                shard=printable(spec.shard.name),
+                expected=len(of_tap.clips) + len(drops) + len(of_tap.drops),
+                damage=index.damage,
+                audio_seconds=of_tap.audio_seconds,
+            )
+            store.write(spec.key(number), of_tap.shard(header, drops), of_tap.spool)
+    return ShardReport(spec.key(), len(gathered[0].clips), gathered[0].audio_seconds, time.perf_counter() - started)
 
 
 def _run(
-    spec: EmbedSpec, session: Session, decoded: _Decoded, spool: FrameSpool | None, expected: int, tell: Tell
-) -> tuple[list[Clip], list[npt.NDArray[np.float32]], list[int]]:
-    """Every clip through the model: the clips that have embeddings, a pooled row each crop, and each row's clip."""
-    clips: list[Clip] = []
-    pooled: list[npt.NDArray[np.float32]] = []
-    clip_of_crop: list[int] = []
-    contract = spec.model.info.contract
+    spec: EmbedSpec, session: Session, decoded: _Decoded, gathered: Sequence[_Gathered], expected: int, tell: Tell
+) -> None:
+    """Every clip through the model, and into what each tap gathers."""
     runner = ChunkRunner(
-        session, spec.model, pad_short_clips=spec.crops.pad_short_clips, keep_padding=spec.crops.keep_padding
+        session,
+        spec.model,
+        [tap.contract for tap in gathered],
+        pad_short_clips=spec.crops.pad_short_clips,
+        keep_padding=spec.crops.keep_padding,
     )
-    rows: list[npt.NDArray[np.float32]] = []
-    pool = _Pool(clip_only=contract.clip_only)
-    last_told = 0.0
+    done, last_told = 0, 0.0
     for job, chunk, frames, is_last in runner.run(decoded):
-        pool.add(frames, chunk.stop - chunk.start)
-        if spool is not None:
-            spool.add(frames, frame_centers(chunk, len(frames), contract) / contract.sample_rate)
+        for tap, of_tap in zip(gathered, frames, strict=True):
+            tap.add(of_tap, chunk)
         if not is_last:
             tell(Beat())
             continue
-        rows.append(pool.take())
-        if spool is not None:
-            spool.end_crop()
         sample, seconds, label, is_last_crop = job.tag
-        if is_last_crop:
-            if all(np.isfinite(row).all() for row in rows):
-                clip_of_crop += [len(clips)] * len(rows)
-                pooled += rows
-                clips.append(Clip(sample.key, seconds, label))
-            else:
-                decoded.drops.append(Drop(sample.key, NOT_FINITE))
-                if spool is not None:
-                    spool.drop_from(len(pooled))
-            rows = []
+        for tap in gathered:
+            tap.end_crop()
+            if is_last_crop:
+                tap.end_clip(Clip(sample.key, seconds, label))
+        done += is_last_crop
         now = time.perf_counter()
         if now - last_told > _PROGRESS_SECONDS:
             last_told = now
-            tell(Progress("embed", spec.task, len(clips) + len(decoded.drops), expected))
-    return clips, pooled, clip_of_crop
+            tell(Progress("embed", spec.task, done + len(decoded.drops), expected))
+
+
+class _Gathered:
+    """What one tap has given of a shard so far: a pooled row each crop, frames where they are kept, and their clips."""
+
+    def __init__(self, contract: Contract, spool: FrameSpool | None) -> None:
+        self.contract = contract
+        self.spool = spool
+        self.clips: list[Clip] = []
+        self.drops: list[Drop] = []
+        self._pool = _Pool(clip_only=contract.clip_only)
+        self._pooled: list[npt.NDArray[np.float32]] = []
+        self._clip_of_crop: list[int] = []
+        self._rows: list[npt.NDArray[np.float32]] = []  # of the clip in progress
+
+    @property
+    def audio_seconds(self) -> float:
+        return float(sum(clip.seconds for clip in self.clips))
+
+    def add(self, frames: npt.NDArray[np.float32], chunk: Chunk) -> None:
+        self._pool.add(frames, chunk.stop - chunk.start)
+        if self.spool is not None:
+            self.spool.add(frames, frame_centers(chunk, len(frames), self.contract) / self.contract.sample_rate)
+
+    def end_crop(self) -> None:
+        self._rows.append(self._pool.take())
+        if self.spool is not None:
+            self.spool.end_crop()
+
+    def end_clip(self, clip: Clip) -> None:
+        if all(np.isfinite(row).all() for row in self._rows):
+            self._clip_of_crop += [len(self.clips)] * len(self._rows)
+            self._pooled += self._rows
+            self.clips.append(clip)
+        else:
+            self.drops.append(Drop(clip.key, NOT_FINITE))
+            if self.spool is not None:
+                self.spool.drop_from(len(self._pooled))
+        self._rows = []
+
+    def shard(self, header: Header, drops: Sequence[Drop]) -> EmbeddedShard:
+        matrix = np.stack(self._pooled) if self._pooled else np.empty((0, self.contract.dim), np.float32)
+        every = sorted([*drops, *self.drops], key=_drop_order)
+        return EmbeddedShard(header, matrix, np.array(self._clip_of_crop, np.int64), self.clips, every)
 
 
 class _Pool:

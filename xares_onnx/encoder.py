@@ -35,9 +35,10 @@ from .contract import (
     merge,
     remarks,
 )
-from .errors import ClipError, ContractError, DataMissingError, ModelError, UsageError
+from .errors import ClipError, ContractError, DataMissingError, ModelError, UsageError, nearest
 from .events import Doing, Note, Observer, ignore
 from .files import Stamp, stamp, write_aside
+from .layers import ALL_LAYERS, Exposure
 from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
 from .session import CPU, Session, cuda_may_work
 from .worker import Array, Beat, Tell, Worker, limit_memory
@@ -47,7 +48,14 @@ CALL_SECONDS = 60.0  # longest silence while it runs
 GPU_BATCH = 16
 _BASE_MEMORY = 8 << 30
 _THREAD_MEMORY = 1 << 30  # wav2vec2-base needs 0.6 GB for a chunk of 10 s
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
+
+
+class Tap(msgspec.Struct, frozen=True):
+    """An output whose embeddings are scored, by the name that results call it."""
+
+    name: str
+    contract: Contract
 
 
 class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +67,15 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
     provider: str
     onnxruntime: str
     notes: tuple[str, ...] = ()
+    more_taps: tuple[Tap, ...] = ()
+    """Outputs that are scored beside the contract's, in the same pass."""
+    exposure: Exposure | None = None
+    """Inner tensors that were made outputs for them."""
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Every output that is scored, the contract's first."""
+        return (Tap(self.contract.output, self.contract), *self.more_taps)
 
     @property
     def batch(self) -> int:
@@ -99,11 +116,15 @@ class Encoder:
     def contract(self) -> Contract:
         return self.spec.info.contract
 
-    def embed(self, waveforms: Iterable[npt.ArrayLike], rate: int) -> list[Embedding]:
+    def embed(self, waveforms: Iterable[npt.ArrayLike], rate: int, tap: str | None = None) -> list[Embedding]:
         """Embed mono waveforms (samples,) in [-1, 1] at `rate` Hz; each is resampled, chunked and put together again.
 
-        Raises `UsageError` for an array that is not a finite mono waveform, `ModelError` where the model fails.
+        `tap` names one of those that were loaded; the first, if it is not given. Raises `UsageError` for another name or an
+        array that is not a finite mono waveform, `ModelError` where the model fails.
         """
+        taps = {found.name: number for number, found in enumerate(self.info.taps)}
+        if tap is not None and tap not in taps:
+            raise UsageError(f"there is no tap {tap!r}{nearest(tap, taps)}; `taps` of load_encoder names them")
         if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
             raise UsageError(f"rate={rate} must be a sampling rate from {audio.MIN_RATE} to {audio.MAX_RATE} Hz")
         signals = [_checked_waveform(waveform) for waveform in waveforms]
@@ -112,6 +133,7 @@ class Encoder:
             self.spec,
             signals,
             rate,
+            0 if tap is None else taps[tap],
             returns=list[tuple[Array, Array]],
             silence_limit=LOAD_SECONDS,
             observer=ignore,
@@ -134,23 +156,26 @@ def load_encoder(
     device: str = "auto",
     threads: int | None = None,
     contract: Sequence[str] = (),
+    taps: Sequence[str] = (),
     cache: Path | None = None,
     observer: Observer = ignore,
 ) -> Encoder:
     """Find, scan and measure a model; nothing of it runs in this process.
 
     `contract` holds KEY=VALUE declarations, `threads` defaults to the number of cores, `cache` is a folder where what was
-    measured is kept. Raises `ModelError` where the model cannot be used.
+    measured is kept. `taps` names outputs or inner tensors, of which the first stands in for the model's output, or is
+    `all-layers` alone: the output, and every layer's. Raises `ModelError` where the model cannot be used.
     """
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
+    taps = _checked_taps(taps, declared)
     beside = declared_by_preprocessor(model.parent / PREPROCESSOR_CONFIG)
     threads = usable_cores() if threads is None else threads
     if threads < 1:
         raise UsageError(f"threads={threads} must be 1 or more")
     as_measured = stamp(model)
     worker = Worker()
-    remembered = _Remembered(cache, model, device, declared, beside) if cache else None
+    remembered = _Remembered(cache, model, device, declared, beside, taps) if cache else None
     info = remembered.load() if remembered else None
     if info is None:
         try:
@@ -160,6 +185,7 @@ def load_encoder(
                 device,
                 declared,
                 beside,
+                taps,
                 returns=EncoderInfo,
                 silence_limit=LOAD_SECONDS,
                 observer=observer,
@@ -192,6 +218,17 @@ def onnxruntime_distributions() -> dict[str, str]:
     return found
 
 
+def _checked_taps(taps: Sequence[str], declared: Declarations) -> tuple[str, ...]:
+    if ALL_LAYERS in taps and len(taps) > 1:
+        raise UsageError(f"--taps {ALL_LAYERS} stands alone: the model's output is among them")
+    if twice := [name for name in taps if taps.count(name) > 1]:
+        raise UsageError(f"--taps names {twice[0]!r} twice")
+    by = declared.get("output")
+    if by and taps and taps[0] not in (ALL_LAYERS, by.value):
+        raise UsageError(f"{by.source} declares output={by.value}, so --taps must begin with it, not with {taps[0]!r}")
+    return tuple(taps)
+
+
 def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
     signal = np.asarray(waveform)
     if signal.dtype.kind != "f":
@@ -208,8 +245,10 @@ def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
 # ---------------------------------------------------------------- what runs in the worker
 
 
-def _resolve(model: str, device: str, declared: Declarations, beside: Declarations, *, tell: Tell) -> EncoderInfo:
-    from .measure import measure_contract
+def _resolve(
+    model: str, device: str, declared: Declarations, beside: Declarations, taps: tuple[str, ...], *, tell: Tell
+) -> EncoderInfo:
+    from .taps import measure_taps
 
     path = Path(model)
     tell(Doing("reading the model's file"))
@@ -221,23 +260,26 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
     if on_cpu:
         limit_memory(_BASE_MEMORY + 4 * scan.bytes)
     tell(Doing("loading the model"))
-    session = _session(model, device)
+    session = _session(model, device, None)
     tell(Doing("measuring the model"))
-    contract = measure_contract(session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat()))
+    declared = merge(declared, declared_in_metadata(scan.metadata), beside)
+    found = measure_taps(path, functools.partial(_session, model, device), declared, taps, lambda: tell(Beat()))
     return EncoderInfo(
         path=model,
         scan=scan,
-        contract=contract,
+        contract=found.contract,
         provider=session.provider,
         onnxruntime=_runtime_version(),
-        notes=(*([session.note] if session.note else []), *remarks(contract)),
+        notes=(*([session.note] if session.note else []), *remarks(found.contract), *found.notes),
+        more_taps=tuple(Tap(name, contract) for name, contract in found.more.items()),
+        exposure=found.exposure,
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _session(model: str, device: str) -> Session:
+def _session(model: str, device: str, exposure: Exposure | None) -> Session:
     """The worker's one session, loaded at its first use."""
-    return Session(Path(model), device)
+    return Session(Path(model), device, exposure)
 
 
 def open_session(spec: ModelSpec, tell: Tell) -> Session:
@@ -248,7 +290,8 @@ def open_session(spec: ModelSpec, tell: Tell) -> Session:
         raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
     tell(Doing("loading the model"))
     # A spec measured on the CPU must not meet a GPU that came since.
-    session = _session(spec.info.path, "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device)
+    device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
+    session = _session(spec.info.path, device, spec.info.exposure)
     if session.provider != spec.info.provider:
         raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; run again")
     tell(Doing("running the model"))
@@ -266,22 +309,30 @@ class Job:
 class ChunkRunner:
     """Runs waveforms through a session, chunk by chunk, from several threads, and gives results in order.
 
-    Chunks of equal length that follow each other share a call, up to the batch of the encoder.
+    Chunks of equal length that follow each other share a call, up to the batch of the encoder. Every call gives the outputs
+    of `taps`, the contract's alone if they are not given.
     """
 
     def __init__(
-        self, session: Session, spec: ModelSpec, *, pad_short_clips: bool = True, keep_padding: bool = False
+        self,
+        session: Session,
+        spec: ModelSpec,
+        taps: Sequence[Contract] | None = None,
+        *,
+        pad_short_clips: bool = True,
+        keep_padding: bool = False,
     ) -> None:
         self._session = session
         self._contract = spec.info.contract
+        self._taps = [self._contract] if taps is None else list(taps)
         self._batch = spec.info.batch
         self._threads = spec.threads
         self._pad_short_clips = pad_short_clips
         self._keep_padding = keep_padding
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, npt.NDArray[np.float32], bool]]:
-        """(job, chunk, kept frames (frames, dim), whether it is the job's last chunk), in the order of the jobs."""
-        waiting: deque[tuple[Future[list[npt.NDArray[np.float32]]], list[tuple[Job, Chunk, bool]]]] = deque()
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
+        """(job, chunk, kept frames (frames, dim) of each tap, whether it is its last chunk), in the order of the jobs."""
+        waiting: deque[tuple[Future[list[list[npt.NDArray[np.float32]]]], list[tuple[Job, Chunk, bool]]]] = deque()
         with ThreadPoolExecutor(self._threads) as pool:
             for group in self._groups(jobs):
                 waiting.append((pool.submit(self._run_group, group), group))
@@ -304,32 +355,36 @@ class ChunkRunner:
         if group:
             yield group
 
-    def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[npt.NDArray[np.float32]]:
+    def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[list[npt.NDArray[np.float32]]]:
         batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
         held = [chunk.stop - chunk.start for _, chunk, _ in group]
-        output = self._session.run(batch, self._contract, held)
-        if output.shape[0] != len(group) or output.shape[2] != self._contract.dim or not output.shape[1]:
-            raise ContractError(
-                f"the model gives shape {list(output.shape)} for {len(group)} x {batch.shape[1]} samples; "
-                f"[{len(group)}, frames, {self._contract.dim}] was measured before"
-            )
-        # The law was measured from a second on; without padding (X-ARES) a shorter clip may be outside it.
-        foretold = self._contract.frames_of(batch.shape[1])
-        if output.shape[1] != foretold and batch.shape[1] >= self._contract.sample_rate:
-            raise ContractError(
-                f"the model gives {output.shape[1]} frames for {batch.shape[1]} samples where {foretold} were foretold by "
-                "what was measured, so its frames have no time"
-            )
-        kept = []
-        for frames, (job, chunk, _) in zip(output, group, strict=True):
-            inside = frames_inside(chunk, len(frames), len(job.waveform), self._contract)
-            kept.append(frames if self._keep_padding else frames[:inside])
+        kept: list[list[npt.NDArray[np.float32]]] = [[] for _ in group]
+        for contract, output in zip(self._taps, self._session.run_taps(batch, self._taps, held), strict=True):
+            self._check(contract, output, len(group), batch.shape[1])
+            for parts, frames, (job, chunk, _) in zip(kept, output, group, strict=True):
+                inside = frames_inside(chunk, len(frames), len(job.waveform), contract)
+                parts.append(frames if self._keep_padding else frames[:inside])
         return kept
 
     @staticmethod
+    def _check(contract: Contract, output: npt.NDArray[np.float32], items: int, samples: int) -> None:
+        if output.shape[0] != items or output.shape[2] != contract.dim or not output.shape[1]:
+            raise ContractError(
+                f"the model gives shape {list(output.shape)} for {items} x {samples} samples; "
+                f"[{items}, frames, {contract.dim}] was measured before"
+            )
+        # The law was measured from a second on; without padding (X-ARES) a shorter clip may be outside it.
+        foretold = contract.frames_of(samples)
+        if output.shape[1] != foretold and samples >= contract.sample_rate:
+            raise ContractError(
+                f"the model gives {output.shape[1]} frames for {samples} samples where {foretold} were foretold by "
+                "what was measured, so its frames have no time"
+            )
+
+    @staticmethod
     def _results(
-        future: Future[list[npt.NDArray[np.float32]]], group: list[tuple[Job, Chunk, bool]]
-    ) -> Iterator[tuple[Job, Chunk, npt.NDArray[np.float32], bool]]:
+        future: Future[list[list[npt.NDArray[np.float32]]]], group: list[tuple[Job, Chunk, bool]]
+    ) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
         for frames, (job, chunk, last) in zip(future.result(), group, strict=True):
             yield job, chunk, frames, last
 
@@ -349,15 +404,15 @@ def _resampled(waveform: npt.NDArray[np.float32], rate: int, target_rate: int) -
 
 
 def _embed_waveforms(
-    spec: ModelSpec, waveforms: list[npt.NDArray[np.float32]], rate: int, *, tell: Tell
+    spec: ModelSpec, waveforms: list[npt.NDArray[np.float32]], rate: int, tap: int, *, tell: Tell
 ) -> list[tuple[Array, Array]]:
     session = open_session(spec, tell)
-    contract = spec.info.contract
+    contract = spec.info.taps[tap].contract
     jobs = (Job(i, _resampled(signal, rate, contract.sample_rate)) for i, signal in enumerate(waveforms))
     frames: list[list[npt.NDArray[np.float32]]] = [[] for _ in waveforms]
     times: list[list[npt.NDArray[np.float64]]] = [[] for _ in waveforms]
     weights: list[list[float]] = [[] for _ in waveforms]
-    for job, chunk, kept, _ in ChunkRunner(session, spec).run(jobs):
+    for job, chunk, (kept,), _ in ChunkRunner(session, spec, [contract]).run(jobs):
         frames[job.tag].append(kept)
         weights[job.tag].append(chunk.stop - chunk.start)
         if not contract.clip_only:
@@ -384,7 +439,9 @@ def _runtime_version() -> str:
 class _Remembered:
     """What was measured of a model, kept by everything that could change it, so that a rerun loads no model."""
 
-    def __init__(self, cache: Path, model: Path, device: str, declared: Declarations, beside: Declarations) -> None:
+    def __init__(
+        self, cache: Path, model: Path, device: str, declared: Declarations, beside: Declarations, taps: tuple[str, ...]
+    ) -> None:
         self._model = model
         named = {
             "version": _CACHE_VERSION,
@@ -394,6 +451,7 @@ class _Remembered:
             "onnxruntime": onnxruntime_distributions(),
             "declared": declared,
             "beside": beside,
+            "taps": taps,
         }
         digest = hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()
         self._file = cache / "models" / f"{digest[:32]}.json"

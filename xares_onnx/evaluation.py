@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from . import audio, results, scoring, synthetic
 from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
-from .dataset import assemble, check_drops, prepare
-from .embed import EmbedSpec, embed_shards, shard_specs
-from .encoder import Encoder, load_encoder, onnxruntime_distributions
+from .dataset import Dataset, TaskData, assemble, check_drops, prepare
+from .embed import EmbedSpec, embed_shards, shard_specs, shards_of_tap
+from .encoder import Encoder, Tap, load_encoder, onnxruntime_distributions
 from .errors import (
     DataError,
     DataMissingError,
@@ -29,42 +29,24 @@ from .errors import (
     ScoreUndefinedError,
     UsageError,
     XaresError,
-    nearest,
 )
 from .events import Event, Note, Observer, Progress, ignore
 from .folds import Protocol, ProtocolName, make_folds
 from .kinds import Kind, Tools, kind_of
 from .model_file import find_model
-from .planning import Plan, make_plan
+from .planning import Plan, check_disk, make_plan
 from .results import Clips, Predictions, Result, Seconds, Status, TaskResult, averages, prediction_file
+from .settings import METHODS, Method, Settings, checked_settings, with_heads
 from .store import Store
-from .task import HEAD_KINDS, HEADS, HeadKind, Task
+from .task import Task
 from .version import __version__
-
-Method = Literal["head", "knn"]
-METHODS: tuple[Method, ...] = ("head", "knn")
-MAX_SEEDS = 100
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an evaluation was asked to do; in the record as it is."""
-
-    protocol: ProtocolName = "corrected"
-    seeds: int = 3
-    methods: tuple[Method, ...] = METHODS
-    limit: int | None = None
-    allow_drops: bool = False
-    heads: dict[str, HeadKind] = {}
-    """Heads other than the tasks' own, by task."""
-    lm: str | None = None
-    vocabulary: str | None = None
 
 
 @dataclass
 class Evaluation:
     """A result with what does not fit in it: per-clip predictions by (task, method), and the errors of failed tasks.
 
-    `path` is where the result was saved, if it was.
+    Predictions from tap number 1 and on are by (task, "method.1"). `path` is where the result was saved, if it was.
     """
 
     result: Result
@@ -96,6 +78,7 @@ def evaluate(
     heads: Sequence[str] = (),
     lm: str | None = None,
     vocabulary: Path | None = None,
+    taps: Sequence[str] = (),
     observer: Observer = ignore,
 ) -> Evaluation:
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
@@ -103,10 +86,10 @@ def evaluate(
     A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
     With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads`
     chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
-    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. Raises `UsageError`, `ModelError`,
-    `DataMissingError`, `MachineError`.
+    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. `taps` are outputs or inner tensors, scored in one
+    pass, the first as the model's, or `all-layers`. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
     """
-    settings = _checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary)
+    settings = checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, taps)
     find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
     notes: list[str] = []
@@ -116,11 +99,12 @@ def evaluate(
             notes.append(event.text)
         observer(event)
 
-    selection = _with_heads(choose_tasks(tasks, suite, data, observe), settings)
+    selection = with_heads(choose_tasks(tasks, suite, data, observe), settings)
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
-    with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observe) as encoder:
+    loading: dict[str, Any] = {"device": device, "threads": threads, "contract": contract, "taps": taps, "cache": cache}
+    with load_encoder(model, **loading, observer=observe) as encoder:
         if save and output is None:
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
@@ -142,7 +126,8 @@ def evaluate(
                 notes=list(dict.fromkeys(notes)),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 tasks=run.results,
-                averages=averages(run.results, run.replicates, [task for task, _ in selection]),
+                averages=run.averages(0),
+                averages_by_tap={tap.name: run.averages(i) for i, tap in enumerate(encoder.info.taps)} if taps else {},
             ),
             run.predictions,
             run.errors,
@@ -169,15 +154,17 @@ def plan(
     heads: Sequence[str] = (),
     lm: str | None = None,
     vocabulary: Path | None = None,
+    taps: Sequence[str] = (),
     observer: Observer = ignore,
 ) -> Plan:
     """What `evaluate` with the same arguments would read, write and take."""
-    settings = _checked_settings(protocol, seeds, METHODS, limit, False, heads, lm, vocabulary)
+    settings = checked_settings(protocol, seeds, METHODS, limit, False, heads, lm, vocabulary, taps)
     cache = cache_folder(cache)
-    with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observer) as encoder:
+    loading: dict[str, Any] = {"device": device, "threads": threads, "contract": contract, "taps": taps, "cache": cache}
+    with load_encoder(model, **loading, observer=observer) as encoder:
         found = []
-        for task, folder in _with_heads(choose_tasks(tasks, suite, data, observer), settings):
-            if kind_of(task).needs_frames and encoder.contract.clip_only:
+        for task, folder in with_heads(choose_tasks(tasks, suite, data, observer), settings):
+            if kind_of(task).needs_frames and all(tap.contract.clip_only for tap in encoder.info.taps):
                 observer(Note(f"{task.name} is not planned: it needs frames, and this encoder gives one vector a clip"))
                 continue
             if task.domain == "synthetic":
@@ -236,10 +223,21 @@ class _Run:
         self._observer = observer
         self.results: list[TaskResult] = []
         self.predictions: dict[tuple[str, str], Predictions] = {}
-        self.replicates: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
         self.errors: list[XaresError] = []
+        self._tasks: list[Task] = []
+        self._replicates: list[dict[tuple[str, str], npt.NDArray[np.float64]]] = [{} for _ in encoder.info.taps]
+
+    def averages(self, tap: int) -> results.Averages:
+        """The averages by tap number `tap`."""
+        name = self._name(self._encoder.info.taps[tap])
+        return averages([r for r in self.results if r.tap == name], self._replicates[tap], self._tasks)
+
+    def _name(self, tap: Tap) -> str | None:
+        """What a record calls a tap: nothing, where none was asked for."""
+        return tap.name if self._settings.taps else None
 
     def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
+        self._tasks = [task for task, _ in selection]
         for number, (task, folder) in enumerate(selection):
             if task.domain != "synthetic" and not find_parts(task, folder):  # of a suite: a named task was looked for before
                 self._without_score(task, "skipped", missing_data(task, folder))
@@ -260,26 +258,40 @@ class _Run:
         started = time.perf_counter()
         if task.domain == "synthetic":
             folder = synthetic_data(task, self._cache, self._observer)
-        kind_of_task = kind_of(task)
-        frames = kind_of_task.needs_frames
-        if frames and self._encoder.contract.clip_only:
-            reason = f"{task.kind} are learnt from frames, and this encoder gives one vector a clip"
-            self._without_score(task, "not_applicable", reason)
+        taps = self._encoder.info.taps
+        frames = kind_of(task).needs_frames
+        if frames and all(tap.contract.clip_only for tap in taps):
+            self._without_score(task, "not_applicable", _no_frames(task))
             return
         data = prepare(task, folder, self._digests, self._settings.limit, self._observer)
         plans, crops = list(data.plans.values()), self._protocol.crops(task)
         specs = shard_specs(self._encoder, task.name, plans, crops, self._store, frames=frames)
+        if frames and len(taps) > 1:
+            check_disk(self._encoder, data, specs, self._store, self._observer)
         shards, reports = embed_shards(self._encoder, specs, self._store, self._observer)
-        dataset = assemble(data, shards)
         embed_seconds = time.perf_counter() - started
         embedded = sum(report.audio_seconds for report in reports)
         common: dict[str, Any] = {
-            "clips": dataset.clips,
             "data_digest": data.digest(),
-            "audio_hours": dataset.audio_seconds / 3600,
             "rtf": sum(report.seconds for report in reports) / embedded if embedded else None,
             "seconds": Seconds(embed=embed_seconds, train=0, score=0),
         }
+        for number, tap in enumerate(taps):
+            if number:
+                shards = shards_of_tap(specs, self._store, number)
+            of_tap = {**common, "tap": self._name(tap)}
+            if frames and tap.contract.clip_only:
+                self._without_score(task, "not_applicable", _no_frames(task), of_tap)
+            else:
+                self._score_tap(data, assemble(data, shards), number, specs, of_tap)
+
+    def _score_tap(
+        self, data: TaskData, dataset: Dataset, number: int, specs: Mapping[Path, EmbedSpec], common: dict[str, Any]
+    ) -> None:
+        """Every method on the embeddings by tap number `number`."""
+        task = data.task
+        kind_of_task = kind_of(task)
+        common |= {"clips": dataset.clips, "audio_hours": dataset.audio_seconds / 3600}
         losses = []
         try:
             check_drops(dataset)
@@ -297,25 +309,25 @@ class _Run:
         common["notes"] = [*losses, *notes]
         for note in common["notes"]:
             self._observer(Note(f"{task.name}: {note}"))
-        kind = kind_of_task(task, self._protocol, dataset, folds, self._tools_of(task, specs.values()))
+        kind = kind_of_task(task, self._protocol, dataset, folds, self._tools_of(task, specs.values(), number))
         if undefined := kind.why_undefined():
             self._undefined(task, self._methods(task), undefined, common)
         elif unsuited := kind.why_not_applicable():
             self._without_score(task, "not_applicable", unsuited, common)
         else:
             for method in self._methods(task):
-                self._score(kind, method, common)
+                self._score(kind, method, number, common)
 
-    def _tools_of(self, task: Task, specs: Iterable[EmbedSpec]) -> Tools:
-        contract, protocol = self._encoder.contract, self._settings.protocol
-        identity = msgspec.json.encode([task.digest(), protocol, [spec.key() for spec in specs]])
+    def _tools_of(self, task: Task, specs: Iterable[EmbedSpec], tap: int) -> Tools:
+        contract, protocol = self._encoder.info.taps[tap].contract, self._settings.protocol
+        identity = msgspec.json.encode([task.digest(), protocol, [spec.key(tap) for spec in specs]])
         return replace(
             self._tools,
             hop_seconds=contract.hop_samples / contract.sample_rate if contract.hop_samples else None,
             identity=hashlib.sha256(identity).hexdigest(),
         )
 
-    def _score(self, kind: Kind, method: Method, common: dict[str, Any]) -> None:
+    def _score(self, kind: Kind, method: Method, tap: int, common: dict[str, Any]) -> None:
         started = time.perf_counter()
         task = kind.task
         try:
@@ -338,8 +350,9 @@ class _Run:
             notes.append(otherwise)
             self._observer(Note(f"{task.name}: {otherwise}"))
             common = {**common, "comparable": False, "notes": notes}
-        self.predictions[task.name, name] = scored.predictions
-        self.replicates[task.name, name] = scored.replicates
+        by = f"{name}.{tap}" if tap else name
+        self.predictions[task.name, by] = scored.predictions
+        self._replicates[tap][task.name, name] = scored.replicates
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
         self.results.append(
             _task_result(
@@ -352,7 +365,7 @@ class _Run:
                 per_fold=scored.per_fold,
                 per_seed=scored.per_seed,
                 n_test=scored.n_test,
-                predictions=prediction_file(self._output, task.name, name) if self._output else None,
+                predictions=prediction_file(self._output, task.name, by) if self._output else None,
                 **{**common, "seconds": seconds},
             )
         )
@@ -365,8 +378,16 @@ class _Run:
         return [method for method in self._settings.methods if method == "head" or task.knn]
 
     def _without_score(self, task: Task, status: Status, reason: str, common: dict[str, Any] | None = None) -> None:
-        for method in self._methods(task):
-            self.results.append(_task_result(task, method, status=status, reason=reason, **(common or {})))
+        """Record why there is none: by the tap that `common` has, else by every tap."""
+        several = [common] if common else [{"tap": self._name(tap)} for tap in self._encoder.info.taps]
+        for fields in several:
+            self.results += [
+                _task_result(task, method, status=status, reason=reason, **fields) for method in self._methods(task)
+            ]
+
+
+def _no_frames(task: Task) -> str:
+    return f"{task.kind} are learnt from frames, and this encoder gives one vector a clip"
 
 
 def _load_tools(
@@ -435,7 +456,7 @@ def _encoder_record(encoder: Encoder) -> results.Encoder:
         bytes=info.scan.bytes,
         parameters=info.scan.parameters,
         contract=info.contract.described(),
-        taps=[info.contract.output],
+        taps=[tap.name for tap in info.taps],
     )
 
 
@@ -454,59 +475,3 @@ def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
         "seconds": Seconds(embed=0, train=0, score=0),
     }
     return TaskResult(**{**base, **fields})
-
-
-def _with_heads(selection: Sequence[tuple[Task, Path]], settings: Settings) -> list[tuple[Task, Path]]:
-    """The tasks with the heads that were asked for. Under X-ARES's protocol a language model that is named is its own."""
-    names = [task.name for task, _ in selection]
-    if unknown := [name for name in settings.heads if name not in names]:
-        raise UsageError(
-            f"--head {unknown[0]}={settings.heads[unknown[0]]} names no task that is scored{nearest(unknown[0], names)}"
-        )
-    found = []
-    for task, folder in selection:
-        wanted = settings.heads.get(task.name)
-        if wanted is None and settings.protocol == "xares" and settings.lm and "llm" in HEADS[task.kind]:
-            wanted = "llm"
-        found.append((task.with_head(wanted) if wanted else task, folder))
-        if found[-1][0].head.kind == "llm" and settings.lm is None:
-            raise UsageError(f"the llm head of {task.name} needs a language model; name its folder by --lm")
-    return found
-
-
-def _checked_settings(
-    protocol: ProtocolName,
-    seeds: int | None,
-    methods: Sequence[Method],
-    limit: int | None,
-    allow_drops: bool,
-    heads: Sequence[str],
-    lm: str | None,
-    vocabulary: Path | None,
-) -> Settings:
-    if protocol not in ("corrected", "xares"):
-        raise UsageError(f"protocol {protocol!r} must be corrected or xares")
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise UsageError(f"method {unknown[0]!r} must be head or knn")
-    seeds = seeds if seeds is not None else Protocol(protocol).default_seeds
-    if not 1 <= seeds <= MAX_SEEDS:
-        raise UsageError(f"--seeds {seeds} must lie between 1 and {MAX_SEEDS}")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit} must be 1 or more")
-    chosen = tuple(method for method in METHODS if method in methods) or METHODS
-    by_task: dict[str, HeadKind] = {}
-    for pair in heads:
-        task, _, kind = pair.partition("=")
-        if kind not in HEAD_KINDS:
-            raise UsageError(f"--head {pair!r} must read TASK=KIND, with a kind of {', '.join(HEAD_KINDS)}")
-        by_task[task] = kind
-    return Settings(
-        protocol=protocol,
-        seeds=seeds,
-        methods=chosen,
-        limit=limit,
-        allow_drops=allow_drops,
-        heads=by_task,
-        lm=lm,
-        vocabulary=None if vocabulary is None else str(vocabulary),
-    )

@@ -180,26 +180,9 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
         if wanted.value not in names:
             raise ContractError(f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}")
         names = [str(wanted.value)]
-    window = Window(probe, names, low) if low == high else None
-    short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
-    long = short if window else dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
-    pair = _pair(probe, names, low)
-    layouts: dict[str, str] = {}
-    problems = []
-    for name in names:
-        try:
-            if 0 in short[name].shape:
-                raise ContractError("it is empty")
-            batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch)
-            time = _window_time(probe, window, name, batch) if window else growing_axis(short[name].shape, long[name].shape)
-            layouts[name] = output_layout(short[name].shape, batch, time)
-        except ContractError as error:
-            lengths = f"{list(short[name].shape)} for {low} samples" + (
-                "" if window else f" and {list(long[name].shape)} for {high}"
-            )
-            problems.append(f"output {name!r} has shape {lengths}: {error}")
+    layouts, problems, window = find_layouts(probe, names, low, high)
     if not layouts:
-        raise ContractError(problems[0])
+        raise ContractError(next(iter(problems.values())))
     framed = [name for name in layouts if "T" in layouts[name]] or list(layouts)
     preferred = [name for name in framed if name in ("embeddings", "last_hidden_state")] or framed
     if len(preferred) > 1:
@@ -219,6 +202,35 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
     if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
         raise ContractError(f"output {name!r} is the same for any input; name another by --contract output=NAME")
     return window
+
+
+def find_layouts(
+    probe: Probe, names: list[str], low: int, high: int
+) -> tuple[dict[str, str], dict[str, str], Window | None]:
+    """The layout of each output that can be an embedding, what is wrong with each other one, and a fixed window's `Window`.
+
+    The frames are along the axis that is longer for `high` samples than for `low`; where both are the same, as in a fixed
+    window, along the axis on which a change moves.
+    """
+    window = Window(probe, names, low) if low == high else None
+    short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
+    long = short if window else dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
+    pair = _pair(probe, names, low)
+    layouts: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    for name in names:
+        try:
+            if 0 in short[name].shape:
+                raise ContractError("it is empty")
+            batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch)
+            time = _window_time(probe, window, name, batch) if window else growing_axis(short[name].shape, long[name].shape)
+            layouts[name] = output_layout(short[name].shape, batch, time)
+        except ContractError as error:
+            lengths = f"{list(short[name].shape)} for {low} samples" + (
+                "" if window else f" and {list(long[name].shape)} for {high}"
+            )
+            problems[name] = f"output {name!r} has shape {lengths}: {error}"
+    return layouts, problems, window
 
 
 def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray[Any]]:
@@ -345,13 +357,23 @@ def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
     contract = probe.contract
     if contract.fixed_batch is not None or "B" not in contract.input_layout or "B" not in contract.output_layout:
         return {"dynamic_batch": False, "batch_coupled": False}
-    pair = probe.noise(samples, batch=2)
-    pair[1] = np.clip(pair[1] * 9, -1, 1)
+    pair = loud_pair(probe, samples)
     try:
         together = probe.run(pair)
     except ModelError:
         return {"dynamic_batch": False, "batch_coupled": False}
-    alone = probe.run(pair[:1])
+    return batching(together, probe.run(pair[:1]))
+
+
+def loud_pair(probe: Probe, samples: int) -> npt.NDArray[np.float32]:
+    """(2, samples): noise, and a neighbour nine times as loud."""
+    pair = probe.noise(samples, batch=2)
+    pair[1] = np.clip(pair[1] * 9, -1, 1)
+    return pair
+
+
+def batching(together: npt.NDArray[np.float32], alone: npt.NDArray[np.float32]) -> dict[str, bool]:
+    """What a `loud_pair`'s embeddings and those of its first item alone say of a model's batches."""
     if together.shape != (2, *alone.shape[1:]):
         return {"dynamic_batch": False, "batch_coupled": False}
     scale = float(np.abs(alone).max()) or 1.0

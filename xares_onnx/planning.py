@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from . import audio
+from .contract import Contract
 from .dataset import TaskData
-from .embed import CropSettings, shard_specs
+from .embed import CropSettings, EmbedSpec, shard_specs
 from .encoder import LOAD_SECONDS, Encoder, ModelSpec, open_session
-from .errors import ClipError
-from .events import Observer
+from .errors import ClipError, DiskFullError
+from .events import Note, Observer
 from .folds import CROSS_VALIDATION_FOLDS
 from .kinds import kind_of
 from .shards import ShardIndex, index_shard, read_extent
@@ -88,32 +90,68 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
     clips, to_embed, seconds, seconds_to_embed = 0, 0, 0.0, 0.0
     frames = kind_of(task).needs_frames
     for path, spec in shard_specs(encoder, task.name, list(data.plans.values()), crops, store, frames=frames).items():
-        index = index_shard(path)
-        count = len(index.samples) if spec.selected is None else len(spec.selected)
-        length = _mean_seconds(path, index) * count
+        count, length = _clips_and_seconds(path, spec)
         clips, seconds = clips + count, seconds + length
-        if spec.key() not in store:
+        if not _is_stored(spec, store):
             to_embed, seconds_to_embed = to_embed + count, seconds_to_embed + length
     crop = crops.seconds or (seconds / clips if clips else 1.0)
     dim = encoder.contract.dim
-    hop = encoder.contract.hop_samples
-    frame_rate = encoder.contract.sample_rate / hop if hop else 0.0
     digests = data.shard_digests()
     overlapping = not task.data.folds and digests["train"] & digests["test"]
     folds = len(data.parts) if task.data.folds else CROSS_VALIDATION_FOLDS if overlapping else 1
-    rows = seconds * frame_rate if frames else seconds / crop
+    rows = seconds * _frame_rate(encoder.contract) if frames else seconds / crop
     weights = dim * len(task.target.class_names) if task.target.class_names else _WEIGHTS[task.head.kind]
-    flops = 6.0 * rows * task.head.epochs * folds * seeds * weights
+    taps = encoder.info.taps
+    flops = 6.0 * rows * task.head.epochs * folds * seeds * weights * len(taps)
+    vectors = sum(4 * tap.contract.dim for tap in taps) / crop
     return PlanRow(
         task=task.name,
         clips=clips,
         clips_to_embed=to_embed,
         hours=seconds / 3600,
-        disk_bytes=seconds_to_embed * (4 * dim / crop + (_FRAME_BYTES * dim + 8) * frame_rate * frames)
-        + to_embed * _BYTES_A_CLIP,
+        disk_bytes=seconds_to_embed * (vectors + _frame_bytes_a_second(encoder) * frames)
+        + to_embed * _BYTES_A_CLIP * len(taps),
         embed_seconds=seconds_to_embed * rtf * _PIPELINE_OVERHEAD,
         train_seconds=flops / _HEAD_FLOPS_A_SECOND,
     )
+
+
+def check_disk(encoder: Encoder, data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer) -> None:
+    """Say what the frames of all taps will take in the store. Raises `DiskFullError` where there is not so much room."""
+    missing = {path: spec for path, spec in specs.items() if not _is_stored(spec, store)}
+    need = sum(_clips_and_seconds(path, spec)[1] for path, spec in missing.items()) * _frame_bytes_a_second(encoder)
+    if not need:
+        return
+    store.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(store.root).free
+    takes = f"frames of {len(encoder.info.taps)} taps take about {need / 1e9:.2f} GB"
+    if need > free:
+        raise DiskFullError(
+            f"{data.task.name}: {takes}, and {store.root} has {free / 1e9:.2f} GB free; free some, name another --cache, or "
+            "fewer --taps"
+        )
+    observer(Note(f"{data.task.name}: {takes} in the store, which has {free / 1e9:.1f} GB free"))
+
+
+def _is_stored(spec: EmbedSpec, store: Store) -> bool:
+    return all(spec.key(tap) in store for tap in range(len(spec.model.info.taps)))
+
+
+def _clips_and_seconds(path: Path, spec: EmbedSpec) -> tuple[int, float]:
+    """How many clips of a shard are wanted, and about how long they are together."""
+    index = index_shard(path)
+    count = len(index.samples) if spec.selected is None else len(spec.selected)
+    return count, _mean_seconds(path, index) * count
+
+
+def _frame_rate(contract: Contract) -> float:
+    return contract.sample_rate / contract.hop_samples if contract.hop_samples else 0.0
+
+
+def _frame_bytes_a_second(encoder: Encoder) -> float:
+    """Of all taps together."""
+    contracts = [tap.contract for tap in encoder.info.taps]
+    return sum((_FRAME_BYTES * contract.dim + 8) * _frame_rate(contract) for contract in contracts)
 
 
 def _mean_seconds(path: Path, index: ShardIndex) -> float:

@@ -70,6 +70,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     """Why there is no score; null where status is ok."""
     method: Literal["linear", "retrieval", "ctc", "llm", "knn"]
     tap: str | None = None
+    """The output that the embeddings are of, where taps were asked for; null: the model's output."""
     metric: str
     higher_is_better: bool = True
     score: float | None = None
@@ -109,6 +110,9 @@ class Average(msgspec.Struct, frozen=True, kw_only=True):
     missing: list[str]
 
 
+Averages = dict[str, dict[Literal["head", "knn"], Average]]
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: int = SCHEMA_VERSION
     encoder: Encoder
@@ -117,7 +121,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str] = []
     created: str
     tasks: list[TaskResult]
-    averages: dict[str, dict[Literal["head", "knn"], Average]]
+    averages: Averages
+    """Of the model's output; where taps were named, of the first."""
+    averages_by_tap: dict[str, Averages] = {}
+    """The same for every tap, where taps were asked for."""
 
 
 def schema() -> dict[str, Any]:
@@ -132,7 +139,7 @@ def averages(
     results: Iterable[TaskResult],
     replicates: Mapping[tuple[str, str], npt.NDArray[np.float64]],
     own_tasks: Sequence[Task] = (),
-) -> dict[str, dict[Literal["head", "knn"], Average]]:
+) -> Averages:
     """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
 
     `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
@@ -146,7 +153,7 @@ def averages(
         for result in results
         if result.score is not None and result.comparable and tasks[result.task].weight is not None
     ]
-    found: dict[str, dict[Literal["head", "knn"], Average]] = {}
+    found: Averages = {}
     for group in GROUPS:
         of_group = [t for t in tasks.values() if (in_group(t, group) if t.name in shipped else group == "own")]
         members = [task for task in of_group if task.weight is not None]

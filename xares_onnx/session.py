@@ -18,6 +18,7 @@ import numpy.typing as npt
 from .adapter import Adapter
 from .contract import Contract
 from .errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError
+from .layers import Exposure, exposing
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -27,13 +28,17 @@ CUDA = "CUDAExecutionProvider"
 
 
 class Session:
-    """A loaded model on one provider. `run` may be called from several threads at once."""
+    """A loaded model on one provider, with the inner tensors of `exposure` as further outputs.
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
+    `run` may be called from several threads at once.
+    """
+
+    def __init__(self, path: Path, device: str = "auto", exposure: Exposure | None = None) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)  # failures come back as exceptions; nothing prints on stderr
         self._path = path
+        self._exposure = exposure
         self.note: str | None = None
         if device == "auto":
             usable = CUDA in onnxruntime.get_available_providers() and cuda_may_work()
@@ -61,9 +66,14 @@ class Session:
         if provider == CUDA:
             # TF32 rounds a convolution to 10 bits: a DFT in the front end would suffer.
             options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", **options}
+        content: str | bytes = str(self._path)
+        if self._exposure is not None:
+            content = self._exposing(self._exposure)
+            folder = str(self._path.absolute().parent)
+            session_options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             session: onnxruntime.InferenceSession = runtime.InferenceSession(
-                str(self._path), session_options, providers=[(provider, options), CPU] if provider != CPU else [CPU]
+                content, session_options, providers=[(provider, options), CPU] if provider != CPU else [CPU]
             )
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise _explained(error, f"{self._path} cannot be loaded") from error
@@ -71,6 +81,14 @@ class Session:
         if session.get_providers()[0] != provider:  # onnxruntime only warns
             raise MachineError(f"ONNX Runtime could not start {provider} on this machine; check its driver and libraries")
         return session
+
+    def _exposing(self, exposure: Exposure) -> bytes:
+        import onnx
+
+        try:
+            return exposing(onnx.load_model(self._path, format="protobuf", load_external_data=False), exposure)
+        except OSError as error:
+            raise ModelError(f"model {self._path} cannot be read ({error.strerror})") from error
 
     @property
     def inputs(self) -> list[onnxruntime.NodeArg]:
@@ -98,9 +116,15 @@ class Session:
 
         Of each waveform the first `held` samples are the clip's own; all, if it is not given.
         """
-        adapter = Adapter(contract, self.types)
-        (result,) = self.run_raw([contract.output], adapter.feeds(batch, held))
-        return adapter.frames(result, len(batch))
+        return self.run_taps(batch, [contract], held)[0]
+
+    def run_taps(
+        self, batch: npt.NDArray[np.float32], taps: Sequence[Contract], held: Sequence[int] | None = None
+    ) -> list[npt.NDArray[np.float32]]:
+        """The same for several outputs in one pass: contracts that differ only in what they say of an output."""
+        adapters = [Adapter(contract, self.types) for contract in taps]
+        results = self.run_raw([contract.output for contract in taps], adapters[0].feeds(batch, held))
+        return [adapter.frames(result, len(batch)) for adapter, result in zip(adapters, results, strict=True)]
 
 
 def provider_of(device: str) -> tuple[str, dict[str, str]]:

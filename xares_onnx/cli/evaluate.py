@@ -35,6 +35,10 @@ def evaluate(
     contract: Annotated[
         list[str] | None, typer.Option("--contract", help="KEY=VALUE the model does not declare, such as sample_rate=8000.")
     ] = None,
+    taps: Annotated[
+        list[str] | None,
+        typer.Option("--taps", help="Outputs or inner tensors to score in one pass, comma-separated; or all-layers."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
@@ -46,6 +50,7 @@ def evaluate(
     """Score a model: embed each task's data, train heads and a kNN, and report every score with an interval."""
     from .. import evaluation
     from ..report import terminal
+    from ..settings import METHODS
 
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} must be 1 or more")
@@ -60,6 +65,7 @@ def evaluate(
         "lm": lm,
         "vocabulary": vocabulary,
         "contract": contract or (),
+        "taps": split(taps),
         "device": device,
         "threads": threads,
     }
@@ -74,7 +80,7 @@ def evaluate(
                 **arguments,
                 output=output,
                 save=True,
-                methods=split(method) or evaluation.METHODS,  # type: ignore[arg-type]
+                methods=split(method) or METHODS,  # type: ignore[arg-type]
                 allow_drops=allow_drops,
                 observer=observer,
             )

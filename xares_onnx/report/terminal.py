@@ -12,7 +12,6 @@ from typing import IO
 
 import msgspec
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,6 +34,8 @@ from ..planning import Plan, PlanRow
 from ..results import Average, Result, TaskResult, published_averages
 from ..store import Header
 from ..task import Task
+from .tables import empty_table, is_narrow
+from .taps import print_taps
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
@@ -153,11 +154,12 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         )
     )
     by_task: dict[str, dict[str, TaskResult]] = {}
-    for record in result.tasks:
+    main = [record for record in result.tasks if record.tap in (None, result.encoder.taps[0])]
+    for record in main:
         by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
-    words = ("task",) if _narrow(console) else ("task", "domain", "metric")
-    spread = () if _narrow(console) else ("seeds",)
-    table = _table(console, words, ("head", "95 %", *spread, "knn", "95 %", "tested", "dropped"))
+    words = ("task",) if is_narrow(console) else ("task", "domain", "metric")
+    spread = () if is_narrow(console) else ("seeds",)
+    table = empty_table(console, words, ("head", "95 %", *spread, "knn", "95 %", "tested", "dropped"))
     table.columns[0].no_wrap = False  # a title may take two lines where it must
     reasons = []
     for records in by_task.values():
@@ -181,9 +183,10 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     console.print(table, soft_wrap=False)
     if result.averages:
         console.print(_averages_table(result, console), soft_wrap=False)
-    _print_published(result, console)
+    print_taps(result, console)
+    _print_published(main, console)
     settings = result.settings
-    incomparable = [record for record in result.tasks if not record.comparable and record.status == "ok"]
+    incomparable = [record for record in main if not record.comparable and record.status == "ok"]
     whys = [f"at most {settings['limit']} clips a split were used"] if settings["limit"] else []
     whys = whys or list(dict.fromkeys(f"{record.task}: {record.notes[-1]}" for record in incomparable if record.notes))
     if incomparable:
@@ -191,7 +194,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     for reason in reasons:
         console.print(Text(printable(reason), style="yellow"))
     seeds = f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}"
-    errors = dict.fromkeys(record.title for record in result.tasks if not record.higher_is_better)
+    errors = dict.fromkeys(record.title for record in main if not record.higher_is_better)
     but = f", but lower for {', '.join(map(printable, errors))}" if errors else ""
     spread_note = "; +- is the standard deviation over seeds" if spread and settings["seeds"] > 1 else ""
     console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better{but}{spread_note}")
@@ -199,13 +202,13 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         console.print(f"saved {printable(saved)}")
 
 
-def _print_published(result: Result, console: Console) -> None:
+def _print_published(records: Iterable[TaskResult], console: Console) -> None:
     """The scores beside those that X-ARES, or a user's own task file, has for others."""
-    shown = [record for record in result.tasks if record.score is not None and record.published]
+    shown = [record for record in records if record.score is not None and record.published]
     if not shown:
         return
     encoders = list(dict.fromkeys(name for record in shown for name in record.published))
-    table = _table(console, ("beside published scores", "method"), ("this model", *map(printable, encoders)))
+    table = empty_table(console, ("beside published scores", "method"), ("this model", *map(printable, encoders)))
     for record in shown:
         published = [f"{record.published[name]:.3f}" if name in record.published else "" for name in encoders]
         table.add_row(printable(record.title), record.method, _score_cells(record)[0], *published)
@@ -235,8 +238,8 @@ def _print_published(result: Result, console: Console) -> None:
 
 def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:
     """Tasks with kind, metric and weight; the second of each pair is what lies on disk in `folder`."""
-    title = () if _narrow(console) else ("title",)
-    table = _table(console, ("name", *title, "domain", "kind", "metric"), ("weight",), ("on disk",))
+    title = () if is_narrow(console) else ("title",)
+    table = empty_table(console, ("name", *title, "domain", "kind", "metric"), ("weight",), ("on disk",))
     table.columns[-1].no_wrap = False
     for task, on_disk in rows:
         weight = f"{task.weight:g}" if task.weight is not None else "-"
@@ -305,7 +308,7 @@ def _metric(task: Task) -> str:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """What an evaluation would read, write and take."""
-    table = _table(console, ("task",), ("clips", "hours", "to embed", "disk", "embedding", "heads"))
+    table = empty_table(console, ("task",), ("clips", "hours", "to embed", "disk", "embedding", "heads"))
     for row in plan.rows:
         table.add_row(row.task, *_plan_cells(row))
     table.add_section()
@@ -323,7 +326,7 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
     groups: dict[tuple[str, str, str], list[tuple[Header, int, float]]] = {}
     for _, header, size, used in entries:
         groups.setdefault((header.model, header.model_sha256[:8], header.task), []).append((header, size, used))
-    table = _table(console, ("model", "sha256", "task"), ("shards", "hours", "size", "last used"))
+    table = empty_table(console, ("model", "sha256", "task"), ("shards", "hours", "size", "last used"))
     for (model, sha256, task), shards in sorted(groups.items()):
         hours = sum(header.audio_seconds for header, *_ in shards) / 3600
         last = max(used for *_, used in shards)
@@ -341,8 +344,8 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
 
 
 def _averages_table(result: Result, console: Console) -> Table:
-    mean = () if _narrow(console) else ("plain mean",)
-    table = _table(console, ("weighted average",), ("head", "95 %", *mean, "tasks", "knn", "95 %", *mean, "tasks"))
+    mean = () if is_narrow(console) else ("plain mean",)
+    table = empty_table(console, ("weighted average",), ("head", "95 %", *mean, "tasks", "knn", "95 %", *mean, "tasks"))
     for group, methods in result.averages.items():
         cells = [cell for method in ("head", "knn") for cell in _average_cells(methods.get(method), len(mean))]
         table.add_row(group, *cells)
@@ -388,25 +391,6 @@ def _interval(ci95: tuple[float, float] | None) -> str:
 def _hop(result: Result) -> str:
     hop, rate = result.encoder.contract["hop_samples"]["value"], result.encoder.contract["sample_rate"]["value"]
     return f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only"
-
-
-def _narrow(console: Console) -> bool:
-    return console.width < 120
-
-
-def _table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:
-    """An empty table with columns of words, of numbers, and of words again."""
-    if console.is_terminal:
-        table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    else:
-        table = Table(box=box.ASCII2)
-    for heading in words:
-        table.add_column(heading, no_wrap=True)
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in more_words:
-        table.add_column(heading, no_wrap=True)
-    return table
 
 
 def _size(count: float) -> str:

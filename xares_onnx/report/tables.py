@@ -1,0 +1,28 @@
+"""Tables as a terminal shows them, and as plain text elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def is_narrow(console: Console) -> bool:
+    return console.width < 120
+
+
+def empty_table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:
+    """An empty table with columns of words, of numbers, and of words again."""
+    if console.is_terminal:
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    else:
+        table = Table(box=box.ASCII2)
+    for heading in words:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in more_words:
+        table.add_column(heading, no_wrap=True)
+    return table

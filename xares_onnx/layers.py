@@ -216,18 +216,21 @@ class _Graph:
         if other not in self._made_at or not self._live[self._made_at[other]] or skip == other:
             return None
         end = self._ancestors[self._made_at[other]]
-        if skip not in self._made_at:  # the model's input itself
-            if skip not in self._fed:
+        if skip in self._made_at:
+            start = self._made_at[skip]
+            if not (self._live[start] and end >> start & 1):
                 return None
-            starts = [i for i in _bits(end) if skip in self._inputs[i]]
-        elif self._live[start := self._made_at[skip]] and end >> start & 1:
-            starts = [i for i in _bits(end & self._descendants[start]) if skip in self._inputs[i]]
+            fused = self._nodes[start].op_type != "Add" and self._nodes[start].op_type in _ADDITIONS
+            same, after = (set(self._nodes[start].output) if fused else {skip}), self._descendants[start] & end
+        elif skip in self._fed:  # the model's input itself
+            same, after = {skip}, end
         else:
             return None
-        below = 0
-        for start in starts:
-            below |= self._descendants[start]
-        return (below & end) or None
+        branch = 0
+        for i in _bits(after):
+            if same & set(self._inputs[i]):
+                branch |= self._descendants[i]
+        return (branch & end) or None
 
     def _ancestors_of(self, tensor: str) -> int:
         return self._ancestors[self._made_at[tensor]] if tensor in self._made_at else 0

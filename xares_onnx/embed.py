@@ -131,8 +131,7 @@ def embed_shards(
     missing: dict[Path, int] = {}
     more = range(1, len(encoder.info.taps))
     for path, spec in specs.items():
-        embedded = store.read(spec.key())
-        if embedded is not None and all(store.read(spec.key(tap)) is not None for tap in more):
+        if (embedded := _stored(spec, store, more)) is not None:
             shards[path] = embedded
             for tap in (0, *more):
                 store.touch(spec.key(tap))
@@ -145,8 +144,8 @@ def embed_shards(
     for path, clips in missing.items():
         observer(Progress("embed", task, done, total))
         spec = specs[path]
-        embedded = store.read(spec.key())  # a shard of the same content, or another process, may have made it meanwhile
-        if embedded is None or any(spec.key(tap) not in store for tap in more):
+        embedded = _stored(spec, store, more)  # a shard of the same content, or another process, may have made it meanwhile
+        if embedded is None:
             watch = _offset(observer, task, done, total)
             limit = max(LOAD_SECONDS, CALL_SECONDS)
             reports.append(encoder.worker.call(embed_shard, spec, returns=ShardReport, silence_limit=limit, observer=watch))
@@ -160,6 +159,12 @@ def embed_shards(
 def shards_of_tap(specs: Mapping[Path, EmbedSpec], store: Store, tap: int) -> dict[Path, EmbeddedShard]:
     """The embeddings of tap number `tap`, after `embed_shards`: read one tap at a time, since all may be more than fits."""
     return {path: _written(store, spec.key(tap)) for path, spec in specs.items()}
+
+
+def _stored(spec: EmbedSpec, store: Store, more: Sequence[int]) -> EmbeddedShard | None:
+    """A shard's embeddings by the first tap, if those by `more` taps are there too, and whole."""
+    first = store.read(spec.key())
+    return first if first is not None and all(store.read(spec.key(tap)) is not None for tap in more) else None
 
 
 def _written(store: Store, key: str) -> EmbeddedShard:

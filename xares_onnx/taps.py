@@ -100,7 +100,9 @@ class _Outputs:
         self._counts: dict[int, list[int]] = {}
 
     def contracts(self, names: list[str]) -> list[Contract]:
-        main = self._main
+        main, floats = self._main, self._probe.float_outputs()
+        if wrong := [name for name in names if name not in floats]:
+            raise ContractError(f"output {wrong[0]!r} is no float tensor, so it cannot be scored; leave it out of --taps")
         low = main.chunk_samples if main.fixed_window else self._probe.shortest_probe()
         high = low if main.fixed_window else min(3 * low + 1, main.max_samples or 3 * low + 1)
         layouts, problems, _ = find_layouts(self._probe, names, low, high)

@@ -45,6 +45,8 @@ families: .venv/installed  ## export every family with a checkpoint at real size
 
 bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and memory, as ratios within one run
 	$(BIN)/python bench/embedding.py resemblyzer.onnx
+	$(BIN)/python bench/adapters.py resemblyzer.onnx
+	PYTHONPATH=tests $(BIN)/python bench/layers.py
 	$(BIN)/python bench/heads.py
 	$(BIN)/python bench/kinds.py resemblyzer.onnx
 	$(BIN)/python bench/frames.py

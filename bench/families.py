@@ -15,6 +15,8 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
+from dasheng_reference import BASE as DASHENG_BASE
+from dasheng_reference import Reference, save
 from random_checkpoints import Plain, save_model
 
 from xares_onnx.exporters import export
@@ -49,23 +51,32 @@ def seconds(run: Callable[[], object], times: int = 5) -> float:
     return best
 
 
+def make(family: str, folder: Path) -> Callable[[Path], torch.nn.Module]:
+    """A random checkpoint, and what runs it as its publisher does."""
+    if family == "dasheng":
+        save(folder, DASHENG_BASE)
+        return Reference
+    save_model(BASE[family], folder)
+    whisper = family == "whisper"
+    extractor = transformers.WhisperFeatureExtractor() if whisper else transformers.Wav2Vec2FeatureExtractor()
+    extractor.save_pretrained(folder)
+    return Plain
+
+
 def main(families: list[str]) -> None:
     torch.set_num_threads(THREADS)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     worst = 0.0
-    for family in families or BASE:
+    for family in families or [*BASE, "dasheng"]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name, family)
-            save_model(BASE[family], folder)
-            whisper = family == "whisper"
-            extractor = transformers.WhisperFeatureExtractor() if whisper else transformers.Wav2Vec2FeatureExtractor()
-            extractor.save_pretrained(folder)
+            publisher = make(family, folder)
             start = time.perf_counter()
             report = export(family, str(folder), Path(name, f"{family}.onnx"))
             took = time.perf_counter() - start
             session = onnxruntime.InferenceSession(report.path, options, providers=["CPUExecutionProvider"])
-            plain = Plain(folder).eval()
+            plain = publisher(folder).eval()
             audio = 0.1 * torch.randn(1, SAMPLES, generator=torch.Generator().manual_seed(0))
             feeds = {"audio": audio.numpy()}
             with torch.inference_mode():

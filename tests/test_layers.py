@@ -11,11 +11,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from dasheng_reference import Reference
+from dasheng_reference import save as save_dasheng
 from onnx import ModelProto, TensorProto, helper
 from onnx_models import value
 from random_checkpoints import SPEECH, Plain, save_speech, save_whisper
-from test_dasheng_exporter import Reference
-from test_dasheng_exporter import save as save_dasheng
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from . import audio, results, scoring, synthetic
 from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
 from .dataset import assemble, check_drops, prepare
+from .differences import Side
 from .embed import EmbedSpec, embed_shards, shard_specs
 from .encoder import Encoder, load_encoder, onnxruntime_distributions
 from .errors import (
@@ -33,6 +34,7 @@ from .errors import (
 )
 from .events import Event, Note, Observer, Progress, ignore
 from .folds import Protocol, ProtocolName, make_folds
+from .gates import Gates
 from .kinds import Kind, Tools, kind_of
 from .model_file import find_model
 from .planning import Plan, make_plan
@@ -44,6 +46,7 @@ from .version import __version__
 Method = Literal["head", "knn"]
 METHODS: tuple[Method, ...] = ("head", "knn")
 MAX_SEEDS = 100
+_BY_CONTENT = ("lm", "vocabulary")  # recorded by what the files hold, which is known once they are loaded
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +75,10 @@ class Evaluation:
     errors: list[XaresError] = field(default_factory=list)
     path: Path | None = None
 
+    def side(self, name: str) -> Side:
+        """The result with its predictions, to be compared."""
+        return Side(name, self.result, lambda record: self.predictions[record.task, record.method])
+
     def json(self) -> str:
         return results.indented(self.result).decode()
 
@@ -96,6 +103,9 @@ def evaluate(
     heads: Sequence[str] = (),
     lm: str | None = None,
     vocabulary: Path | None = None,
+    baseline: Path | None = None,
+    tolerance: float | None = None,
+    fail_under: Sequence[str] = (),
     observer: Observer = ignore,
 ) -> Evaluation:
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
@@ -103,9 +113,11 @@ def evaluate(
     A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
     With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads`
     chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
-    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. Raises `UsageError`, `ModelError`,
-    `DataMissingError`, `MachineError`.
+    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. Gates are judged in `result.gates`: `baseline` is
+    a result that no score may fall behind by more than `tolerance`, `fail_under` holds "TASK[:METHOD]=SCORE". Raises
+    `UsageError`, `ModelError`, `DataMissingError`, `MachineError`, and `DataError` for a baseline of other data.
     """
+    gates = Gates.read(baseline, tolerance, fail_under)
     settings = _checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary)
     find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
@@ -117,6 +129,7 @@ def evaluate(
         observer(event)
 
     selection = _with_heads(choose_tasks(tasks, suite, data, observe), settings)
+    _check_gates(gates, selection, settings, cache, observe)
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
@@ -126,6 +139,12 @@ def evaluate(
         if output is not None:
             results.make_room(output)
         tools = _load_tools(selection, settings, _torch_device(device, encoder.info.provider), cache, observe)
+        described = {
+            **msgspec.to_builtins(settings),
+            "lm": tools.language_model and tools.language_model.described(),
+            "vocabulary": tools.vocabulary and tools.vocabulary.digest,
+        }
+        gates.check_settings([task for task, _ in selection], described)
         run = _Run(encoder, settings, tools, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
@@ -133,11 +152,10 @@ def evaluate(
                 encoder=_encoder_record(encoder),
                 environment=environment(encoder),
                 settings={
-                    **msgspec.to_builtins(settings),
-                    "lm": tools.language_model and tools.language_model.described(),
-                    "vocabulary": tools.vocabulary and tools.vocabulary.digest,
+                    **described,
                     "suite": suite,
                     "tasks": [task.name for task, _ in selection],
+                    **gates.described(),
                 },
                 notes=list(dict.fromkeys(notes)),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,9 +166,31 @@ def evaluate(
             run.errors,
             output,
         )
+    try:
+        judged = gates.judge(evaluation.side("this run"))
+        evaluation.result = msgspec.structs.replace(evaluation.result, gates=judged)
+    except XaresError as error:  # the baseline may be gone by now; the result is worth keeping
+        evaluation.errors.append(error)
     if output is not None:
         results.write_result(output, evaluation.result, evaluation.predictions)
     return evaluation
+
+
+def _check_gates(
+    gates: Gates, selection: Sequence[tuple[Task, Path]], settings: Settings, cache: Path, observer: Observer
+) -> None:
+    """Before hours of embedding: whether the gates can be judged, and whether the data are those of the baseline."""
+    known = {key: value for key, value in msgspec.to_builtins(settings).items() if key not in _BY_CONTENT}
+    gates.check([task for task, _ in selection], known)
+    if gates.baseline is None:
+        return
+    scored = {record.task for record in gates.baseline.scored().values()}
+    for task, folder in selection:
+        if task.name in scored:
+            if task.domain == "synthetic":
+                folder = synthetic_data(task, cache, observer)
+            if find_parts(task, folder):
+                gates.check_data(task, prepare(task, folder, Digests(cache), None, observer).digest())
 
 
 def plan(

@@ -9,18 +9,15 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .errors import ScoreUndefinedError
 from .folds import Protocol
 from .kinds import Kept, Kind, Outcome, kind_scored_by
 from .metrics import Array, Scorer, bootstrap, interval, point
+from .results import Predictions
 from .task import Metric
-
-Predictions = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Scored:
     per_seed: list[float]
     n_test: int
     replicates: Array  # (2000,) bootstrap scores
-    predictions: dict[str, npt.NDArray[Any]]  # one row an example and seed
+    predictions: Predictions  # one row an example and seed
 
 
 def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
@@ -99,7 +96,7 @@ def scorers_of(
     return scorers
 
 
-def _predictions(kind: Kind, by_fold: Sequence[Sequence[Outcome]]) -> dict[str, npt.NDArray[Any]]:
+def _predictions(kind: Kind, by_fold: Sequence[Sequence[Outcome]]) -> Predictions:
     keys = np.array(kind.dataset.keys)
     rows = []
     for fold, outcomes in zip(kind.folds, by_fold, strict=True):

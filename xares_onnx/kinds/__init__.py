@@ -34,4 +34,7 @@ def kind_of(task: Task) -> type[Kind]:
 
 def kind_scored_by(metric: Metric) -> type[Kind]:
     """The class that scores by a metric; of kinds that share a metric, each scores as the others do."""
-    return next(KINDS[name] for name, metrics in METRICS.items() if metric in metrics)
+    for name, metrics in METRICS.items():
+        if metric in metrics:
+            return KINDS[name]
+    raise ValueError(f"there is no metric {metric!r}")

@@ -38,7 +38,7 @@ from ..task import Task
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
-_METRICS = {
+METRIC_NAMES = {
     "accuracy": "accuracy",
     "mean_average_precision": "mAP",
     "segment_f1_macro": "macro F1",
@@ -47,8 +47,8 @@ _METRICS = {
     "one_minus_wer": "1 - WER",
     "mse": "MSE",
 }
-_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training"}
-_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs"}
+_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training", "measure": "measuring"}
+_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "measure": "rounds"}
 
 
 class _Console(Console):
@@ -147,7 +147,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     console.print(
         Text.assemble(
             (printable(result.encoder.file), "bold"),
-            f"  {_size(result.encoder.bytes)}, {result.encoder.parameters / 1e6:.1f} M parameters, "
+            f"  {data_size(result.encoder.bytes)}, {result.encoder.parameters / 1e6:.1f} M parameters, "
             f"{contract['dim']['value']} dimensions, {_hop(result)}, "
             f"{result.environment['provider'].removesuffix('ExecutionProvider')}",
         )
@@ -157,7 +157,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
     words = ("task",) if _narrow(console) else ("task", "domain", "metric")
     spread = () if _narrow(console) else ("seeds",)
-    table = _table(console, words, ("head", "95 %", *spread, "knn", "95 %", "tested", "dropped"))
+    table = empty_table(console, words, ("head", "95 %", *spread, "knn", "95 %", "tested", "dropped"))
     table.columns[0].no_wrap = False  # a title may take two lines where it must
     reasons = []
     for records in by_task.values():
@@ -166,7 +166,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         cells += _score_cells(records.get("knn"))
         dropped = len(first.clips.dropped)
         table.add_row(
-            *(printable(first.title), first.domain, _METRICS[first.metric])[: len(words)],
+            *(printable(first.title), first.domain, METRIC_NAMES[first.metric])[: len(words)],
             *cells,
             str(first.n_test) if first.n_test else "",
             Text(str(dropped), style="yellow") if dropped else "",
@@ -205,7 +205,7 @@ def _print_published(result: Result, console: Console) -> None:
     if not shown:
         return
     encoders = list(dict.fromkeys(name for record in shown for name in record.published))
-    table = _table(console, ("beside published scores", "method"), ("this model", *map(printable, encoders)))
+    table = empty_table(console, ("beside published scores", "method"), ("this model", *map(printable, encoders)))
     for record in shown:
         published = [f"{record.published[name]:.3f}" if name in record.published else "" for name in encoders]
         table.add_row(printable(record.title), record.method, _score_cells(record)[0], *published)
@@ -236,12 +236,12 @@ def _print_published(result: Result, console: Console) -> None:
 def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:
     """Tasks with kind, metric and weight; the second of each pair is what lies on disk in `folder`."""
     title = () if _narrow(console) else ("title",)
-    table = _table(console, ("name", *title, "domain", "kind", "metric"), ("weight",), ("on disk",))
+    table = empty_table(console, ("name", *title, "domain", "kind", "metric"), ("weight",), ("on disk",))
     table.columns[-1].no_wrap = False
     for task, on_disk in rows:
         weight = f"{task.weight:g}" if task.weight is not None else "-"
         private = ", private" if task.private else ""
-        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, _METRICS[task.score.metric])
+        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, METRIC_NAMES[task.score.metric])
         table.add_row(*words, weight, printable(on_disk) + private)
     console.print(table, soft_wrap=False)
     console.print(f"data folder: {printable(str(folder))}")
@@ -277,7 +277,7 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
         kind = "fold" if task.data.folds else "split"
         for part, glob in part_globs(task).items():
             sizes = [path.stat().st_size for path in (folder / task.name).glob(glob)]
-            found = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {_size(sum(sizes))}" if sizes else "no shards"
+            found = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {data_size(sum(sizes))}" if sizes else "no shards"
             rows.append((f"{kind} {part}", f"{glob}: {found}"))
     if task.published:
         for method, scores in (("linear", task.published.linear), ("knn", task.published.knn)):
@@ -300,12 +300,12 @@ def _target(task: Task) -> str:
 
 def _metric(task: Task) -> str:
     segment = f" over segments of {task.score.segment_seconds:g} s" if task.score.segment_seconds else ""
-    return f"{_METRICS[task.score.metric]}{segment}"
+    return f"{METRIC_NAMES[task.score.metric]}{segment}"
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """What an evaluation would read, write and take."""
-    table = _table(console, ("task",), ("clips", "hours", "to embed", "disk", "embedding", "heads"))
+    table = empty_table(console, ("task",), ("clips", "hours", "to embed", "disk", "embedding", "heads"))
     for row in plan.rows:
         table.add_row(row.task, *_plan_cells(row))
     table.add_section()
@@ -323,7 +323,7 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
     groups: dict[tuple[str, str, str], list[tuple[Header, int, float]]] = {}
     for _, header, size, used in entries:
         groups.setdefault((header.model, header.model_sha256[:8], header.task), []).append((header, size, used))
-    table = _table(console, ("model", "sha256", "task"), ("shards", "hours", "size", "last used"))
+    table = empty_table(console, ("model", "sha256", "task"), ("shards", "hours", "size", "last used"))
     for (model, sha256, task), shards in sorted(groups.items()):
         hours = sum(header.audio_seconds for header, *_ in shards) / 3600
         last = max(used for *_, used in shards)
@@ -333,16 +333,16 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
             printable(task),
             str(len(shards)),
             f"{hours:.2f}",
-            _size(sum(size for _, size, _ in shards)),
+            data_size(sum(size for _, size, _ in shards)),
             f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d}",
         )
     console.print(table, soft_wrap=False)
-    console.print(f"{_size(sum(size for *_, size, _ in entries))} in {printable(root)}")
+    console.print(f"{data_size(sum(size for *_, size, _ in entries))} in {printable(root)}")
 
 
 def _averages_table(result: Result, console: Console) -> Table:
     mean = () if _narrow(console) else ("plain mean",)
-    table = _table(console, ("weighted average",), ("head", "95 %", *mean, "tasks", "knn", "95 %", *mean, "tasks"))
+    table = empty_table(console, ("weighted average",), ("head", "95 %", *mean, "tasks", "knn", "95 %", *mean, "tasks"))
     for group, methods in result.averages.items():
         cells = [cell for method in ("head", "knn") for cell in _average_cells(methods.get(method), len(mean))]
         table.add_row(group, *cells)
@@ -375,7 +375,7 @@ def _plan_cells(row: PlanRow) -> tuple[str, ...]:
         str(row.clips),
         f"{row.hours:.2f}",
         str(row.clips_to_embed),
-        _size(row.disk_bytes),
+        data_size(row.disk_bytes),
         _duration(row.embed_seconds),
         _duration(row.train_seconds),
     )
@@ -394,7 +394,7 @@ def _narrow(console: Console) -> bool:
     return console.width < 120
 
 
-def _table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:
+def empty_table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:
     """An empty table with columns of words, of numbers, and of words again."""
     if console.is_terminal:
         table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
@@ -409,7 +409,7 @@ def _table(console: Console, words: Sequence[str], numbers: Sequence[str], more_
     return table
 
 
-def _size(count: float) -> str:
+def data_size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"

@@ -35,7 +35,7 @@ from torch import nn
 from xares_onnx.dataset import Dataset
 from xares_onnx.errors import ScoreUndefinedError
 from xares_onnx.folds import Fold, Protocol
-from xares_onnx.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.kinds import Kept, Kind, Outcome, Tools, kind_of
 from xares_onnx.metrics import correlation, error_statistics, mean_squared_error
 from xares_onnx.results import Clips
 from xares_onnx.scoring import score
@@ -268,7 +268,8 @@ def test_a_clip_counts_with_all_its_crops(task: Task, protocol: str) -> None:
     outcomes = [outcome for outcome in kind.train(2, lambda epoch: None) if outcome.fold == 0]
     tested = np.sort(s.folds[0].test)
     counts = rng(8).integers(0, 4, (3, len(tested)))
-    found = kind.scorer(s.folds[0], outcomes)(counts.astype(float))
+    kept = [Kept(kind.columns(outcome), np.searchsorted(tested, kind.clips_of(outcome.examples))) for outcome in outcomes]
+    found = kind.scorer(kept, len(tested), task.score.metric, kind.protocol)(counts.astype(float))
     assert found.shape == (3, 2)
     for row, counted in zip(found, counts, strict=True):
         times = dict(zip(tested.tolist(), counted.tolist(), strict=True))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from . import audio, results, scoring, synthetic
 from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
 from .dataset import Dataset, TaskData, assemble, check_drops, prepare
+from .differences import Side
 from .embed import EmbedSpec, embed_shards, shard_specs, shards_of_tap
 from .encoder import Encoder, Tap, load_encoder, onnxruntime_distributions
 from .errors import (
@@ -32,6 +33,7 @@ from .errors import (
 )
 from .events import Event, Note, Observer, Progress, ignore
 from .folds import Protocol, ProtocolName, make_folds
+from .gates import Gates
 from .kinds import Kind, Tools, kind_of
 from .model_file import find_model
 from .planning import Plan, check_disk, make_plan
@@ -40,6 +42,8 @@ from .settings import METHODS, Method, Settings, checked_settings, with_heads
 from .store import Store
 from .task import Task
 from .version import __version__
+
+_BY_CONTENT = ("lm", "vocabulary")  # recorded by what the files hold, which is known once they are loaded
 
 
 @dataclass
@@ -53,6 +57,14 @@ class Evaluation:
     predictions: dict[tuple[str, str], Predictions] = field(default_factory=dict)
     errors: list[XaresError] = field(default_factory=list)
     path: Path | None = None
+
+    def side(self, name: str) -> Side:
+        """The result with its predictions, to be compared."""
+        return Side(name, self.result, self._predictions_of)
+
+    def _predictions_of(self, record: TaskResult) -> Predictions:
+        tap = self.result.encoder.taps.index(record.tap) if record.tap is not None else 0
+        return self.predictions[record.task, method_by_tap(record.method, tap)]
 
     def json(self) -> str:
         return results.indented(self.result).decode()
@@ -79,6 +91,9 @@ def evaluate(
     lm: str | None = None,
     vocabulary: Path | None = None,
     taps: Sequence[str] = (),
+    baseline: Path | None = None,
+    tolerance: float | None = None,
+    fail_under: Sequence[str] = (),
     observer: Observer = ignore,
 ) -> Evaluation:
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
@@ -87,8 +102,11 @@ def evaluate(
     With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads`
     chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
     `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. `taps` are outputs or inner tensors, scored in one
-    pass, the first as the model's, or `all-layers`. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
+    pass, the first as the model's, or `all-layers`. Gates are judged in `result.gates`: `baseline` is a result that no score
+    may fall behind by more than `tolerance`, `fail_under` holds "TASK[:METHOD]=SCORE". Raises `UsageError`, `ModelError`,
+    `DataMissingError`, `MachineError`, and `DataError` for a baseline of other data.
     """
+    gates = Gates.read(baseline, tolerance, fail_under)
     settings = checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, taps)
     find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
@@ -100,6 +118,7 @@ def evaluate(
         observer(event)
 
     selection = with_heads(choose_tasks(tasks, suite, data, observe), settings)
+    _check_gates(gates, selection, settings, cache, observe)
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
@@ -110,6 +129,12 @@ def evaluate(
         if output is not None:
             results.make_room(output)
         tools = _load_tools(selection, settings, _torch_device(device, encoder.info.provider), cache, observe)
+        described = {
+            **msgspec.to_builtins(settings),
+            "lm": tools.language_model and tools.language_model.described(),
+            "vocabulary": tools.vocabulary and tools.vocabulary.digest,
+        }
+        gates.check_settings([task for task, _ in selection], described)
         run = _Run(encoder, settings, tools, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
@@ -117,11 +142,10 @@ def evaluate(
                 encoder=_encoder_record(encoder),
                 environment=environment(encoder),
                 settings={
-                    **msgspec.to_builtins(settings),
-                    "lm": tools.language_model and tools.language_model.described(),
-                    "vocabulary": tools.vocabulary and tools.vocabulary.digest,
+                    **described,
                     "suite": suite,
                     "tasks": [task.name for task, _ in selection],
+                    **gates.described(),
                 },
                 notes=list(dict.fromkeys(notes)),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,9 +157,31 @@ def evaluate(
             run.errors,
             output,
         )
+    try:
+        judged = gates.judge(evaluation.side("this run"))
+        evaluation.result = msgspec.structs.replace(evaluation.result, gates=judged)
+    except XaresError as error:  # the baseline may be gone by now; the result is worth keeping
+        evaluation.errors.append(error)
     if output is not None:
         results.write_result(output, evaluation.result, evaluation.predictions)
     return evaluation
+
+
+def _check_gates(
+    gates: Gates, selection: Sequence[tuple[Task, Path]], settings: Settings, cache: Path, observer: Observer
+) -> None:
+    """Before hours of embedding: whether the gates can be judged, and whether the data are those of the baseline."""
+    known = {key: value for key, value in msgspec.to_builtins(settings).items() if key not in _BY_CONTENT}
+    gates.check([task for task, _ in selection], known)
+    if gates.baseline is None:
+        return
+    scored = {record.task for record in gates.baseline.scored().values()}
+    for task, folder in selection:
+        if task.name in scored:
+            if task.domain == "synthetic":
+                folder = synthetic_data(task, cache, observer)
+            if find_parts(task, folder):
+                gates.check_data(task, prepare(task, folder, Digests(cache), None, observer).digest())
 
 
 def plan(
@@ -350,7 +396,7 @@ class _Run:
             notes.append(otherwise)
             self._observer(Note(f"{task.name}: {otherwise}"))
             common = {**common, "comparable": False, "notes": notes}
-        by = f"{name}.{tap}" if tap else name
+        by = method_by_tap(name, tap)
         self.predictions[task.name, by] = scored.predictions
         self._replicates[tap][task.name, name] = scored.replicates
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
@@ -384,6 +430,11 @@ class _Run:
             self.results += [
                 _task_result(task, method, status=status, reason=reason, **fields) for method in self._methods(task)
             ]
+
+
+def method_by_tap(method: str, tap: int) -> str:
+    """What predictions are called by: tap 0 is the model's output, or the first of those that were named."""
+    return f"{method}.{tap}" if tap else method
 
 
 def _no_frames(task: Task) -> str:

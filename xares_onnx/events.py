@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train"]
+Stage = Literal["prepare", "embed", "train", "measure"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

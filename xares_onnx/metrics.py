@@ -205,21 +205,32 @@ def bootstrap(scorers: Sequence[Scorer], rng: np.random.Generator) -> Array:
     All seeds of a fold share a resample. Where a metric favours repeated clips (with few positives, average precision may be
     higher in every resample than in the sample), the replicates are moved so that their mean is the score.
     """
-    total = np.zeros(RESAMPLES)
-    for scorer in scorers:
-        clips = scorer.clips
+    replicates: Array = bootstrap_together([scorers], rng)[0]
+    return replicates
+
+
+def bootstrap_together(models: Sequence[Sequence[Scorer]], rng: np.random.Generator) -> Array:
+    """(models, 2000) replicates, as `bootstrap` makes them, of several models' scores of the same clips.
+
+    Every resample serves all models, so that their replicates differ by what the models do and not by what was drawn.
+    """
+    total = np.zeros((len(models), RESAMPLES))
+    for fold in zip(*models, strict=True):
+        (clips,) = {scorer.clips for scorer in fold}
         rows = max(1, _DRAWS_AT_ONCE // clips)
-        replicates = np.empty(RESAMPLES)
+        replicates = np.empty((len(models), RESAMPLES))
         for start in range(0, RESAMPLES, rows):
             n = min(rows, RESAMPLES - start)
             drawn = rng.integers(0, clips, (n, clips)) + clips * np.arange(n)[:, None]
-            counts = np.bincount(drawn.ravel(), minlength=n * clips).reshape(n, clips)
-            replicates[start : start + n] = scorer(counts.astype(np.float64)).mean(axis=1)
-        if scorer.limits:
-            replicates += scorer(np.ones((1, clips))).mean() - np.nanmean(replicates)
-            replicates = replicates.clip(*scorer.limits)
+            counts = np.bincount(drawn.ravel(), minlength=n * clips).reshape(n, clips).astype(np.float64)
+            for mine, scorer in zip(replicates, fold, strict=True):
+                mine[start : start + n] = scorer(counts).mean(axis=1)
+        for mine, scorer in zip(replicates, fold, strict=True):
+            if scorer.limits:
+                mine += scorer(np.ones((1, clips))).mean() - np.nanmean(mine)
+                mine.clip(*scorer.limits, out=mine)
         total += replicates
-    return total / len(scorers)
+    return total / len(models[0])
 
 
 def interval(replicates: Array) -> tuple[float, float] | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +13,14 @@ from . import audio
 from .contract import Contract
 from .dataset import TaskData
 from .embed import CropSettings, EmbedSpec, shard_specs
-from .encoder import LOAD_SECONDS, Encoder, ModelSpec, open_session
+from .encoder import Encoder
 from .errors import ClipError, DiskFullError
 from .events import Note, Observer
 from .folds import CROSS_VALIDATION_FOLDS
 from .kinds import kind_of
 from .shards import ShardIndex, index_shard, read_extent
+from .speed import measure_rtf
 from .store import Store
-from .worker import Beat, Tell
 
 _SAMPLED_CLIPS = 24  # a shard
 _BYTES_A_CLIP = 250  # key and json beside the vectors
@@ -66,23 +64,8 @@ def make_plan(
     observer: Observer,
 ) -> Plan:
     """Count clips, sample their durations, and time the model on two chunks a thread."""
-    rtf = encoder.worker.call(measure_rtf, encoder.spec, returns=float, silence_limit=LOAD_SECONDS, observer=observer)
+    rtf = measure_rtf(encoder, observer)
     return Plan([_row(encoder, task_data, crops, store, rtf, seeds) for task_data, crops in data], rtf)
-
-
-def measure_rtf(spec: ModelSpec, *, tell: Tell) -> float:
-    """Seconds a second of audio, all threads at work. Runs in the worker."""
-    session = open_session(spec, tell)
-    contract = spec.info.contract
-    chunk = np.random.default_rng(0).standard_normal((1, contract.chunk_samples)).astype(np.float32) * np.float32(0.1)
-    session.run(chunk, contract)
-    tell(Beat())
-    started = time.perf_counter()
-    with ThreadPoolExecutor(spec.threads) as pool:
-        for _ in pool.map(lambda _: session.run(chunk, contract), range(2 * spec.threads)):
-            tell(Beat())
-    seconds = time.perf_counter() - started
-    return seconds * contract.sample_rate / (2 * spec.threads * contract.chunk_samples)
 
 
 def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rtf: float, seeds: int) -> PlanRow:

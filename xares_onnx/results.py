@@ -11,8 +11,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .catalog import in_group, shipped_tasks
-from .errors import MachineError, UsageError
+from .errors import DataError, DataMissingError, MachineError, UsageError
 from .files import disk_error, write_aside
 from .metrics import interval
 from .shards import Drop
@@ -32,6 +34,10 @@ GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
 Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
 Interval = tuple[float, float]
 Predictions = dict[str, npt.NDArray[Any]]
+
+# More than any result holds: what is larger is a mistake, or meant to exhaust the machine.
+_MAX_RESULT_BYTES = 256 << 20
+_MAX_PREDICTION_BYTES = 4 << 30
 
 
 class Encoder(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +119,24 @@ class Average(msgspec.Struct, frozen=True, kw_only=True):
 Averages = dict[str, dict[Literal["head", "knn"], Average]]
 
 
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
+    gate: Literal["baseline", "fail_under"]
+    task: str
+    """A task, or the group of an average."""
+    method: str
+    tap: str | None = None
+    status: Literal["pass", "warn", "fail", "skip"]
+    """`warn`: the test clips are too few to tell."""
+    message: str
+    limit: float
+    """The loss that is tolerated, or the score that was asked for."""
+    score: float | None = None
+    difference: float | None = None
+    """From the baseline, positive where this result is better."""
+    ci95: Interval | None = None
+    """Of the difference."""
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: int = SCHEMA_VERSION
     encoder: Encoder
@@ -125,6 +149,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Of the model's output; where taps were named, of the first."""
     averages_by_tap: dict[str, Averages] = {}
     """The same for every tap, where taps were asked for."""
+    gates: list[Gate] = []
+    """What `--baseline` and `--fail-under` found, what failed first."""
+
+
+class _Versioned(msgspec.Struct, frozen=True):
+    schema_version: int
 
 
 def schema() -> dict[str, Any]:
@@ -218,6 +248,59 @@ def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_aside(path.parent / prediction_file(path, task, method), buffer.getvalue())
     write_aside(path, indented(result))
+
+
+def read_result(path: Path) -> Result:
+    """Raises `UsageError` where the file cannot be read, is no result, or is one of another schema version."""
+    try:
+        if not path.is_file():
+            raise UsageError(f"there is no result file {path}")
+        if path.stat().st_size > _MAX_RESULT_BYTES:
+            raise UsageError(f"{path} is too large for a result; name the JSON file that `xares-onnx evaluate` wrote")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"result file {path} cannot be read ({error.strerror})") from error
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{path} has schema_version {version}, and this version of xares-onnx reads {SCHEMA_VERSION}; evaluate again"
+            )
+        return msgspec.json.decode(data, type=Result)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a result of `xares-onnx evaluate`: {error}") from error
+
+
+def read_predictions(path: Path, record: TaskResult) -> Predictions:
+    """The per-clip predictions of one record of the result at `path`.
+
+    Every array has a row for each entry of `key`. Raises `DataMissingError` where they are not there, `DataError` where
+    they are not what an evaluation writes.
+    """
+    name = f"{record.task}.{record.method}"
+    if record.predictions is None:
+        raise DataMissingError(f"{path} keeps no predictions of {name}; evaluate again with --output")
+    place = PurePosixPath(record.predictions)
+    if place.is_absolute() or ".." in place.parts or "\\" in record.predictions or "\0" in record.predictions:
+        raise DataError(f"{path} names predictions of {name} outside its own folder; it was not written by an evaluation")
+    file = path.parent / place
+    if not file.is_file():
+        raise DataMissingError(f"the predictions of {name} are not at {file}; keep them beside {path.name}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _MAX_PREDICTION_BYTES:
+                raise ValueError("it is larger than predictions are")
+        with np.load(file, allow_pickle=False) as archive:
+            arrays: Predictions = {column: archive[column] for column in archive.files}
+        rows = len(arrays["key"])
+        if any(array.ndim < 1 or len(array) != rows for array in arrays.values()):
+            raise ValueError("its columns differ in length")
+        if [arrays[column].dtype.kind for column in ("key", "fold", "seed")] != ["U", "U", "i"]:
+            raise ValueError("key and fold must be texts, and seed a whole number")
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = f"there is no column {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{file} does not hold predictions as an evaluation writes them: {reason}") from error
+    return arrays
 
 
 def indented(value: Any) -> bytes:

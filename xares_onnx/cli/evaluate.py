@@ -43,12 +43,22 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
     allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A result that no score may fall behind for certain; else exit code 1.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Loss against the baseline that is tolerated, in score. [default: 0.01]")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None, typer.Option("--fail-under", help="TASK[:METHOD]=SCORE, or an average's: exit code 1 below it.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Score a model: embed each task's data, train heads and a kNN, and report every score with an interval."""
     from .. import evaluation
+    from ..report import comparison as report
     from ..report import terminal
     from ..settings import METHODS
 
@@ -82,6 +92,9 @@ def evaluate(
                 save=True,
                 methods=split(method) or METHODS,  # type: ignore[arg-type]
                 allow_drops=allow_drops,
+                baseline=baseline,
+                tolerance=tolerance,
+                fail_under=split(fail_under),
                 observer=observer,
             )
     if plan:
@@ -93,7 +106,12 @@ def evaluate(
     if json_:
         put(done.json().encode(), sys.stdout.buffer)
     elif not quiet:
+        if done.result.gates:
+            report.print_gates(done.result.gates, terminal.stdout_console())
         terminal.print_result(done.result, terminal.stdout_console(), saved=str(done.path))
     for error in done.errors:
         say(one_line(error))
-    raise typer.Exit(worst_exit_code(error.exit_code for error in done.errors))
+    failed = [gate for gate in done.result.gates if gate.status == "fail"]
+    for gate in failed:
+        say(f"{gate.gate.replace('_', '-')}: {gate.task} {gate.method}: {gate.message}")
+    raise typer.Exit(worst_exit_code([*(error.exit_code for error in done.errors), *[1] * bool(failed)]))

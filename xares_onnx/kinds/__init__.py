@@ -6,16 +6,16 @@ here.
 
 from __future__ import annotations
 
-from ..task import Task
+from ..task import METRICS, Metric, Task
 from .captions import Captions
 from .classes import Classes
 from .events import EventsKind
-from .kind import Kind, Outcome, Tools
+from .kind import Kept, Kind, Outcome, Tools
 from .number import Number
 from .tags import Tags
 from .transcript import Transcript
 
-__all__ = ["KINDS", "Kind", "Outcome", "Tools", "kind_of"]
+__all__ = ["KINDS", "Kept", "Kind", "Outcome", "Tools", "kind_of", "kind_scored_by"]
 
 KINDS: dict[str, type[Kind]] = {
     "class": Classes,
@@ -30,3 +30,11 @@ KINDS: dict[str, type[Kind]] = {
 
 def kind_of(task: Task) -> type[Kind]:
     return KINDS[task.kind]
+
+
+def kind_scored_by(metric: Metric) -> type[Kind]:
+    """The class that scores by a metric; of kinds that share a metric, each scores as the others do."""
+    for name, metrics in METRICS.items():
+        if metric in metrics:
+            return KINDS[name]
+    raise ValueError(f"there is no metric {metric!r}")

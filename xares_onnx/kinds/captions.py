@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..folds import Fold
+from ..folds import Fold, Protocol
 from ..metrics import Array, Scorer, SumScorer, per_clip, recall_both_ways
-from .kind import Kind, Outcome, outcomes_of
+from ..task import Metric
+from .kind import Kept, Kind, Outcome, outcomes_of
 
 # Columns of a prediction: [captions that rank the example first, captions, whether one of them is ranked first], and how
 # many captions rank it, and whether it ranks one of them, within 5 and within 10.
@@ -51,21 +52,16 @@ class Captions(Kind):
         )
         return outcomes_of(results)
 
-    def _statistics(self, fold: Fold, outcomes: Sequence[Outcome], within: int) -> Array:
-        tested = np.sort(fold.test)
-        to_audio, to_text = _WITHIN[within]
-        statistics = []
-        for outcome in outcomes:
-            ranked = outcome.predictions.astype(np.float64)
-            columns = [ranked[:, to_audio], ranked[:, _CAPTIONS], ranked[:, to_text], np.ones(len(ranked))]
-            statistics.append(per_clip(np.stack(columns, axis=1), self.clips_of(outcome.examples), tested))
-        return np.stack(statistics)
-
-    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
-        return SumScorer(self._statistics(fold, outcomes, 1), recall_both_ways)
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        statistics = [per_clip(_ranked(kept.columns["recall"], 1), kept.clip_of_example, np.arange(clips)) for kept in seeds]
+        return SumScorer(np.stack(statistics), recall_both_ways)
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        sums = {within: self._statistics(fold, outcomes, within).sum(axis=1) for within in _WITHIN}
+        sums = {
+            within: np.stack([_ranked(outcome.predictions, within).sum(axis=0) for outcome in outcomes])
+            for within in _WITHIN
+        }
         text_to_audio, audio_to_text = sums[1][:, 0] / sums[1][:, 1], sums[1][:, 2] / sums[1][:, 3]
         return {
             "text_to_audio_recall_at_1": float(text_to_audio.mean()),
@@ -77,3 +73,10 @@ class Captions(Kind):
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
         """Captions that rank the example first, its captions, and whether it ranks one of them first."""
         return {"recall": outcome.predictions[:, :3].astype(np.int32)}
+
+
+def _ranked(recall: npt.NDArray[Any], within: int) -> Array:
+    """(examples, 4), as `recall_both_ways` sums them."""
+    to_audio, to_text = _WITHIN[within]
+    columns = [recall[:, to_audio], recall[:, _CAPTIONS], recall[:, to_text], np.ones(len(recall))]
+    return np.stack(columns, axis=1).astype(np.float64)

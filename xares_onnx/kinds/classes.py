@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..folds import Fold, Indices
+from ..folds import Fold, Indices, Protocol
 from ..metrics import Scorer, SumScorer, accuracy_statistics, class_metrics, ratio
-from .kind import Kind, Outcome, outcomes_of
+from ..task import Metric
+from .kind import Kept, Kind, Outcome, outcomes_of
 
 
 class Classes(Kind):
@@ -67,12 +68,12 @@ class Classes(Kind):
             outcomes.append(Outcome(number, 0, *found))
         return outcomes
 
-    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
-        tested = np.sort(fold.test)
-        statistics = []
-        for outcome in outcomes:
-            clips = self.clips_of(outcome.examples)
-            statistics.append(accuracy_statistics(outcome.predictions == self.classes[clips], clips, tested))
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        statistics = [
+            accuracy_statistics(kept.columns["target"] == kept.columns["prediction"], kept.clip_of_example, np.arange(clips))
+            for kept in seeds
+        ]
         return SumScorer(np.stack(statistics), ratio)
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..folds import Fold
-from ..metrics import Array, Scorer, SumScorer
+from ..folds import Fold, Protocol
+from ..metrics import Array, Scorer, SumScorer, per_clip
 from ..rasters import segment_f1
-from .kind import Kind, Outcome, outcomes_of
+from ..task import Metric
+from .kind import Kept, Kind, Outcome, outcomes_of
 
 Average = Literal["macro", "micro"]
 
@@ -26,7 +27,7 @@ class EventsKind(Kind):
 
     @property
     def average(self) -> Average:
-        return "macro" if self.task.score.metric == "segment_f1_macro" else "micro"
+        return _average(self.task.score.metric)
 
     def why_undefined(self) -> str | None:
         if empty := super().why_undefined():
@@ -57,9 +58,15 @@ class EventsKind(Kind):
         )
         return outcomes_of(results)
 
-    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
-        counts = np.stack([outcome.predictions for outcome in outcomes])  # (seeds, clips, classes, 3)
-        return SumScorer(counts.reshape(*counts.shape[:2], -1), partial(self._f1, self.average))
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        statistics = []
+        for kept in seeds:
+            segments = kept.columns["segments"]  # (clips, classes, 3)
+            flat = segments.reshape(len(segments), -1).astype(np.float64)
+            statistics.append(per_clip(flat, kept.clip_of_example, np.arange(clips)))
+        f1 = partial(_f1, average=_average(metric), present_only=protocol.corrected)
+        return SumScorer(np.stack(statistics), f1)
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
         other: Average = "micro" if self.average == "macro" else "macro"
@@ -67,15 +74,22 @@ class EventsKind(Kind):
         hits, false, missed = sums.sum(axis=1).T.astype(np.float64)
         with np.errstate(invalid="ignore"):
             return {
-                f"segment_f1_{other}": float(self._f1(other, sums.reshape(len(sums), -1)).mean()),
+                f"segment_f1_{other}": float(
+                    _f1(sums.reshape(len(sums), -1), average=other, present_only=self.protocol.corrected).mean()
+                ),
                 "segment_precision": float((hits / (hits + false)).mean()),
                 "segment_recall": float((hits / (hits + missed)).mean()),
             }
 
-    def _f1(self, average: Average, sums: Array) -> Array:
-        counts = sums.reshape(*sums.shape[:-1], -1, 3)
-        return np.asarray(segment_f1(counts, average, present_only=self.protocol.corrected))
-
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
         """Segments of each class: right, claimed though absent, missed."""
         return {"segments": outcome.predictions.astype(np.int32)}
+
+
+def _average(metric: Metric) -> Average:
+    return "macro" if metric == "segment_f1_macro" else "micro"
+
+
+def _f1(sums: Array, *, average: Average, present_only: bool) -> Array:
+    counts = sums.reshape(*sums.shape[:-1], -1, 3)
+    return np.asarray(segment_f1(counts, average, present_only=present_only))

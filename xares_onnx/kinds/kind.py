@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..dataset import Dataset
 from ..folds import Fold, Indices, Protocol
 from ..metrics import Scorer
-from ..task import Task
+from ..task import Metric, Task
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
     from ..models.llm import LanguageModel
@@ -30,6 +30,14 @@ class Outcome:
     seed: int
     examples: Indices
     predictions: Any
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of an `Outcome`: columns with a row an example, and which of the test clips, from 0, each is of."""
+
+    columns: Mapping[str, npt.NDArray[Any]]
+    clip_of_example: Indices
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,13 @@ class Kind(ABC):
         """The same by a kNN, for kinds that know one."""
         raise NotImplementedError(f"there is no kNN for {self.task.kind}")
 
+    @classmethod
     @abstractmethod
-    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
-        """The score of one fold from its outcomes, one a seed; its clips are those of `fold.test`, sorted."""
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        """The score of one fold of so many test clips from what is kept of its predictions, an entry a seed.
+
+        It is given nothing else, so that a stored result is scored by the arithmetic of the run that wrote it.
+        """
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Further metrics of one fold, the mean over its seeds."""

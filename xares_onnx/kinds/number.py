@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..folds import Fold
+from ..folds import Fold, Protocol
 from ..metrics import Scorer, SumScorer, correlation, error_statistics, mean_squared_error, per_clip
 from ..targets import NumberTarget
-from .kind import Kind, Outcome, outcomes_of
+from ..task import Metric
+from .kind import Kept, Kind, Outcome, outcomes_of
 
 
 class Number(Kind):
@@ -37,19 +38,19 @@ class Number(Kind):
         )
         return outcomes_of(results)
 
-    def _statistics(self, fold: Fold, outcomes: Sequence[Outcome]) -> npt.NDArray[np.float64]:
-        tested = np.sort(fold.test)
-        statistics = []
-        for outcome in outcomes:
-            clips = self.clips_of(outcome.examples)
-            statistics.append(per_clip(error_statistics(outcome.predictions, self.numbers[clips]), clips, tested))
-        return np.stack(statistics)
-
-    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
-        return SumScorer(self._statistics(fold, outcomes), mean_squared_error)
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        statistics = [
+            per_clip(
+                error_statistics(kept.columns["prediction"], kept.columns["target"]), kept.clip_of_example, np.arange(clips)
+            )
+            for kept in seeds
+        ]
+        return SumScorer(np.stack(statistics), mean_squared_error)
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        sums = self._statistics(fold, outcomes).sum(axis=1)
+        targets = self.numbers[self.clips_of(outcomes[0].examples)]
+        sums = np.stack([error_statistics(outcome.predictions, targets).sum(axis=0) for outcome in outcomes])
         return {"pearson": float(correlation(sums).mean()), "mean_absolute_error": float((sums[:, 1] / sums[:, 2]).mean())}
 
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..folds import Fold, Indices
+from ..folds import Fold, Indices, Protocol
 from ..metrics import AveragePrecisionScorer, Scorer
-from .kind import Kind, Outcome, outcomes_of
+from ..task import Metric
+from .kind import Kept, Kind, Outcome, outcomes_of
 
 
 class Tags(Kind):
@@ -54,15 +55,14 @@ class Tags(Kind):
         results = train_linear(self.dataset.embeddings, objective, examples, rows, head, range(seeds), on_epoch=on_epoch)
         return outcomes_of(results)
 
-    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
-        tested = np.sort(fold.test)
-        clips = self.clips_of(outcomes[0].examples)
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
         return AveragePrecisionScorer(
-            np.stack([outcome.predictions for outcome in outcomes]),
-            self.present[clips],
-            np.searchsorted(tested, clips),
-            len(tested),
-            present_only=self.protocol.corrected,
+            np.stack([kept.columns["prediction"] for kept in seeds]),
+            seeds[0].columns["target"],
+            seeds[0].clip_of_example,
+            clips,
+            present_only=protocol.corrected,
         )
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import text
-from ..folds import Fold
-from ..metrics import Array, Scorer, SumScorer, ratio, word_accuracy
-from .kind import Kind, Outcome, outcomes_of
+from ..folds import Fold, Protocol
+from ..metrics import Scorer, SumScorer, per_clip, ratio, word_accuracy
+from ..task import Metric
+from .kind import Kept, Kind, Outcome, outcomes_of
 
 
 class Transcript(Kind):
@@ -73,9 +74,13 @@ class Transcript(Kind):
         references = [self.transcripts[clip] for clip in outcome.examples]
         return text.word_errors(references, [self._compared(said) for said in outcome.predictions])
 
-    def scorer(self, fold: Fold, outcomes: Sequence[Outcome]) -> Scorer:
-        statistics: Array = np.stack([self._errors(outcome) for outcome in outcomes]).astype(np.float64)
-        return SumScorer(statistics, word_accuracy)
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        statistics = [
+            per_clip(kept.columns["word_errors"].astype(np.float64), kept.clip_of_example, np.arange(clips))
+            for kept in seeds
+        ]
+        return SumScorer(np.stack(statistics), word_accuracy)
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
         words = np.stack([self._errors(outcome).sum(axis=0) for outcome in outcomes]).astype(np.float64)

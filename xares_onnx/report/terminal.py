@@ -39,7 +39,7 @@ from .taps import print_taps
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
-_METRICS = {
+METRIC_NAMES = {
     "accuracy": "accuracy",
     "mean_average_precision": "mAP",
     "segment_f1_macro": "macro F1",
@@ -48,8 +48,8 @@ _METRICS = {
     "one_minus_wer": "1 - WER",
     "mse": "MSE",
 }
-_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training"}
-_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs"}
+_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training", "measure": "measuring"}
+_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "measure": "rounds"}
 
 
 class _Console(Console):
@@ -148,7 +148,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     console.print(
         Text.assemble(
             (printable(result.encoder.file), "bold"),
-            f"  {_size(result.encoder.bytes)}, {result.encoder.parameters / 1e6:.1f} M parameters, "
+            f"  {data_size(result.encoder.bytes)}, {result.encoder.parameters / 1e6:.1f} M parameters, "
             f"{contract['dim']['value']} dimensions, {_hop(result)}, "
             f"{result.environment['provider'].removesuffix('ExecutionProvider')}",
         )
@@ -168,7 +168,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         cells += _score_cells(records.get("knn"))
         dropped = len(first.clips.dropped)
         table.add_row(
-            *(printable(first.title), first.domain, _METRICS[first.metric])[: len(words)],
+            *(printable(first.title), first.domain, METRIC_NAMES[first.metric])[: len(words)],
             *cells,
             str(first.n_test) if first.n_test else "",
             Text(str(dropped), style="yellow") if dropped else "",
@@ -244,7 +244,7 @@ def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console
     for task, on_disk in rows:
         weight = f"{task.weight:g}" if task.weight is not None else "-"
         private = ", private" if task.private else ""
-        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, _METRICS[task.score.metric])
+        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, METRIC_NAMES[task.score.metric])
         table.add_row(*words, weight, printable(on_disk) + private)
     console.print(table, soft_wrap=False)
     console.print(f"data folder: {printable(str(folder))}")
@@ -280,7 +280,7 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
         kind = "fold" if task.data.folds else "split"
         for part, glob in part_globs(task).items():
             sizes = [path.stat().st_size for path in (folder / task.name).glob(glob)]
-            found = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {_size(sum(sizes))}" if sizes else "no shards"
+            found = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {data_size(sum(sizes))}" if sizes else "no shards"
             rows.append((f"{kind} {part}", f"{glob}: {found}"))
     if task.published:
         for method, scores in (("linear", task.published.linear), ("knn", task.published.knn)):
@@ -303,7 +303,7 @@ def _target(task: Task) -> str:
 
 def _metric(task: Task) -> str:
     segment = f" over segments of {task.score.segment_seconds:g} s" if task.score.segment_seconds else ""
-    return f"{_METRICS[task.score.metric]}{segment}"
+    return f"{METRIC_NAMES[task.score.metric]}{segment}"
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -336,11 +336,11 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
             printable(task),
             str(len(shards)),
             f"{hours:.2f}",
-            _size(sum(size for _, size, _ in shards)),
+            data_size(sum(size for _, size, _ in shards)),
             f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d}",
         )
     console.print(table, soft_wrap=False)
-    console.print(f"{_size(sum(size for *_, size, _ in entries))} in {printable(root)}")
+    console.print(f"{data_size(sum(size for *_, size, _ in entries))} in {printable(root)}")
 
 
 def _averages_table(result: Result, console: Console) -> Table:
@@ -378,7 +378,7 @@ def _plan_cells(row: PlanRow) -> tuple[str, ...]:
         str(row.clips),
         f"{row.hours:.2f}",
         str(row.clips_to_embed),
-        _size(row.disk_bytes),
+        data_size(row.disk_bytes),
         _duration(row.embed_seconds),
         _duration(row.train_seconds),
     )
@@ -393,7 +393,7 @@ def _hop(result: Result) -> str:
     return f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only"
 
 
-def _size(count: float) -> str:
+def data_size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"

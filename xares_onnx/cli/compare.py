@@ -1,0 +1,100 @@
+"""`compare`: two models, or their results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError, printable, worst_exit_code
+from .app import CacheOption, DataOption, DebugOption, app, put, put_json, reported, say, split
+
+FORMATS = ("text", "json", "junit", "github")
+
+
+@app.command()
+@reported
+def compare(
+    a: Annotated[Path, typer.Argument(help="What is there: an .onnx file, a folder with one, or a result.json.")],
+    b: Annotated[Path, typer.Argument(help="What is to take its place: likewise.")],
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="Names, patterns such as 'vox*', or task files; comma-separated.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="all, public, speech, environment, music, private or synthetic.")] = None,
+    data: DataOption = None,
+    cache: CacheOption = None,
+    method: Annotated[list[str] | None, typer.Option(help="head, knn; both by default.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="corrected, or xares for X-ARES's own choices.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Heads a fold. [default: 3; 1 under xares]")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most N clips a split, chosen by key hash.")] = None,
+    head: Annotated[list[str] | None, typer.Option("--head", help="TASK=KIND, a head other than the task's own.")] = None,
+    lm: Annotated[str | None, typer.Option("--lm", help="Folder of a causal language model, for the llm head.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="BERT's vocab.txt, for captions under --protocol xares.")] = None,
+    contract: Annotated[
+        list[str] | None, typer.Option("--contract", help="KEY=VALUE that neither model declares, such as sample_rate=8000.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
+    allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="Loss that is tolerated, in score; exit code 1 where B loses more for certain.")
+    ] = 0.01,
+    format_: Annotated[str, typer.Option("--format", help="text, json, junit or github.")] = "text",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; of the text, the verdict alone.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare B with A on the same clips: scores with paired intervals, embeddings, size, speed and memory."""
+    from .. import comparison
+    from ..report import ci, terminal
+    from ..report import comparison as report
+
+    if format_ not in FORMATS:
+        raise UsageError(f"--format {format_!r} must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads} must be 1 or more")
+    settings: dict[str, Any] = {"methods": split(method) or None, "protocol": protocol}
+    with terminal.TerminalObserver(quiet=quiet) as observer:
+        found = comparison.compare(
+            a,
+            b,
+            split(tasks),
+            suite=suite,
+            data=data,
+            cache=cache,
+            seeds=seeds,
+            limit=limit,
+            contract=contract or (),
+            device=device,
+            threads=threads,
+            allow_drops=allow_drops,
+            heads=split(head),
+            lm=lm,
+            vocabulary=vocabulary,
+            tolerance=tolerance,
+            observer=observer,
+            **settings,
+        )
+    title = f"{found.b.file} against {found.a.file}"
+    if format_ == "json":
+        put_json(found)
+    elif format_ == "junit":
+        put(ci.junit(title, report.cases(found)), sys.stdout)
+    elif format_ == "github":
+        text = report.markdown(found)
+        file = None if b.is_absolute() else b.as_posix()
+        written = ci.write_step_summary(text)
+        put(ci.github(title, report.cases(found), file=file, summary=found.verdict if written else text), sys.stdout)
+    elif quiet:
+        put(f"{printable(found.verdict)}\n", sys.stdout)
+    else:
+        report.print_comparison(found, terminal.stdout_console())
+    for failure in found.failures:
+        say(f"{failure.model}: {failure.message}")
+    if found.failed:
+        first = found.failed[0]
+        name = report.score_name(first)
+        say(f"B is worse by more than {first.tolerance:g} for certain on {len(found.failed)} of the scores, {name} first")
+    codes = [failure.exit_code for failure in found.failures] + [1] * bool(found.failed)
+    raise typer.Exit(worst_exit_code(codes))

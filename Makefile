@@ -6,7 +6,7 @@ CLEAN := .clean-venv/bin
 SHARED ?= ../shared
 REALDATA ?= build/realdata
 
-.PHONY: demo test check wheel-demo realdata families bench lock clean
+.PHONY: demo test check docs wheel-demo realdata families bench lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -15,11 +15,17 @@ demo: .venv/installed  ## install, export the baseline encoder, score it on the 
 test: .venv/installed-third-party  ## install and run the tests
 	$(BIN)/python -m pytest
 
-check: .venv/installed  ## format, lint, types, import layers
+check: .venv/installed  ## format, lint, types, import layers, pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: .venv/installed  ## write the command line's reference anew, and build the pages into build/site
+	$(BIN)/python docs/reference.py > docs/cli.md.part && mv docs/cli.md.part docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel-demo: .venv/installed  ## build the wheel, install it into a clean environment, run the demo from there
 	rm -rf dist build/lib build/bdist.* .clean-venv

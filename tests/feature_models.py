@@ -1,7 +1,7 @@
 """One tiny encoder behind three front ends, as two files each: the front end inside the graph, and outside of it.
 
-The graph's front end is a strided convolution with the DFT, and filters of `transformers`: it shares nothing with the package.
-Behind it is |W · 3 frames + b|, every other frame.
+The graph's front end is a strided convolution with the DFT, and filters of `transformers`: it shares nothing with the
+package. Behind it is |W · 3 frames + b|, every other frame.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ BANDS = {"whisper": 80, "kaldi": 80, "librosa": 128}
 HOPS = {"whisper": 160, "kaldi": 160, "librosa": 512}
 
 
-def waveform_model(kind: str) -> ModelProto:
+def waveform_model(kind: str, rate: int = 16_000) -> ModelProto:
     """float32 [batch, samples] -> [batch, frames, 4], the front end inside."""
-    nodes, initializers = front_end(kind)
+    nodes, initializers = front_end(kind, rate)
     return build(
         [*nodes, *body("bands")],
         [value("audio", FLOAT, ["batch", "samples"])],
@@ -86,10 +86,10 @@ def weights(bands: int) -> list[TensorProto]:
     ]
 
 
-def front_end(kind: str) -> tuple[list[NodeProto], list[TensorProto]]:
+def front_end(kind: str, rate: int) -> tuple[list[NodeProto], list[TensorProto]]:
     """Nodes from `audio` [batch, samples] to `bands` [batch, bands, frames]."""
     kernels, pad, mode = KERNELS[kind]()
-    filters = mel_filters(kind)
+    filters = mel_filters(kind, rate)
     initializers = [
         single(kernels[:, None], "kernels"),
         single(np.tile(filters.T, 2)[:, :, None], "filters"),  # cosines and sines are summed too
@@ -157,7 +157,7 @@ def kaldi_kernels() -> tuple[Doubles, int, str]:
 KERNELS = {"whisper": whisper_kernels, "librosa": librosa_kernels, "kaldi": kaldi_kernels}
 
 
-def mel_filters(kind: str) -> Doubles:
+def mel_filters(kind: str, rate: int) -> Doubles:
     settings: dict[str, dict[str, Any]] = {
         "whisper": {"num_frequency_bins": 201, "norm": "slaney", "mel_scale": "slaney"},
         "librosa": {"num_frequency_bins": 1025, "norm": "slaney", "mel_scale": "slaney"},
@@ -169,7 +169,7 @@ def mel_filters(kind: str) -> Doubles:
             num_mel_filters=BANDS[kind],
             min_frequency=20.0 if kind == "kaldi" else 0.0,
             max_frequency=8000.0,
-            sampling_rate=16_000,
+            sampling_rate=rate,
             **settings[kind],
         )
     return filters

@@ -36,21 +36,31 @@ class Adapter:
         count every sample, or frame of features, that is handed over. A fixed batch is filled up by repeating the waveforms.
         """
         contract, (items, samples) = self._contract, waveforms.shape
-        values = waveforms * np.float32(32768) if contract.amplitude == "int16" else waveforms
+        own = np.maximum(samples if held is None else held, min(self._least_held(), samples))
+        own = np.broadcast_to(own, items)
         if contract.frontend is not None:
-            values = features_of(values, contract.frontend, held)
+            own = np.array([contract.frontend.frames_held(int(count)) for count in own])
+        return self.feeds_of(self.values(waveforms, held), own)
+
+    def values(self, waveforms: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+        """What stands for waveforms (items, samples): samples as loud as the model wants them, or (items, frames, bins)."""
+        values = waveforms * np.float32(32768) if self._contract.amplitude == "int16" else waveforms
+        return values if self._contract.frontend is None else features_of(values, self._contract.frontend, held)
+
+    def feeds_of(
+        self, values: npt.NDArray[np.float32], own: npt.NDArray[np.intp] | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """What the model is fed for `values`, of whose samples or frames the first `own` (items,) are no padding."""
+        contract, (items, length) = self._contract, values.shape[:2]
         rows = np.arange(contract.fixed_batch or items) % items
         if len(rows) != items:
             values = values[rows]
         feeds: dict[str, npt.NDArray[Any]] = {contract.input: self._arranged(values)}
         if contract.lengths_input is not None:
             dtype = LENGTH_TYPES[self._types[contract.lengths_input]]
-            feeds[contract.lengths_input] = np.full(len(rows), values.shape[1], dtype=dtype)
+            feeds[contract.lengths_input] = np.full(len(rows), length, dtype=dtype)
         if contract.mask_input is not None:
-            own = np.maximum(samples if held is None else held, min(self._least_held(), samples))
-            if contract.frontend is not None:
-                own = np.array([contract.frontend.frames_held(int(count)) for count in np.broadcast_to(own, items)])
-            mask = np.arange(values.shape[1]) < np.broadcast_to(own, items)[rows][:, None]
+            mask = np.arange(length) < np.broadcast_to(length if own is None else own, items)[rows][:, None]
             feeds[contract.mask_input] = mask.astype(MASK_TYPES[self._types[contract.mask_input]])
         return feeds
 

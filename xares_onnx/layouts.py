@@ -33,20 +33,28 @@ def input_layout(shape: Sequence[Any]) -> str | None:
 def feature_layouts(shape: Sequence[Any], bins: int) -> list[str]:
     """Every layout that an input of this shape may have for features of so many bins a frame.
 
-    The batch comes first where there is one; two axes are enough only for a single clip.
+    The batch comes first, but for a batch of one; two axes are enough for a single clip.
     """
     found = []
     for time in range(len(shape)):
         for bands in range(len(shape)):
             rest = [axis for axis in range(len(shape)) if axis not in (time, bands)]
-            batch = rest[0] if rest and (rest[0] == 0 or (len(rest) == 1 and len(shape) == 3)) else None
+            batch = rest[0] if rest and (rest[0] == 0 or shape[rest[0]] == 1) else None
             single = [axis for axis in rest if axis != batch]
-            fits = time != bands and (not isinstance(shape[bands], int) or shape[bands] == bins)
-            if fits and shape[time] != 1 and all(shape[axis] == 1 for axis in single):
+            if time == bands or shape[time] == 1 or not bins_fit(shape[bands], shape[time], bins):
+                continue
+            if all(shape[axis] == 1 for axis in single):
                 roles = {time: "T", bands: "F", batch: "B"}
                 found.append("".join(roles.get(axis, "1") for axis in range(len(shape))))
     exact = [layout for layout in found if shape[layout.index("F")] == bins] or found
     return [layout for layout in exact if layout.startswith("B")] or exact
+
+
+def bins_fit(bands: Any, time: Any, bins: int) -> bool:
+    """Whether axes of these sizes may hold so many bins, and frames. A free one holds none beside a fixed one that could."""
+    if isinstance(bands, int):
+        return bands == bins
+    return not isinstance(time, int) or time > _MOST_BANDS
 
 
 def bins_shown(shape: Sequence[Any], usual: int) -> int | None:
@@ -61,9 +69,9 @@ def bins_shown(shape: Sequence[Any], usual: int) -> int | None:
 
 def looks_like_features(shape: Sequence[Any]) -> bool:
     """Whether an input's shape may be that of features: beside the batch two axes, and one of few values if any is fixed."""
-    axes = _wide(shape)
+    axes = [size for size in shape[1:] if size != 1]
     fixed = [size for size in axes if isinstance(size, int)]
-    return len(shape) > 2 and len(axes) == 2 and (not fixed or min(fixed) <= _MOST_BANDS)
+    return len(axes) == 2 and (not fixed or min(fixed) <= _MOST_BANDS)
 
 
 def _wide(shape: Sequence[Any]) -> list[Any]:

@@ -125,10 +125,7 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
             first_frame_center_samples=probe.choose("first_frame_center_samples", _first_center(probe, law)),
         )
         if "first_frame_center_samples" not in probe.declared:
-            why = (
-                "receptive field / 2" if inputs.frontend is None else "receptive field / 2, from the front end's first frame"
-            )
-            probe.sources["first_frame_center_samples"] = f"default ({why})"
+            probe.sources["first_frame_center_samples"] = _why_there(probe)
     else:
         _refuse_frames_of_a_clip(probe)
     probe.update(min_samples=_measure_minimum(probe, low))
@@ -142,6 +139,18 @@ def _first_center(probe: Probe, law: FrameLaw) -> float:
     if (frontend := probe.contract.frontend) is None:
         return law.receptive_field / 2
     return frontend.first_center_samples + (law.receptive_field - frontend.receptive_samples) / 2
+
+
+def _why_there(probe: Probe) -> str:
+    front_end = ", from the front end's first frame" if probe.contract.frontend else ""
+    return f"default (receptive field / 2{front_end})"
+
+
+def _law_in_samples(probe: Probe, hop: int, receptive: int) -> FrameLaw:
+    """A law that was found in samples, or in frames of features."""
+    if (frontend := probe.contract.frontend) is None:
+        return FrameLaw(hop, receptive)
+    return FrameLaw(hop * frontend.frame_samples, frontend.receptive_samples + (receptive - 1) * frontend.frame_samples)
 
 
 # ---------------------------------------------------------------- fixed windows
@@ -179,9 +188,10 @@ def _measure_window(probe: Probe, samples: int) -> None:
     probe.update(window_frames=frames)
     assert window is not None
     if measured := window.measure_frames():
-        hop: float = probe.agree("hop_samples", measured[0])
-        receptive: int | None = probe.agree("receptive_field_samples", measured[1])
-        center, why = measured[1] / 2, "default (receptive field / 2)"
+        law = _law_in_samples(probe, *measured)
+        hop: float = probe.agree("hop_samples", law.hop)
+        receptive: int | None = probe.agree("receptive_field_samples", law.receptive_field)
+        center, why = _first_center(probe, law), _why_there(probe)
     else:
         even = _even_hop(probe, samples, frames)
         hop = probe.choose("hop_samples", int(even) if even.is_integer() else even)
@@ -196,7 +206,7 @@ def _measure_window(probe: Probe, samples: int) -> None:
             )
         center = in_the_middle
         if receptive is not None:
-            center, why = receptive / 2, "default (receptive field / 2)"
+            center, why = _first_center(probe, FrameLaw(1, int(receptive))), _why_there(probe)
     probe.update(
         hop_samples=hop,
         receptive_field_samples=receptive,

@@ -13,7 +13,7 @@ from .adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
 from .contract import Declarations, declared_frontend
 from .errors import ContractError
 from .frontend import PREFIX, Frontend
-from .layouts import bins_shown, feature_layouts, input_layout, looks_like_features
+from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -165,16 +165,16 @@ def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: D
     shape, by = list(audio.shape), declared.get("input_layout")
     if by:
         layout = str(by.value)
-        if len(layout) != len(shape) or any(
-            isinstance(size, int) and size != {"F": frontend.bins, "1": 1}.get(axis, size)
-            for axis, size in zip(layout, shape, strict=True)
-        ):
+        if "F" not in layout:
+            raise ContractError(f"{by.source} declares input_layout={layout}, which has no axis F for the bins of features")
+        sizes = dict(zip(layout, shape, strict=False))
+        singles = [size for axis, size in zip(layout, shape, strict=False) if axis == "1"]
+        fits = len(layout) == len(shape) and bins_fit(sizes["F"], sizes["T"], frontend.bins)
+        if not fits or any(isinstance(size, int) and size != 1 for size in singles):
             raise ContractError(
                 f"{by.source} declares input_layout={layout}, but input {audio.name!r} has shape {shape}, and a frame "
                 f"{frontend.bins} bins"
             )
-        if "F" not in layout:
-            raise ContractError(f"{by.source} declares input_layout={layout}, which has no axis F for the bins of features")
         return (layout,)
     if len(shape) <= 2 and frontend.bins not in shape:
         raise ContractError(

@@ -46,6 +46,7 @@ def feature_model(
     element: int = FLOAT,
     metadata: dict[str, str] | None = None,
     bands: int | None = None,
+    symmetric: bool = False,
 ) -> ModelProto:
     """The same encoder, that takes features in a layout such as BTF or B1FT. `extra` nodes change `bands` to `scaled`."""
     bands = bands or BANDS[kind]
@@ -64,7 +65,7 @@ def feature_model(
     return build(
         [*nodes, *extra, *body("scaled" if extra else "bands")],
         [value(name, element, [shape[axis] for axis in layout]), *extra_inputs],
-        weights(bands),
+        weights(bands, symmetric),
         metadata,
     )
 
@@ -77,9 +78,12 @@ def body(source: str) -> list[NodeProto]:
     ]
 
 
-def weights(bands: int) -> list[TensorProto]:
+def weights(bands: int, symmetric: bool = False) -> list[TensorProto]:
+    """`symmetric` if the frame before and the one after weigh the same."""
     rng = np.random.default_rng(3)
     matrix = (rng.standard_normal((DIM, bands, KERNEL)) / (20 * bands**0.5)).astype(np.float32)
+    if symmetric:
+        matrix[:, :, 2] = matrix[:, :, 0]
     return [
         numpy_helper.from_array(matrix, "weights"),
         numpy_helper.from_array(np.linspace(-0.3, 0.3, DIM, dtype=np.float32), "bias"),

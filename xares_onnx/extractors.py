@@ -27,7 +27,7 @@ def declared_by_extractor(raw: Mapping[str, Any]) -> Values:
     found: Values = {"sample_rate": raw["sampling_rate"]} if "sampling_rate" in raw else {}
     if kind in (None, "Wav2Vec2FeatureExtractor"):
         return found | _zscore(raw)
-    if kind not in _EXTRACTORS:
+    if not isinstance(kind, str) or kind not in _EXTRACTORS:
         raise NotComputedError(f"{str(kind)[:60]}, which is not known here")
     try:
         values = _EXTRACTORS[kind](raw)

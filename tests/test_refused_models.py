@@ -95,6 +95,10 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
         "metadata says that the model takes features, but input 'audio' has shape ['batch', 'samples'], which is that of a "
         "waveform; if its front end is inside, say --contract input_kind=waveform",
     ),
+    "the same in three axes": (
+        lambda: models.encoder("B1T", metadata={"xares.frontend.preset": "kaldi"}),
+        "input 'audio' has shape ['batch', 1, 'samples'], which is that of a waveform; if its front end is inside, say",
+    ),
     "metadata with a key of no front end": (
         lambda: models.encoder(metadata={"xares.frontend.preset": "kaldi", "xares.frontend.mel": "80"}),
         "metadata: there is no contract key 'frontend.mel'; did you mean 'frontend.mels'",

@@ -176,7 +176,7 @@ def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: D
                 f"{frontend.bins} bins"
             )
         return (layout,)
-    if len(shape) <= 2 and frontend.bins not in shape:
+    if input_layout(shape) and frontend.bins not in shape:
         raise ContractError(
             f"{declared['input_kind'].source} says that the model takes features, but input {audio.name!r} has shape "
             f"{shape}, which is that of a waveform; if its front end is inside, say --contract input_kind=waveform"

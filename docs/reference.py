@@ -19,7 +19,12 @@ PAGE = Path(__file__).with_name("cli.md")
 
 def page() -> str:
     root = typer.main.get_command(app)
-    lines = ["# Command line", "", "Made from the program's own help by `make docs`; lists are comma-separated and repeatable.", ""]
+    lines = [
+        "# Command line",
+        "",
+        "Made from the program's own help by `make docs`; lists are comma-separated and repeatable.",
+        "",
+    ]
     for path, command in commands(root, "xares-onnx"):
         lines += [f"## `{path}`", "", (command.help or "").strip(), ""]
         parameters = [parameter for parameter in command.params if parameter.name != "help"]

@@ -237,6 +237,11 @@ def rank_4() -> ModelProto:
     return build(nodes, [value("audio", FLOAT, ["batch", 1, "samples", 1])], [value("embeddings", FLOAT, None)])
 
 
+def images() -> ModelProto:
+    nodes = [helper.make_node("Relu", ["pixel_values"], ["embeddings"])]
+    return build(nodes, [value("pixel_values", FLOAT, ["batch", 3, 224, 224])], [value("embeddings", FLOAT, None)])
+
+
 def tokens() -> ModelProto:
     nodes = [helper.make_node("Gather", ["weights", "tokens"], ["embeddings"])]
     return build(nodes, [value("tokens", INT64, ["batch", "time"])], [value("embeddings", FLOAT, None)])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_models as models
 import pytest
+from feature_models import feature_model
 from onnx_models import noise, save, save_external
 from typer.testing import CliRunner
 
@@ -73,6 +76,44 @@ def test_the_contract_of_the_copy_is_declared_in_its_metadata(tmp_path: Path) ->
     contract = load_encoder(tmp_path / "out.onnx").contract
     assert {key: str(getattr(contract, key)) for key in said} == said
     assert {contract.sources[key] for key in said} == {"metadata"}
+
+
+def test_a_front_end_is_written_and_read_again(tmp_path: Path) -> None:
+    model = save(feature_model("kaldi", "BTF"), tmp_path / "model.onnx")
+    said = ["frontend.preset=kaldi", "frontend.padding=symmetric", "frontend.high_hz=-400", "frontend.remove_dc=no"]
+    by_flags = load_encoder(model, contract=[*said, "amplitude=int16"])
+    embedded = by_flags.embed([noise(RATE)], RATE)[0].frames
+    annotate(model, [*said, "amplitude=int16"], tmp_path / "out.onnx")
+    assert written_to(tmp_path / "out.onnx") == {
+        "xares.contract_version": "1",
+        "xares.input_kind": "features",
+        "xares.frontend.preset": "kaldi",
+        "xares.frontend.padding": "symmetric",
+        "xares.frontend.high_hz": "-400.0",
+        "xares.frontend.remove_dc": "false",
+        "xares.amplitude": "int16",
+        "normalize_samples": "0",
+    }
+    copy = load_encoder(tmp_path / "out.onnx")
+    assert copy.contract.frontend == by_flags.contract.frontend
+    assert {copy.contract.sources[f"frontend.{key}"] for key in ("preset", "padding", "high_hz", "remove_dc")} == {
+        "metadata"
+    }
+    np.testing.assert_array_equal(copy.embed([noise(RATE)], RATE)[0].frames, embedded)
+
+
+def test_a_copy_keeps_the_front_end_that_a_preprocessor_declares(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    model = save(feature_model("whisper", "BFT", sizes={"T": 100}), tmp_path / "from" / "model.onnx")
+    config = {"feature_extractor_type": "WhisperFeatureExtractor", "sampling_rate": RATE, "chunk_length": 1}
+    (tmp_path / "from" / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UsageError, match=r"would lose what lies beside the model in preprocessor_config\.json; add "
+    ) as caught:
+        annotate(model, ["license=MIT"], tmp_path / "out.onnx")
+    flags = shlex.split(str(caught.value).split("; add ")[1])[1::2]
+    annotate(model, ["license=MIT", *flags], tmp_path / "out.onnx")
+    assert load_encoder(tmp_path / "out.onnx").contract.frontend == load_encoder(model).contract.frontend
 
 
 @pytest.mark.parametrize(("amplitude", "scale"), [("int16", 32768), ("unit", 1)])

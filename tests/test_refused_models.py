@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import feature_models
 import numpy as np
 import onnx
 import onnx_models as models
@@ -84,7 +85,41 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
         "metadata declares hop_samples=320, but 160 was measured",
     ),
     "metadata of the wrong type": (lambda: models.encoder(metadata={"xares.hop_samples": "x"}), "hop_samples='x' is not"),
-    "metadata with features": (lambda: models.encoder(metadata={"xares.input_kind": "features"}), "must be one of waveform"),
+    "metadata with features": (
+        lambda: models.encoder(metadata={"xares.input_kind": "features"}),
+        "metadata says that input 'audio' takes features, but not how to make them; say it by --contract "
+        "frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export the model with its front",
+    ),
+    "metadata with features where a waveform goes in": (
+        lambda: models.encoder(metadata={"xares.frontend.preset": "whisper"}),
+        "metadata says that the model takes features, but input 'audio' has shape ['batch', 'samples'], which is that of a "
+        "waveform; if its front end is inside, say --contract input_kind=waveform",
+    ),
+    "the same in three axes": (
+        lambda: models.encoder("B1T", metadata={"xares.frontend.preset": "kaldi"}),
+        "input 'audio' has shape ['batch', 1, 'samples'], which is that of a waveform; if its front end is inside, say",
+    ),
+    "metadata with a key of no front end": (
+        lambda: models.encoder(metadata={"xares.frontend.preset": "kaldi", "xares.frontend.mel": "80"}),
+        "metadata: there is no contract key 'frontend.mel'; did you mean 'frontend.mels'",
+    ),
+    "features without a word": (
+        lambda: feature_models.feature_model("whisper", name="mel"),
+        "input 'mel' has shape ['batch', 80, 'frames'], which is that of features, and nothing says how to make them; say "
+        "it by --contract frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export",
+    ),
+    "features in a window without a word": (
+        lambda: feature_models.feature_model("kaldi", "B1TF", sizes={"T": 998, "B": 1}),
+        "input 'features' has shape [1, 1, 998, 80], which is that of features, and nothing says how to make them",
+    ),
+    "an image": (
+        lambda: models.images(),
+        "input 'pixel_values' has shape ['batch', 3, 224, 224]; a waveform input is [batch, samples]",
+    ),
+    "embeddings of tokens": (
+        lambda: feature_models.feature_model("kaldi", "BTF", name="inputs_embeds", bands=768),
+        "input 'inputs_embeds' has shape ['batch', 'frames', 768]; a waveform input is [batch, samples]",
+    ),
 }
 
 

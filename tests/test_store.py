@@ -24,6 +24,7 @@ from xares_onnx.contract import Contract
 from xares_onnx.embed import CropSettings, EmbedSpec
 from xares_onnx.encoder import EncoderInfo, ModelSpec, Tap
 from xares_onnx.errors import DiskFullError, MachineError
+from xares_onnx.frontend import make_frontend
 from xares_onnx.layers import Exposure
 from xares_onnx.model_file import ModelScan
 from xares_onnx.session import CUDA
@@ -255,6 +256,7 @@ SHAPING: dict[str, Any] = {
     "model.info.contract.mask_input": "mask",
     "model.info.contract.fixed_batch": 4,
     "model.info.contract.window_frames": 100,
+    "model.info.contract.frontend": make_frontend({"preset": "whisper"}, 16_000),
     "crops.seconds": None,
     "crops.rule": "whole-crops",
     "crops.pad_short_clips": False,

@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from feature_models import feature_model
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import numpy_helper
 from onnx_models import noise
+from onnx_models import save as save_model
 from typer.testing import CliRunner
 
 from xares_onnx import cli
 from xares_onnx.contract import declared_on_command_line
 from xares_onnx.encoder import load_encoder
+from xares_onnx.frontend import KEYS, make_frontend
 
 PAGE = (Path(__file__).parents[1] / "docs/vendors.md").read_text()
 RATE, HOP, RECEPTIVE, DIM = 16_000, 160, 400, 64
@@ -85,3 +88,28 @@ def test_the_keys_of_the_page_can_be_declared() -> None:
     assert len(keys) > 15
     values = {"amplitude": "int16", "normalize": "zscore", "input_layout": "BT", "output_layout": "BTD"}
     assert len(declared_on_command_line(f"{key}={values.get(key, 400)}" for key in keys)) == len(keys)
+
+
+def test_the_table_of_front_ends_is_what_the_presets_are() -> None:
+    section = PAGE.split("\n## Features in")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")]
+    heads, rows = rows[0], rows[1:]
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(f"frontend.{key}" for key in keys) == sorted(KEYS.keys() - {"frontend.preset"})
+    said = {"25 ms": 400, "10 ms": 160, "the next power of 2": 512, "2^-23": 2.0**-23, "true": True, "false": False}
+    for column, head in enumerate(heads[2:], 2):
+        frontend = make_frontend({"preset": head.strip("`")}, RATE)
+        for row in rows:
+            names, values = re.findall(r"`(\w+)`", row[0]), row[column].split(", ")
+            for name, text in zip(names, values, strict=True):
+                found, value = getattr(frontend, name), said.get(text.strip("`"), text.strip("`"))
+                assert found == (type(found)(value) if not isinstance(found, bool) else value), (head, name)
+
+
+def test_the_flags_of_the_page_for_features(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^    xares-onnx evaluate mel.onnx (.*)$", PAGE, flags=re.MULTILINE)
+    save_model(feature_model("kaldi", "BTF"), tmp_path / "mel.onnx")
+    with load_encoder(tmp_path / "mel.onnx", device="cpu", contract=shlex.split(command)[1::2]) as encoder:
+        frontend = encoder.contract.frontend
+        assert frontend is not None
+        assert (frontend.preset, frontend.high_hz, encoder.contract.amplitude) == ("kaldi", -400.0, "int16")

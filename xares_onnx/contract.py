@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from . import frontend as frontends
 from .errors import ContractError, UsageError, nearest
-
-InputLayout = Literal["BT", "B1T", "BT1", "T"]
+from .extractors import NotComputedError, declared_by_extractor
+from .frontend import Frontend, make_frontend
 
 DEFAULT_SAMPLE_RATE = 16_000
 DEFAULT_CHUNK_SECONDS = 10.0
@@ -45,17 +46,20 @@ _DECLARABLE: dict[str, Callable[[str], Any]] = {
     "normalize": str,
     "license": str,
     "source": str,
+    **frontends.KEYS,
 }
 _CHOICES: dict[str, frozenset[str]] = {
-    "input_kind": frozenset({"waveform"}),
-    "input_layout": frozenset({"BT", "B1T", "BT1", "T"}),
+    "input_kind": frozenset({"waveform", "features"}),
     "amplitude": frozenset({"unit", "int16"}),
     "normalize": frozenset({"none", "zscore"}),
+    **frontends.CHOICES,
 }
 _COMMAND_LINE = "--contract"
 # sherpa-onnx's own words in metadata: two keys without the prefix, and a flag that says what `xares.amplitude` says.
 _PLAIN = ("sample_rate", "output_dim")
 _NORMALIZE_SAMPLES = {"unit": "1", "int16": "0"}
+# What a source says of features is void where one before it says that the model takes a waveform, or another preset.
+_OF_A_KIND = {"amplitude", "normalize", "input_layout", "min_samples", "max_samples", "chunk_samples"}
 _POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
 
 
@@ -89,13 +93,15 @@ class FrameLaw(msgspec.Struct, frozen=True):
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
     """How to feed a model and read it. Lengths are in samples at `sample_rate`; `sources` says where each field is from.
 
-    `output_layout` names each axis: B the batch, T the frames, D the dimension, 1 an axis of size one. A clip-only encoder
-    (no T) has no hop and no frame centre. Where the graph fixes the batch, `fixed_batch` is its size; where the samples are
+    `input_layout` and `output_layout` name each axis: B the batch, T the samples or frames, F the bins of features, D the
+    dimension, 1 an axis of size one. A clip-only encoder (no T) has no hop and no frame centre. A model that takes features
+    has a `frontend`, which makes them of waveforms; lengths are in samples all the same, but for lengths and masks that
+    the model is fed, which count frames. Where the graph fixes the batch, `fixed_batch` is its size; where the samples are
     fixed, every chunk is a window of `chunk_samples`, which gives `window_frames` frames, and the hop may be a fraction.
     """
 
     input: str
-    input_layout: InputLayout
+    input_layout: str
     lengths_input: str | None
     output: str
     output_layout: str
@@ -114,6 +120,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     mask_input: str | None = None
     fixed_batch: int | None = None
     window_frames: int | None = None
+    frontend: Frontend | None = None
     license: str | None = None
     source: str | None = None
     sources: dict[str, str] = {}
@@ -137,7 +144,11 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Each field as {"value", "source"}, for the record."""
-        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "sources"}
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("sources", "frontend")}
+        values["input_kind"] = "waveform" if self.frontend is None else "features"
+        for name in self.frontend.__struct_fields__ if self.frontend else ():
+            if name != "sample_rate":  # the contract's own
+                values[frontends.PREFIX + name] = getattr(self.frontend, name)
         return {
             name: {"value": value, "source": self.sources.get(name, "not declared" if value is None else "measured")}
             for name, value in values.items()
@@ -153,10 +164,16 @@ def remarks(contract: Contract) -> list[str]:
         if contract.sources.get(name, "").startswith("default")
     ]:
         notes.append(f"assumed, because the model does not say: {', '.join(assumed)} (--contract changes it)")
+    if contract.frontend:
+        notes.append(
+            f"the model takes features, made here by the preset {contract.frontend.preset}: {contract.frontend.described()} "
+            "(--contract frontend.KEY=VALUE changes what nobody declared)"
+        )
     if contract.fixed_window:
+        filled = "copies of itself" if contract.frontend and contract.frontend.fill == "repeat" else "zeros"
         notes.append(
             f"the model takes windows of exactly {contract.chunk_samples} samples, so clips are cut into these, and "
-            "the last one is filled up with zeros"
+            f"the last one is filled up with {filled}"
         )
     if contract.fixed_batch is not None and contract.fixed_batch > 1:
         notes.append(
@@ -191,6 +208,9 @@ def declared_in_sidecar(path: Path) -> Declarations:
         raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ContractError(f"{path} beside the model is not valid TOML: {error}") from error
+    if isinstance(table := raw.get("frontend"), dict):  # a table [frontend], or keys with a dot
+        raw = {key: value for key, value in raw.items() if key != "frontend"}
+        raw |= {frontends.PREFIX + key: value for key, value in table.items()}
     return _read(raw, path.name, strict=True)
 
 
@@ -231,25 +251,47 @@ def declared_by_preprocessor(path: Path) -> Declarations:
         raise ContractError(f"{path} beside the model is not valid json: {error}") from error
     if not isinstance(raw, dict):
         raise ContractError(f"{path} beside the model is not a json object")
-    kind = raw.get("feature_extractor_type")
-    if kind not in (None, "Wav2Vec2FeatureExtractor"):
-        raise ContractError(
-            f"{path.name} says that the model takes the features of {kind}, not a waveform; export it with its front end"
-        )
-    found: dict[str, Any] = {}
-    if "sampling_rate" in raw:
-        found["sample_rate"] = raw["sampling_rate"]
-    if isinstance(raw.get("do_normalize"), bool):
-        found["normalize"] = "zscore" if raw["do_normalize"] else "none"
-    return _read(found, path.name, strict=False)
+    try:
+        return _read(declared_by_extractor(raw), path.name, strict=False)
+    except NotComputedError as error:  # an error only where nothing else says what goes in
+        rate = {"sample_rate": raw["sampling_rate"]} if "sampling_rate" in raw else {}
+        return {
+            **_read(rate, path.name, strict=False),
+            "input_kind": Declaration("features", f"{path.name} ({error})"),
+        }
 
 
 def merge(*by_precedence: Declarations) -> Declarations:
-    """The first declaration of each key wins."""
+    """The first declaration of each key wins; what is said of another kind of input, or another preset, is left out."""
     merged: Declarations = {}
     for declarations in by_precedence:
+        if _differ("input_kind", declarations, merged):
+            declarations = {
+                key: by for key, by in declarations.items() if key not in _OF_A_KIND and not key.startswith(frontends.PREFIX)
+            }
+        if _differ("frontend.preset", declarations, merged):
+            declarations = {key: by for key, by in declarations.items() if not key.startswith(frontends.PREFIX)}
         merged = {**declarations, **merged}
     return merged
+
+
+def _differ(key: str, one: Declarations, other: Declarations) -> bool:
+    return key in one and key in other and one[key].value != other[key].value
+
+
+def declared_frontend(declared: Declarations, mels: int | None) -> tuple[Frontend, dict[str, str]]:
+    """The front end of a model that takes features, and where each of its fields is from, as `frontend.KEY`.
+
+    `mels` are the bands that the graph shows, where nobody declares them. Raises `ContractError` where it cannot be made.
+    """
+    said = {key: by for key, by in declared.items() if key.startswith(frontends.PREFIX)}
+    rate = declared["sample_rate"].value if "sample_rate" in declared else DEFAULT_SAMPLE_RATE
+    own = {key.removeprefix(frontends.PREFIX): by.value for key, by in said.items()}
+    frontend = make_frontend(own, int(rate), mels)
+    sources = {key: said[key].source if key in said else f"preset {frontend.preset}" for key in frontends.KEYS}
+    if mels and "frontend.mels" not in said:
+        sources["frontend.mels"] = "graph"
+    return frontend, sources
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:
@@ -265,10 +307,15 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
     for key, value in raw.items():
         name = key.removeprefix("xares.")
         if name not in _DECLARABLE:
-            if strict:
-                raise UsageError(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
+            if strict or name.startswith(frontends.PREFIX):  # other features than meant would be a wrong score
+                wrong = UsageError if strict else ContractError
+                raise wrong(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
             continue
         declarations[name] = Declaration(_value(name, value, source), source)
+    of_features = next((name for name in declarations if name.startswith(frontends.PREFIX)), None)
+    if of_features and declarations.setdefault("input_kind", Declaration("features", source)).value != "features":
+        wrong = UsageError if source == _COMMAND_LINE else ContractError
+        raise wrong(f"{source} declares both input_kind=waveform and {of_features}, which only features have; drop one")
     return declarations
 
 
@@ -287,8 +334,16 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
         raise wrong(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
     if name in _POSITIVE and not 0 < parsed < 1 << 31:
         raise wrong(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
+    low, high = frontends.RANGES.get(name, (-math.inf, math.inf))
+    if name in frontends.RANGES and not low <= parsed <= high:
+        raise wrong(f"{source}: {name}={str(parsed)[:40]} must be from {low:g} to {high:g}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
         raise wrong(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+    if name == "input_layout" and not re.fullmatch(r"(?!.*([BTF]).*\1)[BTF1]*T[BTF1]*", parsed):
+        raise wrong(
+            f"{source}: {name}={parsed!r} must name each axis, B the batch, T the samples or frames, F the bins of features "
+            "and 1 one of size one, such as BT or BFT"
+        )
     if name == "output_layout" and not re.fullmatch(r"(?!.*([BTD]).*\1)[BTD1]*D[BTD1]*", parsed):
         raise wrong(
             f"{source}: {name}={parsed!r} must name each axis, B the batch, T the frames, D the dimension and 1 one of size "

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract import InputLayout
 from .errors import ContractError
+from .frontend import MAX_BINS
 
+_MOST_BANDS = 256  # a fixed axis of more is time, or another encoder's dimension
 _MOVES = 0.1  # of an axis: how far a change must move along it, from the first to the last quarter of the window
 _MOVES_ALONE = 0.5  # the same where no other axis can be the dimension, and chance moves a few values
 
 
-def input_layout(shape: Sequence[Any]) -> InputLayout | None:
+def input_layout(shape: Sequence[Any]) -> str | None:
     """The layout of a waveform input; None for a shape that holds no waveform."""
     match len(shape), [i for i, size in enumerate(shape) if i and size == 1]:
         case 1, _:
@@ -27,6 +28,56 @@ def input_layout(shape: Sequence[Any]) -> InputLayout | None:
         case 3, [2]:
             return "BT1"
     return None
+
+
+def feature_layouts(shape: Sequence[Any], bins: int) -> list[str]:
+    """Every layout that an input of this shape may have for features of so many bins a frame.
+
+    The batch comes first, but for a batch of one; two axes are enough for a single clip.
+    """
+    found = []
+    for time in range(len(shape)):
+        for bands in range(len(shape)):
+            rest = [axis for axis in range(len(shape)) if axis not in (time, bands)]
+            batch = rest[0] if rest and (rest[0] == 0 or shape[rest[0]] == 1) else None
+            single = [axis for axis in rest if axis != batch]
+            if time == bands or shape[time] == 1 or not bins_fit(shape[bands], shape[time], bins):
+                continue
+            if all(shape[axis] == 1 for axis in single):
+                roles = {time: "T", bands: "F", batch: "B"}
+                found.append("".join(roles.get(axis, "1") for axis in range(len(shape))))
+    exact = [layout for layout in found if shape[layout.index("F")] == bins] or found
+    return [layout for layout in exact if layout.startswith("B")] or exact
+
+
+def bins_fit(bands: Any, time: Any, bins: int) -> bool:
+    """Whether axes of these sizes may hold so many bins, and frames. A free one holds none beside a fixed one that could."""
+    if isinstance(bands, int):
+        return bands == bins
+    return not isinstance(time, int) or time > _MOST_BANDS
+
+
+def bins_shown(shape: Sequence[Any], usual: int) -> int | None:
+    """How many bins a frame has by an input's shape: the `usual` number, or that of the one axis which could hold them."""
+    axes = _wide(shape)
+    fixed = [size for size in axes if isinstance(size, int)]
+    if usual in fixed or len(axes) != 2:
+        return usual if usual in fixed else None
+    few = [size for size in fixed if size <= (_MOST_BANDS if len(fixed) == 2 else MAX_BINS)]
+    return few[0] if len(few) == 1 else None
+
+
+def looks_like_features(shape: Sequence[Any]) -> bool:
+    """Whether an input's shape may be that of features: beside the batch two axes, and one of few values if any is fixed."""
+    axes = [size for size in shape[1:] if size != 1]
+    fixed = [size for size in axes if isinstance(size, int)]
+    return len(axes) == 2 and (not fixed or min(fixed) <= _MOST_BANDS)
+
+
+def _wide(shape: Sequence[Any]) -> list[Any]:
+    """The axes of an input that are wider than one, but for the batch where that is the first of three."""
+    wide = [size for size in shape if size != 1]
+    return wide[1:] if len(wide) == 3 and shape[0] != 1 else wide
 
 
 def batch_axis(output: npt.NDArray[Any], pair: npt.NDArray[Any] | None, fixed_batch: int | None) -> int | None:

@@ -40,7 +40,7 @@ def measure_contract(session: Session, declared: Declarations, beat: Callable[[]
     inputs = choose_inputs(session.inputs, session.outputs, declared)
     probe.contract = Contract(
         input=inputs.audio,
-        input_layout=inputs.layout,
+        input_layout=inputs.layouts[0],
         lengths_input=inputs.lengths,
         mask_input=inputs.mask,
         output="",
@@ -58,19 +58,22 @@ def measure_contract(session: Session, declared: Declarations, beat: Callable[[]
         dynamic_batch=False,
         batch_coupled=False,
         fixed_batch=inputs.fixed_batch,
+        frontend=inputs.frontend,
         license=probe.choose("license", None),
         source=probe.choose("source", None),
     )
     samples = _fixed_samples(probe, inputs)
+    if len(inputs.layouts) > 1:
+        _choose_input_layout(probe, inputs, samples)
     if samples is None:
         samples = _measure_growing(probe, inputs)
     else:
         _measure_window(probe, samples)
     probe.update(**_measure_batch(probe, samples))
-    sources = {**probe.sources, "dim": "measured"}
+    sources = {"input_kind": "graph", **inputs.sources, **probe.sources, "dim": "measured"}
     named = {"input": "input", "input_layout": "input_layout", "lengths_input": "lengths_input", "mask_input": "mask_input"}
     for field in named:
-        if getattr(probe.contract, field) is not None:
+        if getattr(probe.contract, field) is not None and field not in probe.sources:
             sources[field] = declared[field].source if field in declared else "graph"
     if inputs.fixed_batch is not None:
         sources["fixed_batch"] = "graph"
@@ -78,6 +81,33 @@ def measure_contract(session: Session, declared: Declarations, beat: Callable[[]
     sources.setdefault("output_layout", "measured")
     probe.update(sources=sources)
     return probe.contract
+
+
+def _choose_input_layout(probe: Probe, inputs: Inputs, samples: int | None) -> None:
+    """Which axis holds the bins of features, where the graph does not say: the model takes one order and not the other."""
+    taken, problem = [], ""
+    for layout in inputs.layouts:
+        probe.update(input_layout=layout)
+        try:
+            if samples is None:
+                probe.shortest_probe()
+            else:
+                probe.run_outputs(probe.float_outputs(), probe.noise(samples))
+            taken.append(layout)
+        except ModelError as error:
+            problem = problem or str(error)
+    if not taken:
+        raise ContractError(
+            f"the model takes {inputs.frontend.bins if inputs.frontend else 0} bins a frame in no order: {problem}"
+        )
+    if len(taken) > 1:
+        flags = " or ".join(f"--contract input_layout={layout}" for layout in taken)
+        raise ContractError(
+            f"input {inputs.audio!r} has shape {list(inputs.shape)}, and the model takes features in any order; say "
+            f"{flags}, B the batch, T the frames, F the bins"
+        )
+    probe.update(input_layout=taken[0])
+    probe.sources["input_layout"] = "measured"
 
 
 def _measure_growing(probe: Probe, inputs: Inputs) -> int:
@@ -92,16 +122,35 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
         probe.update(
             hop_samples=probe.agree("hop_samples", law.hop),
             receptive_field_samples=probe.agree("receptive_field_samples", law.receptive_field),
-            first_frame_center_samples=probe.choose("first_frame_center_samples", law.receptive_field / 2),
+            first_frame_center_samples=probe.choose("first_frame_center_samples", _first_center(probe, law)),
         )
         if "first_frame_center_samples" not in probe.declared:
-            probe.sources["first_frame_center_samples"] = "default (receptive field / 2)"
+            probe.sources["first_frame_center_samples"] = _why_there(probe)
     else:
         _refuse_frames_of_a_clip(probe)
     probe.update(min_samples=_measure_minimum(probe, low))
     probe.update(chunk_samples=_choose_chunk(probe))
     _check_long_input(probe)
     return low
+
+
+def _first_center(probe: Probe, law: FrameLaw) -> float:
+    """Half of the law's constant; a front end may shift it, since the frame that Whisper's drops at the end moves none."""
+    if (frontend := probe.contract.frontend) is None:
+        return law.receptive_field / 2
+    return frontend.first_center_samples + (law.receptive_field - frontend.receptive_samples) / 2
+
+
+def _why_there(probe: Probe) -> str:
+    front_end = ", from the front end's first frame" if probe.contract.frontend else ""
+    return f"default (receptive field / 2{front_end})"
+
+
+def _law_in_samples(probe: Probe, hop: int, receptive: int) -> FrameLaw:
+    """A law that was found in samples, or in frames of features."""
+    if (frontend := probe.contract.frontend) is None:
+        return FrameLaw(hop, receptive)
+    return FrameLaw(hop * frontend.frame_samples, frontend.receptive_samples + (receptive - 1) * frontend.frame_samples)
 
 
 # ---------------------------------------------------------------- fixed windows
@@ -120,8 +169,8 @@ def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
     for key, by in declared.items():
         if by.value != window:
             raise ContractError(
-                f"{by.source} declares {key}={by.value}, but input {inputs.audio!r} takes exactly {window} samples; "
-                "correct the declaration"
+                f"{by.source} declares {key}={by.value}, but input {inputs.audio!r} takes exactly {window} samples"
+                f"{f' ({inputs.time} frames)' if inputs.frontend else ''}; correct the declaration"
             )
     lengths = ("min_samples", "max_samples", "chunk_samples")
     probe.sources.update({key: declared[key].source if key in declared else why for key in lengths})
@@ -139,24 +188,25 @@ def _measure_window(probe: Probe, samples: int) -> None:
     probe.update(window_frames=frames)
     assert window is not None
     if measured := window.measure_frames():
-        hop: float = probe.agree("hop_samples", measured[0])
-        receptive: int | None = probe.agree("receptive_field_samples", measured[1])
-        center, why = measured[1] / 2, "default (receptive field / 2)"
+        law = _law_in_samples(probe, *measured)
+        hop: float = probe.agree("hop_samples", law.hop)
+        receptive: int | None = probe.agree("receptive_field_samples", law.receptive_field)
+        center, why = _first_center(probe, law), _why_there(probe)
     else:
-        even = samples / frames
+        even = _even_hop(probe, samples, frames)
         hop = probe.choose("hop_samples", int(even) if even.is_integer() else even)
         if "hop_samples" not in probe.declared:
             probe.sources["hop_samples"] = "default (window / frames)"
         receptive = probe.choose("receptive_field_samples", None)
-        in_the_middle = (samples - (frames - 1) * hop) / 2
-        if in_the_middle <= 0:
+        in_the_middle, why = _window_center(probe, samples, frames, hop)
+        if in_the_middle < 0 or (in_the_middle == 0 and probe.contract.frontend is None):
             raise ContractError(
                 f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames so far apart do not fit "
                 f"into the window of {samples} samples; correct the declaration"
             )
-        center, why = in_the_middle, "default (frames in the middle of the window)"
+        center = in_the_middle
         if receptive is not None:
-            center, why = receptive / 2, "default (receptive field / 2)"
+            center, why = _first_center(probe, FrameLaw(1, int(receptive))), _why_there(probe)
     probe.update(
         hop_samples=hop,
         receptive_field_samples=receptive,
@@ -164,6 +214,24 @@ def _measure_window(probe: Probe, samples: int) -> None:
     )
     if "first_frame_center_samples" not in probe.declared:
         probe.sources["first_frame_center_samples"] = why
+
+
+def _even_hop(probe: Probe, samples: int, frames: int) -> float:
+    """The hop of so many frames that are spread evenly over a window, or over the frames of features in it."""
+    frontend = probe.contract.frontend
+    return (frontend.frames(samples) * frontend.frame_samples if frontend else samples) / frames
+
+
+def _window_center(probe: Probe, samples: int, frames: int, hop: float) -> tuple[float, str]:
+    """Where the first frame of a window looks, if nothing shows it, and why."""
+    frontend = probe.contract.frontend
+    if frontend is None:
+        return (samples - (frames - 1) * hop) / 2, "default (frames in the middle of the window)"
+    features = frontend.frames(samples)
+    if frontend.preset == "whisper" and hop == 2 * frontend.hop_samples and features == 2 * frames:
+        return frontend.first_center_samples, "default (as Whisper's encoder takes every other frame of features)"
+    span = (features - 1) * frontend.frame_samples - (frames - 1) * hop
+    return frontend.first_center_samples + span / 2, "default (frames in the middle of the features)"
 
 
 # ---------------------------------------------------------------- outputs
@@ -292,8 +360,10 @@ def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
 def _symbolic_frames(probe: Probe, inputs: Inputs) -> Callable[[int], int] | None:
     axis = probe.contract.output_layout.index("T")
     shape = next(node.shape for node in probe.session.outputs if node.name == probe.contract.output)
-    samples, frames = inputs.samples, shape[axis] if axis < len(shape) else None
-    return frames_of_dimension(frames, samples) if isinstance(samples, str) and isinstance(frames, str) else None
+    time, frames = inputs.time, shape[axis] if axis < len(shape) else None
+    counted = frames_of_dimension(frames, time) if isinstance(time, str) and isinstance(frames, str) else None
+    frontend = inputs.frontend
+    return counted if counted is None or frontend is None else lambda samples: counted(frontend.frames(samples))
 
 
 def _measure_minimum(probe: Probe, low: int) -> int:

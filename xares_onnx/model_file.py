@@ -35,7 +35,8 @@ class ModelScan(msgspec.Struct, frozen=True):
 
 
 def find_model(path: Path) -> Path:
-    """The `.onnx` file that is meant: the path itself, or the only one (or `model.onnx`) in a folder."""
+    """The `.onnx` file that is meant: the path itself, or in a folder the only one, `model.onnx`, or the encoder beside its
+    decoders."""
     try:
         str(path).encode()
         return _existing(path)
@@ -49,10 +50,13 @@ def _existing(path: Path) -> Path:
     if path.is_dir():
         found = sorted(path.glob("*.onnx"))
         named = [file for file in found if file.name == "model.onnx"]
-        if len(named or found) != 1:
+        if not named:  # a model in parts, as Optimum and sherpa-onnx write them
+            parts = [file for file in found if not file.name.startswith(("decoder", "joiner"))]
+            named = parts if len(parts) == 1 and parts[0].name.startswith("encoder") else found
+        if len(named) != 1:
             what = f"{len(found)} .onnx files and no model.onnx; name one of them" if found else "no .onnx file"
             raise ModelError(f"folder {path} holds {what}")
-        path = (named or found)[0]
+        path = named[0]
     if not path.exists():
         raise ModelError(f"model {path} does not exist")
     if not path.is_file():

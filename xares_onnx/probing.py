@@ -64,7 +64,11 @@ class Probe:
         return noise
 
     def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
-        results = self.session.run_raw(names, self.adapter.feeds(batch))
+        return self.run_values(names, self.adapter.values(batch))
+
+    def run_values(self, names: list[str], values: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
+        """Outputs for what stands for waveforms: themselves, or features (items, frames, bins)."""
+        results = self.session.run_raw(names, self.adapter.feeds_of(values))
         self._beat()
         return results
 

@@ -18,16 +18,19 @@ _CHANGES = 3  # noises, since one may by chance move a few values along an axis 
 
 
 class Window:
-    """A fixed window of `samples` and what the outputs `names` are for one noise."""
+    """A fixed window of `samples` and what the outputs `names` are for one noise.
+
+    Of a model that takes features it is a window of so many frames of them: each is changed as a whole.
+    """
 
     def __init__(self, probe: Probe, names: list[str], samples: int) -> None:
-        self.samples = samples
         self._probe, self._names = probe, names
-        self._noise = probe.noise(samples)
-        self.plain = dict(zip(names, probe.run_outputs(names, self._noise), strict=True))
-        quarter = samples // 4
+        self._noise = probe.adapter.values(probe.noise(samples))
+        self.length = self._noise.shape[1]
+        self.plain = dict(zip(names, probe.run_values(names, self._noise), strict=True))
+        quarter = self.length // 4
         self._firsts = [self._changed(names, 0, quarter, seed) for seed in range(1, _CHANGES + 1)]
-        self._lasts = [self._changed(names, samples - quarter, samples, seed) for seed in range(1, _CHANGES + 1)]
+        self._lasts = [self._changed(names, self.length - quarter, self.length, seed) for seed in range(1, _CHANGES + 1)]
 
     def time_axis(self, name: str, batch: int | None) -> int | None:
         """The axis of an output that holds frames; None for one vector a window. `ContractError` where it cannot be seen."""
@@ -35,12 +38,13 @@ class Window:
         return moving_axis(self.plain[name], firsts, lasts, batch)
 
     def measure_frames(self) -> tuple[int, int] | None:
-        """Hop and receptive field (`FrameLaw`'s) from the samples that each frame of the contract's output sees.
+        """Hop and receptive field (`FrameLaw`'s) from the samples, or frames of features, that each output frame sees.
 
         None where frames see the whole window, as with attention or a normalisation over it.
         """
-        plain = self._probe.run(self._noise)[0]
-        low, high = self.samples // 4, 3 * self.samples // 4
+        (output,) = self._probe.run_values([self._probe.contract.output], self._noise)
+        plain = self._probe.adapter.frames(output, 1)[0]
+        low, high = self.length // 4, 3 * self.length // 4
 
         def differ(start: int, stop: int) -> npt.NDArray[np.intp]:
             (output,) = self._changed([self._probe.contract.output], start, stop, 1).values()
@@ -49,7 +53,7 @@ class Window:
 
         def ended(samples: int) -> int:
             """How many frames lie within the first samples."""
-            changed = differ(samples, self.samples)
+            changed = differ(samples, self.length)
             return int(changed[0]) if len(changed) else len(plain)
 
         def begun(samples: int) -> int:
@@ -70,5 +74,5 @@ class Window:
     def _changed(self, names: list[str], start: int, stop: int, seed: int) -> dict[str, npt.NDArray[Any]]:
         """Outputs for other noise from `start` to `stop`, as loud as before, so that little else moves."""
         noise = self._noise.copy()
-        noise[:, start:stop] = np.random.default_rng(seed).permuted(self._noise[0])[: stop - start]
-        return dict(zip(names, self._probe.run_outputs(names, noise), strict=True))
+        noise[:, start:stop] = np.random.default_rng(seed).permuted(self._noise[0], axis=0)[: stop - start]
+        return dict(zip(names, self._probe.run_values(names, noise), strict=True))

@@ -22,7 +22,7 @@ def page() -> str:
     lines = [
         "# Command line",
         "",
-        "Made from the program's own help by `make docs`; lists are comma-separated and repeatable.",
+        "Made from the help of the program itself. Lists are comma-separated and repeatable.",
         "",
     ]
     for path, command in commands(root, "xares-onnx"):

@@ -127,6 +127,8 @@ def test_samples_of_16_bits(tmp_path: Path) -> None:
     encoder = load(feature_model("kaldi", "BTF"), tmp_path, "frontend.preset=kaldi", "amplitude=int16")
     plain = canonical("kaldi", tmp_path)
     assert_same(encoder.embed(CLIPS, RATE), expected := canonical("kaldi", tmp_path, "amplitude=int16"))
+    louder = load(waveform_model("kaldi"), tmp_path).embed([clip * 32_768 for clip in CLIPS], RATE)
+    assert_same(encoder.embed(CLIPS, RATE), louder)
     assert np.abs(expected[5].frames - plain[5].frames).max() > 0.05
 
 

@@ -86,14 +86,22 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     ),
     "metadata of the wrong type": (lambda: models.encoder(metadata={"xares.hop_samples": "x"}), "hop_samples='x' is not"),
     "metadata with features": (
-        lambda: models.encoder(metadata={"xares.input_kind": "features"}),
-        "metadata says that input 'audio' takes features, but not how to make them; say it by --contract "
+        lambda: feature_models.feature_model("kaldi", metadata={"xares.input_kind": "features"}),
+        "metadata says that input 'features' takes features, but not how to make them; say it by --contract "
         "frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export the model with its front",
     ),
     "metadata with features where a waveform goes in": (
         lambda: models.encoder(metadata={"xares.frontend.preset": "whisper"}),
         "metadata says that the model takes features, but input 'audio' has shape ['batch', 'samples'], which is that of a "
         "waveform; if its front end is inside, say --contract input_kind=waveform",
+    ),
+    "the same in a window": (
+        lambda: models.encoder(samples=16_000, frames=98, metadata={"xares.frontend.preset": "whisper"}),
+        "input 'audio' has shape ['batch', 16000], which is that of a waveform; if its front end is inside, say",
+    ),
+    "features of an unknown extractor, and a waveform": (
+        lambda: models.encoder(metadata={"xares.input_kind": "features"}),
+        "input 'audio' has shape ['batch', 'samples'], which is that of a waveform; if its front end is inside, say",
     ),
     "the same in three axes": (
         lambda: models.encoder("B1T", metadata={"xares.frontend.preset": "kaldi"}),

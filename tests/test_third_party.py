@@ -6,14 +6,18 @@ The wheels are installed without their dependencies (`make test`); only their fi
 from __future__ import annotations
 
 import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from corpus import write_task, write_tones
+from onnx_models import noise
 from typer.testing import CliRunner
 
 from xares_onnx import cli
+from xares_onnx.encoder import load_encoder
 
 RATE = 22_050  # of basic-pitch
 
@@ -119,3 +123,44 @@ def test_an_annotated_model_of_a_fixed_window_needs_no_flags(tmp_path: Path, sco
     assert contract is not None
     assert contract["sample_rate"] == {"value": RATE, "source": "metadata"}
     assert contract["output"] == {"value": OUTPUTS[0], "source": "metadata"}
+
+
+# ---------------------------------------------------------------- resemblyzer: an LSTM on mel powers, as librosa makes them
+
+
+def test_a_published_encoder_that_takes_features(tmp_path: Path) -> None:
+    """Its weights behind features made here are the export with the front end inside."""
+    import torch
+
+    from xares_onnx.exporters import resemblyzer
+
+    model_of("resemblyzer", "pretrained.pt")
+    encoder = resemblyzer.build(None)[0].eval()
+
+    class FromMel(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.linear = encoder.lstm, encoder.linear
+
+        def forward(self, mel: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.normalize(self.linear(self.lstm(mel)[0]).relu(), dim=-1)
+
+    axes = {"mel": {0: "batch", 1: "frames"}, "embeddings": {0: "batch", 1: "frames"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {"input_names": ["mel"], "output_names": ["embeddings"], "dynamic_axes": axes}
+        torch.onnx.export(
+            FromMel(), (torch.rand(2, 50, 40),), str(tmp_path / "mel.onnx"), opset_version=17, dynamo=False, **names
+        )
+    sizes = ["fft_samples=400", "hop_samples=160", "log=none", "log_range=0"]
+    said = ["frontend.preset=librosa", *(f"frontend.{size}" for size in sizes)]
+    clips = [noise(samples, samples) for samples in (401, 5_001, 20_001, 33_333)]
+    with load_encoder(tmp_path / "mel.onnx", device="cpu", contract=said) as loaded:
+        assert loaded.contract.sources["frontend.mels"] == "graph"
+        found = loaded.embed(clips, 16_000)
+    with torch.no_grad():
+        for clip, embedding in zip(clips, found, strict=True):
+            padded = np.pad(clip, (0, max(0, 16_000 - len(clip))))
+            expected = encoder(torch.from_numpy(padded)[None])[0].numpy()
+            np.testing.assert_allclose(embedding.frames, expected[: len(embedding.frames)], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(embedding.times, 0.01 * np.arange(len(embedding.frames)), rtol=0, atol=1e-9)

@@ -149,10 +149,19 @@ def _features(
     return floats[0]
 
 
+def _a_waveform(audio: onnxruntime.NodeArg, declared: Declarations) -> ContractError:
+    return ContractError(
+        f"{declared['input_kind'].source} says that the model takes features, but input {audio.name!r} has shape "
+        f"{list(audio.shape)}, which is that of a waveform; if its front end is inside, say --contract input_kind=waveform"
+    )
+
+
 def _frontend(audio: onnxruntime.NodeArg, declared: Declarations) -> tuple[Frontend, dict[str, str]]:
     """The declared front end; where nobody declares its bands, they are those that the input's shape shows."""
     by = declared["input_kind"]
     if not any(key.startswith(PREFIX) for key in declared):
+        if input_layout(audio.shape) and not any(isinstance(size, int) and size > 1 for size in audio.shape[-2:]):
+            raise _a_waveform(audio, declared)
         raise ContractError(f"{by.source} says that input {audio.name!r} takes features, but not how to make them; {_HOW}")
     frontend, sources = declared_frontend(declared, None)
     shown = None if PREFIX + "mels" in declared else bins_shown(audio.shape, frontend.bins)
@@ -177,10 +186,7 @@ def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: D
             )
         return (layout,)
     if input_layout(shape) and frontend.bins not in shape:
-        raise ContractError(
-            f"{declared['input_kind'].source} says that the model takes features, but input {audio.name!r} has shape "
-            f"{shape}, which is that of a waveform; if its front end is inside, say --contract input_kind=waveform"
-        )
+        raise _a_waveform(audio, declared)
     layouts = feature_layouts(shape, frontend.bins)
     if not layouts:
         raise ContractError(

@@ -1,0 +1,125 @@
+"""What a continuous-integration system reads: JUnit XML, and the annotations and step summary of GitHub Actions.
+
+A `Case` is one thing that was tested, whichever verb tested it. Texts may hold a stranger's names: they are escaped here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Literal
+from xml.etree import ElementTree
+
+import msgspec
+
+from ..errors import MachineError, UsageError
+
+Status = Literal["pass", "warn", "fail", "skip"]
+
+_LEVELS: dict[Status, str] = {"fail": "error", "warn": "warning"}
+# XML 1.0 has no way to write these, not even as a reference.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What a runner takes for a command where it reads a log: `::` at the start of a line, `##[` anywhere.
+_COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\[)", re.MULTILINE)
+
+
+class Case(msgspec.Struct, frozen=True):
+    """`name` of `suite` was tested: `message` says in one sentence what came out, `details` more of it in any lines."""
+
+    suite: str
+    name: str
+    status: Status
+    message: str
+    details: str = ""
+    seconds: float = 0.0
+
+
+def junit(title: str, cases: Sequence[Case]) -> str:
+    """JUnit XML, a testsuite a suite. A `warn` is a passed case whose text is in `system-out`."""
+    root = ElementTree.Element("testsuites", {"name": _xml(title), **_counts(cases)})
+    for suite in dict.fromkeys(case.suite for case in cases):
+        of_suite = [case for case in cases if case.suite == suite]
+        element = ElementTree.SubElement(root, "testsuite", {"name": _xml(suite), **_counts(of_suite)})
+        for case in of_suite:
+            attributes = {"classname": _xml(suite), "name": _xml(case.name), "time": f"{case.seconds:.3f}"}
+            _add_outcome(ElementTree.SubElement(element, "testcase", attributes), case)
+    ElementTree.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+
+
+def github(title: str, cases: Sequence[Case], *, file: str | None, summary: str) -> str:
+    """Workflow commands of GitHub Actions, `::error` for a `fail` and `::warning` for a `warn`, then the lines of `summary`.
+
+    `file` is what the annotations are shown at, a path in the repository.
+    """
+    lines = []
+    for case in cases:
+        if level := _LEVELS.get(case.status):
+            where = {"file": file, "title": f"{title}: {case.name}"}
+            properties = ",".join(f"{key}={_property(value)}" for key, value in where.items() if value)
+            text = "\n".join(part for part in (case.message, case.details) if part)
+            lines.append(f"::{level} {properties}::{_data(text)}")
+    return "\n".join([*lines, _COMMAND.sub(lambda found: _spaced(found[0]), summary)]).rstrip("\n") + "\n"
+
+
+def write_step_summary(markdown: str) -> bool:
+    """Append to the step summary of GitHub Actions; False where this is no such step."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not path:
+        return False
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(markdown.rstrip("\n") + "\n")
+    except OSError as error:
+        raise MachineError(f"the step summary {path} cannot be written ({error.strerror})") from error
+    except ValueError as error:  # a null byte
+        raise UsageError(f"GITHUB_STEP_SUMMARY={path!r} is not a path") from error
+    return True
+
+
+def markdown_cell(text: str) -> str:
+    """A stranger's text in a cell of a Markdown table: no markup, no HTML, no further cell."""
+    text = " ".join(_xml(text).split())
+    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def _counts(cases: Sequence[Case]) -> dict[str, str]:
+    statuses = [case.status for case in cases]
+    return {
+        "tests": str(len(cases)),
+        "failures": str(statuses.count("fail")),
+        "errors": "0",
+        "skipped": str(statuses.count("skip")),
+        "time": f"{sum(case.seconds for case in cases):.3f}",
+    }
+
+
+def _add_outcome(element: ElementTree.Element, case: Case) -> None:
+    match case.status:
+        case "fail":
+            failure = ElementTree.SubElement(element, "failure", {"message": _xml(case.message), "type": "failure"})
+            failure.text = _xml(case.details or case.message)
+        case "skip":
+            ElementTree.SubElement(element, "skipped", {"message": _xml(case.message)})
+        case _:
+            text = "\n".join(part for part in (case.message, case.details) if part)
+            if text:
+                said = f"warning: {text}" if case.status == "warn" else text
+                ElementTree.SubElement(element, "system-out").text = _xml(said)
+
+
+def _xml(text: str) -> str:
+    return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _data(text: str) -> str:
+    return _xml(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def _spaced(command: str) -> str:
+    return f"{command} " if command.endswith(":") else "# #"

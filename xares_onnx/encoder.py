@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -134,13 +134,14 @@ def load_encoder(
     device: str = "auto",
     threads: int | None = None,
     contract: Sequence[str] = (),
+    without: Collection[str] = (),
     cache: Path | None = None,
     observer: Observer = ignore,
 ) -> Encoder:
     """Find, scan and measure a model; nothing of it runs in this process.
 
-    `contract` holds KEY=VALUE declarations, `threads` defaults to the number of cores, `cache` is a folder where what was
-    measured is kept. Raises `ModelError` where the model cannot be used.
+    `contract` holds KEY=VALUE declarations, whatever declares a key of `without` is not heard, `threads` defaults to the
+    number of cores, `cache` is a folder where what was measured is kept. Raises `ModelError` where the model cannot be used.
     """
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
@@ -150,7 +151,8 @@ def load_encoder(
         raise UsageError(f"threads={threads} must be 1 or more")
     as_measured = stamp(model)
     worker = Worker()
-    remembered = _Remembered(cache, model, device, declared, beside) if cache else None
+    unheard = sorted(without)
+    remembered = _Remembered(cache, model, device, declared, beside) if cache and not unheard else None
     info = remembered.load() if remembered else None
     if info is None:
         try:
@@ -160,6 +162,7 @@ def load_encoder(
                 device,
                 declared,
                 beside,
+                unheard,
                 returns=EncoderInfo,
                 silence_limit=LOAD_SECONDS,
                 observer=observer,
@@ -208,7 +211,9 @@ def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
 # ---------------------------------------------------------------- what runs in the worker
 
 
-def _resolve(model: str, device: str, declared: Declarations, beside: Declarations, *, tell: Tell) -> EncoderInfo:
+def _resolve(
+    model: str, device: str, declared: Declarations, beside: Declarations, unheard: list[str], *, tell: Tell
+) -> EncoderInfo:
     from .measure import measure_contract
 
     path = Path(model)
@@ -223,7 +228,9 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
     tell(Doing("loading the model"))
     session = _session(model, device)
     tell(Doing("measuring the model"))
-    contract = measure_contract(session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat()))
+    heard = merge(declared, declared_in_metadata(scan.metadata), beside)
+    heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
+    contract = measure_contract(session, heard, lambda: tell(Beat()))
     return EncoderInfo(
         path=model,
         scan=scan,
@@ -294,7 +301,7 @@ class ChunkRunner:
         group: list[tuple[Job, Chunk, bool]] = []
         for job in jobs:
             if self._contract.normalize == "zscore":
-                job = Job(job.tag, _zscore(job.waveform))
+                job = Job(job.tag, zscore(job.waveform))
             chunks = plan_chunks(len(job.waveform), self._contract, pad_short_clips=self._pad_short_clips)
             for chunk in chunks:
                 if group and (len(group) == self._batch or group[0][1].length != chunk.length):
@@ -334,7 +341,7 @@ class ChunkRunner:
             yield job, chunk, frames, last
 
 
-def _zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Zero mean and unit variance over the clip, as Hugging Face's Wav2Vec2FeatureExtractor computes it."""
     centred = waveform - waveform.mean(dtype=np.float64)
     scaled: npt.NDArray[np.float32] = (centred / np.sqrt(waveform.var(dtype=np.float64) + 1e-7)).astype(np.float32)

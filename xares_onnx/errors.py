@@ -20,7 +20,8 @@ they name why one clip is dropped, and the drop is counted.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class XaresError(Exception):
@@ -42,7 +43,23 @@ class TaskFileError(UsageError):
 
 
 class ModelError(XaresError):
+    """`about` says for programs what a message says for people: the contract key, or `time`, `frames`, `values` or `run`."""
+
     exit_code = 3
+
+    def __init__(self, message: str = "", *, about: str | None = None) -> None:
+        super().__init__(message)
+        self.about = about
+
+
+@contextmanager
+def concerning(about: str) -> Iterator[None]:
+    """A `ModelError` from the block is about this, unless it says about what."""
+    try:
+        yield
+    except ModelError as error:
+        error.about = error.about or about
+        raise
 
 
 class ContractError(ModelError):

@@ -23,7 +23,7 @@ from .contract import (
     frames_of_dimension,
     law_holds,
 )
-from .errors import ContractError, ModelError
+from .errors import ContractError, ModelError, ModelLimitError, concerning
 from .layouts import batch_axis, growing_axis, output_layout
 from .model_inputs import Inputs, choose_inputs, listed
 from .probing import Probe
@@ -37,7 +37,8 @@ _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_sam
 def measure_contract(session: Session, declared: Declarations, beat: Callable[[], None]) -> Contract:
     """The full contract of a loaded model. `beat` is called after every run: a sign of life."""
     probe = Probe(session, declared, beat)
-    inputs = choose_inputs(session.inputs, session.outputs, declared)
+    with concerning("input"):
+        inputs = choose_inputs(session.inputs, session.outputs, declared)
     probe.contract = Contract(
         input=inputs.audio,
         input_layout=inputs.layout,
@@ -121,7 +122,8 @@ def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
         if by.value != window:
             raise ContractError(
                 f"{by.source} declares {key}={by.value}, but input {inputs.audio!r} takes exactly {window} samples; "
-                "correct the declaration"
+                "correct the declaration",
+                about=key,
             )
     lengths = ("min_samples", "max_samples", "chunk_samples")
     probe.sources.update({key: declared[key].source if key in declared else why for key in lengths})
@@ -152,7 +154,8 @@ def _measure_window(probe: Probe, samples: int) -> None:
         if in_the_middle <= 0:
             raise ContractError(
                 f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames so far apart do not fit "
-                f"into the window of {samples} samples; correct the declaration"
+                f"into the window of {samples} samples; correct the declaration",
+                about="hop_samples",
             )
         center, why = in_the_middle, "default (frames in the middle of the window)"
         if receptive is not None:
@@ -178,14 +181,15 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
     if "output" in probe.declared:
         wanted = probe.declared["output"]
         if wanted.value not in names:
-            raise ContractError(f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}")
+            said = f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}"
+            raise ContractError(said, about="output")
         names = [str(wanted.value)]
     window = Window(probe, names, low) if low == high else None
     short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
-    long = short if window else dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
+    long = short if window else _longer(probe, names, low, high)
     pair = _pair(probe, names, low)
     layouts: dict[str, str] = {}
-    problems = []
+    problems: list[ContractError] = []
     for name in names:
         try:
             if 0 in short[name].shape:
@@ -197,28 +201,49 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
             lengths = f"{list(short[name].shape)} for {low} samples" + (
                 "" if window else f" and {list(long[name].shape)} for {high}"
             )
-            problems.append(f"output {name!r} has shape {lengths}: {error}")
+            frozen = window is None and short[name].ndim > 2 and short[name].shape == long[name].shape
+            problems.append(
+                ContractError(f"output {name!r} has shape {lengths}: {error}", about="time" if frozen else "output")
+            )
     if not layouts:
-        raise ContractError(problems[0])
+        raise problems[0]
     framed = [name for name in layouts if "T" in layouts[name]] or list(layouts)
     preferred = [name for name in framed if name in ("embeddings", "last_hidden_state")] or framed
     if len(preferred) > 1:
-        raise ContractError(f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME")
+        said = f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME"
+        raise ContractError(said, about="output")
     name = preferred[0]
     if len(names) > 1:
         probe.sources["output"] = "measured (the only one with frames)" if len(framed) == 1 else "graph (by name)"
     by = probe.declared.get("output_layout")
     if by and by.value != layouts[name]:
-        raise ContractError(f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured")
+        said = f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured"
+        raise ContractError(said, about="output_layout")
     probe.update(output=name, output_layout=layouts[name])
     dim = probe.embed(low).shape[2]
     if dim < 2:
         each = "frame" if "T" in layouts[name] else "clip"
-        raise ContractError(f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more")
+        said = f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more"
+        raise ContractError(said, about="output")
     probe.update(dim=probe.agree("output_dim", dim))
     if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
-        raise ContractError(f"output {name!r} is the same for any input; name another by --contract output=NAME")
+        said = f"output {name!r} is the same for any input; name another by --contract output=NAME"
+        raise ContractError(said, about="values")
     return window
+
+
+def _longer(probe: Probe, names: list[str], low: int, high: int) -> dict[str, npt.NDArray[Any]]:
+    """The outputs for a longer input than one that the model took."""
+    try:
+        return dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
+    except ModelLimitError:
+        raise
+    except ModelError as error:
+        raise ContractError(
+            f"the model takes {low} samples but not {high}, as if an export had frozen the length inside; export it with a "
+            f"dynamic samples axis, or declare the longest input by --contract max_samples=N ({error})",
+            about="time",
+        ) from error
 
 
 def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray[Any]]:
@@ -249,7 +274,8 @@ def _refuse_frames_of_a_clip(probe: Probe) -> None:
         key = min(contradicted)
         raise ContractError(
             f"{probe.declared[key].source} declares {key}={probe.declared[key].value}, but output "
-            f"{probe.contract.output!r} gives one vector a clip, which has no frames"
+            f"{probe.contract.output!r} gives one vector a clip, which has no frames",
+            about=key,
         )
 
 
@@ -272,7 +298,8 @@ def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
         counts = ", ".join(f"{n} -> {probe.frames(n)}" for n in (low, (low + high) // 2, high))
         raise ContractError(
             f"the frame count of output {probe.contract.output!r} follows no law floor((samples - receptive) / hop) + 1 "
-            f"(samples -> frames: {counts}), so frames have no time"
+            f"(samples -> frames: {counts}), so frames have no time",
+            about="frames",
         )
     return law
 
@@ -294,7 +321,8 @@ def _measure_minimum(probe: Probe, low: int) -> int:
         except ModelError as error:
             problem = str(error)
         raise ContractError(
-            f"{probe.sources['min_samples']} declares min_samples={declared}, but with that many samples {problem}"
+            f"{probe.sources['min_samples']} declares min_samples={declared}, but with that many samples {problem}",
+            about="min_samples",
         )
     probe.sources["min_samples"] = "measured"
     by_law = max(probe.contract.receptive_field_samples or 1, 1)
@@ -313,10 +341,12 @@ def _choose_chunk(probe: Probe) -> int:
     chunk = int(probe.choose("chunk_samples", round(DEFAULT_CHUNK_SECONDS * contract.sample_rate)))
     if contract.max_samples is not None and chunk > contract.max_samples:
         if "chunk_samples" in probe.declared:
-            raise ContractError(f"chunk_samples={chunk} is more than max_samples={contract.max_samples}")
+            said = f"chunk_samples={chunk} is more than max_samples={contract.max_samples}"
+            raise ContractError(said, about="chunk_samples")
         chunk = contract.max_samples
     if chunk < contract.min_samples:
-        raise ContractError(f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs")
+        said = f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs"
+        raise ContractError(said, about="chunk_samples")
     return chunk
 
 
@@ -330,12 +360,14 @@ def _check_long_input(probe: Probe) -> None:
     except ModelError as error:
         raise ContractError(
             f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
-            f"one by --contract chunk_samples=N ({error})"
+            f"one by --contract chunk_samples=N ({error})",
+            about="chunk_samples",
         ) from error
     if frames != (foretold := contract.frames_of(contract.chunk_samples)):
         raise ContractError(
             f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell {foretold}; "
-            "declare a shorter --contract chunk_samples=N"
+            "declare a shorter --contract chunk_samples=N",
+            about="chunk_samples",
         )
 
 

@@ -41,7 +41,8 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
     for key in ("input", "lengths_input", "mask_input"):
         if key in declared and declared[key].value not in by_name:
             raise ContractError(
-                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}"
+                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}",
+                about=key,
             )
     audio = by_name[str(declared["input"].value)] if "input" in declared else _waveform(nodes, outputs, declared)
     if audio.type not in FLOAT_TYPES:
@@ -113,7 +114,8 @@ def _layout(audio: onnxruntime.NodeArg, declared: Declarations) -> InputLayout:
         )
     by = declared.get("input_layout")
     if by and by.value != layout:
-        raise ContractError(f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}")
+        said = f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}"
+        raise ContractError(said, about="input_layout")
     if not by and not _is_audio(shape, layout):
         raise ContractError(
             f"input {audio.name!r} takes exactly {shape[layout.index('T')]} values, too few for a window of audio; export "

@@ -47,7 +47,7 @@ class Probe:
         if key in self.declared and self.declared[key].value != measured:
             by = self.declared[key]
             raise ContractError(
-                f"{by.source} declares {key}={by.value}, but {measured} was measured; correct the declaration"
+                f"{by.source} declares {key}={by.value}, but {measured} was measured; correct the declaration", about=key
             )
         self.sources[key] = f"measured, as declared in {self.declared[key].source}" if key in self.declared else "measured"
         return measured
@@ -55,7 +55,7 @@ class Probe:
     def float_outputs(self) -> list[str]:
         names = [node.name for node in self.session.outputs if node.type in FLOAT_TYPES]
         if not names:
-            raise ContractError("no output is a float tensor, so none can be an embedding")
+            raise ContractError("no output is a float tensor, so none can be an embedding", about="output")
         return names
 
     def noise(self, samples: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -75,7 +75,7 @@ class Probe:
     def embed(self, samples: int) -> npt.NDArray[np.float32]:
         frames = self.run(self.noise(samples))
         if not np.isfinite(frames).all():
-            raise ModelError(f"the model gives NaN or infinity for {samples} samples of quiet noise")
+            raise ModelError(f"the model gives NaN or infinity for {samples} samples of quiet noise", about="values")
         return frames
 
     def frames(self, samples: int) -> int:
@@ -99,4 +99,4 @@ class Probe:
             except ModelError as error:
                 last_error = error
         tried = ", ".join(f"{samples / self.contract.sample_rate:g}" for samples in lengths)
-        raise ContractError(f"the model takes no input of {tried} s: {last_error}")
+        raise ContractError(f"the model takes no input of {tried} s: {last_error}", about="time")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from .adapter import Adapter
 from .contract import Contract
-from .errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError
+from .errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError, concerning
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -85,10 +85,13 @@ class Session:
         try:
             results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, self._run_options)
         except Exception as error:
-            raise _explained(error, f"{self._path.name} failed on an input") from error
+            with concerning("run"):
+                raise _explained(error, f"{self._path.name} failed on an input") from error
         for name, result in zip(outputs, results, strict=True):
             if not isinstance(result, np.ndarray):
-                raise ContractError(f"output {name!r} is not a tensor; name another by --contract output=NAME")
+                raise ContractError(
+                    f"output {name!r} is not a tensor; name another by --contract output=NAME", about="output"
+                )
         return results
 
     def run(

@@ -72,6 +72,7 @@ class _Done(msgspec.Struct, frozen=True, tag="done"):
 class _Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
     message: str
+    about: str | None = None
 
 
 _Message = Progress | Note | Doing | Beat | _Done | _Failed
@@ -100,7 +101,7 @@ class Worker:
         with self._one_call:
             answer = self._answer(payload, silence_limit, observer)
         if isinstance(answer, _Failed):
-            raise _error(answer.error, answer.message)
+            raise _error(answer.error, answer.message, answer.about)
         return msgspec.msgpack.decode(answer.result, type=returns)
 
     def _answer(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
@@ -204,9 +205,11 @@ def limit_memory(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _error(name: str, message: str) -> XaresError:
+def _error(name: str, message: str, about: str | None = None) -> XaresError:
     kind = getattr(errors, name, None)
-    return kind(message) if isinstance(kind, type) and issubclass(kind, XaresError) else XaresError(message)
+    if not (isinstance(kind, type) and issubclass(kind, XaresError)):
+        return XaresError(message)
+    return kind(message, about=about) if issubclass(kind, ModelError) else kind(message)
 
 
 def _last_line(text: bytes) -> str:
@@ -248,7 +251,7 @@ def main() -> None:
             result = function(*arguments, tell=send)
             send(_Done(msgspec.Raw(_encoder.encode(result))))
         except XaresError as error:
-            send(_Failed(type(error).__name__, str(error)))
+            send(_Failed(type(error).__name__, str(error), getattr(error, "about", None)))
         except MemoryError:
             send(_Failed("ModelLimitError", "the model's process ran out of the memory it may use"))
         except BaseException:  # an exit, too, is only a failed call

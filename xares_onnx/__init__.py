@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
-__all__ = ["__version__", "evaluate", "load_encoder"]
+__all__ = ["__version__", "check", "evaluate", "load_encoder"]
 
 if TYPE_CHECKING:
+    from .checking import check
     from .encoder import load_encoder
     from .evaluation import evaluate
 
-_HOMES = {"evaluate": "evaluation", "load_encoder": "encoder"}
+_HOMES = {"check": "checking", "evaluate": "evaluation", "load_encoder": "encoder"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@
     │   └── TaskFileError
     ├── ModelError               3  the model cannot be used
     │   ├── ContractError           it does not fit the encoder contract
+    │   │   └── ContradictionError      a declaration says other than what was measured
     │   └── ModelLimitError         it ran past its time or memory limit
     ├── DataError                4  data missing or corrupt
     │   ├── DataMissingError
@@ -43,7 +44,9 @@ class TaskFileError(UsageError):
 
 
 class ModelError(XaresError):
-    """`about` says for programs what a message says for people: the contract key, or `time`, `frames`, `values` or `run`."""
+    """`about` says for programs what a message says for people: a key of the contract, or `time` (lengths), `frames` (their
+    law), `values` (not finite), `constant`, `run` (one call failed) or `process` (it died or was stopped).
+    """
 
     exit_code = 3
 
@@ -64,6 +67,10 @@ def concerning(about: str) -> Iterator[None]:
 
 class ContractError(ModelError):
     pass
+
+
+class ContradictionError(ContractError):
+    """`about` is the key that was declared."""
 
 
 class ModelLimitError(ModelError):

@@ -23,14 +23,14 @@ from .contract import (
     frames_of_dimension,
     law_holds,
 )
-from .errors import ContractError, ModelError, ModelLimitError, concerning
+from .errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning
 from .layouts import batch_axis, growing_axis, output_layout
 from .model_inputs import Inputs, choose_inputs, listed
 from .probing import Probe
 from .session import Session
 from .windows import Window
 
-_COUPLING_TOLERANCE = 1e-3  # of the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
+COUPLING_TOLERANCE = 1e-3  # of the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
 _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}
 
 
@@ -120,7 +120,7 @@ def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
         window, why = inputs.window, "graph (the input's axis is fixed)"
     for key, by in declared.items():
         if by.value != window:
-            raise ContractError(
+            raise ContradictionError(
                 f"{by.source} declares {key}={by.value}, but input {inputs.audio!r} takes exactly {window} samples; "
                 "correct the declaration",
                 about=key,
@@ -152,7 +152,7 @@ def _measure_window(probe: Probe, samples: int) -> None:
         receptive = probe.choose("receptive_field_samples", None)
         in_the_middle = (samples - (frames - 1) * hop) / 2
         if in_the_middle <= 0:
-            raise ContractError(
+            raise ContradictionError(
                 f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames so far apart do not fit "
                 f"into the window of {samples} samples; correct the declaration",
                 about="hop_samples",
@@ -182,7 +182,7 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
         wanted = probe.declared["output"]
         if wanted.value not in names:
             said = f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}"
-            raise ContractError(said, about="output")
+            raise ContradictionError(said, about="output")
         names = [str(wanted.value)]
     window = Window(probe, names, low) if low == high else None
     short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
@@ -218,7 +218,7 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
     by = probe.declared.get("output_layout")
     if by and by.value != layouts[name]:
         said = f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured"
-        raise ContractError(said, about="output_layout")
+        raise ContradictionError(said, about="output_layout")
     probe.update(output=name, output_layout=layouts[name])
     dim = probe.embed(low).shape[2]
     if dim < 2:
@@ -228,7 +228,7 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
     probe.update(dim=probe.agree("output_dim", dim))
     if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
         said = f"output {name!r} is the same for any input; name another by --contract output=NAME"
-        raise ContractError(said, about="values")
+        raise ContractError(said, about="constant")
     return window
 
 
@@ -272,7 +272,7 @@ def _window_time(probe: Probe, window: Window, name: str, batch: int | None) -> 
 def _refuse_frames_of_a_clip(probe: Probe) -> None:
     if contradicted := probe.declared.keys() & _FRAME_KEYS:
         key = min(contradicted)
-        raise ContractError(
+        raise ContradictionError(
             f"{probe.declared[key].source} declares {key}={probe.declared[key].value}, but output "
             f"{probe.contract.output!r} gives one vector a clip, which has no frames",
             about=key,
@@ -320,7 +320,7 @@ def _measure_minimum(probe: Probe, low: int) -> int:
             problem = "it gives no frame"
         except ModelError as error:
             problem = str(error)
-        raise ContractError(
+        raise ContradictionError(
             f"{probe.sources['min_samples']} declares min_samples={declared}, but with that many samples {problem}",
             about="min_samples",
         )
@@ -342,11 +342,11 @@ def _choose_chunk(probe: Probe) -> int:
     if contract.max_samples is not None and chunk > contract.max_samples:
         if "chunk_samples" in probe.declared:
             said = f"chunk_samples={chunk} is more than max_samples={contract.max_samples}"
-            raise ContractError(said, about="chunk_samples")
+            raise ContradictionError(said, about="chunk_samples")
         chunk = contract.max_samples
     if chunk < contract.min_samples:
         said = f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs"
-        raise ContractError(said, about="chunk_samples")
+        raise _of_chunk(probe, said)
     return chunk
 
 
@@ -355,20 +355,25 @@ def _check_long_input(probe: Probe) -> None:
     contract = probe.contract
     try:
         frames = probe.frames(contract.chunk_samples)
-    except ContractError:
+    except (ContractError, ModelLimitError):
         raise
     except ModelError as error:
-        raise ContractError(
+        raise _of_chunk(
+            probe,
             f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
             f"one by --contract chunk_samples=N ({error})",
-            about="chunk_samples",
         ) from error
     if frames != (foretold := contract.frames_of(contract.chunk_samples)):
-        raise ContractError(
+        raise _of_chunk(
+            probe,
             f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell {foretold}; "
             "declare a shorter --contract chunk_samples=N",
-            about="chunk_samples",
         )
+
+
+def _of_chunk(probe: Probe, message: str) -> ContractError:
+    kind = ContradictionError if "chunk_samples" in probe.declared else ContractError
+    return kind(message, about="chunk_samples")
 
 
 def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
@@ -387,5 +392,5 @@ def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
     if together.shape != (2, *alone.shape[1:]):
         return {"dynamic_batch": False, "batch_coupled": False}
     scale = float(np.abs(alone).max()) or 1.0
-    coupled = not bool(np.abs(together[:1] - alone).max() <= _COUPLING_TOLERANCE * scale)
+    coupled = not bool(np.abs(together[:1] - alone).max() <= COUPLING_TOLERANCE * scale)
     return {"dynamic_batch": True, "batch_coupled": coupled}

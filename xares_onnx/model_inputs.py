@@ -8,7 +8,7 @@ import msgspec
 
 from .adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
 from .contract import Declarations, InputLayout
-from .errors import ContractError
+from .errors import ContractError, ContradictionError
 from .layouts import input_layout
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
     by_name = {node.name: node for node in nodes}
     for key in ("input", "lengths_input", "mask_input"):
         if key in declared and declared[key].value not in by_name:
-            raise ContractError(
+            raise ContradictionError(
                 f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}",
                 about=key,
             )
@@ -115,7 +115,7 @@ def _layout(audio: onnxruntime.NodeArg, declared: Declarations) -> InputLayout:
     by = declared.get("input_layout")
     if by and by.value != layout:
         said = f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}"
-        raise ContractError(said, about="input_layout")
+        raise ContradictionError(said, about="input_layout")
     if not by and not _is_audio(shape, layout):
         raise ContractError(
             f"input {audio.name!r} takes exactly {shape[layout.index('T')]} values, too few for a window of audio; export "

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .adapter import FLOAT_TYPES, Adapter
 from .contract import Contract, Declarations
-from .errors import ContractError, ModelError
+from .errors import ContractError, ContradictionError, ModelError
 from .session import Session
 
 
@@ -46,7 +46,7 @@ class Probe:
         """The measured value, which a declaration must not contradict."""
         if key in self.declared and self.declared[key].value != measured:
             by = self.declared[key]
-            raise ContractError(
+            raise ContradictionError(
                 f"{by.source} declares {key}={by.value}, but {measured} was measured; correct the declaration", about=key
             )
         self.sources[key] = f"measured, as declared in {self.declared[key].source}" if key in self.declared else "measured"

@@ -29,11 +29,12 @@ CUDA = "CUDAExecutionProvider"
 class Session:
     """A loaded model on one provider. `run` may be called from several threads at once."""
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
+    def __init__(self, path: Path, device: str = "auto", *, record_placement: bool = False) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)  # failures come back as exceptions; nothing prints on stderr
         self._path = path
+        self._record_placement = record_placement
         self.note: str | None = None
         if device == "auto":
             usable = CUDA in onnxruntime.get_available_providers() and cuda_may_work()
@@ -58,6 +59,8 @@ class Session:
         session_options.intra_op_num_threads = 1
         session_options.inter_op_num_threads = 1
         session_options.log_severity_level = 4
+        if self._record_placement:
+            session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider == CUDA:
             # TF32 rounds a convolution to 10 bits: a DFT in the front end would suffer.
             options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", **options}
@@ -79,6 +82,14 @@ class Session:
     @property
     def outputs(self) -> list[onnxruntime.NodeArg]:
         return list(self._session.get_outputs())
+
+    @property
+    def placement(self) -> list[tuple[str, str]] | None:
+        """(provider, operator) of every node, where it was recorded and this ONNX Runtime can tell."""
+        told = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if told is None or not self._record_placement:
+            return None
+        return [(str(part.ep_name), str(node.op_type)) for part in told() for node in part.get_nodes()]
 
     def run_raw(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The named outputs, as the model gives them."""

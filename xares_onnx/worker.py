@@ -127,7 +127,8 @@ class Worker:
         except queue.Empty:
             self.close()
             raise ModelLimitError(
-                f"the model's process gave no sign of life for {silence_limit:g} s while {doing} and was stopped"
+                f"the model's process gave no sign of life for {silence_limit:g} s while {doing} and was stopped",
+                about="process",
             ) from None
         except BaseException:  # in the middle of a call: the child's state is unknown
             self.close()
@@ -169,7 +170,8 @@ class Worker:
             code = process.wait(_DEATH_SECONDS)
         except subprocess.TimeoutExpired:  # it lives, but what it sent cannot be read
             self.close()
-            return ModelError(f"the model's process sent what is no answer while {doing} and was stopped")
+            said = f"the model's process sent what is no answer while {doing} and was stopped"
+            return ModelError(said, about="process")
         last = b""
         if stderr is not None and not stderr.closed:
             stderr.seek(0, os.SEEK_END)
@@ -181,9 +183,9 @@ class Worker:
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if code == -signal.SIGABRT or b"bad_alloc" in last or code == -getattr(signal, "SIGKILL", 9):
             return ModelLimitError(
-                f"the model's process died ({cause}) while {doing}; it may want more memory than it may use"
+                f"the model's process died ({cause}) while {doing}; it may want more memory than it may use", about="process"
             )
-        return ModelError(f"the model's process died ({cause}) while {doing}")
+        return ModelError(f"the model's process died ({cause}) while {doing}", about="process")
 
 
 def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:

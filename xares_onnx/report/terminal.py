@@ -47,8 +47,8 @@ _METRICS = {
     "one_minus_wer": "1 - WER",
     "mse": "MSE",
 }
-_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training"}
-_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs"}
+_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training", "check": "checking"}
+_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "check": "properties"}
 
 
 class _Console(Console):
@@ -118,7 +118,10 @@ class TerminalObserver:
                 self._draw(stage, task, done, total)
             case events.Progress(stage, task, done, total) if done < total:
                 self._begun.add((stage, task))
-            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage != "prepare":
+            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage not in (
+                "prepare",
+                "check",
+            ):
                 self._begun.remove((stage, task))
                 self._console.print(f"{task}: {_VERBS[stage]} done, {total} {_UNITS[stage]}")
 

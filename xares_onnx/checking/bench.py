@@ -71,10 +71,15 @@ class Bench:
         """(frames, dim) for a waveform (samples,), asked once. Raises `ModelError`."""
         if not normalized:
             waveform = self.normalized(waveform, held)
-        digest = hashlib.sha256(waveform.tobytes() + f"{held}".encode()).hexdigest()
+        frames: Frames = self.embed_batch(waveform[None], None if held is None else [held])[0]
+        return frames
+
+    def embed_batch(self, batch: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> Frames:
+        """(items, frames, dim) for normalised waveforms (items, samples), asked once. Raises `ModelError`."""
+        digest = hashlib.sha256(batch.tobytes() + f"{batch.shape}{held}".encode()).hexdigest()
         if digest not in self._known:
             try:
-                self._known[digest] = self.run(waveform[None], None if held is None else [held])[0]
+                self._known[digest] = self.run(batch, held)
             except ModelLimitError:
                 raise
             except ModelError as error:
@@ -84,19 +89,33 @@ class Bench:
             raise known
         return known
 
-    def embed_all(self, waveforms: Iterable[Signal]) -> list[Frames | ModelError]:
-        """Each waveform's frames, or why there are none; asked from as many threads as may call the model."""
+    def ask(self, *batches: npt.NDArray[np.float32]) -> None:
+        """Normalised batches (items, samples), from as many threads as may call the model; `embed` then has them at hand."""
 
-        def embedded(waveform: Signal) -> Frames | ModelError:
+        def asked(batch: npt.NDArray[np.float32]) -> None:
             try:
-                return self.embed(waveform)
+                self.embed_batch(batch)
+            except ModelLimitError:
+                raise
+            except ModelError:
+                pass  # whoever embeds it meets the error again
+
+        with ThreadPoolExecutor(self.subject.spec.threads) as pool:
+            list(pool.map(asked, batches))
+
+    def embed_all(self, waveforms: Iterable[Signal]) -> list[Frames | ModelError]:
+        """Each waveform's frames (frames, dim), or why there are none."""
+        prepared = [self.normalized(waveform) for waveform in waveforms]
+        self.ask(*(waveform[None] for waveform in prepared))
+        found: list[Frames | ModelError] = []
+        for waveform in prepared:
+            try:
+                found.append(self.embed(waveform, normalized=True))
             except ModelLimitError:
                 raise
             except ModelError as error:
-                return error
-
-        with ThreadPoolExecutor(self.subject.spec.threads) as pool:
-            return list(pool.map(embedded, waveforms))
+                found.append(error)
+        return found
 
     def finite(self) -> dict[str, Frames]:
         """Frames of every signal for which the model gives finite ones."""

@@ -28,7 +28,9 @@ def check_inputs(bench: Bench, tolerance: float | None) -> Outcome:
 def check_contract(bench: Bench, tolerance: float | None) -> Outcome:
     fields = bench.contract.described()
     details = tuple(f"{name} = {said(entry['value'])} ({entry['source']})" for name, entry in fields.items())
-    return passed(f"{len(fields)} fields resolved, each with its source", measured=len(fields), details=details)
+    return passed(
+        f"{len(fields)} fields resolved, each with its source", measured=len(fields), unit="fields", details=details
+    )
 
 
 def check_output(bench: Bench, tolerance: float | None) -> Outcome:
@@ -84,9 +86,9 @@ def check_metadata(bench: Bench, tolerance: float | None) -> Outcome:
     contract = bench.contract
     missing = [key for key in SHIPPED_WITH if not _declared(contract, key)]
     count = len(SHIPPED_WITH) - len(missing)
-    figure = {"measured": count, "tolerance": len(SHIPPED_WITH), "unit": "declared"}
+    figure = {"measured": count, "tolerance": f"{len(SHIPPED_WITH)}", "unit": "declared"}
     if not missing:
-        return passed(f"{', '.join(SHIPPED_WITH)} are declared", **figure)
+        return passed(f"{', '.join(SHIPPED_WITH)} declared", **figure)
     assumed = [f"{key}={said(getattr(contract, key))}" for key in missing if getattr(contract, key) is not None]
     flags = " ".join(f"--contract {key}=…" for key in missing)
     return warned(

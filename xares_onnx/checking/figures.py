@@ -13,7 +13,7 @@ from .bench import Bench
 from .records import Outcome, failed, passed, skipped
 
 _LONG_SECONDS = 10.0
-_SHORT_RUNS, _LONG_RUNS = 7, 3
+_MOST_RUNS, _LEAST_RUNS, _RUN_SECONDS = 9, 3, 1.0
 
 
 def check_size(bench: Bench, tolerance: float | None) -> Outcome:
@@ -31,9 +31,8 @@ def check_latency(bench: Bench, tolerance: float | None) -> Outcome:
                for seconds in (1.0, _LONG_SECONDS)}  # fmt: skip
     for samples in sorted(lengths):
         chunk = _chunk(samples)
-        bench.run(chunk)
-        times = []
-        for _ in range(_SHORT_RUNS if samples < 5 * contract.sample_rate else _LONG_RUNS):
+        times: list[float] = []
+        while len(times) < _LEAST_RUNS or (len(times) < _MOST_RUNS and sum(times) < _RUN_SECONDS):
             started = time.perf_counter()
             bench.run(chunk)
             times.append(time.perf_counter() - started)

@@ -19,14 +19,15 @@ def check_dynamic_time(bench: Bench, tolerance: float | None) -> Outcome:
         if contract.sources.get("chunk_samples", "").startswith("graph"):
             return failed(
                 f"the input's time axis is frozen at {contract.chunk_samples} samples",
-                "export with a dynamic samples axis (dynamic_axes or dynamic_shapes in torch.onnx.export), or, if a window is "
-                f"meant, declare it by chunk_samples={contract.chunk_samples}",
+                "export with a dynamic samples axis (dynamic_axes or dynamic_shapes in torch.onnx.export), or, if a window "
+                f"is meant, declare it by chunk_samples={contract.chunk_samples}",
                 measured=contract.chunk_samples,
                 tolerance="dynamic",
                 unit="samples",
             )
         return skipped(f"the model is declared to take windows of exactly {contract.chunk_samples} samples")
     lengths = _lengths(bench)
+    bench.embed_all(_noise(bench, samples) for samples in reversed(lengths))  # the longest first, beside the others
     bad = []
     for samples in lengths:
         try:

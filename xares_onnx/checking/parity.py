@@ -89,7 +89,7 @@ def compare(encoder: Encoder, reference: Reference, precision: str, tolerance: f
     """What the encoder gives for the reference's waveforms, against what the reference holds."""
     contract = encoder.contract
     limit = max(TOLERANCES[precision], TOLERANCES[reference.precision]) if tolerance is None else tolerance
-    unit = "of the largest value"
+    unit = "of the largest"
     remedy = "look for what the export changed: the front end, a normalisation, precision, dropout, the order of outputs"
     found = [embedding.frames for embedding in encoder.embed(reference.waveforms, reference.rate)]
     errors, absolute, alike, lines = [], [], [], []
@@ -140,7 +140,7 @@ def _pairs(
     if "waveform" in arrays and "embeddings" in arrays:
         waveform, embeddings = arrays["waveform"], arrays["embeddings"]
         if waveform.ndim == 1:
-            yield waveform, embeddings if embeddings.ndim == 2 else embeddings.reshape(1, -1)
+            yield waveform, embeddings[None] if embeddings.ndim == 1 else embeddings
             return
         if waveform.ndim != 2 or embeddings.ndim not in (2, 3) or not len(waveform) or len(waveform) != len(embeddings):
             raise UsageError(

@@ -60,7 +60,7 @@ def check_devices(bench: Bench, tolerance: float | None, other: Session | None =
         return failed(
             f"the model runs on {spec.info.provider} but not on the CPU: {error}", "export operators that both have"
         )
-    figure = {"measured": float(f"{worst:.3g}"), "tolerance": limit, "unit": "of the largest value"}
+    figure = {"measured": float(f"{worst:.3g}"), "tolerance": limit, "unit": "of the largest"}
     says = f"{spec.info.provider} and the CPU differ by {worst:.1e} of the largest value, the most on {name}"
     if worst <= limit:
         return passed(says, **figure)

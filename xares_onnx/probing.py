@@ -15,7 +15,6 @@ from .contract import Contract, Declarations
 from .errors import ContractError, ContradictionError, ModelError, ModelLimitError
 from .session import Session
 
-
 _KEPT = 4  # inputs
 
 
@@ -71,7 +70,8 @@ class Probe:
     def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
         """The named outputs; of the last few inputs they are kept, since several measurements ask for the same."""
         feeds = self.adapter.feeds(batch)
-        digest = hashlib.sha256(b"".join(name.encode() + feed.tobytes() for name, feed in feeds.items())).hexdigest()
+        told = (f"{name} {feed.shape} ".encode() + feed.tobytes() for name, feed in feeds.items())
+        digest = hashlib.sha256(b"".join(told)).hexdigest()
         known = self._known.pop(digest, {})
         if not known.keys() >= set(names):
             known = dict(zip(names, self.session.run_raw(names, feeds), strict=True))

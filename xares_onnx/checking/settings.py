@@ -55,6 +55,9 @@ def read_settings(start: Path) -> dict[str, Setting]:
     section = tool.get("xares-onnx", {}) if isinstance(tool, dict) else {}
     if not isinstance(section, dict):
         raise UsageError(f"{path}: [tool.xares-onnx] must be a table")
+    for key in section:  # other words may be another program's, but not a slip of this one
+        if key != "check" and (close := nearest(key, ["check"])):
+            raise UsageError(f"{path}: [tool.xares-onnx] has no {key!r}{close}")
     return make_settings(section.get("check", {}), f"{path}, [{_SECTION}]")
 
 

@@ -39,7 +39,7 @@ def bench_for(path: Path, provider: str = CPU) -> Bench:
 def test_a_difference_is_a_share_of_the_largest_value() -> None:
     expected = np.array([[1.0, -4.0], [2.0, 0.5]])
     assert difference(expected, expected) == 0
-    assert difference(expected + [[0, 0.4], [0, 0]], expected) == pytest.approx(0.1)
+    assert difference(expected + np.array([[0, 0.4], [0, 0]]), expected) == pytest.approx(0.1)
     assert difference(np.array([[np.nan]]), np.array([[1.0]])) == np.inf
     assert difference(np.array([[1.0]]), np.array([[np.nan]])) == np.inf
     assert difference(np.ones((2, 1)), np.ones((3, 1))) == np.inf

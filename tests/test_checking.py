@@ -49,6 +49,32 @@ def test_a_sound_encoder_passes_all(name: str, tmp_path: Path, shared_process: N
     assert report.model.precision == ("fp16" if name.startswith("half") else "fp32")
 
 
+@pytest.mark.parametrize(("dtype", "quantize"), [("fp32", None), ("fp16", None), ("fp32", "int8-dynamic")])
+def test_an_exported_transformer_passes_all(
+    dtype: str, quantize: str | None, tmp_path: Path, shared_process: None, one_thread: None
+) -> None:
+    from random_checkpoints import save_speech
+
+    from xares_onnx.exporters import export
+
+    checkpoint = save_speech("wav2vec2", tmp_path / "checkpoint")
+    path = tmp_path / "model.onnx"
+    export("wav2vec2", str(checkpoint), path, dtype=dtype, quantize=quantize)
+    report = check(path, device="cpu", threads=2)
+    assert report.named("fail") == []
+    assert report.named("warn") == (["batch-invariance"] if quantize else [])
+    assert report.model is not None
+    assert report.model.precision == (quantize or dtype)
+
+
+def test_log_mel_passes_all(tmp_path: Path, shared_process: None) -> None:
+    from xares_onnx.exporters import export
+
+    export("logmel", None, tmp_path / "logmel.onnx")
+    report = check(tmp_path / "logmel.onnx", device="cpu", threads=2)
+    assert (report.named("fail"), report.named("warn"), set(report.named("skip"))) == ([], [], ALWAYS_SKIPPED)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_property_is_lacked_by_a_model_that_lacks_nothing_else(name: str, tmp_path: Path, shared_process: None) -> None:
     of, status, make = MUTANTS[name]

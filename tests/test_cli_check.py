@@ -172,7 +172,7 @@ def test_other_tools_of_a_pyproject_are_left_alone(folder: Path) -> None:
     ("arguments", "says"),
     [
         (["--format", "xml"], "--format 'xml' must be one of text, json, junit, github"),
-        (["--format", "jsn"], "did you mean 'json'?"),
+        (["--format", "jsn"], "; did you mean 'json'"),
         (["--reference", "none.npz"], "reference none.npz cannot be read"),
         (["--reference", "none.onnx"], "the reference cannot be used: model none.onnx does not exist"),
         (["--contract", "hop=1"], "there is no contract key 'hop'"),

@@ -45,7 +45,7 @@ _REMEDIES = {
     LOADS: "export a file that ONNX Runtime loads and runs within the limits",
     INPUTS: "export with one waveform input; fill any other inside the model",
     "contract": "correct what is declared",
-    "output": "name the output by --contract output=NAME, or export [batch, frames, dim]",
+    "output": "export one output [batch, frames, dim]",
     "dynamic-time": "export with a dynamic samples axis, and let no operator keep the length of the example",
     "frame-law": "export so that the frame count follows one law",
     "finite": "guard logarithms, divisions and square roots by a small constant",

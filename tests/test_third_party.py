@@ -164,3 +164,23 @@ def test_a_published_encoder_that_takes_features(tmp_path: Path) -> None:
             expected = encoder(torch.from_numpy(padded)[None])[0].numpy()
             np.testing.assert_allclose(embedding.frames, expected[: len(embedding.frames)], rtol=0, atol=1e-5)
             np.testing.assert_allclose(embedding.times, 0.01 * np.arange(len(embedding.frames)), rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------- `check` of both
+
+
+def test_a_check_names_the_state_and_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("check", str(model_of("silero_vad", "data/silero_vad.onnx")), "--device", "cpu", "--format", "json")
+    assert (code, faults(out)) == (3, ["inputs"])
+    assert "the model keeps a state: input 'state'" in err
+    said = ["--contract", f"sample_rate={RATE}", "--contract", f"output={OUTPUTS[0]}"]
+    arguments = ["check", str(model_of(*PITCH)), "--device", "cpu", "--format", "json", *said]
+    code, out, _ = run(*arguments)
+    assert (code, faults(out)) == (1, ["dynamic-time"])
+    code, out, _ = run(*arguments, "--contract", "chunk_samples=43844")
+    assert (code, faults(out)) == (0, [])
+
+
+def faults(report: str) -> list[str]:
+    return [finding["property"] for finding in json.loads(report)["findings"] if finding["status"] == "fail"]

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
-__all__ = ["__version__", "compare", "evaluate", "load_encoder"]
+__all__ = ["__version__", "check", "compare", "evaluate", "load_encoder"]
 
 if TYPE_CHECKING:
+    from .checking import check
     from .comparison import compare
     from .encoder import load_encoder
     from .evaluation import evaluate
 
-_HOMES = {"compare": "comparison", "evaluate": "evaluation", "load_encoder": "encoder"}
+_HOMES = {"check": "checking", "compare": "comparison", "evaluate": "evaluation", "load_encoder": "encoder"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -157,14 +157,16 @@ def load_encoder(
     threads: int | None = None,
     contract: Sequence[str] = (),
     taps: Sequence[str] = (),
+    without: Collection[str] = (),
     cache: Path | None = None,
     observer: Observer = ignore,
 ) -> Encoder:
     """Find, scan and measure a model; nothing of it runs in this process.
 
-    `contract` holds KEY=VALUE declarations, `threads` defaults to the number of cores, `cache` is a folder where what was
-    measured is kept. `taps` names outputs or inner tensors, of which the first stands in for the model's output, or is
-    `all-layers` alone: the output, and every layer's. Raises `ModelError` where the model cannot be used.
+    `contract` holds KEY=VALUE declarations, whatever declares a key of `without` is not heard, `threads` defaults to the
+    number of cores, `cache` is a folder where what was measured is kept. `taps` names outputs or inner tensors, of which the
+    first stands in for the model's output, or is `all-layers` alone: the output and every layer. Raises `ModelError` where
+    the model cannot be used.
     """
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
@@ -175,7 +177,8 @@ def load_encoder(
         raise UsageError(f"threads={threads} must be 1 or more")
     as_measured = stamp(model)
     worker = Worker()
-    remembered = _Remembered(cache, model, device, declared, beside, taps) if cache else None
+    unheard = sorted(without)
+    remembered = _Remembered(cache, model, device, declared, beside, taps) if cache and not unheard else None
     info = remembered.load() if remembered else None
     if info is None:
         try:
@@ -186,6 +189,7 @@ def load_encoder(
                 declared,
                 beside,
                 taps,
+                unheard,
                 returns=EncoderInfo,
                 silence_limit=LOAD_SECONDS,
                 observer=observer,
@@ -246,7 +250,14 @@ def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
 
 
 def _resolve(
-    model: str, device: str, declared: Declarations, beside: Declarations, taps: tuple[str, ...], *, tell: Tell
+    model: str,
+    device: str,
+    declared: Declarations,
+    beside: Declarations,
+    taps: tuple[str, ...],
+    unheard: list[str],
+    *,
+    tell: Tell,
 ) -> EncoderInfo:
     from .taps import measure_taps
 
@@ -262,8 +273,9 @@ def _resolve(
     tell(Doing("loading the model"))
     session = _session(model, device, None)
     tell(Doing("measuring the model"))
-    declared = merge(declared, declared_in_metadata(scan.metadata), beside)
-    found = measure_taps(path, functools.partial(_session, model, device), declared, taps, lambda: tell(Beat()))
+    heard = merge(declared, declared_in_metadata(scan.metadata), beside)
+    heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
+    found = measure_taps(path, functools.partial(_session, model, device), heard, taps, lambda: tell(Beat()))
     return EncoderInfo(
         path=model,
         scan=scan,
@@ -345,7 +357,7 @@ class ChunkRunner:
         group: list[tuple[Job, Chunk, bool]] = []
         for job in jobs:
             if self._contract.normalize == "zscore":
-                job = Job(job.tag, _zscore(job.waveform))
+                job = Job(job.tag, zscore(job.waveform))
             chunks = plan_chunks(len(job.waveform), self._contract, pad_short_clips=self._pad_short_clips)
             for chunk in chunks:
                 if group and (len(group) == self._batch or group[0][1].length != chunk.length):
@@ -389,7 +401,7 @@ class ChunkRunner:
             yield job, chunk, frames, last
 
 
-def _zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Zero mean and unit variance over the clip, as Hugging Face's Wav2Vec2FeatureExtractor computes it."""
     centred = waveform - waveform.mean(dtype=np.float64)
     scaled: npt.NDArray[np.float32] = (centred / np.sqrt(waveform.var(dtype=np.float64) + 1e-7)).astype(np.float32)

@@ -6,6 +6,7 @@
     │   └── TaskFileError
     ├── ModelError               3  the model cannot be used
     │   ├── ContractError           it does not fit the encoder contract
+    │   │   └── ContradictionError      a declaration says other than what was measured
     │   └── ModelLimitError         it ran past its time or memory limit
     ├── DataError                4  data missing or corrupt
     │   ├── DataMissingError
@@ -20,7 +21,8 @@ they name why one clip is dropped, and the drop is counted.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class XaresError(Exception):
@@ -42,11 +44,33 @@ class TaskFileError(UsageError):
 
 
 class ModelError(XaresError):
+    """`about` says for programs what a message says for people: a key of the contract, or `time` (lengths), `frames` (their
+    law), `values` (not finite), `constant`, `run` (one call failed) or `process` (it died or was stopped).
+    """
+
     exit_code = 3
+
+    def __init__(self, message: str = "", *, about: str | None = None) -> None:
+        super().__init__(message)
+        self.about = about
+
+
+@contextmanager
+def concerning(about: str) -> Iterator[None]:
+    """A `ModelError` from the block is about this, unless it says about what."""
+    try:
+        yield
+    except ModelError as error:
+        error.about = error.about or about
+        raise
 
 
 class ContractError(ModelError):
     pass
+
+
+class ContradictionError(ContractError):
+    """`about` is the key that was declared."""
 
 
 class ModelLimitError(ModelError):

@@ -7,11 +7,11 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train", "measure"]
+Stage = Literal["prepare", "embed", "train", "measure", "check"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare."""
+    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare, properties."""
 
     stage: Stage
     task: str

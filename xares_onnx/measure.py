@@ -23,21 +23,22 @@ from .contract import (
     frames_of_dimension,
     law_holds,
 )
-from .errors import ContractError, ModelError
+from .errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning
 from .layouts import batch_axis, growing_axis, output_layout
 from .model_inputs import Inputs, choose_inputs, listed
 from .probing import Probe
 from .session import Session
 from .windows import Window
 
-_COUPLING_TOLERANCE = 1e-3  # of the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
+COUPLING_TOLERANCE = 1e-3  # of the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
 _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}
 
 
 def measure_contract(session: Session, declared: Declarations, beat: Callable[[], None]) -> Contract:
     """The full contract of a loaded model. `beat` is called after every run: a sign of life."""
     probe = Probe(session, declared, beat)
-    inputs = choose_inputs(session.inputs, session.outputs, declared)
+    with concerning("input"):
+        inputs = choose_inputs(session.inputs, session.outputs, declared)
     probe.contract = Contract(
         input=inputs.audio,
         input_layout=inputs.layouts[0],
@@ -168,9 +169,10 @@ def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
         window, why = inputs.window, "graph (the input's axis is fixed)"
     for key, by in declared.items():
         if by.value != window:
-            raise ContractError(
+            raise ContradictionError(
                 f"{by.source} declares {key}={by.value}, but input {inputs.audio!r} takes exactly {window} samples"
-                f"{f' ({inputs.time} frames)' if inputs.frontend else ''}; correct the declaration"
+                f"{f' ({inputs.time} frames)' if inputs.frontend else ''}; correct the declaration",
+                about=key,
             )
     lengths = ("min_samples", "max_samples", "chunk_samples")
     probe.sources.update({key: declared[key].source if key in declared else why for key in lengths})
@@ -200,9 +202,10 @@ def _measure_window(probe: Probe, samples: int) -> None:
         receptive = probe.choose("receptive_field_samples", None)
         in_the_middle, why = _window_center(probe, samples, frames, hop)
         if in_the_middle < 0 or (in_the_middle == 0 and probe.contract.frontend is None):
-            raise ContractError(
+            raise ContradictionError(
                 f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames so far apart do not fit "
-                f"into the window of {samples} samples; correct the declaration"
+                f"into the window of {samples} samples; correct the declaration",
+                about="hop_samples",
             )
         center = in_the_middle
         if receptive is not None:
@@ -246,35 +249,40 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
     if "output" in probe.declared:
         wanted = probe.declared["output"]
         if wanted.value not in names:
-            raise ContractError(f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}")
+            said = f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}"
+            raise ContradictionError(said, about="output")
         names = [str(wanted.value)]
     layouts, problems, window = find_layouts(probe, names, low, high)
     if not layouts:
-        raise ContractError(next(iter(problems.values())))
+        raise next(iter(problems.values()))
     framed = [name for name in layouts if "T" in layouts[name]] or list(layouts)
     preferred = [name for name in framed if name in ("embeddings", "last_hidden_state")] or framed
     if len(preferred) > 1:
-        raise ContractError(f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME")
+        said = f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME"
+        raise ContractError(said, about="output")
     name = preferred[0]
     if len(names) > 1:
         probe.sources["output"] = "measured (the only one with frames)" if len(framed) == 1 else "graph (by name)"
     by = probe.declared.get("output_layout")
     if by and by.value != layouts[name]:
-        raise ContractError(f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured")
+        said = f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured"
+        raise ContradictionError(said, about="output_layout")
     probe.update(output=name, output_layout=layouts[name])
     dim = probe.embed(low).shape[2]
     if dim < 2:
         each = "frame" if "T" in layouts[name] else "clip"
-        raise ContractError(f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more")
+        said = f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more"
+        raise ContractError(said, about="output")
     probe.update(dim=probe.agree("output_dim", dim))
     if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
-        raise ContractError(f"output {name!r} is the same for any input; name another by --contract output=NAME")
+        said = f"output {name!r} is the same for any input; name another by --contract output=NAME"
+        raise ContractError(said, about="constant")
     return window
 
 
 def find_layouts(
     probe: Probe, names: list[str], low: int, high: int
-) -> tuple[dict[str, str], dict[str, str], Window | None]:
+) -> tuple[dict[str, str], dict[str, ContractError], Window | None]:
     """The layout of each output that can be an embedding, what is wrong with each other one, and a fixed window's `Window`.
 
     The frames are along the axis that is longer for `high` samples than for `low`; where both are the same, as in a fixed
@@ -282,10 +290,10 @@ def find_layouts(
     """
     window = Window(probe, names, low) if low == high else None
     short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
-    long = short if window else dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
+    long = short if window else _longer(probe, names, low, high)
     pair = _pair(probe, names, low)
     layouts: dict[str, str] = {}
-    problems: dict[str, str] = {}
+    problems: dict[str, ContractError] = {}
     for name in names:
         try:
             if 0 in short[name].shape:
@@ -297,8 +305,24 @@ def find_layouts(
             lengths = f"{list(short[name].shape)} for {low} samples" + (
                 "" if window else f" and {list(long[name].shape)} for {high}"
             )
-            problems[name] = f"output {name!r} has shape {lengths}: {error}"
+            frozen = window is None and short[name].ndim > 2 and short[name].shape == long[name].shape
+            said = f"output {name!r} has shape {lengths}: {error}"
+            problems[name] = ContractError(said, about="time" if frozen else "output")
     return layouts, problems, window
+
+
+def _longer(probe: Probe, names: list[str], low: int, high: int) -> dict[str, npt.NDArray[Any]]:
+    """The outputs for a longer input than one that the model took."""
+    try:
+        return dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
+    except ModelLimitError:
+        raise
+    except ModelError as error:
+        raise ContractError(
+            f"the model takes {low} samples but not {high}, as if an export had frozen the length inside; export it with a "
+            f"dynamic samples axis, or declare the longest input by --contract max_samples=N ({error})",
+            about="time",
+        ) from error
 
 
 def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray[Any]]:
@@ -327,9 +351,10 @@ def _window_time(probe: Probe, window: Window, name: str, batch: int | None) -> 
 def _refuse_frames_of_a_clip(probe: Probe) -> None:
     if contradicted := probe.declared.keys() & _FRAME_KEYS:
         key = min(contradicted)
-        raise ContractError(
+        raise ContradictionError(
             f"{probe.declared[key].source} declares {key}={probe.declared[key].value}, but output "
-            f"{probe.contract.output!r} gives one vector a clip, which has no frames"
+            f"{probe.contract.output!r} gives one vector a clip, which has no frames",
+            about=key,
         )
 
 
@@ -352,7 +377,8 @@ def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
         counts = ", ".join(f"{n} -> {probe.frames(n)}" for n in (low, (low + high) // 2, high))
         raise ContractError(
             f"the frame count of output {probe.contract.output!r} follows no law floor((samples - receptive) / hop) + 1 "
-            f"(samples -> frames: {counts}), so frames have no time"
+            f"(samples -> frames: {counts}), so frames have no time",
+            about="frames",
         )
     return law
 
@@ -375,8 +401,9 @@ def _measure_minimum(probe: Probe, low: int) -> int:
             problem = "it gives no frame"
         except ModelError as error:
             problem = str(error)
-        raise ContractError(
-            f"{probe.sources['min_samples']} declares min_samples={declared}, but with that many samples {problem}"
+        raise ContradictionError(
+            f"{probe.sources['min_samples']} declares min_samples={declared}, but with that many samples {problem}",
+            about="min_samples",
         )
     probe.sources["min_samples"] = "measured"
     by_law = max(probe.contract.receptive_field_samples or 1, 1)
@@ -395,10 +422,12 @@ def _choose_chunk(probe: Probe) -> int:
     chunk = int(probe.choose("chunk_samples", round(DEFAULT_CHUNK_SECONDS * contract.sample_rate)))
     if contract.max_samples is not None and chunk > contract.max_samples:
         if "chunk_samples" in probe.declared:
-            raise ContractError(f"chunk_samples={chunk} is more than max_samples={contract.max_samples}")
+            said = f"chunk_samples={chunk} is more than max_samples={contract.max_samples}"
+            raise ContradictionError(said, about="chunk_samples")
         chunk = contract.max_samples
     if chunk < contract.min_samples:
-        raise ContractError(f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs")
+        said = f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs"
+        raise _of_chunk(probe, said)
     return chunk
 
 
@@ -407,18 +436,25 @@ def _check_long_input(probe: Probe) -> None:
     contract = probe.contract
     try:
         frames = probe.frames(contract.chunk_samples)
-    except ContractError:
+    except (ContractError, ModelLimitError):
         raise
     except ModelError as error:
-        raise ContractError(
+        raise _of_chunk(
+            probe,
             f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
-            f"one by --contract chunk_samples=N ({error})"
+            f"one by --contract chunk_samples=N ({error})",
         ) from error
     if frames != (foretold := contract.frames_of(contract.chunk_samples)):
-        raise ContractError(
+        raise _of_chunk(
+            probe,
             f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell {foretold}; "
-            "declare a shorter --contract chunk_samples=N"
+            "declare a shorter --contract chunk_samples=N",
         )
+
+
+def _of_chunk(probe: Probe, message: str) -> ContractError:
+    kind = ContradictionError if "chunk_samples" in probe.declared else ContractError
+    return kind(message, about="chunk_samples")
 
 
 def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
@@ -447,5 +483,5 @@ def batching(together: npt.NDArray[np.float32], alone: npt.NDArray[np.float32]) 
     if together.shape != (2, *alone.shape[1:]):
         return {"dynamic_batch": False, "batch_coupled": False}
     scale = float(np.abs(alone).max()) or 1.0
-    coupled = not bool(np.abs(together[:1] - alone).max() <= _COUPLING_TOLERANCE * scale)
+    coupled = not bool(np.abs(together[:1] - alone).max() <= COUPLING_TOLERANCE * scale)
     return {"dynamic_batch": True, "batch_coupled": coupled}

@@ -11,7 +11,7 @@ import msgspec
 
 from .adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
 from .contract import Declarations, declared_frontend
-from .errors import ContractError
+from .errors import ContractError, ContradictionError
 from .frontend import PREFIX, Frontend
 from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
 
@@ -66,8 +66,9 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
     by_name = {node.name: node for node in nodes}
     for key in ("input", "lengths_input", "mask_input"):
         if key in declared and declared[key].value not in by_name:
-            raise ContractError(
-                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}"
+            raise ContradictionError(
+                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}",
+                about=key,
             )
     features = "input_kind" in declared and declared["input_kind"].value == "features"
     if "input" in declared:
@@ -210,7 +211,8 @@ def _layout(audio: onnxruntime.NodeArg, declared: Declarations) -> str:
         )
     by = declared.get("input_layout")
     if by and by.value != layout:
-        raise ContractError(f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}")
+        said = f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}"
+        raise ContradictionError(said, about="input_layout")
     if not by and not _is_audio(shape, layout):
         raise ContractError(
             f"input {audio.name!r} takes exactly {shape[layout.index('T')]} values, too few for a window of audio; export "

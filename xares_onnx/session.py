@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from .adapter import Adapter
 from .contract import Contract
-from .errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError
+from .errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError, concerning
 from .layers import Exposure, exposing
 
 if TYPE_CHECKING:
@@ -33,12 +33,15 @@ class Session:
     `run` may be called from several threads at once.
     """
 
-    def __init__(self, path: Path, device: str = "auto", exposure: Exposure | None = None) -> None:
+    def __init__(
+        self, path: Path, device: str = "auto", exposure: Exposure | None = None, *, record_placement: bool = False
+    ) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)  # failures come back as exceptions; nothing prints on stderr
         self._path = path
         self._exposure = exposure
+        self._record_placement = record_placement
         self.note: str | None = None
         if device == "auto":
             usable = CUDA in onnxruntime.get_available_providers() and cuda_may_work()
@@ -63,6 +66,8 @@ class Session:
         session_options.intra_op_num_threads = 1
         session_options.inter_op_num_threads = 1
         session_options.log_severity_level = 4
+        if self._record_placement:
+            session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider == CUDA:
             # TF32 rounds a convolution to 10 bits: a DFT in the front end would suffer.
             options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", **options}
@@ -98,15 +103,26 @@ class Session:
     def outputs(self) -> list[onnxruntime.NodeArg]:
         return list(self._session.get_outputs())
 
+    @property
+    def placement(self) -> list[tuple[str, str]] | None:
+        """(provider, operator) of every node, where it was recorded and this ONNX Runtime can tell."""
+        told = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if told is None or not self._record_placement:
+            return None
+        return [(str(part.ep_name), str(node.op_type)) for part in told() for node in part.get_nodes()]
+
     def run_raw(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The named outputs, as the model gives them."""
         try:
             results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, self._run_options)
         except Exception as error:
-            raise _explained(error, f"{self._path.name} failed on an input") from error
+            with concerning("run"):
+                raise _explained(error, f"{self._path.name} failed on an input") from error
         for name, result in zip(outputs, results, strict=True):
             if not isinstance(result, np.ndarray):
-                raise ContractError(f"output {name!r} is not a tensor; name another by --contract output=NAME")
+                raise ContractError(
+                    f"output {name!r} is not a tensor; name another by --contract output=NAME", about="output"
+                )
         return results
 
     def run(

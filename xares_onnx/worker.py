@@ -72,6 +72,7 @@ class _Done(msgspec.Struct, frozen=True, tag="done"):
 class _Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
     message: str
+    about: str | None = None
 
 
 _Message = Progress | Note | Doing | Beat | _Done | _Failed
@@ -100,7 +101,7 @@ class Worker:
         with self._one_call:
             answer = self._answer(payload, silence_limit, observer)
         if isinstance(answer, _Failed):
-            raise _error(answer.error, answer.message)
+            raise _error(answer.error, answer.message, answer.about)
         return msgspec.msgpack.decode(answer.result, type=returns)
 
     def _answer(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
@@ -126,7 +127,8 @@ class Worker:
         except queue.Empty:
             self.close()
             raise ModelLimitError(
-                f"the model's process gave no sign of life for {silence_limit:g} s while {doing} and was stopped"
+                f"the model's process gave no sign of life for {silence_limit:g} s while {doing} and was stopped",
+                about="process",
             ) from None
         except BaseException:  # in the middle of a call: the child's state is unknown
             self.close()
@@ -168,7 +170,8 @@ class Worker:
             code = process.wait(_DEATH_SECONDS)
         except subprocess.TimeoutExpired:  # it lives, but what it sent cannot be read
             self.close()
-            return ModelError(f"the model's process sent what is no answer while {doing} and was stopped")
+            said = f"the model's process sent what is no answer while {doing} and was stopped"
+            return ModelError(said, about="process")
         last = b""
         if stderr is not None and not stderr.closed:
             stderr.seek(0, os.SEEK_END)
@@ -180,9 +183,9 @@ class Worker:
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if code == -signal.SIGABRT or b"bad_alloc" in last or code == -getattr(signal, "SIGKILL", 9):
             return ModelLimitError(
-                f"the model's process died ({cause}) while {doing}; it may want more memory than it may use"
+                f"the model's process died ({cause}) while {doing}; it may want more memory than it may use", about="process"
             )
-        return ModelError(f"the model's process died ({cause}) while {doing}")
+        return ModelError(f"the model's process died ({cause}) while {doing}", about="process")
 
 
 def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:
@@ -204,9 +207,11 @@ def limit_memory(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _error(name: str, message: str) -> XaresError:
+def _error(name: str, message: str, about: str | None = None) -> XaresError:
     kind = getattr(errors, name, None)
-    return kind(message) if isinstance(kind, type) and issubclass(kind, XaresError) else XaresError(message)
+    if not (isinstance(kind, type) and issubclass(kind, XaresError)):
+        return XaresError(message)
+    return kind(message, about=about) if issubclass(kind, ModelError) else kind(message)
 
 
 def _last_line(text: bytes) -> str:
@@ -248,7 +253,7 @@ def main() -> None:
             result = function(*arguments, tell=send)
             send(_Done(msgspec.Raw(_encoder.encode(result))))
         except XaresError as error:
-            send(_Failed(type(error).__name__, str(error)))
+            send(_Failed(type(error).__name__, str(error), getattr(error, "about", None)))
         except MemoryError:
             send(_Failed("ModelLimitError", "the model's process ran out of the memory it may use"))
         except BaseException:  # an exit, too, is only a failed call

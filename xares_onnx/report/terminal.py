@@ -48,8 +48,14 @@ METRIC_NAMES = {
     "one_minus_wer": "1 - WER",
     "mse": "MSE",
 }
-_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training", "measure": "measuring"}
-_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "measure": "rounds"}
+_VERBS = {
+    "prepare": "preparing",
+    "embed": "embedding",
+    "train": "training",
+    "measure": "measuring",
+    "check": "checking",
+}
+_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "measure": "rounds", "check": "properties"}
 
 
 class _Console(Console):
@@ -119,7 +125,10 @@ class TerminalObserver:
                 self._draw(stage, task, done, total)
             case events.Progress(stage, task, done, total) if done < total:
                 self._begun.add((stage, task))
-            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage != "prepare":
+            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage not in (
+                "prepare",
+                "check",
+            ):
                 self._begun.remove((stage, task))
                 self._console.print(f"{task}: {_VERBS[stage]} done, {total} {_UNITS[stage]}")
 

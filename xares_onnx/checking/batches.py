@@ -1,0 +1,121 @@
+"""Properties of several items in a call, and of the same item twice."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ModelError, ModelLimitError
+from ..measure import COUPLING_TOLERANCE
+from .bench import Bench, difference
+from .records import Outcome, failed, passed, skipped, warned
+
+_HALF_TOLERANCE = 0.02
+_REPEAT_TOLERANCE = 1e-6
+LOUDER = 9.0
+
+
+def check_dynamic_batch(bench: Bench, tolerance: float | None) -> Outcome:
+    contract = bench.contract
+    if why := _takes_one(bench):
+        return skipped(why)
+    if contract.fixed_batch is not None:
+        return warned(
+            f"the batch axis is frozen at {contract.fixed_batch}, so every chunk is run {contract.fixed_batch} times",
+            "export with a dynamic batch axis",
+            measured=contract.fixed_batch,
+            tolerance="dynamic",
+            unit="items",
+        )
+    tried = {2: _pair(bench), 3: _three(bench)}
+    bench.ask(tried[3], tried[2], tried[2][:1])
+    for items, batch in tried.items():
+        try:
+            output = bench.embed_batch(batch)
+            alone = bench.embed(tried[2][0], normalized=True)
+            problem = "" if output.shape[1:] == alone.shape else f"its shape is {list(output.shape)}"
+        except ModelLimitError:
+            raise
+        except ModelError as error:
+            problem = str(error)
+        if problem:
+            return failed(
+                f"a batch of {items} fails, though the graph lets one in: {problem}",
+                "export with a dynamic batch axis, and let no operator keep the batch of the example",
+                measured=items - 1,
+                tolerance="any",
+                unit="items",
+            )
+    return passed("batches of 1, 2 and 3 run", measured=3, tolerance="any", unit="items")
+
+
+def check_batch_invariance(bench: Bench, tolerance: float | None) -> Outcome:
+    """An item alone against the same item beside a louder one, before and after it."""
+    contract = bench.contract
+    if (why := _takes_one(bench)) or contract.fixed_batch is not None:
+        return skipped(why or f"the graph fixes the batch at {contract.fixed_batch}, and it is filled with one clip")
+    if not contract.dynamic_batch:
+        return skipped("batches do not run")
+    pair, three = _pair(bench), _three(bench)
+    alone = bench.embed(pair[0], normalized=True)
+    worst = max(difference(bench.embed_batch(pair)[0], alone), difference(bench.embed_batch(three)[1], alone))
+    limit = COUPLING_TOLERANCE if tolerance is None else tolerance
+    figure = {"measured": _rounded(worst), "tolerance": limit, "unit": "of the largest"}
+    if worst <= limit:
+        by = f"differs by {worst:.1e} of the largest value" if worst else "is the same to the last bit"
+        return passed(f"beside a louder neighbour an item {by}", **figure)
+    says = f"an item differs by {worst:.1e} of the largest value beside a louder neighbour"
+    cost = "the model is run one item at a time, which costs speed on a GPU and nothing on the CPU"
+    if bench.facts.precision == "int8-dynamic":
+        return warned(f"{says}, as dynamic quantisation takes one scale a batch", f"nothing to do: {cost}", **figure)
+    if bench.facts.precision == "fp16" and worst <= _HALF_TOLERANCE:
+        return warned(f"{says}, which half precision may explain", f"nothing to do: {cost}", **figure)
+    return failed(
+        says,
+        "normalise each item by itself, never over the batch; look for a normalisation or a maximum over axis 0",
+        **figure,
+    )
+
+
+def check_determinism(bench: Bench, tolerance: float | None) -> Outcome:
+    """The same input again, from two threads at once."""
+    signal = bench.normalized(bench.signals["noise"])
+    first = bench.embed(signal, normalized=True)
+    with ThreadPoolExecutor(2) as pool:
+        worst = max(difference(again[0], first) for again in pool.map(bench.run, [signal[None]] * 2))
+    limit = _REPEAT_TOLERANCE if tolerance is None else tolerance
+    figure = {"measured": _rounded(worst), "tolerance": limit, "unit": "of the largest"}
+    if worst > limit:
+        return failed(
+            f"the same input again gives another embedding, by {worst:.1e} of the largest value",
+            "export in evaluation mode (model.eval()): dropout or noise is still in the graph",
+            **figure,
+        )
+    return passed("the same to the last bit" if worst == 0 else f"the same within {worst:.1e}", **figure)
+
+
+def _takes_one(bench: Bench) -> str:
+    """Why a model takes one clip a call by design; empty where it does not."""
+    contract = bench.contract
+    if "B" not in contract.input_layout or "B" not in contract.output_layout:
+        return "the model has no batch axis and takes one clip a call"
+    return "the graph fixes the batch at 1" if contract.fixed_batch == 1 else ""
+
+
+def _pair(bench: Bench) -> npt.NDArray[np.float32]:
+    """An item, and a louder one."""
+    item, loud = bench.signals["noise"], bench.signals["speech-like"]
+    loud = np.clip(loud * np.float32(LOUDER), -1, 1)
+    return np.stack([bench.normalized(item), bench.normalized(loud)])
+
+
+def _three(bench: Bench) -> npt.NDArray[np.float32]:
+    """A louder item before, and a quiet one after."""
+    item, loud = _pair(bench)
+    return np.stack([loud, item, bench.normalized(bench.signals["quiet noise"])])
+
+
+def _rounded(share: float) -> float | str:
+    return float(f"{share:.3g}") if np.isfinite(share) else "not finite"

@@ -1,0 +1,165 @@
+"""Parity: a model's embeddings against a reference, another model or what a NumPy file holds."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..audio import MAX_RATE, MIN_RATE
+from ..encoder import Encoder
+from ..errors import UsageError
+from .bench import cosines, difference
+from .records import Outcome, failed, passed
+from .signals import make_signals
+
+# Of the largest absolute value in a clip's embedding, as the exporters hold their files.
+TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "int8-dynamic": 0.2}
+_SOUNDS = ("noise", "speech-like", "chirp", "pink noise", "clicks", "full-scale noise")
+_SECONDS = 2.0
+_MOST_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`waveforms` (samples,) at `rate` Hz and what each should give, (frames, dim), or (1, dim) for one vector a clip.
+
+    `precision` is that of the model that gave it, `fp32` where that is not known.
+    """
+
+    name: str
+    rate: int
+    waveforms: list[npt.NDArray[np.float32]]
+    embeddings: list[npt.NDArray[np.float32]]
+    precision: str = "fp32"
+
+
+def sounds(rate: int, least: int, most: int) -> list[npt.NDArray[np.float32]]:
+    """What two models are asked: two seconds each, or what the model takes."""
+    samples = min(max(round(_SECONDS * rate), least), most)
+    made = make_signals(samples, rate)
+    return [made[name] for name in _SOUNDS]
+
+
+def reference_of_model(encoder: Encoder, precision: str, waveforms: list[npt.NDArray[np.float32]], rate: int) -> Reference:
+    embeddings = [found.frames for found in encoder.embed(waveforms, rate)]
+    return Reference(Path(encoder.info.path).name, rate, waveforms, embeddings, precision)
+
+
+def read_reference(path: Path) -> Reference:
+    """A `.npz` of `waveform` (samples,) or (clips, samples), `rate`, and `embeddings` (frames, dim) or (clips, frames, dim).
+
+    Clips of different lengths are numbered: `waveform_0`, `embeddings_0` and so on. Nothing in it is unpickled. Raises
+    `UsageError` for a file that is no such thing.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > _MOST_BYTES:
+                raise UsageError(f"reference {path} holds more than 2 GB; keep a few seconds of a few clips in it")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except UsageError:
+        raise
+    except OSError as error:
+        raise UsageError(f"reference {path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own for a damaged file
+        raise UsageError(f"reference {path} is no .npz of plain arrays, or a damaged one ({error})") from error
+    if "rate" not in arrays or arrays["rate"].size != 1 or arrays["rate"].dtype.kind not in "iuf":
+        raise UsageError(f"reference {path} must hold `rate`, one number in Hz; it has {_listed(arrays)}")
+    rate = float(arrays["rate"].reshape(-1)[0])
+    if not (MIN_RATE <= rate <= MAX_RATE and rate.is_integer()):
+        raise UsageError(f"reference {path}: rate={rate:g} must be a whole sampling rate from {MIN_RATE} to {MAX_RATE} Hz")
+    pairs = list(_pairs(path, arrays))
+    for number, (waveform, embedding) in enumerate(pairs):
+        if waveform.ndim != 1 or not len(waveform) or waveform.dtype.kind != "f" or not np.isfinite(waveform).all():
+            raise UsageError(f"reference {path}: waveform {number} must be finite floats (samples,), in [-1, 1]")
+        if embedding.ndim != 2 or not embedding.size or embedding.dtype.kind != "f":
+            raise UsageError(f"reference {path}: embeddings {number} must be floats (frames, dim), not {embedding.shape}")
+    waveforms, embeddings = zip(*pairs, strict=True)
+    return Reference(
+        path.name, int(rate), [w.astype(np.float32) for w in waveforms], [e.astype(np.float32) for e in embeddings]
+    )
+
+
+def compare(encoder: Encoder, reference: Reference, precision: str, tolerance: float | None) -> Outcome:
+    """What the encoder gives for the reference's waveforms, against what the reference holds."""
+    contract = encoder.contract
+    limit = max(TOLERANCES[precision], TOLERANCES[reference.precision]) if tolerance is None else tolerance
+    unit = "of the largest"
+    remedy = "look for what the export changed: the front end, a normalisation, precision, dropout, the order of outputs"
+    found = [embedding.frames for embedding in encoder.embed(reference.waveforms, reference.rate)]
+    errors, absolute, alike, lines = [], [], [], []
+    for number, (own, other, waveform) in enumerate(zip(found, reference.embeddings, reference.waveforms, strict=True)):
+        if own.shape[1] != other.shape[1]:
+            return failed(
+                f"{own.shape[1]} dimensions, where {reference.name} has {other.shape[1]}",
+                "compare the same output of the same encoder",
+                measured=own.shape[1],
+                tolerance=other.shape[1],
+                unit="dimensions",
+            )
+        # Frames whose centre lies past a clip's end are dropped from what an encoder gives, not from what a file holds.
+        samples = round(len(waveform) * contract.sample_rate / reference.rate)
+        if len(other) > len(own) and len(other) == contract.frames_of(samples):
+            other = other[: len(own)]
+        if len(own) != len(other):
+            return failed(
+                f"{len(own)} frames for clip {number} of {samples} samples, where {reference.name} has {len(other)}",
+                "compare encoders of the same hop and padding; clips of a .npz should be 1 s or longer, and within a chunk",
+                measured=len(own),
+                tolerance=len(other),
+                unit="frames",
+            )
+        errors.append(difference(own, other))
+        absolute.append(float(np.abs(own.astype(np.float64) - other).max()))
+        alike.append(cosines(own, other))
+        lines.append(
+            f"clip {number}: {len(own)} frames, {errors[-1]:.1e} of the largest value, cosine {alike[-1].min():.6f}"
+        )
+    worst, every = max(errors), np.concatenate(alike)
+    says = (
+        f"at most {max(absolute):.2g} from {reference.name}, {worst:.1e} of the largest value; cosine a frame at least "
+        f"{every.min():.6f}, on average {every.mean():.6f}"
+    )
+    figure = {
+        "measured": float(f"{worst:.3g}") if np.isfinite(worst) else "not finite",
+        "tolerance": limit,
+        "unit": unit,
+        "details": tuple(lines),
+    }
+    return passed(says, **figure) if worst <= limit else failed(says, remedy, **figure)
+
+
+def _pairs(
+    path: Path, arrays: dict[str, npt.NDArray[np.generic]]
+) -> Iterator[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]:
+    if "waveform" in arrays and "embeddings" in arrays:
+        waveform, embeddings = arrays["waveform"], arrays["embeddings"]
+        if waveform.ndim == 1:
+            yield waveform, embeddings[None] if embeddings.ndim == 1 else embeddings
+            return
+        if waveform.ndim != 2 or embeddings.ndim not in (2, 3) or not len(waveform) or len(waveform) != len(embeddings):
+            raise UsageError(
+                f"reference {path}: waveform {waveform.shape} and embeddings {embeddings.shape} must be (samples,) and "
+                "(frames, dim), or (clips, samples) and (clips, frames, dim)"
+            )
+        for one, other in zip(waveform, embeddings, strict=True):
+            yield one, other if other.ndim == 2 else other[None]
+        return
+    count = 0
+    while f"waveform_{count}" in arrays and f"embeddings_{count}" in arrays:
+        yield arrays[f"waveform_{count}"], arrays[f"embeddings_{count}"]
+        count += 1
+    if not count:
+        raise UsageError(
+            f"reference {path} must hold `waveform` and `embeddings`, or `waveform_0` and `embeddings_0`; it has "
+            f"{_listed(arrays)}"
+        )
+
+
+def _listed(arrays: dict[str, npt.NDArray[np.generic]]) -> str:
+    return ", ".join(repr(name) for name in arrays) or "nothing"

@@ -1,0 +1,130 @@
+"""A check for people and for pipelines: a table, Markdown, and the cases of `ci`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from ..checking import CheckReport, Finding
+from ..checking.contracts import said
+from ..checking.records import STATUSES
+from ..errors import printable
+from .ci import Case, markdown_cell
+from .tables import empty_table
+from .terminal import data_size
+
+_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+
+
+def print_check(report: CheckReport, console: Console) -> None:
+    """What the model is, a line a property, and what to do about each that is not well."""
+    console.print(Text.assemble((printable(Path(report.file).name), "bold"), f"  {_described(report)}"))
+    table = empty_table(console, ("property", "result"), ("measured", "tolerance"), ("found",))
+    table.columns[-1].no_wrap = False
+    for finding in report.findings:
+        table.add_row(
+            finding.property,
+            Text(finding.status, style=_STYLES[finding.status]),
+            _measured(finding),
+            _tolerance(finding),
+            printable(finding.says),
+        )
+    console.print(table, soft_wrap=False)
+    if report.contract is not None:
+        fields = (
+            f"{name}={said(entry['value'])} ({entry['source']})"
+            for name, entry in report.contract.items()
+            if entry["value"] is not None
+        )
+        console.print(f"contract: {printable(', '.join(fields))}")
+    for finding in (*_having(report, "fail"), *_having(report, "warn")):
+        console.print(
+            Text.assemble(
+                (f"{finding.status} {finding.property}", _STYLES[finding.status]),
+                f": {printable(finding.says)}" + (f"; {printable(finding.remedy)}" if finding.remedy else ""),
+            )
+        )
+    console.print(summary(report))
+
+
+def summary(report: CheckReport) -> str:
+    """One line: how many properties came to what, and in which time."""
+    counts = [f"{len(report.named(status))} {status}" for status in STATUSES if report.named(status)]
+    return f"{', '.join(counts)} in {report.seconds:.1f} s"
+
+
+def cases(report: CheckReport) -> list[Case]:
+    """A case a property."""
+    return [
+        Case(
+            suite=finding.group,
+            name=finding.property,
+            status=finding.status,
+            message=printable(finding.says) if finding.status in ("pass", "skip") else printable(_sentence(finding)),
+            details="\n".join(printable(line) for line in (*_figure(finding), *finding.details)),
+            seconds=finding.seconds,
+        )
+        for finding in report.findings
+    ]
+
+
+def markdown(report: CheckReport) -> str:
+    """A table for a step summary: what is not well first."""
+    lines = [
+        f"### {markdown_cell(Path(report.file).name)}: {markdown_cell(summary(report))}",
+        "",
+        markdown_cell(_described(report)),
+        "",
+        "| property | result | measured | tolerance | found |",
+        "|---|---|---|---|---|",
+    ]
+    if report.unusable is not None:
+        lines.insert(2, f"**cannot be used**: {markdown_cell(report.unusable)}\n")
+    for finding in (found for status in STATUSES for found in _having(report, status)):
+        what = _sentence(finding) if finding.status in ("fail", "warn") else finding.says
+        result = f"**{finding.status}**" if finding.status == "fail" else finding.status
+        cells = [markdown_cell(printable(cell)) for cell in (_measured(finding), _tolerance(finding), what)]
+        lines.append(f"| {finding.property} | {result} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _having(report: CheckReport, status: str) -> list[Finding]:
+    return [finding for finding in report.findings if finding.status == status]
+
+
+def _described(report: CheckReport) -> str:
+    if report.model is None:
+        return "could not be read"
+    said = [data_size(report.model.bytes), f"{report.model.parameters / 1e6:.1f} M parameters", report.model.precision]
+    if report.contract is not None:
+        dim, hop, rate = (report.contract[name]["value"] for name in ("dim", "hop_samples", "sample_rate"))
+        said += [f"{dim} dimensions", f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only", f"{rate} Hz"]
+    if report.provider is not None:
+        said.append(report.provider.removesuffix("ExecutionProvider"))
+    return ", ".join(said)
+
+
+def _measured(finding: Finding) -> str:
+    if finding.measured is None:
+        return ""
+    value = f"{finding.measured:g}" if isinstance(finding.measured, float) else f"{finding.measured}"
+    return printable(f"{value} {finding.unit}".rstrip())
+
+
+def _tolerance(finding: Finding) -> str:
+    if finding.tolerance is None:
+        return ""
+    if isinstance(finding.tolerance, str):
+        return finding.tolerance
+    return f"<= {finding.tolerance:g}" if finding.tolerance else "0"
+
+
+def _figure(finding: Finding) -> list[str]:
+    measured, tolerance = _measured(finding), _tolerance(finding)
+    return [f"measured {measured}" + (f", tolerance {tolerance}" if tolerance else "")] if measured else []
+
+
+def _sentence(finding: Finding) -> str:
+    return f"{finding.says}; {finding.remedy}" if finding.remedy else finding.says

@@ -7,11 +7,12 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train"]
+Stage = Literal["prepare", "embed", "train", "check", "write"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare."""
+    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare,
+    clips to check and to write into shards."""
 
     stage: Stage
     task: str

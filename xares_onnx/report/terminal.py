@@ -47,8 +47,8 @@ _METRICS = {
     "one_minus_wer": "1 - WER",
     "mse": "MSE",
 }
-_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training"}
-_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs"}
+_VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training", "check": "checking", "write": "packing"}
+_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "check": "files", "write": "clips"}
 
 
 class _Console(Console):

@@ -37,7 +37,7 @@ from .balance import Balance, check_balance
 from .columns import Columns, find_columns
 from .index import Clip, Index
 from .recordings import Heard, hear, place
-from .splits import SPLITS, make_splits, make_units
+from .splits import SPLITS, draw, make_splits, make_units
 from .tables import FolderTable, Table, open_table
 from .task_file import Heading, write_task
 
@@ -467,12 +467,12 @@ def _make_splits(run: _Run, seed: int) -> None:
     index = run.index
     _, count = index.count()
     ids, strata, groups, contents = (np.zeros(count, np.int64) for _ in range(4))
-    paths, teams = [], dict[str, int]()
+    draws, teams = bytearray(), dict[str, int]()
     for i, (clip, path, team, content, stratum) in enumerate(index.units()):
         ids[i], strata[i] = clip, stratum
         groups[i] = -1 if team is None else teams.setdefault(team, len(teams))
         contents[i] = int.from_bytes(content[:8], signed=True)
-        paths.append(path)
+        draws += draw(path, seed)
     units = make_units(groups, contents)
     strata = np.unique(strata, return_inverse=True)[1].astype(np.int64)
     if not count or units.max() < 1:
@@ -480,7 +480,7 @@ def _make_splits(run: _Run, seed: int) -> None:
             f"all {_clips(count)} belong together" if count > 1 else f"{_clips(count)} cannot be both trained and tested on"
         )
         raise DataError(f"there are no two parts to be made: {why}")
-    chosen = make_splits(paths, strata, units, seed)
+    chosen = make_splits(np.frombuffer(draws, ">u8").astype(np.uint64).reshape(-1, 2), strata, units)
     index.assign((SPLITS[split], clip) for split, clip in zip(chosen.tolist(), ids.tolist(), strict=True))
 
 

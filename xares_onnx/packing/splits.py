@@ -7,7 +7,6 @@ strata and the seed, not on the order of the table.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 Indices = npt.NDArray[np.int64]
+Draws = npt.NDArray[np.uint64]
 
 SPLITS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
@@ -38,15 +38,22 @@ def make_units(groups: Indices, contents: Indices) -> Indices:
     return np.unique(units[:count], return_inverse=True)[1].astype(np.int64)
 
 
-def make_splits(paths: Sequence[str], strata: Indices, units: Indices, seed: int) -> Indices:
-    """(clips,) 0 train, 1 valid, 2 test. `strata` and `units` (clips,) count from 0.
+def draw(path: str, seed: int) -> bytes:
+    """Sixteen bytes of a clip's own, for `make_splits`."""
+    return hashlib.sha256(f"{seed}/{path}".encode()).digest()[:16]
+
+
+def make_splits(draws: Draws, strata: Indices, units: Indices) -> Indices:
+    """(clips,) 0 train, 1 valid, 2 test, by what was drawn for each clip.
+
+    `draws` (clips, 2): the first for the order in which units choose, the second for what they choose. `strata` and `units`
+    (clips,) count from 0.
 
     A stratum of several units is in train and test, one of three and more in valid too, as far as units of several strata
     allow it. Where every clip is its own unit, each split has its share of each stratum, rounded.
     """
-    if not len(paths):
+    if not len(units):
         return np.zeros(0, np.int64)
-    draws = np.array([_draws(path, seed) for path in paths], np.uint64)
     first = np.lexsort((draws[:, 1], draws[:, 0], units))
     starts = np.unique(units[first], return_index=True)[1]
     draws = draws[first[starts]]  # a unit's are those of its clip with the lowest
@@ -108,9 +115,3 @@ def _pick(members: list[tuple[int, int]], left: list[list[int]], draw: float) ->
         if mark < 0:
             return split
     return max(range(3), key=fits.__getitem__)
-
-
-def _draws(path: str, seed: int) -> tuple[int, int]:
-    """Two numbers below 2**64: one for the order of units, one to draw a split."""
-    digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
-    return int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])

@@ -8,23 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..task import HEADS, METRICS
+import msgspec
+
+from ..catalog import shipped_tasks
+from ..synthetic import SPLITS
+from ..task import METRICS, Head
 from .labels import Labels
 
 _WIDTH = 120
 
-# Epochs and batch size of X-ARES's tasks of the kind: ESC-50, FSD50k, DESED, Clotho, LibriSpeech, speechocean762.
-_TRAINING = {
-    "class": (10, 32),
-    "tags": (10, 64),
-    "events": (10, 32),
-    "captions": (20, 128),
-    "transcript": (10, 4),
-    "number": (25, 32),
+# Heads are trained as those of a shipped task of the kind are: of the built-in suite, which has few clips, or of X-ARES.
+_MODELS = {
+    "class": ("synthetic_pitch", "esc50"),
+    "tags": ("synthetic_tags", "fsd50k"),
+    "events": ("synthetic_events", "desed"),
+    "captions": ("synthetic_captions", "clotho"),
+    "transcript": ("synthetic_transcript", "librispeech"),
+    "number": ("synthetic_number", "speechocean762"),
 }
-_LEARNING_RATE = 0.001
-# A fold of ESC-50 trains 10 epochs of 50 batches. Where there are fewer clips there are more epochs, up to a limit.
-_STEPS, _MOST_EPOCHS = 500, 100
+_MANY_CLIPS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ def write_task(
     """The TOML. `parts` has the clips of each split or, by its number, each fold."""
     tested = sum(parts.values()) if folds else parts["test"]
     trained = tested - max(parts.values()) if folds else parts["train"]
-    epochs, batch_size = _TRAINING[labels.kind]
-    epochs = max(epochs, min(_MOST_EPOCHS, math.ceil(_STEPS / math.ceil(trained / batch_size))))
+    head = _head(labels.kind, trained)
     if folds:
         shards = f'folds = {{ pattern = "fold-{{fold}}-*.tar", numbers = {[int(part) for part in parts]} }}'
     else:
@@ -68,9 +69,7 @@ def write_task(
         *_pairs({"kind": labels.kind, **labels.target(classes, numbers)}),
         "",
         "[head]",
-        *_pairs(
-            {"kind": HEADS[labels.kind][0], "epochs": epochs, "batch_size": batch_size, "learning_rate": _LEARNING_RATE}
-        ),
+        *_pairs({key: getattr(head, key) for key in ("kind", "epochs", "batch_size", "learning_rate")}),
         "",
         "[score]",
         *_pairs({"metric": metric}),
@@ -78,6 +77,14 @@ def write_task(
         *_pairs({"knn": True} if labels.kind == "class" else {}),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _head(kind: str, trained: int) -> Head:
+    """How to train on so many clips; where there are fewer than in the built-in suite, for more epochs: for as many steps."""
+    small, large = (shipped_tasks()[name].head for name in _MODELS[kind])
+    if trained >= _MANY_CLIPS:
+        return large
+    return msgspec.structs.replace(small, epochs=math.ceil(small.epochs * max(1, SPLITS["train"] / trained)))
 
 
 def _pairs(values: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ CREATE TABLE clip (
 CREATE TABLE said (clip INTEGER NOT NULL, line INTEGER NOT NULL, value TEXT NOT NULL);
 """
 _INDICES = "CREATE INDEX said_of ON said (clip)"
-_BATCH = 512
+_BATCH = 128
 
 
 class Clip(NamedTuple):
@@ -98,8 +98,14 @@ class Index:
 
     def of_part(self, part: str) -> Iterator[Clip]:
         """Clips of a split or fold without fault, in the order of their paths."""
-        for row in self._db.execute("SELECT * FROM clip WHERE part = ? AND fault IS NULL ORDER BY path", (part,)):
-            yield Clip(*row)
+        last = ""
+        while rows := self._db.execute(
+            "SELECT * FROM clip WHERE path > ? AND part = ? AND fault IS NULL ORDER BY path LIMIT ?", (last, part, _BATCH)
+        ).fetchall():
+            for row in rows:
+                clip = Clip(*row)
+                yield clip
+            last = clip.path
 
     def heard(self, clips: Iterable[tuple[bytes, float, int, int]]) -> None:
         """(content, seconds, size, id) of audio that was decoded."""

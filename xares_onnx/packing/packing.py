@@ -37,7 +37,7 @@ from .balance import Balance, check_balance
 from .columns import Columns, find_columns
 from .index import Clip, Index
 from .recordings import Heard, hear, place
-from .splits import SPLITS, draw, make_splits, make_units
+from .splits import SPLITS, TEST, draw, make_splits, make_units, pool_small
 from .tables import FolderTable, Table, open_table
 from .task_file import Heading, write_task
 
@@ -474,13 +474,20 @@ def _make_splits(run: _Run, seed: int) -> None:
         contents[i] = int.from_bytes(content[:8], signed=True)
         draws += draw(path, seed)
     units = make_units(groups, contents)
-    strata = np.unique(strata, return_inverse=True)[1].astype(np.int64)
     if not count or units.max() < 1:
         why = (
             f"all {_clips(count)} belong together" if count > 1 else f"{_clips(count)} cannot be both trained and tested on"
         )
         raise DataError(f"there are no two parts to be made: {why}")
+    if run.columns.labels.kind == "class":
+        strata = np.unique(strata, return_inverse=True)[1].astype(np.int64)
+    else:
+        strata = pool_small(strata, units)
     chosen = make_splits(np.frombuffer(draws, ">u8").astype(np.uint64).reshape(-1, 2), strata, units)
+    if TEST not in chosen:
+        raise DataError(
+            "no class has clips for both training and test: each has one clip only, or clips that belong together"
+        )
     index.assign((SPLITS[split], clip) for split, clip in zip(chosen.tolist(), ids.tolist(), strict=True))
 
 

@@ -38,6 +38,14 @@ def make_units(groups: Indices, contents: Indices) -> Indices:
     return np.unique(units[:count], return_inverse=True)[1].astype(np.int64)
 
 
+def pool_small(strata: Indices, units: Indices) -> Indices:
+    """(clips,) strata from 0, those of fewer than three units as one: for kinds whose classes need not all be trained."""
+    strata = np.unique(strata, return_inverse=True)[1]
+    pairs = np.unique(np.stack([strata, units]), axis=1)
+    small = np.bincount(pairs[0]) < len(SPLITS)
+    return np.unique(np.where(small[strata], -1, strata), return_inverse=True)[1].astype(np.int64)
+
+
 def draw(path: str, seed: int) -> bytes:
     """Sixteen bytes of a clip's own, for `make_splits`."""
     return hashlib.sha256(f"{seed}/{path}".encode()).digest()[:16]
@@ -50,7 +58,8 @@ def make_splits(draws: Draws, strata: Indices, units: Indices) -> Indices:
     (clips,) count from 0.
 
     A stratum of several units is in train and test, one of three and more in valid too, as far as units of several strata
-    allow it. Where every clip is its own unit, each split has its share of each stratum, rounded.
+    allow it; it is never in test and not in train. Where every clip is its own unit, each split has its share of each
+    stratum, rounded.
     """
     if not len(units):
         return np.zeros(0, np.int64)
@@ -92,6 +101,9 @@ def make_splits(draws: Draws, strata: Indices, units: Indices) -> Indices:
     for unit in order[::-1].tolist():  # large units first: small ones fill what is left
         if chosen[unit] < 0:
             put(unit, _pick(members(unit), left, draws[unit, 1] / 2**64))
+    for stratum in sorted(present[TEST] - present[TRAIN]):  # its units of other strata left it no choice
+        if not (chosen[having := by_stratum[ends[stratum] - units_of[stratum] : ends[stratum]]] == TRAIN).any():
+            chosen[having[chosen[having] == TEST][:1]] = TRAIN
     return chosen[units]
 
 

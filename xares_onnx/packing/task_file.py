@@ -63,7 +63,7 @@ def write_task(
         "",
         "[data]",
         shards,
-        *_pairs({"crop_seconds": crop_seconds} if crop_seconds else {}),
+        *_pairs({"crop_seconds": crop_seconds} if crop_seconds is not None else {}),
         "",
         "[target]",
         *_pairs({"kind": labels.kind, **labels.target(classes, numbers)}),
@@ -80,7 +80,7 @@ def write_task(
 
 
 def _head(kind: str, trained: int) -> Head:
-    """How to train on so many clips; where there are fewer than in the built-in suite, for more epochs: for as many steps."""
+    """How to train on so many clips. On fewer than the built-in suite has, for more epochs: as many steps."""
     small, large = (shipped_tasks()[name].head for name in _MODELS[kind])
     if trained >= _MANY_CLIPS:
         return large

@@ -11,14 +11,10 @@ import json
 import os
 import re
 import shlex
-import shutil
-import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -26,9 +22,8 @@ import numpy as np
 
 from ..catalog import shipped_tasks
 from ..dataset import MAX_DROP_SHARE, MAX_DROPS
-from ..errors import ClipError, DataError, DataMissingError, LabelError, MachineError, UsageError, nearest
+from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest
 from ..events import Note, Observer, Progress, ignore
-from ..files import disk_error, write_aside
 from ..shards import Drop, parse_label
 from ..targets import Target
 from ..task import Domain, Task, load_task
@@ -36,6 +31,7 @@ from .archive import Member, key_of, write_shards
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
 from .index import Clip, Index
+from .output import Manifest, Part, Source, check_output, put_in_place, scratch_folder
 from .recordings import Heard, hear, place
 from .splits import SPLITS, TEST, draw, make_splits, make_units, pool_small
 from .tables import FolderTable, Table, open_table
@@ -45,16 +41,7 @@ Leaks = Literal["refuse", "drop", "keep"]
 LEAKS: tuple[Leaks, ...] = get_args(Leaks)
 DOMAINS = tuple(domain for domain in get_args(Domain) if domain != "synthetic")
 
-MANIFEST = "packed.json"
 _SHOWN = 3
-
-
-class Part(msgspec.Struct, frozen=True):
-    """A split or a fold."""
-
-    clips: int
-    seconds: float
-    shards: int
 
 
 class Packed(msgspec.Struct, frozen=True):
@@ -72,22 +59,6 @@ class Packed(msgspec.Struct, frozen=True):
     task_file: str | None
     command: str | None
     """What evaluates it; None where nothing was written."""
-
-
-class _Source(msgspec.Struct):
-    audio: str
-    labels: str | None
-
-
-class _Manifest(msgspec.Struct):
-    """Beside the shards: where they come from, and what of that they lack."""
-
-    source: _Source
-    columns: dict[str, str]
-    seed: int
-    parts: dict[str, Part]
-    dropped: list[Drop]
-    notes: list[str]
 
 
 @dataclass
@@ -152,10 +123,10 @@ def pack(
         heading = Heading(heading.name, heading.title, "speech")
     if crop_seconds is not None and found in ("events", "transcript"):
         raise UsageError(f"--crop-seconds would cut through the {found} of a clip; leave it out")
-    source = _Source(root.name, labels.name if labels is not None else None)
+    source = Source(root.name, labels.name if labels is not None else None)
     if output is not None:
-        _check_output(output, name, source)
-    with _scratch(output, name) as scratch, Index(scratch) as index:
+        check_output(output, name, source)
+    with scratch_folder(output, name) as scratch, Index(scratch) as index:
         run = _Run(root, table, columns, index, name, observer)
         _read_rows(run)
         _join_rows(run)
@@ -196,8 +167,9 @@ def pack(
             command=_command(output, name) if output is not None else None,
         )
         if output is not None:
-            manifest = _Manifest(source, packed.columns, seed, packed.parts, packed.dropped, packed.notes)
-            _put_in_place(scratch, output, text, manifest, run)
+            manifest = Manifest(source, packed.columns, seed, packed.parts, packed.dropped, packed.notes)
+            for said in put_in_place(scratch / "fresh", output, name, text, manifest):
+                run.note(said)
     return packed
 
 
@@ -494,50 +466,6 @@ def _make_splits(run: _Run, seed: int) -> None:
 # ---------------------------------------------------------------- files
 
 
-def _check_output(output: Path, name: str, source: _Source) -> None:
-    if "," in str(output):
-        raise UsageError(f"output {output} holds a comma, which --tasks takes for a separator; choose another")
-    folder, task_file = output / name, output / f"{name}.toml"
-    elsewhere = "choose another --name or -o, or move it"
-    if not folder.exists():
-        if task_file.exists():
-            raise UsageError(f"{task_file} is there already; {elsewhere}")
-        return
-    try:
-        found = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Manifest)
-    except (OSError, msgspec.MsgspecError):
-        if folder.is_dir() and not any(folder.iterdir()) and not task_file.exists():
-            return
-        raise UsageError(f"{folder} holds something that was not packed here; {elsewhere}") from None
-    if found.source != source:
-        packed_from = f"{found.source.labels or 'the folders'} and {found.source.audio}"
-        raise UsageError(f"{folder} was packed from {packed_from}; {elsewhere}")
-
-
-@contextmanager
-def _scratch(output: Path | None, name: str) -> Iterator[Path]:
-    """A folder for the index and the fresh shards, beside the place where those will lie."""
-    try:
-        if output is None:
-            with TemporaryDirectory() as folder:
-                yield Path(folder)
-            return
-        output.mkdir(parents=True, exist_ok=True)
-        aside = output / f".{name}.part"
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-        aside.mkdir()
-        try:
-            yield aside
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except sqlite3.OperationalError as error:
-        raise MachineError(
-            f"the scratch file of {output or 'this check'} cannot be written ({error}); is the disk full?"
-        ) from error
-    except OSError as error:
-        raise disk_error(error, output or Path("scratch")) from error
-
-
 def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
     """Shards of every part; how many each has."""
     fresh.mkdir()
@@ -562,17 +490,3 @@ def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
 def _member(run: _Run, clip: Clip) -> Member:
     label = json.dumps(json.loads(clip.label or ""), ensure_ascii=False).encode()
     return Member(clip.key, run.root / clip.path, clip.size or 0, label)
-
-
-def _put_in_place(scratch: Path, output: Path, text: str, manifest: _Manifest, run: _Run) -> None:
-    """The fresh shards instead of older ones, then the task file; an older one of other content is kept beside it."""
-    folder, task_file = output / run.name, output / f"{run.name}.toml"
-    if task_file.exists() and task_file.read_bytes() != text.encode():
-        before = task_file.with_name(f"{task_file.name}.before")
-        os.replace(task_file, before)
-        run.note(f"{task_file.name} is written anew; as it was, it is {before.name}")
-    write_aside(scratch / "fresh" / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-    if folder.exists():
-        os.replace(folder, scratch / "outdated")
-    os.replace(scratch / "fresh", folder)
-    write_aside(task_file, text.encode())

@@ -86,9 +86,9 @@ def make_splits(draws: Draws, strata: Indices, units: Indices) -> Indices:
             left[stratum][split] -= count
             present[split].add(stratum)
 
-    order = np.lexsort((draws[:, 0], sizes))  # small units first
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    # Those choose first that are no larger than a split's share, in the order drawn; of the others the smallest.
+    place = np.empty_like(sizes)
+    place[np.lexsort((draws[:, 0], np.where(sizes <= max(1, len(units) // _SHARE), 0, sizes)))] = np.arange(len(sizes))
     by_stratum = unit_of_row[np.lexsort((place[unit_of_row], stratum_of_row))]
     ends = np.cumsum(units_of)
     for stratum in np.argsort(units_of, kind="stable").tolist():  # those with few units choose first
@@ -98,7 +98,7 @@ def make_splits(draws: Draws, strata: Indices, units: Indices) -> Indices:
                 free = having[chosen[having] < 0]
                 if len(free):
                     put(int(free[0]), split)
-    for unit in order[::-1].tolist():  # large units first: small ones fill what is left
+    for unit in np.lexsort((draws[:, 0], -sizes)).tolist():  # large units first: small ones fill what is left
         if chosen[unit] < 0:
             put(unit, _pick(members(unit), left, draws[unit, 1] / 2**64))
     for stratum in sorted(present[TEST] - present[TRAIN]):  # its units of other strata left it no choice

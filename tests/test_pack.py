@@ -295,9 +295,9 @@ def test_captions_of_columns_and_lists(tmp_path: Path) -> None:
 
 
 def test_a_column_of_another_name_and_classes_that_are_numbers(tmp_path: Path) -> None:
-    rows = [{"category": 10, "label": "x"}, {"category": 2.0, "label": "x"}, {"category": 2, "label": "x"}]
+    rows = [{"category": value, "label": "x"} for value in (10, 2.0, True, "true", 2)]
     done, labels = pack_cells(tmp_path, rows, target="category", kind="class")
-    assert labels == [{"label": "10"}, {"label": "2"}, {"label": "2"}]
+    assert [label["label"] for label in labels] == ["10", "2", "true", "true", "2"]
     assert done.columns == {"path": "path", "category": "class", "split": "split"}
 
 

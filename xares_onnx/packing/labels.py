@@ -222,11 +222,11 @@ def _first(event: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 
 def _name(value: Any, what: str) -> str:
-    """A class's name. Whole numbers are names too, such as classes 0 to 49 and the notes of a piano."""
+    """A class's name. So are whole numbers, such as classes 0 to 49 and the notes of a piano, and true and false."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, int) and abs(value) < 2**63:
+        return json.dumps(value)
     if not isinstance(value, str) or not value.strip():
         raise LabelError(f"it has no {what}" if value in (None, "") else f"its {what} is no name")
     return value.strip()

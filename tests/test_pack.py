@@ -17,7 +17,7 @@ from kind_makers import KINDS, SIZES, write_bank
 from pack_makers import short, tree, write_files, write_kind, write_table, write_tones
 
 from xares_onnx import audio
-from xares_onnx.catalog import shipped_tasks
+from xares_onnx.catalog import find_parts, shipped_tasks
 from xares_onnx.errors import UsageError
 from xares_onnx.evaluation import evaluate
 from xares_onnx.packing import Packed, pack
@@ -104,6 +104,16 @@ def test_folds_are_cross_validated(model: Path, tmp_path: Path) -> None:
     (record,) = result.result.tasks
     assert (len(record.per_fold), record.n_test) == (3, 60)
     assert (record.score or 0) > 0.8
+
+
+def test_ten_folds_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    rows = [{**row, "fold": i // 4 % 11} for i, row in enumerate(write_tones(tmp_path / "audio", 88))]
+    done = pack(tmp_path / "audio", write_table(tmp_path / "labels.csv", rows), tmp_path / "out")
+    assert done.task.data.folds is not None
+    assert done.task.data.folds.numbers == tuple(range(11)) == tuple(map(int, done.parts))
+    assert {fold: part.clips for fold, part in done.parts.items()} == {str(fold): 8 for fold in range(11)}
+    found = find_parts(done.task, tmp_path / "out") or {}
+    assert [path.name for path in found["1"]] == ["fold-1-000000.tar"]
 
 
 def test_names_of_folds_are_numbered_and_said(tmp_path: Path) -> None:
@@ -403,7 +413,9 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         ({"kind": "tags"}, "name the column by --target"),
         ({"target": "label", "kind": "tag"}, "did you mean 'tags'"),
         ({"group": "speaker"}, "no column 'speaker' to group by"),
-        ({"crop_seconds": 0.0}, "crop_seconds"),
+        ({"crop_seconds": 0.0}, "`crop_seconds` must lie"),
+        ({"segment_seconds": 0.0}, "`segment_seconds` must lie"),
+        ({"title": "a\ud800"}, "holds what cannot be printed"),
     ):
         with pytest.raises(UsageError, match=said):
             pack(tmp_path / "audio", table, tmp_path / "out", **options)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageEr
 from ..events import Note, Observer, Progress, ignore
 from ..shards import Drop, parse_label
 from ..targets import Target
-from ..task import Domain, Task, load_task
+from ..task import Data, Domain, Score, Task, load_task
 from .archive import Member, key_of, write_shards
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
@@ -121,6 +121,11 @@ def pack(
     found = columns.labels.kind
     if domain is None and found == "transcript":
         heading = Heading(heading.name, heading.title, "speech")
+    try:
+        Data(splits={"train": "*", "test": "*"}, crop_seconds=crop_seconds)
+        Score(segment_seconds=segment_seconds)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if crop_seconds is not None and found in ("events", "transcript"):
         raise UsageError(f"--crop-seconds would cut through the {found} of a clip; leave it out")
     source = Source(root.name, labels.name if labels is not None else None)
@@ -159,7 +164,7 @@ def pack(
         packed = Packed(
             task=task,
             columns=_meanings(columns),
-            parts={part: parts[part] for part in (SPLITS if not folds else parts) if part in parts},
+            parts={part: parts[part] for part in (sorted(parts, key=int) if folds else SPLITS) if part in parts},
             classes=balance.table(),
             dropped=[Drop(path, f"{why} ({table.at(line)})") for path, line, why in index.faults(*_LOSSES)],
             notes=run.notes,
@@ -183,6 +188,8 @@ def _heading(name: str, title: str | None, domain: str | None) -> Heading:
         raise UsageError(f"--name {name!r} is that of a task of X-ARES's or the built-in suite; choose another")
     if domain is not None and domain not in DOMAINS:
         raise UsageError(f"--domain {domain!r} is none of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
+    if title is not None and not title.isprintable():
+        raise UsageError(f"--title {title!r} holds what cannot be printed")
     return Heading(name, title or name, domain or "environment")
 
 

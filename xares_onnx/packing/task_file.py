@@ -52,7 +52,7 @@ def write_task(
     trained = tested - max(parts.values()) if folds else parts["train"]
     head = _head(labels.kind, trained)
     if folds:
-        shards = f'folds = {{ pattern = "fold-{{fold}}-*.tar", numbers = {[int(part) for part in parts]} }}'
+        shards = f'folds = {{ pattern = "fold-{{fold}}-*.tar", numbers = {sorted(map(int, parts))} }}'
     else:
         named = ", ".join(f'{part} = "{part}-*.tar"' for part in ("train", "valid", "test") if part in parts)
         shards = f"splits = {{ {named} }}"

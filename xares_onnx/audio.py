@@ -7,7 +7,8 @@ for more memory than `MAX_FRAMES` samples.
 from __future__ import annotations
 
 import io
-from typing import Literal
+from collections.abc import Iterator
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,11 @@ from .errors import ClipError
 Waveform = npt.NDArray[np.float32]
 CropRule = Literal["keep-tails", "whole-crops"]
 
-AUDIO_EXTENSIONS = frozenset(
+READABLE_EXTENSIONS = frozenset(
     {"wav", "flac", "ogg", "oga", "mp3", "opus", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64"}
-    | {"m4a", "mp4", "aac", "wma", "webm", "amr"}  # libsndfile reads none of these: a named drop, not an unknown file
 )
+# libsndfile reads none of the further ones: a named drop, not an unknown file.
+AUDIO_EXTENSIONS = READABLE_EXTENSIONS | {"m4a", "mp4", "aac", "wma", "webm", "amr"}
 MAX_SECONDS = 2 * 3600
 MAX_FRAMES = 1 << 28  # 1 GiB of mono float32
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; outside, a header lies
@@ -35,29 +37,35 @@ def decode(data: bytes) -> tuple[Waveform, int]:
 
     Raises `ClipError` where libsndfile cannot read the bytes, or they hold no samples, NaN or infinity.
     """
+    # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
+    with io.BytesIO(data) as buffer:
+        blocks, rates = zip(*decode_blocks(buffer), strict=True)
+    return np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0]), rates[0]
+
+
+def decode_blocks(source: BinaryIO) -> Iterator[tuple[Waveform, int]]:
+    """`decode` block by block, so that a long recording is never held whole: at least one block, or `ClipError`."""
     try:
-        # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
-        with io.BytesIO(data) as buffer, soundfile.SoundFile(buffer) as file:
+        with soundfile.SoundFile(source) as file:
             rate = int(file.samplerate)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise ClipError(f"sampling rate {rate} Hz is not plausible")
             limit = min(MAX_FRAMES, MAX_SECONDS * rate)
             # The header may lie about the length: blocks are read until the decoder says that it ends.
-            blocks, frames = [], 0
+            frames = 0
             block_frames = max(1, _BLOCK_SAMPLES // file.channels)
             while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
                 frames += len(block)
                 if frames > limit:
                     raise ClipError(f"longer than {limit / rate / 60:.0f} minutes")
-                blocks.append(_mono(block))
+                samples = _mono(block)
+                if not np.isfinite(samples).all():
+                    raise ClipError("audio holds NaN or infinite samples")
+                yield samples, rate
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise _undecodable(error) from error
     if not frames:
         raise ClipError("audio holds no samples")
-    samples = np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0])
-    if not np.isfinite(samples).all():
-        raise ClipError("audio holds NaN or infinite samples")
-    return samples, rate
 
 
 def _mono(block: npt.NDArray[np.float32]) -> Waveform:

@@ -7,11 +7,12 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train", "measure", "check"]
+Stage = Literal["prepare", "embed", "train", "measure", "check", "inspect", "write"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare, properties."""
+    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare, properties to check,
+    clips to inspect and to write into shards."""
 
     stage: Stage
     task: str

@@ -48,14 +48,16 @@ METRIC_NAMES = {
     "one_minus_wer": "1 - WER",
     "mse": "MSE",
 }
-_VERBS = {
-    "prepare": "preparing",
-    "embed": "embedding",
-    "train": "training",
-    "measure": "measuring",
-    "check": "checking",
+# What is done in a stage, and to what.
+_STAGES = {
+    "prepare": ("preparing", "files"),
+    "embed": ("embedding", "clips"),
+    "train": ("training", "epochs"),
+    "measure": ("measuring", "rounds"),
+    "check": ("checking", "properties"),
+    "inspect": ("inspecting", "files"),
+    "write": ("packing", "clips"),
 }
-_UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "measure": "rounds", "check": "properties"}
 
 
 class _Console(Console):
@@ -130,15 +132,15 @@ class TerminalObserver:
                 "check",
             ):
                 self._begun.remove((stage, task))
-                self._console.print(f"{task}: {_VERBS[stage]} done, {total} {_UNITS[stage]}")
+                self._console.print(f"{task}: {_STAGES[stage][0]} done, {total} {_STAGES[stage][1]}")
 
     def _draw(self, stage: str, task: str, done: int, total: int) -> None:
         key = (stage, task)
         if key not in self._bars:
             for old in self._bars.values():
                 self._progress.update(old, visible=False)
-            description = f"{_VERBS[stage]} {task}"
-            self._bars[key] = self._progress.add_task(description, total=total, start_done=done, unit=_UNITS[stage])
+            description = f"{_STAGES[stage][0]} {task}"
+            self._bars[key] = self._progress.add_task(description, total=total, start_done=done, unit=_STAGES[stage][1])
         self._progress.update(self._bars[key], completed=done, total=total)
 
 

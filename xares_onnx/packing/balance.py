@@ -1,0 +1,109 @@
+"""How many clips of each class are trained and tested on, and whether that can give a score."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..errors import DataError
+from .index import Index
+from .labels import Labels
+
+_FEW_TRAINED, _FEW_TESTED = 2, 30
+_SHOWN = 5
+
+
+@dataclass
+class Balance:
+    """Clips of each class. After the last `see`, classes have an order; after `count`, clips of each part are known."""
+
+    kind: str
+    clips: Counter[str] = field(default_factory=Counter)
+    of_part: Counter[tuple[str, str]] = field(default_factory=Counter)
+    parts: dict[str, int] = field(default_factory=dict)
+
+    def see(self, classes: Collection[str]) -> None:
+        self.clips.update(classes)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The vocabulary, in the order of its letters."""
+        return sorted(self.clips)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names, 1)}
+
+    def stratum(self, classes: Collection[str]) -> int:
+        """The number of a clip's rarest class, from 1; 0 where it has none."""
+        rarest = min(classes, key=lambda name: (self.clips[name], name), default=None)
+        return 0 if rarest is None else self._numbers[rarest]
+
+    def check_vocabulary(self) -> None:
+        if self.kind == "class" and len(self.clips) < 2:
+            (only,) = self.clips
+            raise DataError(f"every clip is of class {only!r}: there is nothing to tell apart")
+        if self.kind in ("tags", "events") and not self.clips:
+            raise DataError(f"no clip has any {self.kind}: there is nothing to learn")
+
+    def count(self, index: Index, labels: Labels) -> None:
+        for part, (clips, _) in index.parts().items():
+            self.parts[part] = clips
+            for clip in index.of_part(part):
+                self.of_part.update((name, part) for name in labels.classes(json.loads(clip.label or "")))
+
+    def table(self) -> dict[str, dict[str, int]]:
+        return {name: {part: self.of_part[name, part] for part in self.parts} for name in self.names}
+
+    def trained_and_tested(self, folds: bool) -> Iterator[tuple[str, dict[str, int], dict[str, int]]]:
+        """A test and, of every class, the clips trained and those tested on."""
+        for test in self.parts if folds else ("test",):
+            train = [part for part in self.parts if part != test] if folds else ["train"]
+            trained = {name: sum(self.of_part[name, part] for part in train) for name in self.names}
+            yield test, trained, {name: self.of_part[name, test] for name in self.names}
+
+
+def check_balance(balance: Balance, folds: bool) -> list[str]:
+    """What the user should know of small parts and classes; `DataError` where an evaluation would have no score."""
+    notes = []
+    smallest = min(balance.parts.values()) if folds else balance.parts["test"]
+    if balance.kind == "captions" and smallest < 2:
+        raise DataError("a test of one clip ranks first whatever the encoder; captions need two test clips or more")
+    few: set[str] = set()
+    for test, trained, tested in balance.trained_and_tested(folds):
+        where = f"fold {test}" if folds else "test"
+        new = [name for name in balance.names if tested[name] and not trained[name]]
+        if new and balance.kind == "class":
+            raise DataError(
+                f"class {new[0]!r} is tested in {where} and has no training clip, so there is no score"
+                f"{_more(new)}; leave it out, or divide the clips otherwise"
+            )
+        if new:
+            notes.append(f"{len(new)} classes are tested in {where} and have no training clip: {_names(new)}")
+        if balance.names and not any(tested.values()):
+            raise DataError(f"no clip of {where} has any {balance.kind}, so there is no score; divide the clips otherwise")
+        if balance.names and not any(trained.values()):
+            raise DataError(f"no training clip for {where} has any {balance.kind}; divide the clips otherwise")
+        if balance.kind == "class" and sum(map(bool, trained.values())) < 2:
+            raise DataError(f"the training clips for {where} are all of one class; divide the clips otherwise")
+        few |= {name for name in balance.names if trained[name] < _FEW_TRAINED or (not folds and not tested[name])}
+    if few:
+        notes.append(
+            f"{len(few)} of {len(balance.names)} classes have fewer than {_FEW_TRAINED} training clips"
+            f"{'' if folds else ' or no test clip'}: {_names(sorted(few))}"
+        )
+    if smallest < _FEW_TESTED:
+        clips = f"{smallest} clip{'' if smallest == 1 else 's'}"
+        notes.append(f"the {'smallest fold' if folds else 'test split'} has {clips}: expect a wide interval")
+    return notes
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _more(names: list[str]) -> str:
+    return f" (nor have {len(names) - 1} others)" if len(names) > 1 else ""

@@ -1,0 +1,200 @@
+"""The clips of a table in a scratch file, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+Loss = Literal["missing", "unusable", "copy"]
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE clip (
+    id INTEGER PRIMARY KEY,
+    path TEXT NOT NULL UNIQUE,  -- below the audio folder
+    key TEXT NOT NULL,
+    line INTEGER NOT NULL,      -- of the table, where the clip is first named
+    part TEXT,                  -- split or fold
+    team TEXT,                  -- group
+    label TEXT,                 -- the json beside the clip
+    stratum INTEGER NOT NULL DEFAULT 0,
+    content BLOB,               -- digest of the decoded audio
+    seconds REAL,
+    size INTEGER,
+    fault TEXT,                 -- why the clip is left out,
+    loss TEXT                   -- and what that is
+);
+CREATE TABLE said (clip INTEGER NOT NULL, line INTEGER NOT NULL, value TEXT NOT NULL);
+"""
+_INDICES = "CREATE INDEX said_of ON said (clip)"
+_BATCH = 128
+
+
+class Clip(NamedTuple):
+    id: int
+    path: str
+    key: str
+    line: int
+    part: str | None
+    team: str | None
+    label: str | None
+    stratum: int
+    content: bytes | None
+    seconds: float | None
+    size: int | None
+    fault: str | None
+    loss: str | None
+
+
+class Index:
+    """Clips by path. A clip with a fault is left out of everything but `faults`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._db = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
+        self._db.executescript(_TABLES)
+        self._db.execute("BEGIN")
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._db.close()
+
+    def find(self, path: str) -> Clip | None:
+        row = self._db.execute("SELECT * FROM clip WHERE path = ?", (path,)).fetchone()
+        return Clip(*row) if row else None
+
+    def add(self, path: str, key: str, line: int, part: str | None, team: str | None) -> int:
+        values = (path, key, line, part, team)
+        added = self._db.execute("INSERT INTO clip (path, key, line, part, team) VALUES (?, ?, ?, ?, ?)", values).lastrowid
+        assert added is not None
+        return added
+
+    def say(self, clip: int, line: int, value: str) -> None:
+        """What one row says of a clip, as json."""
+        self._db.execute("INSERT INTO said VALUES (?, ?, ?)", (clip, line, value))
+
+    def said_of(self, clip: int) -> list[tuple[int, str]]:
+        """Lines and what they say of a clip."""
+        return self._db.execute("SELECT line, value FROM said WHERE clip = ? ORDER BY line", (clip,)).fetchall()
+
+    def finish(self) -> None:
+        """After the last `say`."""
+        self._db.execute(_INDICES)
+
+    def clips(self) -> Iterator[list[Clip]]:
+        """Clips without fault, by id, in batches: between two of them, clips may be changed."""
+        last = 0
+        while rows := self._db.execute(
+            "SELECT * FROM clip WHERE id > ? AND fault IS NULL ORDER BY id LIMIT ?", (last, _BATCH)
+        ).fetchall():
+            batch = [Clip(*row) for row in rows]
+            last = batch[-1].id
+            yield batch
+
+    def of_part(self, part: str) -> Iterator[Clip]:
+        """Clips of a split or fold without fault, in the order of their paths."""
+        last = ""
+        while rows := self._db.execute(
+            "SELECT * FROM clip WHERE path > ? AND part = ? AND fault IS NULL ORDER BY path LIMIT ?", (last, part, _BATCH)
+        ).fetchall():
+            for row in rows:
+                clip = Clip(*row)
+                yield clip
+            last = clip.path
+
+    def heard(self, clips: Iterable[tuple[bytes, float, int, int]]) -> None:
+        """(content, seconds, size, id) of audio that was decoded."""
+        self._db.executemany("UPDATE clip SET content = ?, seconds = ?, size = ? WHERE id = ?", clips)
+
+    def labelled(self, clips: Iterable[tuple[str, int]]) -> None:
+        """(json, id)"""
+        self._db.executemany("UPDATE clip SET label = ? WHERE id = ?", clips)
+
+    def layer(self, clips: Iterable[tuple[int, int]]) -> None:
+        """(stratum, id)"""
+        self._db.executemany("UPDATE clip SET stratum = ? WHERE id = ?", clips)
+
+    def assign(self, clips: Iterable[tuple[str, int]]) -> None:
+        """(split, id)"""
+        self._db.executemany("UPDATE clip SET part = ? WHERE id = ?", clips)
+
+    def rename_parts(self, names: Mapping[str, str]) -> None:
+        """All at once, so that 1 may become 2 and 2 become 1."""
+        changes = "CASE part " + "WHEN ? THEN ? " * len(names) + "END"
+        self._db.execute(f"UPDATE clip SET part = {changes}", [word for pair in names.items() for word in pair])
+
+    def leave_out(self, clips: Iterable[tuple[str, int]], loss: Loss) -> None:
+        """(why, id)"""
+        self._db.executemany("UPDATE clip SET fault = ?, loss = ? WHERE id = ?", ((why, loss, clip) for why, clip in clips))
+
+    def rename(self, suffix: Callable[[str], str]) -> None:
+        """Give the clips whose key is not theirs alone a suffix made of their path."""
+        alike = self._db.execute(
+            "SELECT path, id FROM clip WHERE key IN (SELECT key FROM clip GROUP BY key HAVING count(*) > 1)"
+        ).fetchall()
+        self._db.executemany("UPDATE clip SET key = key || ? WHERE id = ?", ((suffix(path), clip) for path, clip in alike))
+
+    def count(self) -> tuple[int, int]:
+        """Clips, and those of them without fault."""
+        all_, good = self._db.execute("SELECT count(*), count(*) FILTER (WHERE fault IS NULL) FROM clip").fetchone()
+        return all_, good
+
+    def parts(self) -> dict[str, tuple[int, float]]:
+        """Clips and seconds of every split or fold."""
+        rows = self._db.execute(
+            "SELECT part, count(*), sum(seconds) FROM clip WHERE fault IS NULL GROUP BY part ORDER BY part"
+        )
+        return {part: (clips, seconds) for part, clips, seconds in rows}
+
+    def faults(self, *losses: Loss) -> list[tuple[str, int, str]]:
+        """(path, line, why) of what is left out, by line."""
+        marks = ", ".join("?" * len(losses))
+        return self._db.execute(
+            f"SELECT path, line, fault FROM clip WHERE loss IN ({marks}) ORDER BY line, path", losses
+        ).fetchall()
+
+    def units(self) -> Iterator[tuple[int, str, str | None, bytes, int]]:
+        """(id, path, team, content, stratum) of every clip without fault, in the order of paths."""
+        yield from self._db.execute("SELECT id, path, team, content, stratum FROM clip WHERE fault IS NULL ORDER BY path")
+
+    def across(self, column: str) -> tuple[int, list[tuple[str, str]]]:
+        """How many values of `content` or `team` are in several parts, and of the first a clip in each: (path, part)."""
+        usable = f"FROM clip WHERE fault IS NULL AND {column} IS NOT NULL"
+        values = self._db.execute(
+            f"SELECT {column} {usable} GROUP BY {column} HAVING count(DISTINCT part) > 1 ORDER BY min(path)"
+        ).fetchall()
+        if not values:
+            return 0, []
+        clips = self._db.execute(f"SELECT min(path), part {usable} AND {column} = ? GROUP BY part ORDER BY 1", values[0])
+        return len(values), clips.fetchall()
+
+    def copies(self, ranks: Sequence[str]) -> list[tuple[str, int]]:
+        """(path, id) of clips whose content is also in a part of a higher rank; `ranks` from the highest."""
+        rank = "CASE part " + " ".join(f"WHEN ? THEN {number}" for number in range(len(ranks))) + " END"
+        return self._db.execute(
+            f"""SELECT path, id FROM (
+                    SELECT path, id, {rank} AS r, min({rank}) OVER (PARTITION BY content) AS best
+                    FROM clip WHERE fault IS NULL)
+                WHERE r > best ORDER BY path""",
+            (*ranks, *ranks),
+        ).fetchall()
+
+    def pairs_of_content(self, *, same_label: bool) -> tuple[int, tuple[str, str] | None]:
+        """How many recordings occur under several paths, and of the first of them two: with several labels, or with one."""
+        condition = "count(DISTINCT label) = 1 AND count(*) > 1" if same_label else "count(DISTINCT label) > 1"
+        rows = self._db.execute(
+            f"SELECT min(path), max(path) FROM clip WHERE fault IS NULL GROUP BY content HAVING {condition} ORDER BY 1"
+        ).fetchall()
+        return len(rows), rows[0] if rows else None
+
+    def numbers(self) -> tuple[float, float]:
+        """Lowest and highest `score` of the labels."""
+        low, high = self._db.execute(
+            "SELECT min(json_extract(label, '$.score')), max(json_extract(label, '$.score')) FROM clip WHERE fault IS NULL"
+        ).fetchone()
+        return low, high

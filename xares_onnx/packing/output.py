@@ -1,0 +1,104 @@
+"""Where a packed task lies: `DIR/<name>/` with the shards and a record of how they were made, and `DIR/<name>.toml`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+
+from ..errors import MachineError, UsageError
+from ..files import disk_error, write_aside
+from ..shards import Drop
+
+MANIFEST = "packed.json"
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A split or a fold."""
+
+    clips: int
+    seconds: float
+    shards: int
+
+
+class Source(msgspec.Struct):
+    audio: str
+    labels: str | None
+
+
+class Manifest(msgspec.Struct):
+    """Beside the shards: where they come from, and what of that they lack."""
+
+    source: Source
+    columns: dict[str, str]
+    seed: int
+    parts: dict[str, Part]
+    dropped: list[Drop]
+    notes: list[str]
+
+
+def check_output(output: Path, name: str, source: Source) -> None:
+    """`UsageError` where something lies in the way that a packing of this source did not make."""
+    if "," in str(output):
+        raise UsageError(f"output {output} holds a comma, which --tasks takes for a separator; choose another")
+    folder, task_file = output / name, output / f"{name}.toml"
+    elsewhere = "choose another --name or -o, or move it"
+    if not folder.exists():
+        if task_file.exists():
+            raise UsageError(f"{task_file} is there already; {elsewhere}")
+        return
+    try:
+        found = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.MsgspecError):
+        if folder.is_dir() and not any(folder.iterdir()) and not task_file.exists():
+            return
+        raise UsageError(f"{folder} holds something that was not packed here; {elsewhere}") from None
+    if found.source != source:
+        packed_from = f"{found.source.labels or 'the folders'} and {found.source.audio}"
+        raise UsageError(f"{folder} was packed from {packed_from}; {elsewhere}")
+
+
+@contextmanager
+def scratch_folder(output: Path | None, name: str) -> Iterator[Path]:
+    """A folder for the index and the fresh shards, beside the place where those will lie."""
+    try:
+        if output is None:
+            with TemporaryDirectory() as folder:
+                yield Path(folder)
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        aside = output / f".{name}.part"
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        aside.mkdir()
+        try:
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except sqlite3.OperationalError as error:
+        raise MachineError(
+            f"the scratch file of {output or 'this check'} cannot be written ({error}); is the disk full?"
+        ) from error
+    except OSError as error:
+        raise disk_error(error, output or Path("scratch")) from error
+
+
+def put_in_place(fresh: Path, output: Path, name: str, text: str, manifest: Manifest) -> list[str]:
+    """Fresh shards instead of older ones, then the task file; what must be said of an older one, which is kept beside it."""
+    folder, task_file = output / name, output / f"{name}.toml"
+    notes = []
+    if task_file.exists() and task_file.read_bytes() != text.encode():
+        before = task_file.with_name(f"{task_file.name}.before")
+        os.replace(task_file, before)
+        notes.append(f"{task_file.name} is written anew; as it was, it is {before.name}")
+    write_aside(fresh / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    if folder.exists():
+        os.replace(folder, fresh.with_name("outdated"))
+    os.replace(fresh, folder)
+    write_aside(task_file, text.encode())
+    return notes

@@ -1,0 +1,499 @@
+"""From a table and its audio to shards and a task file.
+
+Everything that can be wrong is looked for before a shard is written: the table first, then the audio, then what both make
+of the splits. The clips are kept in a scratch file (`index`), so that memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+import numpy as np
+
+from ..catalog import shipped_tasks
+from ..dataset import MAX_DROP_SHARE, MAX_DROPS
+from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest
+from ..events import Note, Observer, Progress, ignore
+from ..shards import Drop, parse_label
+from ..targets import Target
+from ..task import Data, Domain, Score, Task, load_task
+from .archive import Member, key_of, write_shards
+from .balance import Balance, check_balance
+from .columns import Columns, find_columns
+from .index import Clip, Index
+from .output import Manifest, Part, Source, check_output, put_in_place, scratch_folder
+from .recordings import Heard, hear, place
+from .splits import SPLITS, TEST, draw, make_splits, make_units, pool_small
+from .tables import FolderTable, Table, open_table
+from .task_file import Heading, write_task
+
+Leaks = Literal["refuse", "drop", "keep"]
+LEAKS: tuple[Leaks, ...] = get_args(Leaks)
+DOMAINS = tuple(domain for domain in get_args(Domain) if domain != "synthetic")
+
+_SHOWN = 3
+
+
+class Packed(msgspec.Struct, frozen=True):
+    """What was packed, or with `check` would be."""
+
+    task: Task
+    columns: dict[str, str]
+    """What each column was read as."""
+    parts: dict[str, Part]
+    classes: dict[str, dict[str, int]]
+    """Clips of each class in each part."""
+    dropped: list[Drop]
+    """Clips that were left out: path, and why."""
+    notes: list[str]
+    task_file: str | None
+    command: str | None
+    """What evaluates it; None where nothing was written."""
+
+
+@dataclass
+class _Run:
+    """One packing as it goes."""
+
+    root: Path
+    table: Table
+    columns: Columns
+    index: Index
+    name: str
+    observer: Observer
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.observer(Note(text))
+
+
+def pack(
+    audio: Path,
+    labels: Path | None,
+    output: Path | None,
+    *,
+    name: str = "mine",
+    title: str | None = None,
+    domain: str | None = None,
+    target: str | None = None,
+    kind: str | None = None,
+    separator: str | None = None,
+    group: str | None = None,
+    seed: int = 0,
+    low: float | None = None,
+    high: float | None = None,
+    crop_seconds: float | None = None,
+    segment_seconds: float = 1.0,
+    leaks: str = "refuse",
+    allow_drops: bool = False,
+    threads: int | None = None,
+    observer: Observer = ignore,
+) -> Packed:
+    """Write `output/<name>/*.tar` and `output/<name>.toml` from the audio below a folder and a table of its labels.
+
+    Without `labels`, classes are the folder's sub-folders; without `output`, everything is checked and nothing written.
+    Shards hold the files as they are. The same files, labels and settings give the same bytes, whatever the order of rows.
+
+    Raises:
+        UsageError: an option, a column that is missing or ambiguous, a path outside the folder, another's output.
+        DataError: missing or unusable files, rows that contradict each other, splits that give no score.
+        MachineError: the output cannot be written.
+    """
+    heading = _heading(name, title, domain)
+    if leaks not in LEAKS:
+        raise UsageError(f"--leaks {leaks!r} is none of {', '.join(LEAKS)}{nearest(leaks, LEAKS)}")
+    if not audio.is_dir():
+        raise DataMissingError(f"audio folder {audio} does not exist")
+    root = audio.resolve()
+    table = open_table(labels) if labels is not None else FolderTable(root)
+    columns = find_columns(table, target=target, kind=kind, group=group, separator=separator, low=low, high=high)
+    found = columns.labels.kind
+    if domain is None and found == "transcript":
+        heading = Heading(heading.name, heading.title, "speech")
+    try:
+        Data(splits={"train": "*", "test": "*"}, crop_seconds=crop_seconds)
+        Score(segment_seconds=segment_seconds)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if crop_seconds is not None and found in ("events", "transcript"):
+        raise UsageError(f"--crop-seconds would cut through the {found} of a clip; leave it out")
+    source = Source(root.name, labels.name if labels is not None else None)
+    if output is not None:
+        check_output(output, name, source)
+    with scratch_folder(output, name) as scratch, Index(scratch) as index:
+        run = _Run(root, table, columns, index, name, observer)
+        _read_rows(run)
+        _join_rows(run)
+        _check_missing(run, allow_drops)
+        _hear_all(run, threads)
+        _check_drops(run, allow_drops)
+        _check_copies(run, leaks)
+        balance = _read_labels(run)
+        _check_drops(run, allow_drops)
+        folds = _name_parts(run, seed)
+        balance.count(index, columns.labels)
+        for text in check_balance(balance, folds):
+            run.note(text)
+        numbers = index.numbers() if found == "number" else (0.0, 0.0)
+        sizes = {part: clips for part, (clips, _) in index.parts().items()}
+        text = write_task(
+            heading,
+            columns.labels,
+            parts=sizes,
+            folds=folds,
+            classes=balance.names,
+            numbers=numbers,
+            crop_seconds=crop_seconds,
+            segment_seconds=segment_seconds,
+        )
+        task = load_task(Path(f"{name}.toml"), text)
+        index.rename(lambda path: f"-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
+        shards = _write_shards(run, scratch / "fresh", folds) if output is not None else {}
+        parts = {part: Part(clips, seconds, shards.get(part, 0)) for part, (clips, seconds) in index.parts().items()}
+        packed = Packed(
+            task=task,
+            columns=_meanings(columns),
+            parts={part: parts[part] for part in (sorted(parts, key=int) if folds else SPLITS) if part in parts},
+            classes=balance.table(),
+            dropped=[Drop(path, f"{why} ({table.at(line)})") for path, line, why in index.faults(*_LOSSES)],
+            notes=run.notes,
+            task_file=str(output / f"{name}.toml") if output is not None else None,
+            command=_command(output, name) if output is not None else None,
+        )
+        if output is not None:
+            manifest = Manifest(source, packed.columns, seed, packed.parts, packed.dropped, packed.notes)
+            for said in put_in_place(scratch / "fresh", output, name, text, manifest):
+                run.note(said)
+    return packed
+
+
+_LOSSES: tuple[Any, ...] = ("missing", "unusable", "copy")
+
+
+def _heading(name: str, title: str | None, domain: str | None) -> Heading:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise UsageError(f"--name {name!r} may hold letters, digits, `_`, `-` and `.` only")
+    if name in shipped_tasks():
+        raise UsageError(f"--name {name!r} is that of a task of X-ARES's or the built-in suite; choose another")
+    if domain is not None and domain not in DOMAINS:
+        raise UsageError(f"--domain {domain!r} is none of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
+    if title is not None and not title.isprintable():
+        raise UsageError(f"--title {title!r} holds what cannot be printed")
+    return Heading(name, title or name, domain or "environment")
+
+
+def _meanings(columns: Columns) -> dict[str, str]:
+    meant = {columns.path: "path"}
+    meant |= dict.fromkeys(columns.labels.columns, columns.labels.kind)
+    for column, meaning in ((columns.split, "split"), (columns.fold, "fold"), (columns.group, "group")):
+        if column is not None:
+            meant[column] = meaning
+    return meant
+
+
+def _command(output: Path, name: str) -> str:
+    return f"xares-onnx evaluate MODEL --tasks {shlex.quote(str(output / f'{name}.toml'))} --data {shlex.quote(str(output))}"
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _read_rows(run: _Run) -> None:
+    """Every row into the index. Cells that contradict each other are errors, a label that is none is a fault of its clip."""
+    columns, index = run.columns, run.index
+    for line, cells in run.table.rows(columns.wanted):
+        where = run.table.at(line)
+        name = cells[columns.path]
+        if not isinstance(name, str) or not name.strip():
+            raise UsageError(f"{where} names no file in its column {columns.path!r}")
+        path = place(run.root, name, where)
+        part, team = columns.part(cells, where), _team(cells.get(columns.group or ""))
+        known = index.find(path)
+        if known is None:
+            clip = index.add(path, key_of(path), line, part, team)
+            if not (run.root / path).exists():
+                index.leave_out([("there is no such file", clip)], "missing")
+        else:
+            clip = known.id
+            for word, new, old in (("split or fold", part, known.part), ("group", team, known.team)):
+                if new != old:
+                    raise DataError(f"{where} says {word} {new!r} of {path!r}, {run.table.at(known.line)} says {old!r}")
+        try:
+            index.say(clip, line, json.dumps(columns.labels.read(cells)))
+        except LabelError as error:
+            if known is None or known.fault is None:
+                index.leave_out([(str(error), clip)], "unusable")
+    index.finish()
+    if not index.count()[0]:
+        empty = (
+            f"below {run.root} are no sub-folders with audio"
+            if run.table.path == run.root
+            else f"{run.table.path} has no rows"
+        )
+        raise DataError(f"{empty}, so there is nothing to pack")
+
+
+def _team(value: Any) -> str | None:
+    """A group's name; None, a group of its own, where the cell is empty."""
+    text = "" if value is None else str(value).strip()
+    return text or None
+
+
+def _join_rows(run: _Run) -> None:
+    repeated = 0
+    for batch in run.index.clips():
+        joined = []
+        for clip in batch:
+            said = run.index.said_of(clip.id)
+            different = list({value: line for line, value in reversed(said)}.items())
+            if len(different) > 1 and not run.columns.labels.adds_up:
+                (new, first), (old, second) = different[-1], different[-2]
+                raise DataError(
+                    f"{clip.path!r} is {json.loads(new)!r} in {run.table.at(first)} and {json.loads(old)!r} in "
+                    f"{run.table.at(second)}; a clip has one {run.columns.labels.kind}"
+                )
+            repeated += len(said) - len(different)
+            joined.append((json.dumps(run.columns.labels.join([json.loads(value) for _, value in said])), clip.id))
+        run.index.labelled(joined)
+    if repeated:
+        run.note(f"{repeated} rows say again what another row says of the same clip")
+
+
+def _check_missing(run: _Run, allow_drops: bool) -> None:
+    missing = run.index.faults("missing")
+    if missing and not allow_drops:
+        first = ", ".join(f"{path} ({run.table.unit} {line})" for path, line, _ in missing[:_SHOWN])
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise DataMissingError(
+            f"{len(missing)} of {run.index.count()[0]} files are not in {run.root}: {first}{more}; put them there, or leave "
+            "them out by --allow-drops"
+        )
+
+
+def _check_drops(run: _Run, allow_drops: bool) -> None:
+    lost = run.index.faults("unusable")
+    expected, left = run.index.count()
+    if (lost and not left) or (not allow_drops and len(lost) > MAX_DROPS and len(lost) > MAX_DROP_SHARE * expected):
+        path, line, why = lost[0]
+        remedy = "repair them" + (", or leave them out by --allow-drops" if left else "")
+        raise DataError(
+            f"{len(lost)} of {expected} clips cannot be used, the first {path} ({run.table.at(line)}): {why}; {remedy}"
+        )
+
+
+# ---------------------------------------------------------------- audio and labels
+
+
+def _hear_all(run: _Run, threads: int | None) -> None:
+    _, total = run.index.count()
+    done = 0
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        for batch in run.index.clips():
+            run.observer(Progress("inspect", run.name, done, total))
+            heard, faults = [], []
+            for clip, result in zip(batch, pool.map(_hear_or_why, (run.root / clip.path for clip in batch)), strict=True):
+                if isinstance(result, str):
+                    faults.append((result, clip.id))
+                else:
+                    heard.append((result.content, result.seconds, result.size, clip.id))
+            run.index.heard(heard)
+            run.index.leave_out(faults, "unusable")
+            done += len(batch)
+    run.observer(Progress("inspect", run.name, total, total))
+
+
+def _hear_or_why(path: Path) -> Heard | str:
+    try:
+        return hear(path)
+    except ClipError as error:
+        return str(error)
+
+
+def _check_copies(run: _Run, leaks: str) -> None:
+    """Say which recordings occur more than once; where that crosses given splits, do as `leaks` says."""
+    index = run.index
+    given = run.columns.split or run.columns.fold
+    if given:
+        recordings, pair = index.across("content")
+        if recordings and leaks == "drop":
+            parts = list(index.parts())
+            ranks = [part for part in reversed(SPLITS) if part in parts] if run.columns.split else sorted(parts)
+            copies = index.copies(ranks)
+            index.leave_out([("its recording is in another split or fold too", clip) for _, clip in copies], "copy")
+            run.note(f"{_clips(len(copies))} left out whose recordings are in another part of {given!r} too")
+        elif recordings:
+            said = (
+                f"{recordings} recording{'s' if recordings > 1 else ''} in several parts of {given!r}, such as {_both(pair)}"
+            )
+            _refuse_or_note(
+                run, leaks, said, "remove the copies, leave them out by --leaks drop, or keep them by --leaks keep"
+            )
+        teams, pair = index.across("team")
+        if teams:
+            said = f"{teams} group{'s' if teams > 1 else ''} in several parts of {given!r}, such as that of {_both(pair)}"
+            _refuse_or_note(
+                run, "refuse" if leaks == "drop" else leaks, said, "mend the table, or keep them by --leaks keep"
+            )
+    number, paths = index.pairs_of_content(same_label=False)
+    if paths:
+        run.note(f"{number} of the recordings have more than one label, such as {paths[0]} and {paths[1]}")
+    number, paths = index.pairs_of_content(same_label=True)
+    if paths:
+        kept = "" if given else ", kept in one split"
+        run.note(f"{number} of the recordings occur more than once{kept}, such as {paths[0]} and {paths[1]}")
+
+
+def _both(pair: Sequence[tuple[str, str]]) -> str:
+    (a, part_a), (b, part_b) = pair[:2]
+    return f"{a} ({part_a}) and {b} ({part_b})"
+
+
+def _refuse_or_note(run: _Run, leaks: str, said: str, remedy: str) -> None:
+    if leaks != "keep":
+        raise DataError(f"the test would be of what was trained on: {said}; {remedy}")
+    run.note(f"{said}: scores may be too high")
+
+
+def _clips(number: int) -> str:
+    return f"{number} clip{'' if number == 1 else 's'}"
+
+
+def _read_labels(run: _Run) -> Balance:
+    """The vocabulary of the usable clips; a clip whose label an evaluation would refuse is left out."""
+    labels, index = run.columns.labels, run.index
+    balance = Balance(labels.kind)
+    for batch in index.clips():
+        for clip in batch:
+            balance.see(labels.classes(json.loads(clip.label or "")))
+    balance.check_vocabulary()
+    numbers = index.numbers() if labels.kind == "number" else (0.0, 0.0)
+    fields = labels.target(balance.names, numbers)
+    if labels.kind == "number" and not fields["low"] < fields["high"]:
+        raise DataError(f"every score is {numbers[0]:g}, or --low is not below --high: there is nothing to learn")
+    target = msgspec.convert({"kind": labels.kind, **fields}, Target)
+    events = late = 0
+    for batch in index.clips():
+        faults, strata = [], []
+        for clip in batch:
+            try:
+                target.encode(parse_label(clip.label or ""))
+            except LabelError as error:
+                faults.append((str(error), clip.id))
+                continue
+            label = json.loads(clip.label or "")
+            strata.append((balance.stratum(labels.classes(label)), clip.id))
+            if labels.kind == "events":
+                events += len(label)
+                late += sum(event["start"] >= (clip.seconds or 0) for event in label)
+        index.leave_out(faults, "unusable")
+        index.layer(strata)
+    if late and late == events:
+        raise DataError(f"every one of the {events} events begins after its clip has ended; times are in seconds")
+    if late:
+        run.note(
+            f"{late} of {events} events begin after their clips have ended, and count for nothing; times are in seconds"
+        )
+    return balance
+
+
+# ---------------------------------------------------------------- splits
+
+
+def _name_parts(run: _Run, seed: int) -> bool:
+    """Give every clip its split, or its fold's number; whether there are folds. `DataError` where there is no test."""
+    index = run.index
+    parts = list(index.parts())
+    if run.columns.split:
+        for needed, other in (("test", "train"), ("train", "test")):
+            if needed not in parts:
+                raise DataError(
+                    f"no clip is in the split {needed}, only in {', '.join(parts)}; name some clips so, or leave the column "
+                    f"{run.columns.split!r} out to have splits made"
+                    + (f"; {other} alone scores nothing" if len(parts) == 1 else "")
+                )
+        return False
+    if run.columns.fold:
+        if len(parts) < 2:
+            raise DataError(f"every clip is in fold {parts[0]!r}; it takes two folds to test one")
+        _number_folds(run, parts)
+        return True
+    _make_splits(run, seed)
+    return False
+
+
+def _number_folds(run: _Run, parts: Sequence[str]) -> None:
+    numbers = [int(part) if re.fullmatch(r"0|[1-9][0-9]{0,5}", part) else -1 for part in parts]
+    if min(numbers) < 0:
+        numbers = list(range(len(parts)))
+        run.note(
+            "folds are numbered: " + ", ".join(f"{part} is {number}" for part, number in zip(parts, numbers, strict=True))
+        )
+    run.index.rename_parts({part: str(number) for part, number in zip(parts, numbers, strict=True)})
+
+
+def _make_splits(run: _Run, seed: int) -> None:
+    index = run.index
+    _, count = index.count()
+    ids, strata, groups, contents = (np.zeros(count, np.int64) for _ in range(4))
+    draws, teams = bytearray(), dict[str, int]()
+    for i, (clip, path, team, content, stratum) in enumerate(index.units()):
+        ids[i], strata[i] = clip, stratum
+        groups[i] = -1 if team is None else teams.setdefault(team, len(teams))
+        contents[i] = int.from_bytes(content[:8], signed=True)
+        draws += draw(path, seed)
+    units = make_units(groups, contents)
+    if not count or units.max() < 1:
+        why = (
+            f"all {_clips(count)} belong together" if count > 1 else f"{_clips(count)} cannot be both trained and tested on"
+        )
+        raise DataError(f"there are no two parts to be made: {why}")
+    if run.columns.labels.kind == "class":
+        strata = np.unique(strata, return_inverse=True)[1].astype(np.int64)
+    else:
+        strata = pool_small(strata, units)
+    chosen = make_splits(np.frombuffer(draws, ">u8").astype(np.uint64).reshape(-1, 2), strata, units)
+    if TEST not in chosen:
+        raise DataError(
+            "no class has clips for both training and test: each has one clip only, or clips that belong together"
+        )
+    index.assign((SPLITS[split], clip) for split, clip in zip(chosen.tolist(), ids.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------- files
+
+
+def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
+    """Shards of every part; how many each has."""
+    fresh.mkdir()
+    _, total = run.index.count()
+    done = 0
+
+    def members(part: str) -> Iterator[Member]:
+        nonlocal done
+        for clip in run.index.of_part(part):
+            run.observer(Progress("write", run.name, done, total))
+            yield _member(run, clip)
+            done += 1
+
+    shards = {}
+    for part in run.index.parts():
+        stem = f"fold-{part}" if folds else part
+        shards[part] = len(write_shards(str(fresh / f"{stem}-{{:06}}.tar"), members(part)))
+    run.observer(Progress("write", run.name, total, total))
+    return shards
+
+
+def _member(run: _Run, clip: Clip) -> Member:
+    label = json.dumps(json.loads(clip.label or ""), ensure_ascii=False).encode()
+    return Member(clip.key, run.root / clip.path, clip.size or 0, label)

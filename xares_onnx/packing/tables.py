@@ -1,0 +1,209 @@
+"""Tables of labels, a row at a time: csv, tsv, jsonl, parquet, or a folder whose sub-folders are classes.
+
+A row is its number, as an editor or reader of the file counts, and its cells by column. csv and tsv are UTF-8 with the
+columns' names in the first line. A cell of tsv that begins and ends with `"` is read as csv writes it; any other is as it
+stands, since the usual tsv does not quote. White space around a cell of either does not count.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+
+from ..audio import AUDIO_EXTENSIONS
+from ..errors import DataError, DataMissingError, UsageError
+
+Row = tuple[int, dict[str, Any]]
+
+MAX_LINE_BYTES = 1 << 24
+_BATCH_ROWS = 1000
+
+
+class Table(ABC):
+    """One table; `rows` begins anew at each call."""
+
+    unit: ClassVar[str] = "line"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._opened():
+            self.columns: tuple[str, ...] = tuple(self._read_columns())
+        if repeated := sorted({name for name in self.columns if self.columns.count(name) > 1}):
+            raise UsageError(f"{path} has two columns {repeated[0]!r}; rename one")
+
+    @abstractmethod
+    def _read_columns(self) -> list[str]: ...
+
+    @abstractmethod
+    def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]: ...
+
+    def rows(self, wanted: Collection[str]) -> Iterator[Row]:
+        """Every row that is not blank. `DataError` names the line that cannot be read."""
+        with self._opened():
+            yield from self._read_rows(wanted)
+
+    def at(self, number: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.path.name} {self.unit} {number}"
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise DataMissingError(f"table {self.path} does not exist") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"table {self.path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+        except OSError as error:
+            raise DataError(f"table {self.path} cannot be read ({error.strerror})") from error
+
+
+class DelimitedTable(Table):
+    """csv and tsv."""
+
+    def __init__(self, path: Path) -> None:
+        self._tabs = path.suffix.lower() == ".tsv"
+        super().__init__(path)
+
+    def _read_columns(self) -> list[str]:
+        _, names = next(self._lines(), (0, []))
+        if len(names) == 1 and (other := next((mark for mark in ("\t", ";", ",") if mark in names[0]), None)):
+            need = "tabs, or name it .csv" if self._tabs else "commas, or name it .tsv if those are tabs"
+            raise UsageError(f"the cells of {self.path} seem to be separated by {other!r}; separate them by {need}")
+        return names
+
+    def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]:
+        lines = self._lines()
+        next(lines, None)
+        for number, cells in lines:
+            if len(cells) != len(self.columns):
+                hint = "" if self._tabs else "; a cell that holds a comma must stand in double quotes"
+                raise DataError(f"{self.at(number)} has {len(cells)} cells, its first line {len(self.columns)}{hint}")
+            yield number, {name: cell for name, cell in zip(self.columns, cells, strict=True) if name in wanted}
+
+    def _lines(self) -> Iterator[tuple[int, list[str]]]:
+        csv.field_size_limit(MAX_LINE_BYTES)  # of this process; the default is 128 kB, less than the events of a long clip
+        with self.path.open(encoding="utf-8-sig", newline="") as file:
+            options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if self._tabs else {"strict": True}
+            reader = csv.reader(file, **options)
+            try:
+                for cells in reader:
+                    if any(cell.strip() for cell in cells):
+                        yield reader.line_num, [self._clean(cell) for cell in cells]
+            except csv.Error as error:
+                raise DataError(f"{self.at(reader.line_num)} cannot be read ({error})") from error
+
+    def _clean(self, cell: str) -> str:
+        cell = cell.strip()
+        if self._tabs and re.fullmatch(r'"(?:[^"]|"")*"', cell):
+            return cell[1:-1].replace('""', '"').strip()
+        return cell
+
+
+class JsonLinesTable(Table):
+    """An object a line; the columns are the keys of the first."""
+
+    def _read_columns(self) -> list[str]:
+        return list(next(self._objects(), (0, {}))[1])
+
+    def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]:
+        for number, cells in self._objects():
+            yield number, {name: cells.get(name) for name in wanted}
+
+    def _objects(self) -> Iterator[Row]:
+        with self.path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"{self.at(number)} is longer than {MAX_LINE_BYTES >> 20} MB")
+                line = line.removeprefix(b"\xef\xbb\xbf").strip()
+                if not line:
+                    continue
+                try:
+                    cells = msgspec.json.decode(line)
+                except (msgspec.DecodeError, RecursionError) as error:
+                    raise DataError(f"{self.at(number)} is not json ({error})") from error
+                if not isinstance(cells, dict):
+                    raise DataError(f"{self.at(number)} is no object of columns and values")
+                yield number, cells
+
+
+class ParquetTable(Table):
+    """Read by pyarrow, a few thousand rows and only the columns that are needed at a time."""
+
+    unit = "row"
+
+    def _read_columns(self) -> list[str]:
+        with self._file() as file:
+            return list(file.schema_arrow.names)
+
+    def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]:
+        number = 0
+        with self._file() as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[n for n in self.columns if n in wanted]):
+                for cells in batch.to_pylist():
+                    number += 1
+                    yield number, cells
+
+    @contextmanager
+    def _file(self) -> Iterator[Any]:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UsageError(f"{self.path.name} needs pyarrow to be read: pip install 'xares-onnx[parquet]'") from error
+        with self.path.open("rb") as opened:
+            try:
+                with pyarrow.parquet.ParquetFile(opened, pre_buffer=False) as file:
+                    yield file
+            except pyarrow.ArrowException as error:
+                raise DataError(f"table {self.path} is no parquet file that can be read ({error})") from error
+
+
+class FolderTable(Table):
+    """No table at all: the audio of a folder, whose sub-folders are the classes."""
+
+    unit = "file"
+    _COLUMNS = ("path", "label")
+
+    def _read_columns(self) -> list[str]:
+        if not self.path.is_dir():
+            raise DataMissingError(f"audio folder {self.path} does not exist")
+        return list(self._COLUMNS)
+
+    def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]:
+        number = 0
+        for folder, folders, files in os.walk(self.path):
+            folders.sort()
+            below = Path(folder).relative_to(self.path)
+            for name in sorted(files):
+                if below.parts and not name.startswith(".") and name.rpartition(".")[2].lower() in AUDIO_EXTENSIONS:
+                    number += 1
+                    yield number, dict(zip(self._COLUMNS, ((below / name).as_posix(), below.parts[0]), strict=True))
+
+
+_TABLES: dict[str, Callable[[Path], Table]] = {
+    ".csv": DelimitedTable,
+    ".tsv": DelimitedTable,
+    ".jsonl": JsonLinesTable,
+    ".parquet": ParquetTable,
+}
+
+
+def open_table(path: Path) -> Table:
+    """A table by its file's ending; `UsageError` where that is none of csv, tsv, jsonl and parquet."""
+    if path.suffix.lower() not in _TABLES:
+        raise UsageError(f"table {path} must be {', '.join(ending[1:] for ending in _TABLES)} by its name")
+    table = _TABLES[path.suffix.lower()](path)
+    if not table.columns:
+        raise DataError(f"table {path} is empty")
+    return table

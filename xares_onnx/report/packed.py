@@ -1,0 +1,34 @@
+"""What was packed, for a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from ..errors import printable
+from ..packing import Packed
+from .terminal import _table
+
+_MOST_CLASSES = 12
+_MOST_DROPS = 5
+
+
+def print_packed(packed: Packed, console: Console) -> None:
+    """Clips of each class in each split, what was left out, and the command that comes next."""
+    read = ", ".join(f"{column} as {meaning}" for column, meaning in packed.columns.items())
+    console.print(f"{packed.task.title}: {packed.task.kind}; read {printable(read)}")
+    table = _table(console, ("",), tuple(packed.parts))
+    table.add_row("clips", *(str(part.clips) for part in packed.parts.values()))
+    table.add_row("minutes", *(f"{part.seconds / 60:.1f}" for part in packed.parts.values()))
+    if packed.classes:
+        table.add_section()
+    for name, counts in list(packed.classes.items())[:_MOST_CLASSES]:
+        table.add_row(printable(name), *(str(counts[part]) for part in packed.parts))
+    if len(packed.classes) > _MOST_CLASSES:
+        table.add_row(f"... and {len(packed.classes) - _MOST_CLASSES} more")
+    console.print(table, soft_wrap=False)
+    for drop in packed.dropped[:_MOST_DROPS]:
+        console.print(Text(f"left out: {printable(drop.key)}: {printable(drop.reason)}", style="yellow"))
+    if len(packed.dropped) > _MOST_DROPS:
+        console.print(Text(f"left out: {len(packed.dropped) - _MOST_DROPS} more, all named in packed.json", style="yellow"))
+    console.print(printable(packed.command) if packed.command else "checked; nothing was written")

@@ -7,11 +7,13 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train"]
+Stage = Literal["prepare", "embed", "train", "download", "verify"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare."""
+    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare, bytes to download or
+    verify.
+    """
 
     stage: Stage
     task: str

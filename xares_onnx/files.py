@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def stamp(path: Path) -> Stamp:
         raise DataMissingError(f"{path} cannot be read ({error.strerror})") from error
     name = str(path.resolve()).encode("utf-8", "backslashreplace").decode()
     return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def file_checksum(path: Path, algorithm: str, beat: Callable[[], None] = lambda: None) -> str:
+    """`<algorithm>:<hex digest>` of a file. `beat` is called now and then, and may raise to stop.
+
+    An `OSError` is the caller's.
+    """
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            beat()
+            digest.update(block)
+    return f"{algorithm}:{digest.hexdigest()}"
 
 
 def write_aside(path: Path, data: bytes | memoryview) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from .errors import DiskFullError, DownloadError, printable
-from .files import made_aside
+from .files import file_checksum, made_aside
 from .records import is_plain
 
 # Encoded audio hardly shrinks, silence in PCM does; deflate itself ends at 1032.
@@ -34,27 +33,49 @@ def members(archive: Path, wanted: Callable[[str], bool]) -> dict[str, int]:
         return {name: info.file_size for name, info in _chosen(archive, opened, wanted).items()}
 
 
-def extract(archive: Path, targets: Mapping[str, Path], beat: Callable[[], None] = lambda: None) -> dict[str, str]:
+def extract(
+    archive: Path, targets: Mapping[str, Path], replaceable: Collection[str], beat: Callable[[], None] = lambda: None
+) -> dict[str, str]:
     """Unpack members to `targets` by base name, each whole or not at all. Returns their checksums (md5).
-    `beat` is called now and then, and may raise to stop.
 
-    `zipfile` holds a member to its declared size and checks its CRC. Raises as `members`, `DiskFullError`, `MachineError`.
+    A target that is there already is left, as an interrupted extraction left it, where it is what the member would be; it
+    is replaced where its name is `replaceable`. `zipfile` holds a member to its declared size and checks its CRC.
+    `beat` is called now and then, and may raise to stop. Raises as `members`, `DiskFullError`, `MachineError`.
     """
     checksums = {}
     with _opened(archive) as opened:
         chosen = _chosen(archive, opened, targets.__contains__)
-        check_space(next(iter(targets.values())).parent, sum(info.file_size for info in chosen.values()), archive.name)
+        there = {name for name, info in chosen.items() if _is_unpacked(info, targets[name], beat)}
+        for name in chosen.keys() - there - set(replaceable):
+            if os.path.lexists(targets[name]):
+                raise DownloadError(f"{targets[name]} is in the way of one in {archive.name}; move it away, and try again")
+        needed = sum(info.file_size for name, info in chosen.items() if name not in there)
+        check_space(next(iter(targets.values())).parent, needed, f"what is in {archive.name}")
         for name, info in chosen.items():
-            digest = hashlib.md5(usedforsecurity=False)
-            with made_aside(targets[name]) as aside, aside.open("wb") as out, opened.open(info) as member:
-                while block := member.read(_BLOCK):
-                    beat()
-                    out.write(block)
-                    digest.update(block)
-                out.flush()
-                os.fsync(out.fileno())
-            checksums[name] = f"md5:{digest.hexdigest()}"
+            if name not in there:
+                _write(opened, info, targets[name], beat)
+            checksums[name] = file_checksum(targets[name], "md5", beat)
     return checksums
+
+
+def _is_unpacked(info: zipfile.ZipInfo, target: Path, beat: Callable[[], None]) -> bool:
+    if not target.is_file() or target.stat().st_size != info.file_size:
+        return False
+    crc = 0
+    with target.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            beat()
+            crc = zlib.crc32(block, crc)
+    return crc == info.CRC
+
+
+def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, beat: Callable[[], None]) -> None:
+    with made_aside(target) as aside, aside.open("wb") as out, opened.open(info) as member:
+        while block := member.read(_BLOCK):
+            beat()
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

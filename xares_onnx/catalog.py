@@ -16,6 +16,7 @@ import platformdirs
 from .errors import DataMissingError, UnknownTaskError, UsageError
 from .events import Observer, Progress
 from .files import TEMPORARY_SUFFIX, Stamp, stamp, write_aside
+from .manifest import read_manifest
 from .shards import file_digest
 from .task import Task, load_task
 
@@ -99,9 +100,9 @@ def part_globs(task: Task) -> dict[str, str]:
 
 
 def find_parts(task: Task, folder: Path) -> Parts | None:
-    """The shards of every part under `folder/<task name>`, sorted; None where a part has none."""
+    """The shards of every part under `folder/<task name>`, sorted; None where a part has none, or a download is not done."""
     parts = shards_on_disk(task, folder)
-    return parts if all(parts.values()) else None
+    return parts if all(parts.values()) and not _not_yet(task, folder) else None
 
 
 def on_disk(task: Task, folder: Path) -> str:
@@ -114,13 +115,14 @@ def on_disk(task: Task, folder: Path) -> str:
         return "no"
     lacking = [part for part, paths in found.items() if not paths]
     size = sum(path.stat().st_size for path in shards) / 1e9
-    return f"{len(shards)} shards, {size:.2f} GB" + (f", lacks {', '.join(lacking)}" if lacking else "")
+    unfinished = ", download unfinished" if _not_yet(task, folder) else ""
+    return f"{len(shards)} shards, {size:.2f} GB" + (f", lacks {', '.join(lacking)}" if lacking else unfinished)
 
 
 def missing_data(task: Task, folder: Path) -> str:
     """One sentence: what is not there, and how to get it."""
     globs = part_globs(task)
-    missing = [globs[part] for part, shards in shards_on_disk(task, folder).items() if not shards]
+    missing = [globs[part] for part, shards in shards_on_disk(task, folder).items() if not shards] or _not_yet(task, folder)
     where = f"{folder / task.name} holds no {missing[0]}"
     if task.data.zenodo:
         name = task.name if shipped_tasks().get(task.name) == task else "TASK.toml"
@@ -130,6 +132,12 @@ def missing_data(task: Task, folder: Path) -> str:
     else:
         how = "put its shards there, or name another folder by --data"
     return f"no data for {task.name}: {where}; {how}"
+
+
+def _not_yet(task: Task, folder: Path) -> list[str]:
+    """Files that a download began and did not finish, or that were removed since: what is there would pass for all."""
+    manifest = read_manifest(folder / task.name)
+    return manifest.lacking(folder / task.name) if manifest and manifest.record == task.data.zenodo else []
 
 
 def shards_on_disk(task: Task, folder: Path) -> Parts:

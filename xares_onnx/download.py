@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import os
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +12,17 @@ import filelock
 import msgspec
 
 from . import archives, catalog
+from .deliveries import CONNECTIONS, Delivered, Delivery, Notes, Strikes, Tally, Wanted, deliver, matches
 from .errors import DataMissingError, DiskFullError, DownloadError, MachineError, UsageError, XaresError
-from .events import Note, Observer, Progress, ignore
-from .files import TEMPORARY_SUFFIX, copy_aside, disk_error, file_checksum, made_aside
+from .events import Note, Observer, ignore
+from .files import TEMPORARY_SUFFIX, remove_leftovers
 from .manifest import Manifest, read_manifest
 from .records import Address, Record, RemoteFile, is_plain
 from .task import Task
-from .transfer import Client, Patience, ServerDownError, fetch
+from .transfer import Client, Patience
 
-CONNECTIONS = 3
 _STATE_FOLDER = ".xares-onnx"  # in the data folder: locks
-_STRIKES = 3  # files or records in a row that a server fails: the rest is not asked for
-_TICK_SECONDS = 0.1
-_LEAVE_SECONDS = 1.0
+_POLL_SECONDS = 0.1
 
 
 class FileReport(msgspec.Struct, frozen=True):
@@ -61,33 +54,12 @@ class Downloaded:
 
 
 @dataclass
-class _Wanted:
-    """A file of a record, and the folders of the tasks that it is for."""
-
-    file: RemoteFile
-    tasks: list[Task]
-    archive: bool = False
-
-
-@dataclass
 class _Share:
     """A record, and what of it goes to which of the chosen tasks."""
 
     record: Record
     tasks: list[Task]
-    wanted: list[_Wanted]
-
-
-# Of one task a file's name, its checksum, and how it came there.
-_File = tuple[Task, str, str, Literal["present", "fetched", "linked", "unpacked"]]
-
-
-@dataclass
-class _Done:
-    """What a job found or made."""
-
-    files: list[_File]
-    archive: tuple[str, str] | None = None
+    wanted: list[Wanted]
 
 
 def choose(names: Sequence[str], suite: str | None, observer: Observer = ignore) -> list[Task]:
@@ -131,7 +103,7 @@ def download(
     folder = catalog.data_folder(data, to_fill=True)
     if not address.encrypted:
         observer(Note(f"{address.host} is asked over plain http: checksums too can be changed on the way"))
-    done, notes = Downloaded(), _Notes(observer)
+    done, notes = Downloaded(), Notes(observer)
     with Client(address, patience, connections=CONNECTIONS, note=notes.put) as client:
         shares = _shares(client, chosen, done, notes)
         for share in shares:
@@ -139,23 +111,23 @@ def download(
         if plan:
             return done
         _check_space(shares, folder)
-        strikes = _Strikes()
+        strikes = Strikes()
         for share in shares:
             with _locked(folder, share.record.number, observer):
                 _fetch_share(client, share, folder, done, strikes, observer, notes)
     return done
 
 
-def _shares(client: Client, chosen: Sequence[Task], done: Downloaded, notes: _Notes) -> list[_Share]:
+def _shares(client: Client, chosen: Sequence[Task], done: Downloaded, notes: Notes) -> list[_Share]:
     """Ask for every record once, and divide its files among the tasks that share it."""
     by_record: dict[str, list[Task]] = {}
     for task in chosen:
         by_record.setdefault(str(task.data.zenodo), []).append(task)
-    shares, strikes = [], _Strikes()
+    shares, strikes = [], Strikes()
     for number, tasks in by_record.items():
         try:
             if strikes.out:
-                raise DownloadError(f"record {number} is not asked for, since {client.address.host} failed {_STRIKES} times")
+                raise DownloadError(f"record {number} is not asked for, since {client.address.host} failed several times")
             record = client.record(number)
             strikes.record(None)
             shares.append(_Share(record, tasks, _wanted(record, tasks)))
@@ -166,20 +138,20 @@ def _shares(client: Client, chosen: Sequence[Task], done: Downloaded, notes: _No
     return shares
 
 
-def _wanted(record: Record, tasks: Sequence[Task]) -> list[_Wanted]:
+def _wanted(record: Record, tasks: Sequence[Task]) -> list[Wanted]:
     """Files that match a task's shard patterns; where none matches one of them, the record's zip archives too."""
-    files: dict[str, _Wanted] = {}
+    files: dict[str, Wanted] = {}
     zips = [file for file in record.files if file.name.lower().endswith(".zip")]
     for task in tasks:
         globs = set(catalog.part_globs(task).values())
-        matching = [file for file in record.files if _matches(file.name, globs)]
-        lacking = [glob for glob in sorted(globs) if not any(_matches(file.name, {glob}) for file in matching)]
+        matching = [file for file in record.files if matches(file.name, globs)]
+        lacking = [glob for glob in sorted(globs) if not any(matches(file.name, {glob}) for file in matching)]
         if lacking and not zips:
             raise DownloadError(f"record {record.number} holds nothing that matches {lacking[0]}, for {task.name}")
         for file in [*matching, *(zips if lacking else ())]:
             if not is_plain(file.name) or file.name.endswith(TEMPORARY_SUFFIX):
                 raise DownloadError(f"record {record.number} has a file named {file.name!r}, which is no plain file name")
-            known = files.setdefault(file.name, _Wanted(file, [], archive=file not in matching))
+            known = files.setdefault(file.name, Wanted(file, [], archive=file not in matching))
             if known.file != file:
                 raise DownloadError(f"record {record.number} has two files named {file.name!r}")
             known.tasks.append(task)
@@ -202,20 +174,11 @@ def _reports(share: _Share, folder: Path) -> list[TaskReport]:
     return reports
 
 
-def _seems_present(wanted: _Wanted, folder: Path, manifest: Manifest | None) -> bool:
+def _seems_present(wanted: Wanted, folder: Path, manifest: Manifest | None) -> bool:
     if wanted.archive:
-        return manifest is not None and _unpacked(manifest, folder, wanted.file)
+        return manifest is not None and manifest.has_unpacked(folder, wanted.file.name, wanted.file.checksum)
     path = folder / wanted.file.name
     return path.is_file() and path.stat().st_size == wanted.file.size
-
-
-def _unpacked(manifest: Manifest, folder: Path, file: RemoteFile) -> bool:
-    """Whether everything that came out of an archive still lies there."""
-    known = manifest.archives.get(file.name)
-    out_of_it = [name for name, held in manifest.files.items() if held.archive == file.name]
-    return (
-        known is not None and known == (file.checksum or known) and all(manifest.holds(folder, name) for name in out_of_it)
-    )
 
 
 def _check_space(shares: Sequence[_Share], folder: Path) -> None:
@@ -226,272 +189,78 @@ def _check_space(shares: Sequence[_Share], folder: Path) -> None:
             home = folder / wanted.tasks[0].name
             if any(_seems_present(wanted, folder / task.name, read_manifest(folder / task.name)) for task in wanted.tasks):
                 continue
-            part = home / (wanted.file.name + TEMPORARY_SUFFIX)
-            size = wanted.file.size * (2 if wanted.archive else 1) - (part.stat().st_size if part.is_file() else 0)
+            size = wanted.file.size * (2 if wanted.archive else 1) - _part_size(home, wanted.file)
             existing = next(place for place in (home, *home.absolute().parents) if place.exists())
             device = existing.stat().st_dev
-            needed[device] = (existing, needed.get(device, (home, 0))[1] + max(size, 0))
+            needed[device] = (existing, needed.get(device, (home, 0))[1] + size)
     for existing, size in needed.values():
         archives.check_space(existing, size, "what is missing")
 
 
 def _fetch_share(
-    client: Client,
-    share: _Share,
-    folder: Path,
-    done: Downloaded,
-    strikes: _Strikes,
-    observer: Observer,
-    notes: _Notes,
+    client: Client, share: _Share, folder: Path, done: Downloaded, strikes: Strikes, observer: Observer, notes: Notes
 ) -> None:
-    """All files of one record, a few at a time. The manifests are written here alone, after each file."""
-    manifests = {task.name: _manifest(share, task, folder, client.address) for task in share.tasks}
-    reports = {report.task: report for report in done.tasks}
-    tally = _Tally(share, observer)
-    outcomes: dict[str, dict[str, FileReport]] = {task.name: {} for task in share.tasks}
-    failures: list[tuple[_Wanted, XaresError]] = []
-
-    def finished(wanted: _Wanted, outcome: _Done | XaresError) -> None:
-        strikes.record(outcome if isinstance(outcome, XaresError) else None)
-        if isinstance(outcome, XaresError):
-            failures.append((wanted, outcome))
-            for task in wanted.tasks:
-                failed = FileReport(wanted.file.name, wanted.file.size, "failed", str(outcome))
-                outcomes[task.name][wanted.file.name] = failed
-            return
-        for task, name, checksum, status in outcome.files:
-            archive = outcome.archive[0] if outcome.archive else None
-            manifests[task.name].keep(folder / task.name, name, checksum, archive)
-            size = (folder / task.name / name).stat().st_size
-            outcomes[task.name][name] = FileReport(name, size, status)
-        for task in wanted.tasks:
-            if outcome.archive:
-                manifests[task.name].archives[outcome.archive[0]] = outcome.archive[1]
-            manifests[task.name].save(folder / task.name)
-
-    jobs = [_Job(client, wanted, folder, manifests, tally, notes) for wanted in share.wanted]
-    _run(jobs, client, strikes, finished, tally, notes)
-    for name, files in outcomes.items():
-        reports[name].files = [files[key] for key in sorted(files)]
-    if failures:
-        done.errors.append(_summary(share, failures))
+    """All files of one record, a few at a time."""
+    for task in share.tasks:
+        remove_leftovers(folder / task.name)
+    ledger = _Ledger(share, folder, client.address, strikes)
+    tally = Tally(share.tasks[0].name, *_there(share, folder, ledger.manifests), observer)
+    deliveries = [Delivery(client, wanted, folder, ledger.manifests, tally, notes) for wanted in share.wanted]
+    deliver(deliveries, client, strikes, ledger.enter, tally, notes)
+    for report in done.tasks:
+        if report.task in ledger.files:
+            report.files = sorted(ledger.files[report.task], key=lambda file: file.name)
+    if ledger.failures:
+        done.errors.append(_summary(share, ledger.failures))
         return
     for task in share.tasks:
         if catalog.find_parts(task, folder) is None:
-            done.errors.append(
-                DownloadError(
-                    f"record {share.record.number} is here, but {catalog.missing_data(task, folder).partition(';')[0]}"
-                )
-            )
+            lacks = catalog.missing_data(task, folder).partition(";")[0]
+            done.errors.append(DownloadError(f"record {share.record.number} is here, but {lacks}"))
 
 
-def _run(
-    jobs: Sequence[_Job],
-    client: Client,
-    strikes: _Strikes,
-    finished: Callable[[_Wanted, _Done | XaresError], None],
-    tally: _Tally,
-    notes: _Notes,
-) -> None:
-    """Jobs on a few threads; everything they find out is handled on this one. Interrupted, they leave what they have.
+class _Ledger:
+    """What became of the files of one record. Nobody else writes the tasks' manifests, which are saved after each file."""
 
-    The threads are daemons: a socket that waits for a server must not keep an interrupted program from ending.
-    """
-    waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[_Job, _Done | BaseException]] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
+    def __init__(self, share: _Share, folder: Path, address: Address, strikes: Strikes) -> None:
+        self._folder, self._strikes = folder, strikes
+        self.manifests = {task.name: _manifest(share, task, folder, address) for task in share.tasks}
+        self.files: dict[str, list[FileReport]] = {task.name: [] for task in share.tasks}
+        self.failures: list[tuple[Wanted, XaresError]] = []
+        for name, manifest in self.manifests.items():
+            manifest.save(folder / name)  # before the first file, so that some are never taken for all
 
-    def work() -> None:
-        while not client.stop.is_set():
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results.put((job, job.run()))
-            except BaseException as error:
-                results.put((job, error))
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(CONNECTIONS, len(jobs)))]
-    for thread in threads:
-        thread.start()
-    left = len(jobs)
-    try:
-        while left:
-            notes.flush()
-            tally.tell()
-            try:
-                job, outcome = results.get(timeout=_TICK_SECONDS)
-            except queue.Empty:
-                continue
-            left -= 1
-            if isinstance(outcome, BaseException) and not isinstance(outcome, XaresError):
-                raise outcome
-            finished(job.wanted, outcome)
-            if isinstance(outcome, MachineError) or strikes.out:
-                why = "the machine" if isinstance(outcome, MachineError) else client.address.host
-                while not waiting.empty():
-                    left -= 1
-                    finished(waiting.get().wanted, DownloadError(f"it was not tried, since {why} failed the others"))
-    except BaseException:
-        client.stop.set()
-        for thread in threads:
-            thread.join(_LEAVE_SECONDS)
-        raise
-    notes.flush()
-    tally.tell(last=True)
+    def enter(self, wanted: Wanted, outcome: Delivered | XaresError) -> None:
+        if isinstance(outcome, XaresError):
+            self._strikes.record(outcome)
+            self.failures.append((wanted, outcome))
+            for task in wanted.tasks:
+                self.files[task.name].append(FileReport(wanted.file.name, wanted.file.size, "failed", str(outcome)))
+            return
+        self._strikes.record(None)
+        for task, name, checksum, status in outcome.files:
+            self.manifests[task.name].keep(self._folder / task.name, name, checksum, outcome.archive and outcome.archive[0])
+            size = self.manifests[task.name].files[name].size
+            self.files[task.name].append(FileReport(name, size, status))
+        for task in wanted.tasks:
+            if outcome.archive:
+                self.manifests[task.name].archives[outcome.archive[0]] = outcome.archive[1]
+            self.manifests[task.name].save(self._folder / task.name)
 
 
-@dataclass
-class _Job:
-    """One file into the folders of all its tasks: found, else fetched into the first, and linked into the others."""
-
-    client: Client
-    wanted: _Wanted
-    folder: Path
-    manifests: dict[str, Manifest]
-    tally: _Tally
-    notes: _Notes
-
-    def run(self) -> _Done:
-        try:
-            return self._unpack() if self.wanted.archive else self._place()
-        except OSError as error:
-            raise disk_error(error, self.folder / self.wanted.tasks[0].name / self.wanted.file.name) from error
-
-    def _place(self) -> _Done:
-        file, tasks = self.wanted.file, self.wanted.tasks
-        held = {task.name: self._checksum_if_there(task) for task in tasks}
-        checksum = next((found for found in held.values() if found), None)
-        source = next((self._path(task) for task in tasks if held[task.name]), None)
-        files: list[_File] = []
-        for task in tasks:
-            status: Literal["present", "fetched", "linked"] = "present"
-            if not held[task.name]:
-                status = "linked" if source else "fetched"
-                checksum = self._bring(task, source, checksum)
-            source = source or self._path(task)
-            assert checksum is not None
-            files.append((task, file.name, checksum, status))
-        self.tally.put(file.name, file.size)
-        return _Done(files)
-
-    def _bring(self, task: Task, source: Path | None, checksum: str | None) -> str:
-        path = self._path(task)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if source is None:
-            return fetch(self.client, self.wanted.file, path, lambda done: self.tally.put(self.wanted.file.name, done))
-        _link(source, path)
-        assert checksum is not None
-        return checksum
-
-    def _checksum_if_there(self, task: Task) -> str | None:
-        """The checksum of the task's copy where it is the record's file; None where there is none.
-
-        Raises `DownloadError` where another file has its name that was not downloaded by us: it is not ours to replace.
-        """
-        file, path, manifest = self.wanted.file, self._path(task), self.manifests[task.name]
-        if manifest.holds(path.parent, file.name, file.checksum):
-            return manifest.files[file.name].checksum
-        if not os.path.lexists(path):
-            return None
-        if path.is_file() and path.stat().st_size == file.size:
-            checksum = file_checksum(path, file.algorithm, self.client.check_stop)
-            if file.checksum == checksum or (file.checksum is None and file.name not in manifest.files):
-                return checksum
-        if file.name not in manifest.files:
-            raise DownloadError(f"{path} is not the file that the record has; move it away, and download again")
-        self.notes.put(f"{path} is damaged, or an earlier version; it is fetched again")
-        return None
-
-    def _unpack(self) -> _Done:
-        file, tasks = self.wanted.file, self.wanted.tasks
-        if all(_unpacked(self.manifests[task.name], self.folder / task.name, file) for task in tasks):
-            self.tally.put(file.name, file.size)
-            return self._all_unpacked()
-        archive = self._path(tasks[0])
-        checksum = self._checksum_if_there(tasks[0]) or self._bring(tasks[0], None, None)
-        globs = {task.name: set(catalog.part_globs(task).values()) for task in tasks}
-        names = archives.members(archive, lambda name: any(_matches(name, each) for each in globs.values()))
-        homes = {name: [task for task in tasks if _matches(name, globs[task.name])] for name in names}
-        targets = {name: self.folder / first.name / name for name, (first, *_) in homes.items()}
-        for name, (first, *_) in homes.items():
-            if os.path.lexists(targets[name]) and name not in self.manifests[first.name].files:
-                raise DownloadError(f"{targets[name]} is in the way of a shard of {file.name}; move it away, and try again")
-        checksums = archives.extract(archive, targets, self.client.check_stop) if targets else {}
-        files: list[_File] = []
-        for name, (first, *others) in homes.items():
-            files.append((first, name, checksums[name], "unpacked"))
-            for task in others:
-                _link(targets[name], self.folder / task.name / name)
-                files.append((task, name, checksums[name], "linked"))
-        archive.unlink()
-        return _Done(files, (file.name, checksum))
-
-    def _all_unpacked(self) -> _Done:
-        name, files = self.wanted.file.name, list[_File]()
-        for task in self.wanted.tasks:
-            held = self.manifests[task.name].files.items()
-            files += [(task, shard, one.checksum, "present") for shard, one in held if one.archive == name]
-        return _Done(files, (name, self.manifests[self.wanted.tasks[0].name].archives[name]))
-
-    def _path(self, task: Task) -> Path:
-        return self.folder / task.name / self.wanted.file.name
+def _there(share: _Share, folder: Path, manifests: dict[str, Manifest]) -> tuple[dict[str, int], int]:
+    """How many bytes of each file seem to be there already, and how many bytes all have."""
+    there = {}
+    for wanted in share.wanted:
+        homes = [(folder / task.name, manifests[task.name]) for task in wanted.tasks]
+        whole = any(_seems_present(wanted, home, manifest) for home, manifest in homes)
+        there[wanted.file.name] = wanted.file.size if whole else _part_size(homes[0][0], wanted.file)
+    return there, sum(wanted.file.size for wanted in share.wanted)
 
 
-class _Tally:
-    """Bytes of a record's files that are there, as threads report them; told now and then by the thread that waits."""
-
-    def __init__(self, share: _Share, observer: Observer) -> None:
-        self._name, self._observer = share.tasks[0].name, observer
-        self._sizes = {wanted.file.name: 0 for wanted in share.wanted}
-        self._total = sum(wanted.file.size for wanted in share.wanted)
-        self._told = -1
-        self._at = 0.0
-
-    def put(self, name: str, done: int) -> None:
-        self._sizes[name] = done
-
-    def tell(self, *, last: bool = False) -> None:
-        now, done = time.monotonic(), sum(self._sizes.values())
-        if done != self._told and (last or now - self._at >= _TICK_SECONDS):
-            self._told, self._at = done, now
-            self._observer(Progress("download", self._name, done, self._total))
-
-
-class _Notes:
-    """What threads have to say, told by the thread that waits for them."""
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._texts: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def put(self, text: str) -> None:
-        self._texts.put(text)
-        if threading.current_thread() is threading.main_thread():
-            self.flush()
-
-    def flush(self) -> None:
-        while not self._texts.empty():
-            self._observer(Note(self._texts.get()))
-
-
-class _Strikes:
-    """Failures of the server in a row. What is not its fault counts for nothing."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    @property
-    def out(self) -> bool:
-        return self._count >= _STRIKES
-
-    def record(self, error: XaresError | None) -> None:
-        if error is None:
-            self._count = 0
-        elif isinstance(error, ServerDownError):
-            self._count += 1
+def _part_size(home: Path, file: RemoteFile) -> int:
+    part = home / (file.name + TEMPORARY_SUFFIX)
+    return min(part.stat().st_size, file.size) if part.is_file() else 0
 
 
 @contextmanager
@@ -505,7 +274,7 @@ def _locked(folder: Path, number: str, observer: Observer) -> Iterator[None]:
             lock.acquire(blocking=False)
         except filelock.Timeout:
             observer(Note(f"another process is downloading record {number}; waiting for it"))
-            lock.acquire(poll_interval=_TICK_SECONDS)
+            lock.acquire(poll_interval=_POLL_SECONDS)
     except (OSError, NotImplementedError) as error:
         raise MachineError(f"{path} cannot be locked ({error}); choose another data folder by --data") from error
     try:
@@ -520,37 +289,19 @@ def _manifest(share: _Share, task: Task, folder: Path, address: Address) -> Mani
     if manifest is None or manifest.record != share.record.number:
         manifest = Manifest(share.record.number)
     manifest.license, manifest.source = share.record.license, address.url
-    manifest.bytes = sum(wanted.file.size for wanted in share.wanted if task in wanted.tasks)
+    manifest.wanted = {wanted.file.name: wanted.file.size for wanted in share.wanted if task in wanted.tasks}
     return manifest
 
 
-def _link(source: Path, path: Path) -> None:
-    """The same bytes under a second name where the file system can do that, else a copy; either can be deleted alone."""
-    try:
-        with made_aside(path) as aside:
-            os.link(source, aside)
-    except DiskFullError:
-        raise
-    except MachineError:
-        copy_aside(source, path)
-
-
-def _summary(share: _Share, failures: Sequence[tuple[_Wanted, XaresError]]) -> XaresError:
+def _summary(share: _Share, failures: Sequence[tuple[Wanted, XaresError]]) -> XaresError:
     wanted, first = failures[0]
     if isinstance(first, MachineError) and not isinstance(first, DiskFullError):
         return first
     names = ", ".join(task.name for task in share.tasks)
-    kept = len(share.wanted) - len(failures)
-    of = f"{len(failures)} of {len(share.wanted)} files of record {share.record.number}"
-    text = (
-        f"{names}: {of} could not be fetched, first {wanted.file.name}: {first}; {kept} are here, the same command goes on"
-    )
+    failed = f"{len(failures)} of {len(share.wanted)} files of record {share.record.number} could not be fetched"
+    text = f"{names}: {failed}, first {wanted.file.name}: {first}; the rest is kept, and the same command goes on"
     kind = DiskFullError if any(isinstance(error, DiskFullError) for _, error in failures) else DownloadError
     return kind(text)
-
-
-def _matches(name: str, globs: set[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def _unpublished(task: Task) -> str:

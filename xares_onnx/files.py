@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -72,6 +73,13 @@ def made_aside(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise disk_error(error, path) from error
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary siblings of writers that were killed; whoever calls this knows that none is at work."""
+    for path in folder.glob(f"*.????????{TEMPORARY_SUFFIX}"):
+        if re.fullmatch(r".*\.[0-9a-f]{8}\.part", path.name, re.DOTALL):
+            path.unlink(missing_ok=True)
 
 
 def copy_aside(source: Path, path: Path) -> None:

@@ -61,7 +61,7 @@ def holding(task: Task, folder: Path) -> Holding:
         bytes=sum(path.stat().st_size for path in shards),
         lacking=[] if task.domain == "synthetic" else [part for part, paths in found.items() if not paths],
         unfinished_bytes=sum(path.stat().st_size for path in home.glob(f"*{TEMPORARY_SUFFIX}") if path.is_file()),
-        record_bytes=manifest.bytes if manifest else None,
+        record_bytes=sum(manifest.wanted.values()) if manifest else None,
         license=manifest.license if manifest else None,
     )
 

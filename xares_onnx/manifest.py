@@ -30,12 +30,14 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct):
-    """`bytes` is how much of the record the task takes. `archives` are the checksums of zips that are unpacked."""
+    """`wanted` are the files of the record that the task takes, with their sizes, whether they are there yet or not;
+    `archives` the checksums of those among them that are zips and unpacked.
+    """
 
     record: str
     license: str | None = None
     source: str = ""
-    bytes: int = 0
+    wanted: dict[str, int] = {}
     files: dict[str, Held] = {}
     archives: dict[str, str] = {}
     version: int = 1
@@ -52,6 +54,17 @@ class Manifest(msgspec.Struct):
             and (held.size, held.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
             and checksum in (None, held.checksum)
         )
+
+    def has_unpacked(self, folder: Path, archive: str, checksum: str | None = None) -> bool:
+        """Whether everything that came out of an archive still lies as it did."""
+        known = self.archives.get(archive)
+        shards = [name for name, held in list(self.files.items()) if held.archive == archive]
+        return known is not None and checksum in (None, known) and all(self.holds(folder, name) for name in shards)
+
+    def lacking(self, folder: Path) -> list[str]:
+        """The wanted files that are not there, to go by their names."""
+        shards = [name for name, held in self.files.items() if held.archive and not (folder / name).exists()]
+        return [name for name in self.wanted if name not in self.archives and not (folder / name).exists()] + shards
 
     def keep(self, folder: Path, name: str, checksum: str, archive: str | None = None) -> None:
         """Enter a file that was just verified."""

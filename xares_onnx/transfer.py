@@ -94,19 +94,21 @@ class Client:
 
     def record(self, number: str) -> Record:
         """Ask for a record's description. Raises `DownloadError`, or `ServerDownError` after too many attempts."""
-        trials = _Trials(self, f"record {number}")
+        trials, refusals = _Trials(self, f"record {number}"), list[str]()
         for url, folder in self.address.answer_urls(number):
             try:
                 return parse_record(number, self._answer(url, trials), self.address, folder)
             except _GoneError as error:
-                gone = error
-        raise DownloadError(f"record {number} cannot be had from {self.address.host}: {gone}") from gone
+                refusals.append(str(error))
+            except ServerDownError as error:
+                raise ServerDownError(f"record {number}: {error}") from error
+        raise DownloadError(f"record {number} cannot be had from {self.address.host}: {'; '.join(refusals)}")
 
     def _answer(self, url: str, trials: _Trials) -> bytes:
         while True:
             try:
                 deadline = time.monotonic() + self.patience.answer_seconds
-                payload = b""
+                payload = bytearray()
                 with self.exchange(url, {"Accept": "application/json"}) as response:
                     for chunk in response.iter_bytes():
                         payload += chunk
@@ -116,7 +118,7 @@ class Client:
                             )
                         if time.monotonic() > deadline:
                             raise _PassingError(f"its answer took more than {self.patience.answer_seconds:g} s")
-                    return payload
+                    return bytes(payload)
             except _PassingError as error:
                 trials.failed(error)
 
@@ -126,7 +128,10 @@ class Client:
 
         Raises `_PassingError` for what may pass, inside the block too, and `_GoneError` for every other answer.
         """
-        self.pause(self._resume_at - time.monotonic())
+        wait = self._resume_at - time.monotonic()
+        if wait > self.patience.longest_asked_seconds:
+            raise _PassingError(f"{self.address.host} wants a pause", wait)
+        self.pause(wait)
         try:
             request = self._http.build_request("GET", url, headers=headers)
             response = self._http.send(request, stream=True)
@@ -155,7 +160,7 @@ class Client:
         if status in _PASSING:
             wait = _asked_wait(response)
             if wait is not None:
-                self._resume_at = max(self._resume_at, time.monotonic() + min(wait, self.patience.longest_asked_seconds))
+                self._resume_at = max(self._resume_at, time.monotonic() + wait)
             raise _PassingError(f"{self.address.host} answers {status} {response.reason_phrase}".rstrip(), wait)
         if status not in (200, 206, 416):
             meaning = {401: "not open to everyone", 403: "not open to everyone", 404: "not there", 410: "withdrawn"}
@@ -192,7 +197,7 @@ def fetch(client: Client, file: RemoteFile, path: Path, tell: Callable[[int], No
             part.discard()
             if wrong:
                 raise DownloadError(
-                    f"{file.name} came twice with another content than {client.address.host} says it has ({file.checksum}); "
+                    f"it came twice with another content than {client.address.host} says it has ({file.checksum}); "
                     "try later, or another mirror"
                 )
             client.note(f"{file.name} came damaged: its checksum is wrong; it is fetched once more")
@@ -340,11 +345,11 @@ class _Trials:
         patience = self._client.patience
         self._failures = 1 if gained else self._failures + 1
         if self._failures >= patience.attempts:
-            raise ServerDownError(f"{self._what}: {error}, {self._failures} times in a row") from error
+            raise ServerDownError(f"{error}, {self._failures} times in a row") from error
         doubled = patience.first_wait_seconds * 2 ** (self._failures - 1)
         wait = min(doubled, patience.longest_wait_seconds) if error.wait_seconds is None else error.wait_seconds
         if wait > patience.longest_asked_seconds:
-            raise ServerDownError(f"{self._what}: {error} and asks to come back in {wait:.0f} s; do so then") from error
+            raise ServerDownError(f"{error}, and asks to be left alone for {wait:.0f} s; run again then") from error
         self._client.note(f"{self._what}: {error}; trying again in {wait:.3g} s")
         self._client.pause(wait)
 

@@ -35,7 +35,10 @@ class FileReport(msgspec.Struct, frozen=True):
 
 
 class TaskReport(msgspec.Struct):
-    """One task: its record, how much of it the task takes, and how much of that is not there (at the start)."""
+    """One task: its record, how much of it the task takes, and how much of that was not there at the start.
+
+    What is missing of several tasks that share a record is counted for the first of them, since it comes once.
+    """
 
     task: str
     record: str
@@ -159,16 +162,20 @@ def _wanted(record: Record, tasks: Sequence[Task]) -> list[Wanted]:
 
 
 def _reports(share: _Share, folder: Path) -> list[TaskReport]:
-    """What each task of a record takes and lacks, to go by names, sizes and what the manifest says."""
-    reports = []
+    """What each task of a record takes and lacks, to go by names, sizes and what the manifests say."""
+    reports, coming = [], set[str]()
     for task in share.tasks:
-        files = []
         manifest = read_manifest(folder / task.name)
+        files, missing = [], 0
         for wanted in share.wanted:
-            if task in wanted.tasks:
-                there = _seems_present(wanted, folder / task.name, manifest)
-                files.append(FileReport(wanted.file.name, wanted.file.size, "present" if there else "missing"))
-        missing = sum(file.bytes for file in files if file.status == "missing")
+            if task not in wanted.tasks:
+                continue
+            file = wanted.file
+            there = _seems_present(wanted, folder / task.name, manifest)
+            files.append(FileReport(file.name, file.size, "present" if there else "missing"))
+            if not there and file.name not in coming:
+                coming.add(file.name)
+                missing += file.size
         total = sum(file.bytes for file in files)
         reports.append(TaskReport(task.name, share.record.number, share.record.license, total, missing, files))
     return reports

@@ -323,7 +323,7 @@ def _checked(held: Holding) -> str | Text:
     if check is None or not (held.shards or check.damaged):
         return ""
     if check.damaged:
-        return Text(f"{len(check.damaged)} damaged", style="red")
+        return Text(f"{len(check.damaged)} damaged", style="yellow")
     said = [f"{check.by_checksum} by checksum"] if check.by_checksum else []
     if check.by_headers:
         unusable = f", {check.unusable} unusable" if check.unusable else ""
@@ -334,7 +334,7 @@ def _checked(held: Holding) -> str | Text:
 def _print_damage(rows: Sequence[tuple[Task, Holding]], console: Console) -> None:
     for _, held in rows:
         for damage in held.check.damaged if held.check else ():
-            console.print(Text(printable(f"{held.task}/{damage.shard}: {damage.reason}"), style="red"))
+            console.print(Text(printable(f"{held.task}/{damage.shard}: {damage.reason}"), style="yellow"))
 
 
 def print_task(task: Task, held: Holding, folder: Path, console: Console) -> None:

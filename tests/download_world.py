@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from http_faults import Zenodo, content
 from shard_makers import task_toml
 
@@ -19,9 +20,11 @@ QUICK = Patience(
     first_wait_seconds=0.01,
     longest_wait_seconds=0.02,
     longest_asked_seconds=5,
-    stall_seconds=0.3,
-    answer_seconds=0.5,
+    stall_seconds=5,
+    answer_seconds=10,
 )
+# For servers that never send what they should; elsewhere a busy machine must not look like one.
+IMPATIENT = msgspec.structs.replace(QUICK, stall_seconds=0.3, answer_seconds=0.5)
 
 
 class Place:

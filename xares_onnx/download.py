@@ -184,8 +184,12 @@ def _reports(share: _Share, folder: Path) -> list[TaskReport]:
 def _seems_present(wanted: Wanted, folder: Path, manifest: Manifest | None) -> bool:
     if wanted.archive:
         return manifest is not None and manifest.has_unpacked(folder, wanted.file.name, wanted.file.checksum)
-    path = folder / wanted.file.name
-    return path.is_file() and path.stat().st_size == wanted.file.size
+    return _seems_whole(folder, wanted.file)
+
+
+def _seems_whole(folder: Path, file: RemoteFile) -> bool:
+    path = folder / file.name
+    return path.is_file() and path.stat().st_size == file.size
 
 
 def _check_space(shares: Sequence[_Share], folder: Path) -> None:
@@ -196,7 +200,9 @@ def _check_space(shares: Sequence[_Share], folder: Path) -> None:
             home = folder / wanted.tasks[0].name
             if any(_seems_present(wanted, folder / task.name, read_manifest(folder / task.name)) for task in wanted.tasks):
                 continue
-            size = wanted.file.size * (2 if wanted.archive else 1) - _part_size(home, wanted.file)
+            size = wanted.file.size - _part_size(home, wanted.file)
+            if wanted.archive:  # what is in it needs room beside it
+                size = wanted.file.size + (0 if _seems_whole(home, wanted.file) else size)
             existing = next(place for place in (home, *home.absolute().parents) if place.exists())
             device = existing.stat().st_dev
             needed[device] = (existing, needed.get(device, (home, 0))[1] + size)

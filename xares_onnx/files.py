@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import DataMissingError, DiskFullError, MachineError
 
 TEMPORARY_SUFFIX = ".part"
+BEAT_BYTES = 1 << 22
 
 # Path, size, modification and change time in ns, inode: any ordinary way of replacing a file changes one of them.
 Stamp = tuple[str, int, int, int, int]
@@ -31,13 +32,13 @@ def stamp(path: Path) -> Stamp:
 
 
 def file_checksum(path: Path, algorithm: str, beat: Callable[[], None] = lambda: None) -> str:
-    """`<algorithm>:<hex digest>` of a file. `beat` is called now and then, and may raise to stop.
+    """`<algorithm>:<hex digest>` of a file. `beat` is called before every `BEAT_BYTES` of it, and may raise to stop.
 
     An `OSError` is the caller's.
     """
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
+        while block := file.read(BEAT_BYTES):
             beat()
             digest.update(block)
     return f"{algorithm}:{digest.hexdigest()}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from . import catalog
 from .errors import DataError, DataMissingError
 from .events import Observer, Progress, ignore
-from .files import TEMPORARY_SUFFIX, file_checksum
+from .files import BEAT_BYTES, TEMPORARY_SUFFIX, file_checksum
 from .manifest import Manifest, read_manifest
 from .shards import index_shard
 from .task import Task
@@ -72,13 +73,17 @@ def verified(task: Task, folder: Path, observer: Observer = ignore) -> Holding:
     home = folder / task.name
     manifest = read_manifest(home) or Manifest("")
     paths = sorted({path for each in catalog.shards_on_disk(task, folder).values() for path in each})
-    check, done = Check(), 0
+    check, before = Check(), 0
     for path in paths:
-        observer(Progress("verify", task.name, done, found.bytes))
-        reason = _fault(path, home, manifest, check)
-        if reason:
+        size, beats = path.stat().st_size, itertools.count()
+
+        def beat(before: int = before, size: int = size, beats: Iterator[int] = beats) -> None:
+            observer(Progress("verify", task.name, before + min(next(beats) * BEAT_BYTES, size), found.bytes))
+
+        beat()
+        if reason := _fault(path, home, manifest, check, beat):
             check.damaged.append(Damage(str(path.relative_to(home)), reason))
-        done += path.stat().st_size
+        before += size
     observer(Progress("verify", task.name, found.bytes, found.bytes))
     gone = sorted(name for name in manifest.files if not (home / name).exists())
     check.damaged += [Damage(name, "it was downloaded and is gone") for name in gone]
@@ -102,14 +107,14 @@ def faults(tasks: Sequence[tuple[Task, Holding]], folder: Path, *, complete: boo
     return errors
 
 
-def _fault(path: Path, home: Path, manifest: Manifest, check: Check) -> str | None:
+def _fault(path: Path, home: Path, manifest: Manifest, check: Check, beat: Callable[[], None]) -> str | None:
     held = manifest.files.get(str(path.relative_to(home)))
     try:
         if held is not None:
             check.by_checksum += 1
             if path.stat().st_size != held.size:
                 return f"it has {path.stat().st_size} bytes, and had {held.size} when it was downloaded"
-            found = file_checksum(path, held.algorithm)
+            found = file_checksum(path, held.algorithm, beat)
             return None if found == held.checksum else f"its checksum is not {held.checksum} any more"
         check.by_headers += 1
         index = index_shard(path)

@@ -148,12 +148,12 @@ class Client:
                 yield response
             finally:
                 response.close()
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise _GoneError(f"{self.address.host} names an address that is none: {printable(str(error))[:200]}") from error
         except httpx2.TimeoutException as error:
             raise _PassingError(f"nothing came for {self.patience.stall_seconds:g} s") from error
         except httpx2.HTTPError as error:
             raise _PassingError(printable(str(error)) or type(error).__name__) from error
-        except httpx2.InvalidURL as error:
-            raise _GoneError(f"{printable(url)[:200]} is no address") from error
 
     def _check(self, response: httpx2.Response) -> None:
         status = response.status_code

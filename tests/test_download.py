@@ -216,6 +216,17 @@ def test_plain_http_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> No
     assert place.notes[0].endswith("is asked over plain http: checksums too can be changed on the way")
 
 
+def test_the_least_that_a_plain_folder_needs(place: Place) -> None:
+    def least(answer: dict[str, Any]) -> dict[str, Any]:
+        return {"files": [{key: entry[key] for key in ("key", "size", "checksum")} for entry in answer["files"]]}
+
+    place.zenodo.layout, place.zenodo.edit = "static", least
+    done = place.fetch()
+    assert done.errors == []
+    assert place.there() == place.files
+    assert done.tasks[0].license is None
+
+
 def test_zenodo_itself_is_asked_at_its_api() -> None:
     assert Address().answer_urls("14614287") == [("https://zenodo.org/api/records/14614287", None)]
 
@@ -306,6 +317,7 @@ def test_files_put_there_by_hand_are_taken_if_they_are_the_record_s(place: Place
     assert place.fetch().errors == []
     assert place.zenodo.starts("train0.tar") == []
     assert place.there() == place.files
+    assert place.notes == ["record 101: files already here, to be read before they are taken for the record's: 1"]
 
 
 @pytest.mark.parametrize("data", [b"mine", b"x" * 300_000])
@@ -326,7 +338,7 @@ def test_what_was_downloaded_and_is_damaged_is_fetched_again(damage: str, place:
     done = place.fetch()
     assert done.errors == []
     assert place.there() == place.files
-    assert place.notes == [f"{path} is damaged, or an earlier version; it is fetched again"]
+    assert place.notes[-1] == f"{path} is damaged, or an earlier version; it is fetched again"
     assert [file.status for file in done.tasks[0].files] == ["present", "fetched", "present", "present"]
 
 

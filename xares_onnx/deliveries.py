@@ -124,6 +124,7 @@ class Delivery:
         names = archives.members(archive, lambda name: any(matches(name, each) for each in globs.values()))
         homes = {name: [task for task in tasks if matches(name, globs[task.name])] for name in names}
         targets = {name: self.folder / first.name / name for name, (first, *_) in homes.items()}
+        self.notes.put(f"{file.name} is here; unpacking {len(targets)} of its files")
         ours = {name for name, (first, *_) in homes.items() if name in self.manifests[first.name].files}
         checksums = archives.extract(archive, targets, ours, self.client.check_stop) if targets else {}
         files: list[Placed] = []

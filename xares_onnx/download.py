@@ -217,6 +217,17 @@ def _fetch_share(
     for task in share.tasks:
         remove_leftovers(folder / task.name)
     ledger = _Ledger(share, folder, client.address, strikes)
+    unread = sum(
+        _seems_whole(folder / task.name, wanted.file)
+        and not ledger.manifests[task.name].holds(folder / task.name, wanted.file.name)
+        for wanted in share.wanted
+        for task in wanted.tasks
+    )
+    if unread:
+        said = (
+            f"record {share.record.number}: files already here, to be read before they are taken for the record's: {unread}"
+        )
+        observer(Note(said))
     tally = Tally(share.tasks[0].name, *_there(share, folder, ledger.manifests), observer)
     deliveries = [Delivery(client, wanted, folder, ledger.manifests, tally, notes) for wanted in share.wanted]
     deliver(deliveries, client, strikes, ledger.enter, tally, notes)

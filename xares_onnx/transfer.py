@@ -150,6 +150,9 @@ class Client:
                 response.close()
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise _GoneError(f"{self.address.host} names an address that is none: {printable(str(error))[:200]}") from error
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+            said = printable(str(error)) or "no answer"
+            raise _PassingError(f"{self.address.host} cannot be reached ({said})") from error
         except httpx2.TimeoutException as error:
             raise _PassingError(f"nothing came for {self.patience.stall_seconds:g} s") from error
         except httpx2.HTTPError as error:

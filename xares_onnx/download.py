@@ -15,7 +15,7 @@ from . import archives, catalog
 from .deliveries import CONNECTIONS, Delivered, Delivery, Notes, Strikes, Tally, Wanted, deliver, matches
 from .errors import DataMissingError, DiskFullError, DownloadError, MachineError, UsageError, XaresError
 from .events import Note, Observer, ignore
-from .files import TEMPORARY_SUFFIX, remove_leftovers
+from .files import TEMPORARY_SUFFIX, disk_error, remove_leftovers
 from .manifest import Manifest, read_manifest
 from .records import Address, Record, RemoteFile, is_plain
 from .task import Task
@@ -107,17 +107,16 @@ def download(
     if not address.encrypted:
         observer(Note(f"{address.host} is asked over plain http: checksums too can be changed on the way"))
     done, notes = Downloaded(), Notes(observer)
-    with Client(address, patience, connections=CONNECTIONS, note=notes.put) as client:
-        shares = _shares(client, chosen, done, notes)
-        for share in shares:
-            done.tasks += _reports(share, folder)
-        if plan:
-            return done
-        _check_space(shares, folder)
-        strikes = Strikes()
-        for share in shares:
-            with _locked(folder, share.record.number, observer):
-                _fetch_share(client, share, folder, done, strikes, observer, notes)
+    try:
+        with Client(address, patience, connections=CONNECTIONS, note=notes.put) as client:
+            shares = _shares(client, chosen, done, notes)
+            for share in shares:
+                done.tasks += _reports(share, folder)
+            if not plan:
+                _check_space(shares, folder)
+                _fetch_shares(client, shares, folder, done, observer, notes)
+    except OSError as error:
+        raise disk_error(error, folder) from error
     return done
 
 
@@ -208,6 +207,21 @@ def _check_space(shares: Sequence[_Share], folder: Path) -> None:
             needed[device] = (existing, needed.get(device, (home, 0))[1] + size)
     for existing, size in needed.values():
         archives.check_space(existing, size, "what is missing")
+
+
+def _fetch_shares(
+    client: Client, shares: Sequence[_Share], folder: Path, done: Downloaded, observer: Observer, notes: Notes
+) -> None:
+    """One record after another, until the server or the machine fails whatever is asked of it."""
+    strikes = Strikes()
+    for share in shares:
+        if strikes.out or any(isinstance(error, MachineError) for error in done.errors):
+            why = f"{client.address.host} failed several times" if strikes.out else "the machine failed an earlier one"
+            names = ", ".join(task.name for task in share.tasks)
+            done.errors.append(DownloadError(f"{names}: record {share.record.number} was not tried, since {why}"))
+            continue
+        with _locked(folder, share.record.number, observer):
+            _fetch_share(client, share, folder, done, strikes, observer, notes)
 
 
 def _fetch_share(

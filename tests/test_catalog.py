@@ -134,6 +134,15 @@ def test_a_named_folder_must_be_there(place: Path, monkeypatch: pytest.MonkeyPat
         data_folder(None)
 
 
+def test_a_folder_to_fill_need_not_exist(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data_folder(Path("new"), to_fill=True) == Path("new")
+    monkeypatch.setenv("XARES_ONNX_DATA", "other")
+    assert data_folder(None, to_fill=True) == Path("other")
+    (place / "file").touch()
+    with pytest.raises(DataMissingError, match="data folder file does not exist"):
+        data_folder(Path("file"), to_fill=True)
+
+
 def test_the_cache_is_where_it_is_said_to_be_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder(None) == place / "usercache"
     monkeypatch.setenv("XARES_ONNX_CACHE", "named")
@@ -201,7 +210,7 @@ def test_a_link_to_nothing_is_no_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "how"),
     [
-        ("esc50", "put the tars of Zenodo record 14614287 there, or name another folder by --data"),
+        ("esc50", "`xares-onnx download esc50` fetches Zenodo record 14614287, or name another folder by --data"),
         ("finger_snap", "its data were never published; who has them puts the tars there"),
         ("mine", "put its shards there, or name another folder by --data"),
     ],

@@ -145,7 +145,11 @@ def test_progress_is_told_only_of_what_was_done(world: World, tmp_path: Path) ->
         (["export", "logmell"], 2, "there is no encoder family 'logmell'; did you mean 'logmel'"),
         (["evaluate", "missing.onnx", "--tasks", "GOOD"], 3, "missing.onnx"),
         (["evaluate", "SHARD", "--tasks", "GOOD"], 3, "train-0.tar"),
-        (["evaluate", "MODEL", "--tasks", "gtzan_genre"], 4, "put the tars of Zenodo record 14722472 there"),
+        (
+            ["evaluate", "MODEL", "--tasks", "gtzan_genre"],
+            4,
+            "`xares-onnx download gtzan_genre` fetches Zenodo record 14722472",
+        ),
         (["evaluate", "MODEL", "--tasks", "liveenv"], 4, "its data were never published"),
         (["evaluate", "MODEL", "--data", "nowhere"], 4, "data folder nowhere does not exist"),
         (["evaluate", "MODEL", "--data", "."], 4, "holds no task's data"),

@@ -13,7 +13,9 @@ from corpus import write_task
 from rich.console import Console
 
 from xares_onnx.catalog import shipped_tasks
+from xares_onnx.download import TaskReport
 from xares_onnx.events import Note, Progress
+from xares_onnx.inventory import Check, Damage, Holding
 from xares_onnx.planning import Plan, PlanRow
 from xares_onnx.report import terminal
 from xares_onnx.results import Clips, Encoder, Result, Seconds, TaskResult, averages
@@ -124,8 +126,11 @@ def test_hostile_names_in_a_listing(console: Console, tmp_path: Path) -> None:
         path.read_text().replace('"Tones mine"', json.dumps(HOSTILE)).replace('["a", "b"]', json.dumps(["a", HOSTILE]))
     )
     task = load_task(path)
-    terminal.print_tasks([(task, HOSTILE)], Path(HOSTILE), console)
-    terminal.print_task(task, Path(HOSTILE), console)
+    damage = Check(damaged=[Damage(HOSTILE, HOSTILE)])
+    held = Holding(task="mine", on_disk=HOSTILE, shards=1, record_bytes=1, license=HOSTILE, check=damage)
+    terminal.print_tasks([(task, held)], Path(HOSTILE), console)
+    terminal.print_task(task, held, Path(HOSTILE), console)
+    terminal.print_download([TaskReport("mine", "1", HOSTILE, 1, 1)], console)
     header = Header(
         store_version=1,
         model=HOSTILE,
@@ -158,6 +163,34 @@ def test_hostile_names_in_progress(live: bool, monkeypatch: pytest.MonkeyPatch) 
     assert "[red]mine[/red]" in text
 
 
+def test_a_long_download_is_written_about_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no bar can move: every half minute, with the rate of this run and the time that is left."""
+    stream, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal.TerminalObserver() as observer:
+        for seconds, megabytes in ((0, 400), (10, 450), (31, 493), (40, 520), (62, 586), (100, 1000)):
+            now[0] = 1000.0 + seconds
+            observer(Progress("download", "esc50", megabytes * 1_000_000, 1_000_000_000))
+    assert stream.getvalue().splitlines() == [
+        "esc50: 493 MB of 1.0 GB, 3.0 MB/s, 3 min left",
+        "esc50: 586 MB of 1.0 GB, 3.0 MB/s, 2 min left",
+        "esc50: downloading done, 1.0 GB",
+    ]
+
+
+def test_a_download_has_a_bar_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal.TerminalObserver() as observer:
+        observer(Progress("download", "esc50", 100_000_000, 600_000_000))
+        observer(Progress("download", "esc50", 300_000_000, 600_000_000))
+    assert "downloading esc50" in screen.getvalue()
+    assert "300 MB/600 MB" in screen.getvalue()
+
+
 def test_scores_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
@@ -166,7 +199,8 @@ def test_scores_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) 
     tasks = [record(title="Libri Speech Male Female", score=0.123, clips=Clips(expected=1, read=1, dropped=[]))]
     tasks.append(record(title="Libri Speech Male Female", method="knn", score=0.456))
     terminal.print_result(result(*tasks), console)
-    terminal.print_tasks([(task, "12 shards, 10.34 GB") for task in shipped_tasks().values()], Path("data"), console)
+    rows = [(task, Holding(task.name, "12 shards, 10.34 GB", record_bytes=1)) for task in shipped_tasks().values()]
+    terminal.print_tasks(rows, Path("data"), console)
     text = printed(console)
     for whole in ("0.123", "0.456", "0.250-0.750", "dropped", "weight", "12 shards,", "librispeechmalefemale"):
         assert whole in text

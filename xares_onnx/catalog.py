@@ -15,7 +15,8 @@ import platformdirs
 
 from .errors import DataMissingError, UnknownTaskError, UsageError
 from .events import Observer, Progress
-from .files import Stamp, stamp, write_aside
+from .files import TEMPORARY_SUFFIX, Stamp, stamp, write_aside
+from .manifest import read_manifest
 from .shards import file_digest
 from .task import Task, load_task
 
@@ -71,14 +72,17 @@ def named_tasks(names: Iterable[str]) -> list[Task]:
     return list(chosen.values())
 
 
-def data_folder(given: Path | None) -> Path:
-    """--data, else $XARES_ONNX_DATA, else ./env where it exists (X-ARES's own folder), else the user's data folder."""
+def data_folder(given: Path | None, *, to_fill: bool = False) -> Path:
+    """--data, else $XARES_ONNX_DATA, else ./env where it exists (X-ARES's own folder), else the user's data folder.
+
+    A named folder must exist, but for one that is `to_fill`.
+    """
     if given is not None:
-        if not given.is_dir():
+        if not given.is_dir() and not (to_fill and not given.exists()):
             raise DataMissingError(f"data folder {given} does not exist; --data names the folder that holds a folder a task")
         return given
     if from_environment := os.environ.get(DATA_VARIABLE):
-        return data_folder(Path(from_environment))
+        return data_folder(Path(from_environment), to_fill=to_fill)
     own = Path("env")
     return own if own.is_dir() else Path(platformdirs.user_data_dir("xares-onnx", appauthor=False))
 
@@ -96,31 +100,33 @@ def part_globs(task: Task) -> dict[str, str]:
 
 
 def find_parts(task: Task, folder: Path) -> Parts | None:
-    """The shards of every part under `folder/<task name>`, sorted; None where a part has none."""
-    parts = _found_parts(task, folder)
-    return parts if all(parts.values()) else None
+    """The shards of every part under `folder/<task name>`, sorted; None where a part has none, or a download is not done."""
+    parts = shards_on_disk(task, folder)
+    return parts if all(parts.values()) and not _not_yet(task, folder) else None
 
 
 def on_disk(task: Task, folder: Path) -> str:
     """A few words on what of a task's data is there."""
     if task.domain == "synthetic":
         return "built in"
-    found = _found_parts(task, folder)
+    found = shards_on_disk(task, folder)
     shards = {path for paths in found.values() for path in paths}
     if not shards:
         return "no"
     lacking = [part for part, paths in found.items() if not paths]
     size = sum(path.stat().st_size for path in shards) / 1e9
-    return f"{len(shards)} shards, {size:.2f} GB" + (f", lacks {', '.join(lacking)}" if lacking else "")
+    unfinished = ", download unfinished" if _not_yet(task, folder) else ""
+    return f"{len(shards)} shards, {size:.2f} GB" + (f", lacks {', '.join(lacking)}" if lacking else unfinished)
 
 
 def missing_data(task: Task, folder: Path) -> str:
     """One sentence: what is not there, and how to get it."""
     globs = part_globs(task)
-    missing = [globs[part] for part, shards in _found_parts(task, folder).items() if not shards]
+    missing = [globs[part] for part, shards in shards_on_disk(task, folder).items() if not shards] or _not_yet(task, folder)
     where = f"{folder / task.name} holds no {missing[0]}"
     if task.data.zenodo:
-        how = f"put the tars of Zenodo record {task.data.zenodo} there, or name another folder by --data"
+        name = task.name if shipped_tasks().get(task.name) == task else "TASK.toml"
+        how = f"`xares-onnx download {name}` fetches Zenodo record {task.data.zenodo}, or name another folder by --data"
     elif task.private:
         how = "its data were never published; who has them puts the tars there"
     else:
@@ -128,9 +134,19 @@ def missing_data(task: Task, folder: Path) -> str:
     return f"no data for {task.name}: {where}; {how}"
 
 
-def _found_parts(task: Task, folder: Path) -> Parts:
+def _not_yet(task: Task, folder: Path) -> list[str]:
+    """Files that a download began and did not finish, or that were removed since: what is there would pass for all."""
+    manifest = read_manifest(folder / task.name)
+    return manifest.lacking(folder / task.name) if manifest and manifest.record == task.data.zenodo else []
+
+
+def shards_on_disk(task: Task, folder: Path) -> Parts:
+    """The shards of every part under `folder/<task name>`, sorted, whether a part has any or not."""
     parts = {part: (folder / task.name).glob(glob) for part, glob in part_globs(task).items()}
-    return {part: sorted(path for path in paths if path.is_file()) for part, paths in parts.items()}
+    return {
+        part: sorted(path for path in paths if path.is_file() and path.suffix != TEMPORARY_SUFFIX)
+        for part, paths in parts.items()
+    }
 
 
 class Digests:

@@ -10,6 +10,7 @@
     │   └── ModelLimitError         it ran past its time or memory limit
     ├── DataError                4  data missing or corrupt
     │   ├── DataMissingError
+    │   ├── DownloadError           a record or file cannot be fetched
     │   └── ScoreUndefinedError     one task's data or embeddings give no score
     └── MachineError             5  provider, disk, host memory
         └── DiskFullError
@@ -82,6 +83,10 @@ class DataError(XaresError):
 
 
 class DataMissingError(DataError):
+    pass
+
+
+class DownloadError(DataError):
     pass
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import DataMissingError, DiskFullError, MachineError
 
 TEMPORARY_SUFFIX = ".part"
+BEAT_BYTES = 1 << 22
 
 # Path, size, modification and change time in ns, inode: any ordinary way of replacing a file changes one of them.
 Stamp = tuple[str, int, int, int, int]
@@ -26,6 +29,19 @@ def stamp(path: Path) -> Stamp:
         raise DataMissingError(f"{path} cannot be read ({error.strerror})") from error
     name = str(path.resolve()).encode("utf-8", "backslashreplace").decode()
     return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def file_checksum(path: Path, algorithm: str, beat: Callable[[], None] = lambda: None) -> str:
+    """`<algorithm>:<hex digest>` of a file. `beat` is called before every `BEAT_BYTES` of it, and may raise to stop.
+
+    An `OSError` is the caller's.
+    """
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BEAT_BYTES):
+            beat()
+            digest.update(block)
+    return f"{algorithm}:{digest.hexdigest()}"
 
 
 def write_aside(path: Path, data: bytes | memoryview) -> None:
@@ -58,6 +74,13 @@ def made_aside(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise disk_error(error, path) from error
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary siblings of writers that were killed; whoever calls this knows that none is at work."""
+    for path in folder.glob(f"*.????????{TEMPORARY_SUFFIX}"):
+        if re.fullmatch(r".*\.[0-9a-f]{8}\.part", path.name, re.DOTALL):
+            path.unlink(missing_ok=True)
 
 
 def copy_aside(source: Path, path: Path) -> None:

@@ -60,6 +60,8 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError("`splits` needs train and test")
             for glob in self.splits.values():
                 _check_glob(glob)
+        if self.zenodo is not None and not re.fullmatch(r"[0-9]{1,12}", self.zenodo):
+            raise ValueError("`zenodo` is the number of a record, such as 14614287")
         if self.crop_seconds is not None and not 0.1 <= self.crop_seconds <= 3600:
             raise ValueError("`crop_seconds` must lie between 0.1 and 3600")
 

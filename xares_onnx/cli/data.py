@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .app import CacheOption, DataOption, DebugOption, app, put, put_json, reported
+from ..errors import worst_exit_code
+from .app import CacheOption, DataOption, DebugOption, app, one_line, put, put_json, reported, say
 
 cache_app = typer.Typer(help="Stored embeddings: list them, remove them.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
@@ -17,6 +18,9 @@ app.add_typer(cache_app, name="cache")
 @reported
 def list_tasks(
     name: Annotated[str | None, typer.Argument(help="One task, or a pattern.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every shard: by its record's checksum, else header by header.")
+    ] = False,
     data: DataOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     debug: DebugOption = False,
@@ -24,18 +28,36 @@ def list_tasks(
     """List the tasks: kind, metric, weight, and what is on disk. One task's name shows all about it."""
     import msgspec
 
-    from .. import catalog
+    from .. import catalog, inventory
     from ..report import terminal
 
     chosen = catalog.named_tasks([name]) if name else list(catalog.shipped_tasks().values())
     folder = catalog.data_folder(data)
-    rows = [(task, catalog.on_disk(task, folder)) for task in chosen]
+    with terminal.TerminalObserver() as observer:
+        rows = [
+            (task, inventory.verified(task, folder, observer) if verify else inventory.holding(task, folder))
+            for task in chosen
+        ]
     if json_:
-        put_json([{**msgspec.to_builtins(task), "kind": task.kind, "on_disk": disk} for task, disk in rows])
-    elif len(chosen) == 1:
-        terminal.print_task(chosen[0], folder, terminal.stdout_console())
+        put_json(
+            [
+                {
+                    **msgspec.to_builtins(task),
+                    "kind": task.kind,
+                    "on_disk": held.on_disk,
+                    "holding": msgspec.to_builtins(held),
+                }
+                for task, held in rows
+            ]
+        )
+    elif len(rows) == 1:
+        terminal.print_task(*rows[0], folder, terminal.stdout_console())
     else:
         terminal.print_tasks(rows, folder, terminal.stdout_console())
+    errors = inventory.faults(rows, folder)
+    for error in errors:
+        say(one_line(error))
+    raise typer.Exit(worst_exit_code(error.exit_code for error in errors))
 
 
 @cache_app.command("list")

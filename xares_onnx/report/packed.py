@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..errors import printable
 from ..packing import Packed
-from .terminal import _table
+from .tables import empty_table
 
 _MOST_CLASSES = 12
 _MOST_DROPS = 5
@@ -17,7 +17,7 @@ def print_packed(packed: Packed, console: Console) -> None:
     """Clips of each class in each split, what was left out, and the command that comes next."""
     read = ", ".join(f"{column} as {meaning}" for column, meaning in packed.columns.items())
     console.print(f"{packed.task.title}: {packed.task.kind}; read {printable(read)}")
-    table = _table(console, ("",), tuple(packed.parts))
+    table = empty_table(console, ("",), tuple(packed.parts))
     table.add_row("clips", *(str(part.clips) for part in packed.parts.values()))
     table.add_row("minutes", *(f"{part.seconds / 60:.1f}" for part in packed.parts.values()))
     if packed.classes:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TaskID,
@@ -30,12 +31,16 @@ from rich.text import Text
 from .. import events
 from ..catalog import part_globs, shipped_tasks
 from ..errors import printable
+from ..inventory import Holding
 from ..planning import Plan, PlanRow
 from ..results import Average, Result, TaskResult, published_averages
 from ..store import Header
 from ..task import Task
 from .tables import empty_table, is_narrow
 from .taps import print_taps
+
+if TYPE_CHECKING:
+    from ..download import TaskReport
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
@@ -57,7 +62,11 @@ _STAGES = {
     "check": ("checking", "properties"),
     "inspect": ("inspecting", "files"),
     "write": ("packing", "clips"),
+    "download": ("downloading", "bytes"),
+    "verify": ("verifying", "bytes"),
 }
+_UNTOLD = ("prepare", "check")  # of their end nothing is said
+_PLAIN_SECONDS = 30  # between lines about a long download where no bar can move
 
 
 class _Console(Console):
@@ -95,7 +104,7 @@ class TerminalObserver:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            _CountColumn(),
             _RateColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
@@ -103,7 +112,7 @@ class TerminalObserver:
             transient=True,
         )
         self._bars: dict[tuple[str, str], TaskID] = {}
-        self._begun: set[tuple[str, str]] = set()
+        self._begun: dict[tuple[str, str], _Begun] = {}
         self._said: set[str] = set()
 
     def __enter__(self) -> TerminalObserver:
@@ -126,13 +135,13 @@ class TerminalObserver:
             case events.Progress(stage, task, done, total) if self._live:
                 self._draw(stage, task, done, total)
             case events.Progress(stage, task, done, total) if done < total:
-                self._begun.add((stage, task))
-            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage not in (
-                "prepare",
-                "check",
-            ):
-                self._begun.remove((stage, task))
-                self._console.print(f"{task}: {_STAGES[stage][0]} done, {total} {_STAGES[stage][1]}")
+                begun = self._begun.setdefault((stage, task), _Begun(done, time.monotonic()))
+                if stage == "download" and (line := begun.line(done, total)):
+                    self._console.print(f"{task}: {line}")
+            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage not in _UNTOLD:
+                del self._begun[(stage, task)]
+                verb, unit = _STAGES[stage]
+                self._console.print(f"{task}: {verb} done, {_count(total, unit)}")
 
     def _draw(self, stage: str, task: str, done: int, total: int) -> None:
         key = (stage, task)
@@ -144,13 +153,43 @@ class TerminalObserver:
         self._progress.update(self._bars[key], completed=done, total=total)
 
 
+@dataclass
+class _Begun:
+    """Where a stage stood when it was first heard of, and when it was last written about, in seconds of a clock."""
+
+    done: int
+    at: float
+    written_at: float = 0
+
+    def line(self, done: int, total: int) -> str | None:
+        """How far a download is, how fast, and how long it will take; None where that was said just now."""
+        now = time.monotonic()
+        if now - max(self.at, self.written_at) < _PLAIN_SECONDS:
+            return None
+        self.written_at = now
+        rate = (done - self.done) / (now - self.at)
+        left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
+        return f"{data_size(done)} of {data_size(total)}, {data_size(max(rate, 0))}/s{left}"
+
+
+class _CountColumn(ProgressColumn):
+    """How many units of how many; bytes as sizes."""
+
+    def render(self, task: ProgressTask) -> Text:
+        if task.fields["unit"] == "bytes":
+            return Text(f"{data_size(task.completed)}/{data_size(task.total or 0)}")
+        return Text(f"{task.completed:.0f}/{task.total or 0:.0f}")
+
+
 class _RateColumn(ProgressColumn):
-    """Units a second in this run: what the store already had does not count."""
+    """Units a second in this run: what was already there does not count."""
 
     def render(self, task: ProgressTask) -> Text:
         fresh = task.completed - task.fields["start_done"]
         rate = fresh / task.elapsed if task.elapsed else 0
-        return Text(f"{rate:.1f} {task.fields['unit']}/s" if fresh > 0 else "")
+        if fresh <= 0:
+            return Text("")
+        return Text(f"{data_size(rate)}/s" if task.fields["unit"] == "bytes" else f"{rate:.1f} {task.fields['unit']}/s")
 
 
 def print_result(result: Result, console: Console, *, saved: str | None = None) -> None:
@@ -247,21 +286,67 @@ def _print_published(records: Iterable[TaskResult], console: Console) -> None:
             console.print(f"{task}, published {of_task.note}")
 
 
-def print_tasks(rows: Iterable[tuple[Task, str]], folder: Path, console: Console) -> None:
-    """Tasks with kind, metric and weight; the second of each pair is what lies on disk in `folder`."""
+def print_tasks(rows: Sequence[tuple[Task, Holding]], folder: Path, console: Console) -> None:
+    """Tasks with kind, metric and weight, and what lies on disk in `folder`: its licence and record where known."""
     title = () if is_narrow(console) else ("title",)
-    table = empty_table(console, ("name", *title, "domain", "kind", "metric"), ("weight",), ("on disk",))
-    table.columns[-1].no_wrap = False
-    for task, on_disk in rows:
+    known = any(held.record_bytes is not None for _, held in rows) and not is_narrow(console)
+    checked = any(held.check for _, held in rows)
+    table = empty_table(
+        console,
+        ("name", *title, "domain", "kind", "metric"),
+        ("weight", *(["record"] if known else [])),
+        (*(["licence"] if known else []), "on disk", *(["checked"] if checked else [])),
+    )
+    for column in table.columns[-2 if checked else -1 :]:
+        column.no_wrap = False
+    for task, held in rows:
         weight = f"{task.weight:g}" if task.weight is not None else "-"
-        private = ", private" if task.private else ""
         words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, METRIC_NAMES[task.score.metric])
-        table.add_row(*words, weight, printable(on_disk) + private)
+        record = (data_size(held.record_bytes) if held.record_bytes is not None else "", printable(held.license or ""))
+        on_disk = printable(held.on_disk) + (", private" if task.private else "")
+        if held.unfinished_bytes:
+            on_disk += f", {data_size(held.unfinished_bytes)} of unfinished downloads"
+        table.add_row(*words, weight, *(record if known else ()), on_disk, *([_checked(held)] if checked else []))
     console.print(table, soft_wrap=False)
+    _print_damage(rows, console)
     console.print(f"data folder: {printable(str(folder))}")
 
 
-def print_task(task: Task, folder: Path, console: Console) -> None:
+def print_download(reports: Sequence[TaskReport], console: Console, *, plan: bool = False) -> None:
+    """What was fetched, or with `plan` would be."""
+    table = empty_table(console, ("task", "record", "licence"), ("files", "size", "to fetch" if plan else "fetched"))
+    total = 0
+    for report in reports:
+        fetched = sum(file.bytes for file in report.files if file.status in ("fetched", "unpacked"))
+        last = report.missing_bytes if plan else fetched
+        total += last
+        cells = (str(len(report.files)), data_size(report.bytes), data_size(last))
+        table.add_row(report.task, report.record, printable(report.license or "not said"), *cells)
+    table.add_section()
+    table.add_row("total", "", "", "", "", data_size(total))
+    console.print(table, soft_wrap=False)
+
+
+def _checked(held: Holding) -> str | Text:
+    check = held.check
+    if check is None or not (held.shards or check.damaged):
+        return ""
+    if check.damaged:
+        return Text(f"{len(check.damaged)} damaged", style="yellow")
+    said = [f"{check.by_checksum} by checksum"] if check.by_checksum else []
+    if check.by_headers:
+        unusable = f", {check.unusable} unusable" if check.unusable else ""
+        said.append(f"{check.by_headers} by headers: {check.clips} clips{unusable}")
+    return f"good: {'; '.join(said)}"
+
+
+def _print_damage(rows: Sequence[tuple[Task, Holding]], console: Console) -> None:
+    for _, held in rows:
+        for damage in held.check.damaged if held.check else ():
+            console.print(Text(printable(f"{held.task}/{damage.shard}: {damage.reason}"), style="yellow"))
+
+
+def print_task(task: Task, held: Holding, folder: Path, console: Console) -> None:
     """All about one task, and what of its data lies in `folder`."""
     names = task.target.class_names
     shown = ", ".join(names[:12]) + (f", ... ({len(names) - 12} more)" if len(names) > 12 else "")
@@ -284,6 +369,12 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
     ]
     if task.data.zenodo:
         rows.append(("data", f"https://zenodo.org/records/{task.data.zenodo}"))
+    if held.record_bytes is not None:
+        rows += [("size", data_size(held.record_bytes)), ("licence", held.license or "the record names none")]
+    elif task.data.zenodo:
+        rows.append(
+            ("licence", f"that of the record; `xares-onnx download {task.name} --plan` asks for it, and for its size")
+        )
     if task.domain == "synthetic":
         rows.append(("data", "built in"))
     else:
@@ -293,6 +384,10 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
             sizes = [path.stat().st_size for path in (folder / task.name).glob(glob)]
             found = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {data_size(sum(sizes))}" if sizes else "no shards"
             rows.append((f"{kind} {part}", f"{glob}: {found}"))
+        if held.unfinished_bytes:
+            rows.append(("unfinished", f"{data_size(held.unfinished_bytes)} of downloads"))
+        if held.check:
+            rows.append(("checked", str(_checked(held)) or "nothing is there"))
     if task.published:
         for method, scores in (("linear", task.published.linear), ("knn", task.published.knn)):
             if scores:
@@ -302,6 +397,7 @@ def print_task(task: Task, folder: Path, console: Console) -> None:
             rows.append(("note", task.published.note))
     for label, value in rows:
         console.print(Text.assemble((f"{printable(label):<18}", "bold"), printable(value)))
+    _print_damage([(task, held)], console)
 
 
 def _target(task: Task) -> str:
@@ -402,6 +498,10 @@ def _interval(ci95: tuple[float, float] | None) -> str:
 def _hop(result: Result) -> str:
     hop, rate = result.encoder.contract["hop_samples"]["value"], result.encoder.contract["sample_rate"]["value"]
     return f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only"
+
+
+def _count(number: int, unit: str) -> str:
+    return data_size(number) if unit == "bytes" else f"{number} {unit}"
 
 
 def data_size(count: float) -> str:

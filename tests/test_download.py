@@ -1,0 +1,566 @@
+"""Fetching the data of tasks: what a record says, where files go, who may fetch at once, and what is said at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import http_faults as faults
+import pytest
+from cli_world import run
+from cli_world import said as one_line
+from download_world import IMPATIENT, QUICK, RECORD, Place, said
+from http_faults import Zenodo, serving
+from shard_makers import small_disk, task_toml
+
+from xares_onnx import archives, catalog, deliveries, download
+from xares_onnx.errors import DataMissingError, DiskFullError, MachineError, UsageError
+from xares_onnx.events import Progress
+from xares_onnx.records import Address
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    for name in os.environ:
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("XARES_ONNX_OFFLINE", raising=False)
+    with serving(Zenodo()) as zenodo:
+        yield Place(tmp_path, zenodo)
+
+
+# ---------------------------------------------------------------- what a record says
+
+
+@pytest.mark.parametrize("layout", ["new", "old", "rdm", "static", "proxied"])
+def test_every_layout_of_a_record_is_read(layout: str, place: Place) -> None:
+    place.zenodo.layout = layout
+    done = place.fetch()
+    assert done.errors == []
+    assert place.there() == place.files
+    (report,) = done.tasks
+    assert (report.record, report.license, report.bytes) == (RECORD, "cc-by-4.0", 309_000)
+    assert all(asked.name in {RECORD, *place.files} or layout == "static" for asked in place.zenodo.asked)
+
+
+def test_only_what_the_task_needs_is_asked_for(place: Place) -> None:
+    place.zenodo.records[RECORD] |= {"other.tar": b"o", "train.zip": b"z", "xtrain0.tar": b"x", "train0.tar.md5": b"m"}
+    assert place.fetch().errors == []
+    assert {asked.name for asked in place.zenodo.asked} == {RECORD, *place.files}
+
+
+def replaced(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of the first file's entry; None removes a key."""
+
+    def edit(answer: dict[str, Any]) -> None:
+        entry = answer["files"][0]
+        entry.update(changes)
+        for key in [key for key, value in changes.items() if value is None]:
+            del entry[key]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (
+            replaced(links={"self": "file:///etc/passwd"}),
+            r"lists 'train0\.tar' at 'file:///etc/passwd', which is not on 127",
+        ),
+        (replaced(links={"self": "https://elsewhere.example/train0.tar"}), "which is not on 127.* it is not followed"),
+        (replaced(links={"self": "http://127.0.0.1:1/train0.tar"}), "which is not on 127"),
+        (replaced(links={"self": "//elsewhere.example/x"}), "which is not on 127"),
+        (replaced(links={"self": "http://[::1/x"}), "which is not on 127"),
+        (
+            replaced(key="train/../../../evil.tar"),
+            r"a file named 'train/\.\./\.\./\.\./evil\.tar', which is no plain file name",
+        ),
+        (replaced(key="train\\..\\evil.tar"), "which is no plain file name"),
+        (replaced(key="train\x1b[2J.tar"), "which is no plain file name"),
+        (replaced(key="train" + "x" * 300 + ".tar"), "which is no plain file name"),
+        (replaced(key="train1.tar"), r"has two files named 'train1\.tar'"),
+        (replaced(size=-1), "with a size of -1 bytes"),
+        (replaced(size=1 << 50), "with a size of 1125899906842624 bytes, which no shard has"),
+        (replaced(size="many"), "does not describe record 101 in a way that this program knows"),
+        (replaced(size=None), "does not describe record 101"),
+        (replaced(checksum="md5:xyz"), "with 'md5:xyz', which is no checksum"),
+        (lambda answer: answer.update(files=None), "does not describe record 101"),
+        (lambda answer: answer.update(id=102), "answers with record 102 where 101 was asked for"),
+        (lambda answer: answer.update(files=[]), r"record 101 holds nothing that matches test\*\.tar, for mine"),
+        (lambda answer: [1, 2, 3], "does not describe record 101"),
+    ],
+)
+def test_an_answer_that_nobody_should_follow(edit: Callable[[dict[str, Any]], Any], says: str, place: Place) -> None:
+    place.zenodo.edit = edit
+    done = place.fetch()
+    assert re.search(says, said(done)), said(done)
+    assert said(done).startswith("mine: ")
+    assert done.errors[0].exit_code == 4
+    assert {asked.name for asked in place.zenodo.asked} == {RECORD}
+    assert not place.data.exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (faults.html, "does not describe record 101 .* in '<!doctype html><title>"),
+        (faults.endless, "with more than any record's description"),
+        (faults.stalled(5), r"record 101: nothing came for 0\.3 s, 4 times in a row"),
+        (faults.dripping, r"its answer took more than 0\.5 s, 4 times in a row"),
+        (faults.status(503), "record 101: 127.* answers 503 Service Unavailable, 4 times in a row"),
+        (faults.status(404), r"cannot be had from 127\S+: 127\S+ answers 404 Not Found, not there: http://.*; 127.* 404"),
+        (faults.status(403), "answers 403 Forbidden, not open to everyone"),
+        (faults.status(302, Location="http://elsewhere.example/"), "sends us on to http://elsewhere.example/, which is not"),
+        (faults.garbage, "4 times in a row"),
+    ],
+)
+def test_no_answer_or_none_of_use(fault: faults.Fault, says: str, place: Place) -> None:
+    place.zenodo.faults[RECORD] = fault
+    sentence = said(place.fetch(patience=QUICK if "503" in says or "404" in says else IMPATIENT))
+    assert re.search(says, sentence), sentence
+    assert not place.data.exists()
+
+
+def test_an_answer_that_comes_at_the_second_attempt_or_another_address(place: Place) -> None:
+    place.zenodo.faults[RECORD] = [faults.reset(10), faults.status(307, Location="/api/records/101?moved")]
+    place.zenodo.faults["/api/records/101?moved"] = [
+        faults.status(301, Location="/api/records/101"),
+    ]
+    assert place.fetch().errors == []
+
+
+def test_a_record_of_versions_stands_for_its_newest(place: Place) -> None:
+    place.zenodo.edit = lambda answer: answer.update(id=102, conceptrecid=RECORD)
+    assert place.fetch().errors == []
+
+
+@pytest.mark.parametrize("checksum", [None, "crc32:12345678"])
+def test_without_a_checksum_the_size_is_checked_and_that_is_said(checksum: str | None, place: Place) -> None:
+    place.zenodo.edit = replaced(checksum=checksum)
+    place.zenodo.faults["train0.tar"] = [faults.truncated(100_000)]
+    assert place.fetch().errors == []
+    assert place.there() == place.files
+    assert [note for note in place.notes if "trying" not in note] == [
+        "record 101 gives no checksum of train0.tar that is known here: only its size is checked"
+    ]
+    held = json.loads((place.home / ".xares-onnx.json").read_text())["files"]["train0.tar"]["checksum"]
+    assert held == f"md5:{hashlib.md5(place.files['train0.tar']).hexdigest()}"
+    asked = len(place.zenodo.asked)
+    assert place.fetch().errors == []
+    assert len(place.zenodo.asked) == asked + 1
+
+
+def test_other_checksums(place: Place) -> None:
+    sha = hashlib.sha256(place.files["train0.tar"]).hexdigest()
+    place.zenodo.edit = replaced(checksum=f"sha256:{sha.upper()}")
+    assert place.fetch().errors == []
+    place.zenodo.edit = replaced(checksum=f"sha256:{'0' * 64}")
+    assert "train0.tar" in said(place.fetch())
+
+
+# ---------------------------------------------------------------- mirrors
+
+
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        "file:///data",
+        "ftp://mirror.example/",
+        "mirror.example",
+        "http://",
+        "https://a b/",
+        "https://m.example/?q=1",
+        "x",
+        "/",
+    ],
+)
+def test_a_mirror_is_an_address(mirror: str, place: Place) -> None:
+    with pytest.raises(UsageError, match=r"is no address; give one such as https://mirror\.example/zenodo"):
+        place.fetch(mirror=mirror)
+
+
+def test_a_mirror_with_a_password_is_not_printed(place: Place) -> None:
+    with pytest.raises(UsageError, match="would be printed; give one without"):
+        place.fetch(mirror="https://me:secret@mirror.example/")
+
+
+@pytest.mark.parametrize(
+    ("mirror", "encrypted"),
+    [
+        ("https://m.example/a/", True),
+        ("http://localhost:80", True),
+        ("http://127.0.0.1:8000", True),
+        ("http://[::1]:1/x", True),
+        ("http://m.example", False),
+    ],
+)
+def test_http_is_for_this_machine_or_said(mirror: str, encrypted: bool) -> None:
+    assert Address.parse(mirror).encrypted == encrypted
+
+
+def test_plain_http_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xares_onnx.records._is_loopback", lambda host: False)
+    assert place.fetch().errors == []
+    assert place.notes[0].endswith("is asked over plain http: checksums too can be changed on the way")
+
+
+def test_the_least_that_a_plain_folder_needs(place: Place) -> None:
+    def least(answer: dict[str, Any]) -> dict[str, Any]:
+        return {"files": [{key: entry[key] for key in ("key", "size", "checksum")} for entry in answer["files"]]}
+
+    place.zenodo.layout, place.zenodo.edit = "static", least
+    done = place.fetch()
+    assert done.errors == []
+    assert place.there() == place.files
+    assert done.tasks[0].license is None
+
+
+def test_zenodo_itself_is_asked_at_its_api() -> None:
+    assert Address().answer_urls("14614287") == [("https://zenodo.org/api/records/14614287", None)]
+
+
+def test_a_mirror_in_a_folder_of_a_host(place: Place) -> None:
+    """Its plain folders lie under the address that is given, wherever that is."""
+    address = Address.parse("https://m.example/mirrors/zenodo/")
+    assert address.answer_urls("7") == [
+        ("https://m.example/mirrors/zenodo/api/records/7", None),
+        ("https://m.example/mirrors/zenodo/7/files.json", "https://m.example/mirrors/zenodo/7"),
+    ]
+
+
+# ---------------------------------------------------------------- which tasks
+
+
+def test_a_name_or_a_suite_is_needed(place: Place) -> None:
+    for names, suite in (((), None), (("esc50",), "public")):
+        with pytest.raises(UsageError, match="name tasks, or a suite by --suite public; with --plan"):
+            download.choose(names, suite)
+
+
+def test_tasks_without_a_record(place: Place) -> None:
+    with pytest.raises(DataMissingError, match="liveenv has no record to download: its data were never published"):
+        place.fetch(["esc50", "liveenv"])
+    (place.folder / "own.toml").write_text(task_toml("own"))
+    with pytest.raises(DataMissingError, match="own has no record to download: its task file names no Zenodo record"):
+        place.fetch([str(place.folder / "own.toml")])
+    assert place.zenodo.asked == []
+
+
+def test_a_suite_leaves_out_what_has_no_record(place: Place) -> None:
+    chosen = download.choose((), "environment", place.events.append)
+    assert {task.name for task in chosen} >= {"esc50", "clotho"}
+    assert all(task.data.zenodo for task in chosen)
+    assert "liveenv is left out: its data were never published" in place.notes
+
+
+def test_a_pattern_with_a_folder_is_refused(place: Place) -> None:
+    task = place.write_task("deep", splits='splits = { train = "sub/train*.tar", test = "test*.tar" }')
+    with pytest.raises(
+        UsageError, match=r"deep has its shards at 'sub/train\*\.tar', and files of a record lie in no folders"
+    ):
+        place.fetch([task])
+
+
+def test_a_plan_fetches_nothing(place: Place) -> None:
+    place.home.mkdir(parents=True)
+    (place.home / "train0.tar").write_bytes(place.files["train0.tar"])
+    done = place.fetch(plan=True)
+    (report,) = done.tasks
+    assert (report.bytes, report.missing_bytes, report.license) == (309_000, 9_000, "cc-by-4.0")
+    assert {file.name: file.status for file in report.files}["train1.tar"] == "missing"
+    assert [asked.name for asked in place.zenodo.asked] == [RECORD]
+    assert set(place.there()) == {"train0.tar"}
+
+
+def test_all_28_records_are_planned(place: Place) -> None:
+    """Every shipped task with a record takes the shards that its patterns name from it."""
+    chosen = catalog.suite_tasks("public")
+    for task in chosen:
+        assert task.data.zenodo is not None
+        names = [glob.replace("*", "0000") for glob in catalog.part_globs(task).values()]
+        place.zenodo.records.setdefault(task.data.zenodo, {}).update(dict.fromkeys(names, b"x" * 10))
+    done = download.download(suite="public", data=place.data, mirror=place.zenodo.url, plan=True, patience=QUICK)
+    assert done.errors == []
+    assert [report.task for report in done.tasks if not report.missing_bytes] == ["librispeechmalefemale"]
+    assert {report.task for report in done.tasks} == {task.name for task in chosen}
+    assert len(place.zenodo.asked) == 22  # two tasks share a record
+
+
+# ---------------------------------------------------------------- what is there already
+
+
+def test_a_second_run_asks_for_nothing_again_and_reads_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.fetch()
+    monkeypatch.setattr(deliveries, "file_checksum", lambda *_: pytest.fail("a file was read again"))
+    asked = len(place.zenodo.asked)
+    done = place.fetch()
+    assert done.errors == []
+    assert {file.status for file in done.tasks[0].files} == {"present"}
+    assert [one.name for one in place.zenodo.asked[asked:]] == [RECORD]
+
+
+def test_files_put_there_by_hand_are_taken_if_they_are_the_record_s(place: Place) -> None:
+    place.home.mkdir(parents=True)
+    (place.home / "train0.tar").write_bytes(place.files["train0.tar"])
+    assert place.fetch().errors == []
+    assert place.zenodo.starts("train0.tar") == []
+    assert place.there() == place.files
+    assert place.notes == ["record 101: files already here, to be read before they are taken for the record's: 1"]
+
+
+@pytest.mark.parametrize("data", [b"mine", b"x" * 300_000])
+def test_another_file_of_that_name_is_not_ours_to_replace(data: bytes, place: Place) -> None:
+    place.home.mkdir(parents=True)
+    (place.home / "train0.tar").write_bytes(data)
+    done = place.fetch()
+    assert "train0.tar is not the file that the record has; move it away, and download again" in said(done)
+    assert (place.home / "train0.tar").read_bytes() == data
+    assert len(place.there()) == 4
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_what_was_downloaded_and_is_damaged_is_fetched_again(damage: str, place: Place) -> None:
+    place.fetch()
+    path = place.home / "train0.tar"
+    path.write_bytes(b"wrong" + place.files["train0.tar"][5:] if damage == "flipped" else place.files["train0.tar"][:-1])
+    done = place.fetch()
+    assert done.errors == []
+    assert place.there() == place.files
+    assert place.notes[-1] == f"{path} is damaged, or an earlier version; it is fetched again"
+    assert [file.status for file in done.tasks[0].files] == ["present", "fetched", "present", "present"]
+
+
+def test_a_touched_file_is_read_and_not_fetched(place: Place) -> None:
+    place.fetch()
+    os.utime(place.home / "train0.tar", (1, 1))
+    assert place.fetch().errors == []
+    assert len(place.zenodo.starts("train0.tar")) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"record": "101", "version": 2}', "nonsense", '{"record": 5}'])
+def test_a_manifest_that_is_none_is_made_anew(text: str, place: Place) -> None:
+    place.fetch()
+    (place.home / ".xares-onnx.json").write_text(text)
+    assert place.fetch().errors == []
+    assert len(place.zenodo.starts("train0.tar")) == 1
+    assert json.loads((place.home / ".xares-onnx.json").read_text())["files"].keys() == place.files.keys()
+
+
+def test_some_of_a_task_s_shards_do_not_pass_for_all(place: Place) -> None:
+    """Two shards of training data, one of which did not come: what is there would be scored without a word."""
+    task = catalog.named_tasks([place.task])[0]
+    place.zenodo.faults["train1.tar"] = faults.status(404)
+    place.fetch()
+    assert all(catalog.shards_on_disk(task, place.data).values())
+    assert catalog.find_parts(task, place.data) is None
+    assert "holds no train1.tar; `xares-onnx download TASK.toml` fetches Zenodo record 101" in catalog.missing_data(
+        task, place.data
+    )
+    assert catalog.on_disk(task, place.data) == "3 shards, 0.00 GB, download unfinished"
+    place.zenodo.faults.clear()
+    place.fetch()
+    assert catalog.find_parts(task, place.data) is not None
+
+
+# ---------------------------------------------------------------- tasks that share a record
+
+
+class Two(NamedTuple):
+    place: Place
+    other: str
+
+
+@pytest.fixture
+def two(place: Place) -> Two:
+    return Two(place, place.write_task("other", splits='splits = { train = "train0*.tar", test = "test*.tar" }'))
+
+
+def test_a_shared_file_comes_once_and_either_can_be_deleted(two: Two) -> None:
+    place, shared = two.place, {"train0.tar": two.place.files["train0.tar"], "test0.tar": two.place.files["test0.tar"]}
+    assert [report.missing_bytes for report in place.fetch([place.task, two.other], plan=True).tasks] == [309_000, 0]
+    place.zenodo.asked.clear()
+    done = place.fetch([place.task, two.other])
+    assert done.errors == []
+    assert place.there() == place.files
+    assert place.there("other") == shared
+    assert [len(place.zenodo.starts(name)) for name in (RECORD, *place.files)] == [1, 1, 1, 1, 1]
+    assert {file.status for file in done.tasks[1].files} == {"linked"}
+    assert (place.home / "train0.tar").samefile(place.data / "other" / "train0.tar")
+    (place.home / "train0.tar").unlink()
+    assert place.there("other") == shared
+    assert place.fetch([place.task, two.other]).errors == []
+    assert len(place.zenodo.starts("train0.tar")) == 1
+    assert place.there() == place.files
+
+
+def test_a_shared_file_is_copied_where_it_cannot_be_linked(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", fail)
+    assert two.place.fetch([two.place.task, two.other]).errors == []
+    assert two.place.there("other")["train0.tar"] == two.place.files["train0.tar"]
+    assert not (two.place.home / "train0.tar").samefile(two.place.data / "other" / "train0.tar")
+
+
+# ---------------------------------------------------------------- two processes, and little space
+
+
+def start(place: Place) -> subprocess.Popen[bytes]:
+    command = ["download", place.task, "--data", str(place.data), "--mirror", place.zenodo.url]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "xares_onnx", *command], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def test_two_processes_fetch_a_record_once(place: Place) -> None:
+    go = threading.Event()
+
+    def slow(handler: faults._Handler, data: bytes, start: int | None) -> None:
+        go.wait(20)
+        handler.wfile.write(handler.begin(data, start))
+
+    place.zenodo.faults["train0.tar"] = [slow]
+    one = start(place)
+    while not place.zenodo.starts("train0.tar") and one.poll() is None:
+        time.sleep(0.01)
+    other = start(place)
+    while len(place.zenodo.starts(RECORD)) < 2 and other.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    go.set()
+    (_, first), (_, second) = one.communicate(timeout=60), other.communicate(timeout=60)
+    assert (one.returncode, other.returncode) == (0, 0), first + second
+    assert b"another process is downloading record 101; waiting for it" in second
+    assert all(len(place.zenodo.starts(name)) == 1 for name in place.files)
+    assert place.there() == place.files
+
+
+def test_a_folder_that_cannot_be_locked(place: Place) -> None:
+    place.data.mkdir()
+    (place.data / ".xares-onnx").write_text("in the way")
+    with pytest.raises(MachineError, match=r"101\.lock cannot be locked"):
+        place.fetch()
+
+
+def test_space_is_looked_at_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = archives.shutil.disk_usage(place.folder)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=308_999))
+    with pytest.raises(DiskFullError, match=r"what is missing needs 0\.00 GB in .*, where 0\.00 GB are free; free some"):
+        place.fetch()
+    assert [asked.name for asked in place.zenodo.asked] == [RECORD]
+    place.home.mkdir(parents=True)
+    (place.home / "test0.tar").write_bytes(place.files["test0.tar"])  # what is there needs no space
+    assert place.fetch().errors == []
+
+
+def test_a_disk_that_fills_up_keeps_what_came(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = archives.shutil.disk_usage(place.folder)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))
+    with small_disk(tmp_path / "small", kilobytes=200):
+        done = place.fetch(data=tmp_path / "small" / "data")
+        (error,) = done.errors
+        assert isinstance(error, DiskFullError)
+        assert "the disk is full while writing" in str(error)
+        assert (tmp_path / "small/data/mine/train0.tar.part").stat().st_size > 50_000
+        assert not (tmp_path / "small/data/mine/train0.tar").exists()
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_counts_bytes_of_this_run(place: Place) -> None:
+    place.home.mkdir(parents=True)
+    (place.home / "train0.tar").write_bytes(place.files["train0.tar"])
+    place.fetch()
+    told = [event for event in place.events if isinstance(event, Progress)]
+    assert {(event.stage, event.task, event.total) for event in told} == {("download", "mine", 309_000)}
+    assert told[0].done >= 300_000  # what was there is no progress
+    assert told[-1].done == 309_000
+    assert [event.done for event in told] == sorted(event.done for event in told)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command(place: Place) -> None:
+    arguments = ("download", place.task, "--data", str(place.data), "--mirror", place.zenodo.url)
+    code, out, err = run(*arguments, "--plan")
+    assert (code, err) == (0, "")
+    row = next(line for line in out.splitlines() if line.startswith("| mine"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["mine", "101", "cc-by-4.0", "4", "309 kB", "309 kB"]
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert "fetched" in out
+    assert err == "mine: downloading done, 309 kB\n"
+    code, out, err = run(*arguments, "--json")
+    assert code == 0
+    assert {file["status"] for file in json.loads(out)[0]["files"]} == {"present"}
+    assert run(*arguments, "--quiet") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "name tasks, or a suite by --suite public"),
+        (["esc51"], 2, "there is no task 'esc51'; did you mean 'esc50'"),
+        (["--suite", "musik"], 2, "there is no suite 'musik'"),
+        (["esc50", "--mirror", "file:///x"], 2, "mirror 'file:///x' is no address"),
+        (["liveenv"], 4, "liveenv has no record to download: its data were never published"),
+        (["esc50", "--data", "nowhere", "--offline"], 4, "data folder nowhere does not exist"),
+        (["esc50", "--mirror", "http://127.0.0.1:9", "--data", "pyproject.toml"], 4, "data folder pyproject.toml does not"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: list[str], code: int, says: str, place: Place) -> None:
+    done = run("download", *arguments)
+    assert done[0] == code
+    assert one_line(done[2]).startswith(says)
+    assert done[1] == ""
+
+
+def test_a_failure_is_one_line_and_code_4(place: Place) -> None:
+    place.zenodo.faults["train0.tar"] = faults.status(404)
+    code, out, err = run("download", place.task, "--data", str(place.data), "--mirror", place.zenodo.url, "--quiet")
+    assert (code, out) == (4, "")
+    assert one_line(err).startswith("mine: 1 of 4 files of record 101 could not be fetched, first train0.tar: 127.0.0.1")
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_offline_says_what_is_missing_or_damaged(by: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["download", place.task, "--data", str(place.data), "--mirror", place.zenodo.url]
+    place.fetch()
+    asked = len(place.zenodo.asked)
+    if by == "option":
+        arguments.append("--offline")
+    else:
+        monkeypatch.setenv("XARES_ONNX_OFFLINE", "1")
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert "good: 4 by checksum" in out
+    path = place.home / "train0.tar"
+    path.write_bytes(b"wrong" + place.files["train0.tar"][5:])
+    code, out, err = run(*arguments)
+    assert code == 4
+    assert "xares-onnx: mine: 1 damaged, first train0.tar: its checksum is not md5:" in err
+    path.unlink()
+    code, out, err = run(*arguments, "--quiet")
+    assert code == 4
+    assert one_line(err).startswith("mine: 1 damaged, first train0.tar: it was downloaded and is gone")
+    (place.home / ".xares-onnx.json").unlink()
+    (place.home / "train1.tar").unlink()
+    code, out, err = run(*arguments, "--quiet")
+    assert code == 4
+    assert len(place.zenodo.asked) == asked

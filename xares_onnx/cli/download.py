@@ -1,0 +1,60 @@
+"""`download`: fetch the data of tasks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import XaresError, worst_exit_code
+from .app import DebugOption, app, one_line, put_json, reported, say, split
+
+OFFLINE_VARIABLE = "XARES_ONNX_OFFLINE"
+
+
+@app.command()
+@reported
+def download(
+    tasks: Annotated[list[str] | None, typer.Argument(help="Names, patterns such as 'vox*', or task files.")] = None,
+    suite: Annotated[str | None, typer.Option(help="all, public, speech, environment or music, in place of names.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder to fill. [default: $XARES_ONNX_DATA, ./env, the user's data folder]"),
+    ] = None,
+    mirror: Annotated[str | None, typer.Option(help="Address of a copy of the records, in place of Zenodo.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print sizes and licences, and stop.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask no server: read what is there, and say what is missing or damaged.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fetch tasks' data from Zenodo: resumed, verified, and only what is missing."""
+    from .. import catalog, inventory
+    from .. import download as verb
+    from ..report import terminal
+
+    names = split(tasks)
+    if offline or os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0"):
+        folder = catalog.data_folder(data)
+        with terminal.TerminalObserver(quiet=quiet) as observer:
+            held = [(task, inventory.verified(task, folder, observer)) for task in verb.choose(names, suite, observer)]
+        if json_:
+            put_json([found for _, found in held])
+        elif not quiet:
+            terminal.print_tasks(held, folder, terminal.stdout_console())
+        errors: list[XaresError] = [*inventory.faults(held, folder, complete=True)]
+    else:
+        with terminal.TerminalObserver(quiet=quiet) as observer:
+            done = verb.download(names, suite=suite, data=data, mirror=mirror, plan=plan, observer=observer)
+        if json_:
+            put_json(done.tasks)
+        elif not quiet and done.tasks:
+            terminal.print_download(done.tasks, terminal.stdout_console(), plan=plan)
+        errors = done.errors
+    for error in errors:
+        say(one_line(error))
+    raise typer.Exit(worst_exit_code(error.exit_code for error in errors))

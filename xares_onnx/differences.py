@@ -229,7 +229,7 @@ def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, toleranc
     scores = np.stack([point(scorers_a), point(scorers_b)])  # (models, folds, seeds)
     if not np.isfinite(scores).all():
         raise ScoreUndefinedError(f"the {ours.metric} of the clips that both have is not defined")
-    sign = 1.0
+    sign = 1.0 if ours.higher_is_better else -1.0
     method = "knn" if ours.method == "knn" else "head"
     drawn = bootstrap_together([scorers_a, scorers_b], generator(ours.task, method))
     replicates: Array = sign * (drawn[1] - drawn[0])

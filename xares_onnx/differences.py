@@ -205,7 +205,7 @@ def verified(side: Side, record: TaskResult) -> tuple[Predictions, list[Scorer]]
         score = float(point(scorers).mean())
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DataError(
-            f"the predictions of {record.task} in {side.name} are not those of a {record.metric}: {error}"
+            f"the predictions of {record.task} in {side.name} do not fit its metric, {record.metric}: {error}"
         ) from error
     if record.score is None or not abs(score - record.score) <= _SAME_SCORE * max(1.0, abs(score)):
         raise DataError(

@@ -53,7 +53,7 @@ def record(task: str, score: float | None, **fields: Any) -> TaskResult:
         "method": "linear",
         "metric": "accuracy",
         "score": score,
-        "weight": 100,
+        "weight": 100.0,
         "clips": Clips(expected=0, read=0, dropped=[]),
         "data_digest": "data",
         "definition_digest": "definition",

@@ -115,7 +115,7 @@ def _cost_rows(found: Comparison) -> Rows:
     rows: Rows = [("size", data_size(found.a.bytes), data_size(found.b.bytes), _factor(found.size_ratio))]
     if found.speed is not None:
         speed = found.speed
-        spread = f" ({1 / speed.highest:.2f}-{1 / speed.lowest:.2f})" if speed.lowest and speed.highest else ""
+        spread = f" ({1 / speed.high:.2f}-{1 / speed.low:.2f})" if speed.low and speed.high else ""
         label = "seconds a second of audio" + ("" if speed.together else ", as recorded, not together")
         rows.append((label, f"{speed.rtf_a:.4f}", f"{speed.rtf_b:.4f}", f"{_factor(1 / speed.ratio)}{spread}"))
     if found.memory is not None:

@@ -146,6 +146,20 @@ def test_clips_are_resampled_within_folds() -> None:
     assert found.ci95 == pytest.approx((-0.5, 0))  # 2, 1 or 0 of the fold's two draws are the lost clip
 
 
+def test_a_clip_may_be_tested_in_several_folds() -> None:
+    keys = {fold: [f"shared.tar/{i}" for i in range(12)] for fold in "xy"}
+    a, b = ({fold: outcomes(seed + i, 12) for i, fold in enumerate("xy")} for seed in (1, 5))
+    found = compared(classes(a, keys), classes(b, keys))
+    assert found.clips == 24
+    for outcome, score in ((a, found.a), (b, found.b)):
+        assert score == pytest.approx(np.mean([fold.mean() for fold in outcome.values()]))
+    assert found.mcnemar is not None
+    majority = {
+        name: np.concatenate([side[fold].mean(axis=0) > 0.5 for fold in "xy"]) for name, side in (("a", a), ("b", b))
+    }
+    assert found.mcnemar.only_a == (majority["a"] & ~majority["b"]).sum()
+
+
 def test_seeds_share_a_resample() -> None:
     """B loses one clip with one seed and wins another with the next: the mean is 0, and so it is of a clip's own seeds."""
     a = np.ones((2, 30), int)

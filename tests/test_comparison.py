@@ -19,6 +19,7 @@ from onnx import numpy_helper
 import xares_onnx
 from xares_onnx import speed
 from xares_onnx.comparison import Comparison, Speed, compare, verdict
+from xares_onnx.differences import AverageDifference
 from xares_onnx.errors import DataError, ModelError, UsageError
 from xares_onnx.evaluation import evaluate
 from xares_onnx.events import Event, Progress
@@ -198,6 +199,20 @@ def test_the_verdict_names_losses_gains_and_costs(of_models: Comparison) -> None
     unclear = msgspec.structs.replace(linear, difference=0.001, ci95=(-0.03, 0.04), verdict="unclear")
     text = word(of_models, tasks=[same, unclear], **costs)
     assert text.startswith("the same within 1 point on 1 of 2 scores; no difference beyond noise, but too few clips")
+    average = AverageDifference(
+        group="public",
+        method="head",
+        tap=None,
+        a=0.5,
+        b=0.496,
+        difference=-0.004,
+        ci95=(-0.007, -0.001),
+        tolerance=0.01,
+        verdict="worse",
+        tasks=["esc50", "desed"],
+    )
+    text = word(of_models, tasks=[same], **{**costs, "averages": [average]})
+    assert "; -0.4 +- 0.3 points in the head average over public tasks; 1.5x as fast" in text
     slow = msgspec.structs.replace(clock, ratio=0.5, low=0.4, high=0.6)
     assert "2.0x as slow" in word(of_models, **{**costs, "speed": slow})
     assert "within the noise of the clock" in word(of_models, **{**costs, "speed": msgspec.structs.replace(clock, low=0.9)})

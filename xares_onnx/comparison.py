@@ -207,7 +207,7 @@ def _comparison(
         speed = _recorded_speed(a, b)
     if a.environment.get("provider") != b.environment.get("provider"):
         said.append(f"A ran on {a.environment.get('provider')} and B on {b.environment.get('provider')}")
-    versions = [result.environment.get("versions", {}) for result in (a, b)]
+    versions = [dict(result.environment.get("versions") or {}) for result in (a, b)]
     if differ := sorted(name for name in versions[0] if versions[0][name] != versions[1].get(name)):
         said.append(f"A and B were scored with other versions of {', '.join(differ)}")
     blank = Comparison(
@@ -392,10 +392,10 @@ def verdict(found: Comparison) -> str:
     if not found.tasks:
         parts.append("no score to compare")
     for average in found.averages[:1]:  # of heads, over the widest group
-        sign = "loses" if average.difference < 0 else "gains"
         known = {"same": ", the same within the tolerance", "unclear": ", which may be noise"}.get(average.verdict, "")
         what = "kNN" if average.method == "knn" else "head"
-        parts.append(f"{sign} {amount(average)} in the {what} average over {average.group} tasks{known}")
+        sign = "-" if average.difference < 0 else "+"
+        parts.append(f"{sign}{amount(average)} in the {what} average over {average.group} tasks{known}")
     costs = [*_speed_words(found.speed), *([f"{factor(found.size_ratio)} the size"] if found.size_ratio else [])]
     if found.memory is not None:
         costs.append(f"{factor(found.memory.bytes_b / found.memory.bytes_a)} the memory")
@@ -409,7 +409,7 @@ def amount(found: Difference | AverageDifference) -> str:
     size = abs(found.difference)
     if isinstance(found, Difference) and not found.higher_is_better:
         return f"{size:.3f} +- {half:.3f}"
-    digits = 1 if 100 * size >= 0.1 else 2
+    digits = 1 if 100 * max(size, half) >= 0.1 else 2
     return f"{100 * size:.{digits}f} +- {100 * half:.{digits}f} points"
 
 

@@ -20,6 +20,7 @@ from xares_onnx.differences import (
     gate_of,
     mcnemar,
     right_clips,
+    signed,
     verdict_of,
 )
 from xares_onnx.errors import DataError, DataMissingError, UsageError
@@ -286,6 +287,9 @@ def test_verdicts_and_gates() -> None:
         (-0.05, -0.01): ("worse", "warn"),  # certain, but not that it is more than the tolerance
         (-0.009, -0.001): ("worse", "pass"),
         (-0.01, 0.01): ("same", "pass"),
+        (0.29 - 0.3, 0.31 - 0.3): ("same", "pass"),  # -0.010000000000000009
+        (-1e-17, 0.002): ("same", "pass"),
+        (1e-17, 0.002): ("same", "pass"),
         (-0.02, 0.005): ("unclear", "warn"),
         (-0.005, 0.02): ("unclear", "pass"),
     }
@@ -293,6 +297,7 @@ def test_verdicts_and_gates() -> None:
         assert (verdict_of(ci95, 0.01), gate_of(ci95, 0.01)) == expected, ci95
     assert (verdict_of(None, 0.01), gate_of(None, 0.01)) == ("unclear", "warn")
     assert interval(np.full(2000, np.nan)) is None
+    assert [signed(value) for value in (-1e-17, -0.0004, 0.0126, -0.0126)] == ["+0.000", "+0.000", "+0.013", "-0.013"]
 
 
 # ---------------------------------------------------------------- what cannot be compared

@@ -485,6 +485,9 @@ def test_settings_are_kept(world: World) -> None:
         "vocabulary": None,
         "suite": None,
         "tasks": ["tones"],
+        "baseline": None,
+        "tolerance": None,
+        "fail_under": [],
     }
 
 

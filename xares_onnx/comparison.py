@@ -57,9 +57,9 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     rtf_a: float
     rtf_b: float
     ratio: float
-    lowest: float | None = None
-    """Of the rounds; null where the two were recorded in runs of their own."""
-    highest: float | None = None
+    low: float | None = None
+    """95 % interval of the ratio; null where the two were recorded in runs of their own."""
+    high: float | None = None
     together: bool
     """Whether both were measured in turns on this machine, and not each in a run of its own."""
 
@@ -208,7 +208,7 @@ def _comparison(
         speed = _recorded_speed(a, b)
     if a.environment.get("provider") != b.environment.get("provider"):
         said.append(f"A ran on {a.environment.get('provider')} and B on {b.environment.get('provider')}")
-    versions = [result.environment.get("versions", {}) for result in (a, b)]
+    versions = [dict(result.environment.get("versions") or {}) for result in (a, b)]
     if differ := sorted(name for name in versions[0] if versions[0][name] != versions[1].get(name)):
         said.append(f"A and B were scored with other versions of {', '.join(differ)}")
     blank = Comparison(
@@ -338,8 +338,8 @@ def _measured(a: Encoder, b: Encoder, observer: Observer) -> dict[str, Any]:
             rtf_a=found.rtf_a,
             rtf_b=found.rtf_b,
             ratio=found.ratio,
-            lowest=found.lowest,
-            highest=found.highest,
+            low=found.low,
+            high=found.high,
             together=True,
         )
     }
@@ -393,9 +393,10 @@ def verdict(found: Comparison) -> str:
     if not found.tasks:
         parts.append("no score to compare")
     for average in found.averages[:1]:  # of heads, over the widest group
-        sign = "loses" if average.difference < 0 else "gains"
         known = {"same": ", the same within the tolerance", "unclear": ", which may be noise"}.get(average.verdict, "")
-        parts.append(f"on average over {average.group} tasks {sign} {amount(average)}{known}")
+        what = "kNN" if average.method == "knn" else "head"
+        sign = "-" if average.difference < 0 else "+"
+        parts.append(f"{sign}{amount(average)} in the {what} average over {average.group} tasks{known}")
     costs = [*_speed_words(found.speed), *([f"{factor(found.size_ratio)} the size"] if found.size_ratio else [])]
     if found.memory is not None:
         costs.append(f"{factor(found.memory.bytes_b / found.memory.bytes_a)} the memory")
@@ -409,7 +410,7 @@ def amount(found: Difference | AverageDifference) -> str:
     size = abs(found.difference)
     if isinstance(found, Difference) and not found.higher_is_better:
         return f"{size:.3f} +- {half:.3f}"
-    digits = 1 if 100 * size >= 0.1 else 2
+    digits = 1 if 100 * max(size, half) >= 0.1 else 2
     return f"{100 * size:.{digits}f} +- {100 * half:.{digits}f} points"
 
 
@@ -436,7 +437,7 @@ def _speed_words(speed: Speed | None) -> list[str]:
     if speed is None:
         return []
     recorded = "" if speed.together else " (as recorded, not measured together)"
-    if speed.lowest is not None and speed.highest is not None and speed.lowest <= 1 <= speed.highest:
+    if speed.low is not None and speed.high is not None and speed.low <= 1 <= speed.high:
         return ["as fast, within the noise of the clock"]
     if speed.ratio >= 1:
         return [f"{factor(speed.ratio)} as fast{recorded}"]

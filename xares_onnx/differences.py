@@ -26,6 +26,7 @@ from .scoring import clips_of, generator, scorers_of
 
 TOLERANCE = 0.01
 _SAME_SCORE = 1e-9  # sums of one order, and at most the last digits of a decimal text
+_ROUNDING = 1e-9  # shares of few clips often lie exactly at a tolerance, or at 0
 
 Verdict = Literal["better", "worse", "same", "unclear"]
 Identity = tuple[str, str, str | None]  # task, method, tap
@@ -123,18 +124,24 @@ def verdict_of(ci95: Interval | None, tolerance: float) -> Verdict:
     if ci95 is None:
         return "unclear"
     low, high = ci95
-    if low > 0:
+    if low > _ROUNDING:
         return "better"
-    if high < 0:
+    if high < -_ROUNDING:
         return "worse"
-    return "same" if -tolerance <= low and high <= tolerance else "unclear"
+    return "same" if max(-low, high) <= tolerance + _ROUNDING else "unclear"
 
 
 def gate_of(ci95: Interval | None, tolerance: float) -> Literal["pass", "warn", "fail"]:
     """`fail` where the loss is for certain larger than the tolerance, `warn` where the clips cannot exclude that it is."""
     if ci95 is None:
         return "warn"
-    return "fail" if ci95[1] < -tolerance else "warn" if ci95[0] < -tolerance else "pass"
+    low, high = (value + tolerance + _ROUNDING for value in ci95)
+    return "fail" if high < 0 else "warn" if low < 0 else "pass"
+
+
+def signed(value: float) -> str:
+    """A difference of scores: +0.012; nothing is +0.000, from whichever side it was rounded."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def find_differences(a: Side, b: Side, tolerance: float = TOLERANCE) -> Differences:
@@ -205,7 +212,7 @@ def verified(side: Side, record: TaskResult) -> tuple[Predictions, list[Scorer]]
         score = float(point(scorers).mean())
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DataError(
-            f"the predictions of {record.task} in {side.name} are not those of a {record.metric}: {error}"
+            f"the predictions of {record.task} in {side.name} do not fit its metric, {record.metric}: {error}"
         ) from error
     if record.score is None or not abs(score - record.score) <= _SAME_SCORE * max(1.0, abs(score)):
         raise DataError(

@@ -22,6 +22,7 @@ from .differences import (
     gate_of,
     groups_of,
     identity,
+    signed,
     verified,
 )
 from .errors import UsageError, nearest
@@ -220,10 +221,12 @@ def _gate(found: Difference | AverageDifference, task: str, method: str, toleran
 
 def loss(found: Difference | AverageDifference, status: Literal["pass", "warn", "fail"]) -> str:
     """What a gate says of a difference: the scores, how far apart, and what that means for the tolerance."""
-    between = f", 95 % between {found.ci95[0]:+.3f} and {found.ci95[1]:+.3f}" if found.ci95 else ", without an interval"
+    between = (
+        f", 95 % between {signed(found.ci95[0])} and {signed(found.ci95[1])}" if found.ci95 else ", without an interval"
+    )
     meaning = {
         "fail": f"worse by more than {found.tolerance:g} for certain",
         "warn": f"too few test clips to tell whether it is worse by more than {found.tolerance:g}",
         "pass": f"not worse by more than {found.tolerance:g}",
     }[status]
-    return f"{found.a:.3f} -> {found.b:.3f} ({found.difference:+.3f}{between}): {meaning}"
+    return f"{found.a:.3f} -> {found.b:.3f} ({signed(found.difference)}{between}): {meaning}"

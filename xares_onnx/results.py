@@ -292,6 +292,8 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
                 raise ValueError("it is larger than predictions are")
         with np.load(file, allow_pickle=False) as archive:
             arrays: Predictions = {column: archive[column] for column in archive.files}
+        if any(not isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds what is no array")
         rows = len(arrays["key"])
         if any(array.ndim < 1 or len(array) != rows for array in arrays.values()):
             raise ValueError("its columns differ in length")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from scipy import stats
 
 from .encoder import LOAD_SECONDS, Encoder, ModelSpec, open_session
 from .events import Observer, Progress
@@ -34,13 +35,13 @@ class Burst(msgspec.Struct, frozen=True):
 
 
 class SideBySide(msgspec.Struct, frozen=True, kw_only=True):
-    """Two models in turns. `ratio` is above 1 where B is faster: the median over rounds, and its extremes."""
+    """Two models in turns. `ratio` is above 1 where B is faster: the median over rounds, and the 95 % interval of that."""
 
     rtf_a: float
     rtf_b: float
     ratio: float
-    lowest: float
-    highest: float
+    low: float
+    high: float
     rounds: int
     peak_bytes_a: int | None
     peak_bytes_b: int | None
@@ -71,13 +72,14 @@ def measure_together(a: Encoder, b: Encoder, observer: Observer) -> SideBySide:
             second = _burst(b, chunks[1], observer)
         pairs.append((first, second))
     observer(Progress("measure", "speed", _ROUNDS, _ROUNDS))
-    ratios = [first.rtf / second.rtf for first, second in pairs]
+    ratios = sorted(first.rtf / second.rtf for first, second in pairs)
+    cut = max(0, int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1)  # order statistics between which a median lies
     return SideBySide(
         rtf_a=statistics.median(first.rtf for first, _ in pairs),
         rtf_b=statistics.median(second.rtf for _, second in pairs),
         ratio=statistics.median(ratios),
-        lowest=min(ratios),
-        highest=max(ratios),
+        low=ratios[cut],
+        high=ratios[-1 - cut],
         rounds=len(pairs),
         peak_bytes_a=pairs[-1][0].peak_bytes,
         peak_bytes_b=pairs[-1][1].peak_bytes,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..comparison import Comparison
-from ..differences import AverageDifference, Difference, gate_of
+from ..differences import AverageDifference, Difference, gate_of, signed
 from ..drift import Drift
 from ..errors import printable
 from ..gates import loss
@@ -96,7 +96,7 @@ def _score_cells(found: Difference | AverageDifference) -> tuple[str, ...]:
         metric, clips = METRIC_NAMES.get(found.metric, found.metric), str(found.clips)
         if found.mcnemar is not None:
             discordant, p = f"{found.mcnemar.only_a} : {found.mcnemar.only_b}", _p(found.mcnemar.p)
-    scores = f"{found.a:.3f}", f"{found.b:.3f}", f"{found.difference:+.3f}", _signed(found.ci95)
+    scores = f"{found.a:.3f}", f"{found.b:.3f}", signed(found.difference), _signed(found.ci95)
     return score_name(found), metric, clips, *scores, discordant, p, _WORDS[found.verdict]
 
 
@@ -116,7 +116,7 @@ def _cost_rows(found: Comparison) -> Rows:
     rows: Rows = [("size", data_size(found.a.bytes), data_size(found.b.bytes), _factor(found.size_ratio))]
     if found.speed is not None:
         speed = found.speed
-        spread = f" ({1 / speed.highest:.2f}-{1 / speed.lowest:.2f})" if speed.lowest and speed.highest else ""
+        spread = f" ({1 / speed.high:.2f}-{1 / speed.low:.2f})" if speed.low and speed.high else ""
         label = "seconds a second of audio" + ("" if speed.together else ", as recorded, not together")
         rows.append((label, f"{speed.rtf_a:.4f}", f"{speed.rtf_b:.4f}", f"{_factor(1 / speed.ratio)}{spread}"))
     if found.memory is not None:
@@ -166,7 +166,7 @@ def _markdown_table(headings: Headings, rows: Rows) -> str:
 
 
 def _signed(ci95: Interval | None) -> str:
-    return f"{ci95[0]:+.3f} to {ci95[1]:+.3f}" if ci95 else ""
+    return f"{signed(ci95[0])} to {signed(ci95[1])}" if ci95 else ""
 
 
 def _p(p: float) -> str:

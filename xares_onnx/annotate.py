@@ -23,10 +23,11 @@ from .contract import (
     merge,
     metadata_with,
 )
-from .encoder import LOAD_SECONDS, load_encoder
+from .encoder import load_encoder
 from .errors import ModelError, UsageError, XaresError
 from .events import Doing, Observer, ignore
 from .files import copy_aside, made_aside, write_aside
+from .limits import memory_bytes, silence_seconds
 from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
 from .worker import Beat, Tell, Worker, limit_memory
 
@@ -61,7 +62,7 @@ def annotate(model: str | Path, contract: Iterable[str], output: str | Path, *, 
                 str(aside),
                 declared,
                 returns=ModelScan,
-                silence_limit=LOAD_SECONDS,
+                silence_limit=silence_seconds(source.stat().st_size, trust=False),
                 observer=observer,
             )
         metadata = metadata_with(scan.metadata, declared)
@@ -88,7 +89,7 @@ def _write(source: str, target: str, declared: Declarations, *, tell: Tell) -> M
 
     path = Path(source)
     tell(Doing("reading the model's file"))
-    limit_memory((8 << 30) + 4 * path.stat().st_size)
+    limit_memory(memory_bytes(path.stat().st_size, trust=False))
     scan = scan_model(path, lambda: tell(Beat()))
     model = onnx.load_model(path, format="protobuf", load_external_data=False)
     onnx.helper.set_model_props(model, metadata_with(scan.metadata, declared))

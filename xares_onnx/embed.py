@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from . import audio
 from .chunking import frame_centers
-from .encoder import CALL_SECONDS, LOAD_SECONDS, ChunkRunner, Encoder, Job, ModelSpec, open_session
+from .encoder import ChunkRunner, Encoder, Job, ModelSpec, open_session
 from .errors import ClipError, DataError, printable
 from .events import Observer, Progress
 from .files import Stamp, stamp
@@ -31,6 +31,7 @@ from .worker import Beat, Tell
 
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
+_DECODING_SECONDS = 300  # longest wait for one clip
 _SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
 
 
@@ -141,10 +142,7 @@ def embed_shards(
         embedded = store.read(key)  # a shard of the same content, or another process, may have made it meanwhile
         if embedded is None:
             watch = _offset(observer, task, done, total)
-            limit = max(LOAD_SECONDS, CALL_SECONDS)
-            reports.append(
-                encoder.worker.call(embed_shard, specs[path], returns=ShardReport, silence_limit=limit, observer=watch)
-            )
+            reports.append(encoder.call(embed_shard, specs[path], returns=ShardReport, observer=watch))
             embedded = store.read(key)
         if embedded is None:
             raise RuntimeError(f"the store lost {key} right after it was written")
@@ -168,12 +166,12 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
     """Embed one shard and write it to the store. A clip that cannot be used is a named drop; its neighbours go on."""
     started = time.perf_counter()
     session = open_session(spec.model, tell)
-    index = index_shard(spec.shard)
+    index = index_shard(spec.shard, lambda: tell(Beat()))
     samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
     drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
     store, key, info = Store(spec.store), spec.key(), spec.model.info
     with store.spool(key, info.contract.dim) if spec.frames else nullcontext() as spool:
-        decoded = _Decoded(spec, samples, info.contract.sample_rate)
+        decoded = _Decoded(spec, samples, info.contract.sample_rate, lambda: tell(Beat()))
         clips, pooled, clip_of_crop = _run(spec, session, decoded, spool, len(samples), tell)
         if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
             raise DataError(f"shard {spec.shard} changed while it was read; run again")
@@ -259,8 +257,11 @@ class _Pool:
 class _Decoded:
     """Iterates over the crops of a shard's samples as jobs, decoded a few clips ahead of whoever asks."""
 
-    def __init__(self, spec: EmbedSpec, samples: Sequence[Sample], rate: int) -> None:
+    def __init__(
+        self, spec: EmbedSpec, samples: Sequence[Sample], rate: int, beat: Callable[[], None] = lambda: None
+    ) -> None:
         self._spec = spec
+        self._beat = beat
         self._samples = samples
         self._rate = rate
         self._longest = 0.0  # seconds, of the clips so far
@@ -286,6 +287,10 @@ class _Decoded:
         return audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule), seconds, label
 
     def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
+        for _ in range(_DECODING_SECONDS):  # a long recording is not a model that hangs
+            if wait([future], timeout=1.0).done:
+                break
+            self._beat()
         try:
             crops, seconds, label = future.result()
         except ClipError as error:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -35,18 +37,16 @@ from .contract import (
     merge,
     remarks,
 )
-from .errors import ClipError, ContractError, DataMissingError, ModelError, UsageError
+from .errors import ClipError, ContractError, DataMissingError, ModelError, ModelLimitError, UsageError
 from .events import Doing, Note, Observer, ignore
 from .files import Stamp, stamp, write_aside
+from .limits import LIFTED, limits, measuring_seconds, memory_bytes, silence_seconds
 from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
 from .session import CPU, Session, cuda_may_work
 from .worker import Array, Beat, Tell, Worker, limit_memory
 
-LOAD_SECONDS = 90.0  # longest silence while a model is loaded
-CALL_SECONDS = 60.0  # longest silence while it runs
+T = TypeVar("T")
 GPU_BATCH = 16
-_BASE_MEMORY = 8 << 30
-_THREAD_MEMORY = 1 << 30  # wav2vec2-base needs 0.6 GB for a chunk of 10 s
 _CACHE_VERSION = 2
 
 
@@ -74,6 +74,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     device: str
     threads: int
     stamp: Stamp | None = None  # of the model file as it was measured
+    trust: bool = False  # lifts limits on size, memory and time (`limits`)
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,14 @@ class Encoder:
         if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
             raise UsageError(f"rate={rate} must be a sampling rate from {audio.MIN_RATE} to {audio.MAX_RATE} Hz")
         signals = [_checked_waveform(waveform) for waveform in waveforms]
-        results = self.worker.call(
-            _embed_waveforms,
-            self.spec,
-            signals,
-            rate,
-            returns=list[tuple[Array, Array]],
-            silence_limit=LOAD_SECONDS,
-            observer=ignore,
-        )
+        results = self.call(_embed_waveforms, self.spec, signals, rate, returns=list[tuple[Array, Array]])
         return [Embedding(frames.numpy(), times.numpy()) for frames, times in results]
+
+    def call(self, function: Callable[..., T], *arguments: Any, returns: type[T], observer: Observer = ignore) -> T:
+        """`function(*arguments, tell=…)` in the encoder's process, within the time that a model of its size may take."""
+        limit = silence_seconds(self.info.scan.bytes, self.spec.trust)
+        with _advised(self.spec.trust):
+            return self.worker.call(function, *arguments, returns=returns, silence_limit=limit, observer=observer)
 
     def close(self) -> None:
         self.worker.close()
@@ -135,12 +134,14 @@ def load_encoder(
     threads: int | None = None,
     contract: Sequence[str] = (),
     cache: Path | None = None,
+    trust: bool = False,
     observer: Observer = ignore,
 ) -> Encoder:
     """Find, scan and measure a model; nothing of it runs in this process.
 
     `contract` holds KEY=VALUE declarations, `threads` defaults to the number of cores, `cache` is a folder where what was
-    measured is kept. Raises `ModelError` where the model cannot be used.
+    measured is kept. `trust` lifts the limits on size, memory and time that a giant may need lifted. Raises `ModelError`
+    where the model cannot be used.
     """
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
@@ -150,20 +151,24 @@ def load_encoder(
         raise UsageError(f"threads={threads} must be 1 or more")
     as_measured = stamp(model)
     worker = Worker()
-    remembered = _Remembered(cache, model, device, declared, beside) if cache else None
+    remembered = _Remembered(cache, model, device, declared, beside, trust) if cache else None
     info = remembered.load() if remembered else None
+    if trust:
+        observer(Note(LIFTED))
     if info is None:
         try:
-            info = worker.call(
-                _resolve,
-                str(model),
-                device,
-                declared,
-                beside,
-                returns=EncoderInfo,
-                silence_limit=LOAD_SECONDS,
-                observer=observer,
-            )
+            with _advised(trust):
+                info = worker.call(
+                    _resolve,
+                    str(model),
+                    device,
+                    declared,
+                    beside,
+                    trust,
+                    returns=EncoderInfo,
+                    silence_limit=silence_seconds(model.stat().st_size, trust),
+                    observer=observer,
+                )
             if remembered:
                 remembered.save(info)
         except BaseException:
@@ -171,7 +176,7 @@ def load_encoder(
             raise
     for note in info.notes:
         observer(Note(note))
-    return Encoder(ModelSpec(info, device, threads, as_measured), worker)
+    return Encoder(ModelSpec(info, device, threads, as_measured, trust), worker)
 
 
 def usable_cores() -> int:
@@ -192,6 +197,17 @@ def onnxruntime_distributions() -> dict[str, str]:
     return found
 
 
+@contextmanager
+def _advised(trust: bool) -> Iterator[None]:
+    """Whoever meets a limit is told how it can be lifted."""
+    try:
+        yield
+    except ModelLimitError as error:
+        if trust:
+            raise
+        raise ModelLimitError(f"{error}; if you trust the model, --trust lifts the limit") from error
+
+
 def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
     signal = np.asarray(waveform)
     if signal.dtype.kind != "f":
@@ -208,22 +224,32 @@ def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
 # ---------------------------------------------------------------- what runs in the worker
 
 
-def _resolve(model: str, device: str, declared: Declarations, beside: Declarations, *, tell: Tell) -> EncoderInfo:
+def _resolve(
+    model: str, device: str, declared: Declarations, beside: Declarations, trust: bool = False, *, tell: Tell
+) -> EncoderInfo:
     from .measure import measure_contract
 
     path = Path(model)
     tell(Doing("reading the model's file"))
     on_cpu = device == "cpu" or (device == "auto" and not cuda_may_work())
+    size = path.stat().st_size
     if on_cpu:
         device = "cpu"  # the name under which `open_session` finds the session again
-        limit_memory(_BASE_MEMORY + 4 * path.stat().st_size)
-    scan = scan_model(path, lambda: tell(Beat()))
+        limit_memory(memory_bytes(size, trust))
+    before = stamp(path)
+    scan = scan_model(path, lambda: tell(Beat()), trust=trust)
+    stamps = {path: before, **{file: stamp(file) for file in (path.parent / name for name in scan.external)}}
     if on_cpu:
-        limit_memory(_BASE_MEMORY + 4 * scan.bytes)
-    tell(Doing("loading the model"))
+        limit_memory(memory_bytes(scan.bytes, trust))
+    patience = silence_seconds(scan.bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
+    tell(Doing("loading the model", patience))
     session = _session(model, device)
-    tell(Doing("measuring the model"))
-    contract = measure_contract(session, merge(declared, declared_in_metadata(scan.metadata), beside), lambda: tell(Beat()))
+    if any(stamp(file) != then for file, then in stamps.items()):
+        raise ModelError(f"{path} was replaced while it was read; run again")
+    tell(Doing("measuring the model", patience))
+    declared = merge(declared, declared_in_metadata(scan.metadata), beside)
+    beat = _Budget(measuring_seconds(scan.bytes, trust), tell).beat
+    contract = measure_contract(session, declared, beat, max_dim=limits(trust).dim)
     return EncoderInfo(
         path=model,
         scan=scan,
@@ -232,6 +258,19 @@ def _resolve(model: str, device: str, declared: Declarations, beside: Declaratio
         onnxruntime=_runtime_version(),
         notes=(*([session.note] if session.note else []), *remarks(contract)),
     )
+
+
+class _Budget:
+    """Processor time for measuring: no call is long, yet all of them together may be."""
+
+    def __init__(self, seconds: float, tell: Tell) -> None:
+        self._seconds, self._tell = seconds, tell
+        self._end = time.process_time() + seconds
+
+    def beat(self) -> None:
+        if time.process_time() > self._end:
+            raise ModelLimitError(f"the model was still being measured after {self._seconds:.0f} s of processor time")
+        self._tell(Beat())
 
 
 @functools.lru_cache(maxsize=1)
@@ -243,7 +282,7 @@ def _session(model: str, device: str) -> Session:
 def open_session(spec: ModelSpec, tell: Tell) -> Session:
     """The session of a spec, in the worker; the provider must be the one that was measured."""
     if spec.info.provider == CPU:
-        limit_memory(_BASE_MEMORY + 4 * spec.info.scan.bytes + spec.threads * _THREAD_MEMORY)
+        limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
     if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
         raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
     tell(Doing("loading the model"))
@@ -384,7 +423,9 @@ def _runtime_version() -> str:
 class _Remembered:
     """What was measured of a model, kept by everything that could change it, so that a rerun loads no model."""
 
-    def __init__(self, cache: Path, model: Path, device: str, declared: Declarations, beside: Declarations) -> None:
+    def __init__(
+        self, cache: Path, model: Path, device: str, declared: Declarations, beside: Declarations, trust: bool
+    ) -> None:
         self._model = model
         named = {
             "version": _CACHE_VERSION,
@@ -394,6 +435,7 @@ class _Remembered:
             "onnxruntime": onnxruntime_distributions(),
             "declared": declared,
             "beside": beside,
+            "trust": trust,
         }
         digest = hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()
         self._file = cache / "models" / f"{digest[:32]}.json"

@@ -58,6 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Heads other than the tasks' own, by task."""
     lm: str | None = None
     vocabulary: str | None = None
+    trust: bool = False
+    """Whether the limits on the model's size, memory and time were lifted."""
 
 
 @dataclass
@@ -96,6 +98,7 @@ def evaluate(
     heads: Sequence[str] = (),
     lm: str | None = None,
     vocabulary: Path | None = None,
+    trust: bool = False,
     observer: Observer = ignore,
 ) -> Evaluation:
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
@@ -103,10 +106,10 @@ def evaluate(
     A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
     With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads`
     chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
-    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. Raises `UsageError`, `ModelError`,
-    `DataMissingError`, `MachineError`.
+    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. `trust` lifts the limits on the model's size,
+    memory and time. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`.
     """
-    settings = _checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary)
+    settings = _checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, trust)
     find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
     notes: list[str] = []
@@ -120,7 +123,9 @@ def evaluate(
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
-    with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observe) as encoder:
+    with load_encoder(
+        model, device=device, threads=threads, contract=contract, cache=cache, trust=trust, observer=observe
+    ) as encoder:
         if save and output is None:
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
@@ -169,12 +174,15 @@ def plan(
     heads: Sequence[str] = (),
     lm: str | None = None,
     vocabulary: Path | None = None,
+    trust: bool = False,
     observer: Observer = ignore,
 ) -> Plan:
     """What `evaluate` with the same arguments would read, write and take."""
     settings = _checked_settings(protocol, seeds, METHODS, limit, False, heads, lm, vocabulary)
     cache = cache_folder(cache)
-    with load_encoder(model, device=device, threads=threads, contract=contract, cache=cache, observer=observer) as encoder:
+    with load_encoder(
+        model, device=device, threads=threads, contract=contract, cache=cache, trust=trust, observer=observer
+    ) as encoder:
         found = []
         for task, folder in _with_heads(choose_tasks(tasks, suite, data, observer), settings):
             if kind_of(task).needs_frames and encoder.contract.clip_only:
@@ -483,6 +491,7 @@ def _checked_settings(
     heads: Sequence[str],
     lm: str | None,
     vocabulary: Path | None,
+    trust: bool = False,
 ) -> Settings:
     if protocol not in ("corrected", "xares"):
         raise UsageError(f"protocol {protocol!r} must be corrected or xares")
@@ -509,4 +518,5 @@ def _checked_settings(
         heads=by_task,
         lm=lm,
         vocabulary=None if vocabulary is None else str(vocabulary),
+        trust=trust,
     )

@@ -13,7 +13,7 @@ import numpy as np
 from . import audio
 from .dataset import TaskData
 from .embed import CropSettings, shard_specs
-from .encoder import LOAD_SECONDS, Encoder, ModelSpec, open_session
+from .encoder import Encoder, ModelSpec, open_session
 from .errors import ClipError
 from .events import Observer
 from .folds import CROSS_VALIDATION_FOLDS
@@ -64,7 +64,7 @@ def make_plan(
     observer: Observer,
 ) -> Plan:
     """Count clips, sample their durations, and time the model on two chunks a thread."""
-    rtf = encoder.worker.call(measure_rtf, encoder.spec, returns=float, silence_limit=LOAD_SECONDS, observer=observer)
+    rtf = encoder.call(measure_rtf, encoder.spec, returns=float, observer=observer)
     return Plan([_row(encoder, task_data, crops, store, rtf, seeds) for task_data, crops in data], rtf)
 
 

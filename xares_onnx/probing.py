@@ -19,6 +19,7 @@ class Probe:
     """The model under probing, with the contract as far as it is known."""
 
     contract: Contract
+    max_dim: int
 
     def __init__(self, session: Session, declared: Declarations, beat: Callable[[], None]) -> None:
         self.session = session

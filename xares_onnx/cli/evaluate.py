@@ -39,6 +39,10 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
     allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you know where it is from."),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DebugOption = False,
@@ -62,6 +66,7 @@ def evaluate(
         "contract": contract or (),
         "device": device,
         "threads": threads,
+        "trust": trust,
     }
     names = split(tasks)
     with terminal.TerminalObserver(quiet=quiet) as observer:

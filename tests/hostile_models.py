@@ -4,6 +4,7 @@ says once ONNX Runtime is let near it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -61,7 +62,9 @@ def sparse_bomb() -> ModelProto:
     """One value in a sparse tensor of 4 TB."""
     model = encoder()
     values = helper.make_tensor("sparse", FLOAT, [1], [1.0])
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, helper.make_tensor("i", INT64, [1], [3]), [1 << 40]))
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, helper.make_tensor("i", INT64, [1], [3]), [1 << 40])
+    )
     return model
 
 
@@ -150,9 +153,13 @@ def foreign_operator(where: str) -> ModelProto:
         case "graph":
             return encoder(extra=[call("Steal", "frames_first", "embeddings", domain="vendor")])
         case "branch":
-            branch = helper.make_graph([call("Steal", "frames_first", "out", domain="vendor")], "b", [], [value("out", FLOAT, None)])
+            branch = helper.make_graph(
+                [call("Steal", "frames_first", "out", domain="vendor")], "b", [], [value("out", FLOAT, None)]
+            )
             yes = helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("yes_value", BOOL, [], [True]))
-            return encoder(extra=[yes, helper.make_node("If", ["yes"], ["embeddings"], then_branch=branch, else_branch=branch)])
+            return encoder(
+                extra=[yes, helper.make_node("If", ["yes"], ["embeddings"], then_branch=branch, else_branch=branch)]
+            )
         case "function":
             return calling([function("f", [foreign])], "f")
         case _:
@@ -231,7 +238,7 @@ def crowded_window(samples: int) -> ModelProto:
 def wide(nodes: int) -> ModelProto:
     """So many nodes in a row."""
     names = ["frames_first", *(f"n{i}" for i in range(nodes - 1)), "embeddings"]
-    return encoder(extra=[helper.make_node("Neg", [a], [b]) for a, b in zip(names, names[1:], strict=False)])
+    return encoder(extra=[helper.make_node("Neg", [a], [b]) for a, b in pairwise(names)])
 
 
 def empty_nodes(count: int) -> bytes:
@@ -253,5 +260,3 @@ def external(name: str, values: np.ndarray, entries: dict[str, str]) -> ModelPro
         tensor.external_data.add(key=key, value=text)
     model.graph.initializer.append(tensor)
     return model
-
-

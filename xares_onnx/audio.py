@@ -37,7 +37,7 @@ def decode(data: bytes) -> tuple[Waveform, int]:
     """
     try:
         # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
-        with io.BytesIO(data) as buffer, soundfile.SoundFile(buffer) as file:
+        with _Bytes(data) as buffer, soundfile.SoundFile(buffer) as file:
             rate = int(file.samplerate)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise ClipError(f"sampling rate {rate} Hz is not plausible")
@@ -60,6 +60,16 @@ def decode(data: bytes) -> tuple[Waveform, int]:
     return samples, rate
 
 
+class _Bytes(io.BytesIO):
+    """A damaged header sends libsndfile to places that there are not; an exception in its callback would be printed."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
 def _mono(block: npt.NDArray[np.float32]) -> Waveform:
     """Mean of the channels, (frames, channels) to (frames,). Column by column: nine times as fast as `mean(axis=1)`."""
     total: Waveform = block[:, 0].copy()
@@ -71,7 +81,7 @@ def _mono(block: npt.NDArray[np.float32]) -> Waveform:
 def duration(data: bytes) -> float:
     """Seconds of audio by the file's own header, for estimates; `ClipError` where it cannot be read."""
     try:
-        info = soundfile.info(io.BytesIO(data))
+        info = soundfile.info(_Bytes(data))
         return min(float(info.frames / info.samplerate), MAX_SECONDS)
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _undecodable(error) from error

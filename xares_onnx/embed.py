@@ -6,6 +6,7 @@ later. Decoding and resampling run ahead of the model in their own threads.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from .worker import Beat, Tell
 
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
+_LONG_SECONDS = 900.0
 _DECODING_SECONDS = 300  # longest wait for one clip
 _SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
 
@@ -262,6 +264,7 @@ class _Decoded:
     ) -> None:
         self._spec = spec
         self._beat = beat
+        self._one_at_a_time = threading.Lock()  # long recordings, which take a gigabyte while they are decoded
         self._samples = samples
         self._rate = rate
         self._longest = 0.0  # seconds, of the clips so far
@@ -281,10 +284,15 @@ class _Decoded:
 
     def _decode(self, sample: Sample) -> _DecodedClip:
         label = read_label(self._spec.shard, sample.label)
-        samples, rate = audio.decode(read_extent(self._spec.shard, sample.audio))
-        seconds = len(samples) / rate
-        waveform = audio.resample(samples, rate, self._rate)
-        return audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule), seconds, label
+        try:
+            data = read_extent(self._spec.shard, sample.audio)
+            with self._one_at_a_time if audio.duration(data) > _LONG_SECONDS else nullcontext():
+                samples, rate = audio.decode(data)
+                waveform = audio.resample(samples, rate, self._rate)
+        except MemoryError as error:
+            raise ClipError("it needs more memory than there is") from error
+        crops = audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule)
+        return crops, len(samples) / rate, label
 
     def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
         for _ in range(_DECODING_SECONDS):  # a long recording is not a model that hangs

@@ -55,6 +55,6 @@ def measuring_seconds(size: int, trust: bool) -> float:
 def memory_bytes(size: int, trust: bool, threads: int = 0) -> int | None:
     """Address space of a worker that runs a model on the CPU, from so many threads beside the one that measures.
 
-    wav2vec2-base (0.4 GB) needs 0.6 GB for a chunk of 10 s. A bomb of a few bytes is stopped under 8 GB with 15 threads.
+    wav2vec2-base (0.4 GB) needs 0.6 GB for a chunk of 10 s. A bomb of a few bytes is stopped under 8 GB with 11 threads.
     """
-    return None if trust else 4 * _GB + 4 * size + threads * ((_GB >> 2) + 2 * size)
+    return None if trust else 5 * _GB + 4 * size + threads * ((_GB >> 2) + 2 * size)

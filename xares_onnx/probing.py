@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .adapter import FLOAT_TYPES, Adapter
 from .contract import Contract, Declarations
-from .errors import ContractError, ModelError
+from .errors import ContractError, ModelError, ModelLimitError
 from .session import Session
 
 
@@ -65,9 +65,10 @@ class Probe:
         return noise
 
     def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
-        results = self.session.run_raw(names, self.adapter.feeds(batch))
-        self._beat()
-        return results
+        try:
+            return self.session.run_raw(names, self.adapter.feeds(batch))
+        finally:  # a model that fails is alive, too
+            self._beat()
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         (result,) = self.run_outputs([self.contract.output], batch)
@@ -95,7 +96,7 @@ class Probe:
             try:
                 self.run_outputs(names, self.noise(samples))
                 return samples
-            except ContractError:
+            except (ContractError, ModelLimitError):
                 raise
             except ModelError as error:
                 last_error = error

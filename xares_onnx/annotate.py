@@ -43,10 +43,13 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True):
     copied: tuple[str, ...]
 
 
-def annotate(model: str | Path, contract: Iterable[str], output: str | Path, *, observer: Observer = ignore) -> Annotation:
+def annotate(
+    model: str | Path, contract: Iterable[str], output: str | Path, *, trust: bool = False, observer: Observer = ignore
+) -> Annotation:
     """Write `output`: `model` with the KEY=VALUE declarations of `contract` in its metadata, which is kept otherwise.
 
-    Weights files that the model names are copied to beside `output`, unless they lie there already. Raises `UsageError` for
+    Weights files that the model names are copied to beside `output`, unless they lie there already. `trust` lifts the limits
+    on the model's size, memory and time. Raises `UsageError` for
     a declaration or an output that cannot be, `ModelError` where the result could not be used; then nothing is left.
     """
     declared = declared_on_command_line(contract)
@@ -61,15 +64,16 @@ def annotate(model: str | Path, contract: Iterable[str], output: str | Path, *, 
                 str(source),
                 str(aside),
                 declared,
+                trust,
                 returns=ModelScan,
-                silence_limit=silence_seconds(source.stat().st_size, trust=False),
+                silence_limit=silence_seconds(source.stat().st_size, trust),
                 observer=observer,
             )
         metadata = metadata_with(scan.metadata, declared)
         _check_surroundings(source, target, declared, declared_in_metadata(metadata))
         _copy_weights(source, target, scan.external, copied)
         try:
-            load_encoder(aside, observer=observer).close()
+            load_encoder(aside, trust=trust, observer=observer).close()
         except XaresError as error:  # by the name that was asked for
             raise type(error)(str(error).replace(aside.name, target.name)) from error
     old = scan.metadata
@@ -82,15 +86,15 @@ def annotate(model: str | Path, contract: Iterable[str], output: str | Path, *, 
     )
 
 
-def _write(source: str, target: str, declared: Declarations, *, tell: Tell) -> ModelScan:
+def _write(source: str, target: str, declared: Declarations, trust: bool, *, tell: Tell) -> ModelScan:
     """Scan the model and write it anew with what is declared. Runs in the worker."""
     import onnx
     from google.protobuf.message import EncodeError
 
     path = Path(source)
     tell(Doing("reading the model's file"))
-    limit_memory(memory_bytes(path.stat().st_size, trust=False))
-    scan = scan_model(path, lambda: tell(Beat()))
+    limit_memory(memory_bytes(path.stat().st_size, trust))
+    scan = scan_model(path, lambda: tell(Beat()), trust=trust)
     model = onnx.load_model(path, format="protobuf", load_external_data=False)
     onnx.helper.set_model_props(model, metadata_with(scan.metadata, declared))
     tell(Doing("writing the copy"))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, worst_exit_code
-from .app import CacheOption, DataOption, DebugOption, app, one_line, put, put_json, reported, say, split
+from .app import CacheOption, DataOption, DebugOption, TrustOption, app, one_line, put, put_json, reported, say, split
 
 
 @app.command()
@@ -39,10 +39,7 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
     allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
-    trust: Annotated[
-        bool,
-        typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you know where it is from."),
-    ] = False,
+    trust: TrustOption = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DebugOption = False,

@@ -27,7 +27,7 @@ from bank_model import write_model
 from cli_world import START
 
 TASKS = "synthetic_timbre,synthetic_events"  # one of vectors with its kNN, one of frames
-LIMIT = 90
+LIMIT = 60
 KINDS = ("worker", "parent SIGKILL", "parent SIGTERM", "parent SIGINT", "disk")
 ENDS = {  # exit codes that a disturbed run may end with; 0 where it was hit between two pieces of work
     "worker": {0, 3},

@@ -232,6 +232,17 @@ def crowded_window(samples: int) -> ModelProto:
     return encoder(output_layout="any", samples=samples, extra=extra)
 
 
+def many_outputs(count: int, length: int) -> ModelProto:
+    """As many outputs with frames, each with a name of so many characters."""
+    names = [f"layer_{i}".ljust(length, "x") for i in range(count)]
+    return encoder(
+        output_layout="any",
+        extra=[helper.make_node("Identity", ["frames_first"], [name]) for name in ("embedding", *names)]
+        + [helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=[1], keepdims=0)],
+        extra_outputs=[value(name, FLOAT, None) for name in names],
+    )
+
+
 # ---------------------------------------------------------------- bytes
 
 

@@ -4,6 +4,7 @@ no file outside is read; the process that asked lives on."""
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import hostile_models as hostile
 import numpy as np
+import onnx
 import onnx_models as models
 import psutil
 import pytest
@@ -27,6 +29,7 @@ from xares_onnx.encoder import EncoderInfo
 from xares_onnx.errors import ContractError, ModelError, ModelLimitError
 from xares_onnx.evaluation import evaluate
 from xares_onnx.events import Event, Note, ignore
+from xares_onnx.model_file import scan_model
 from xares_onnx.worker import Tell, Worker
 
 GB = 1 << 30
@@ -224,6 +227,42 @@ def test_an_honest_place_in_a_weights_file(tmp_path: Path, shared_process: None)
     assert load_encoder(save(model, tmp_path / "model.onnx")).info.scan.external == ("weights.bin",)
 
 
+def test_every_type_of_tensor_holds_what_it_claims(tmp_path: Path) -> None:
+    """Packed ones too: as bytes or in their typed field; one value more is damage."""
+    six_bits = {name for name, _ in onnx.TensorProto.DataType.items() if name.startswith("FLOAT6")}
+    types = [kind for name, kind in onnx.TensorProto.DataType.items() if name not in {"UNDEFINED", *six_bits}]
+    path = tmp_path / "model.onnx"
+    plain = scan_model(save(models.encoder(), path)).parameters
+    for kind in types:
+        text = kind == onnx.TensorProto.STRING
+        values = [b"a", b"b", b"c"] if text else [1, 0, 1]
+        for raw in (False,) if text else (False, True):
+            tensor = onnx.TensorProto(dims=[3], data_type=kind, name="odd")
+            if raw:
+                tensor.raw_data = raw_bytes(kind, 3)
+            else:
+                tensor = onnx.helper.make_tensor("odd", kind, [3], values)
+            model = models.encoder()
+            model.graph.initializer.append(tensor)
+            assert scan_model(save(model, path)).parameters == plain + 3
+            model.graph.initializer[-1].dims[:] = [9]
+            with pytest.raises(ModelError, match="tensor 'odd' claims"):
+                scan_model(save(model, path))
+    assert len(types) >= 20
+    for kind in (0, 27, 99):
+        model.graph.initializer[-1].CopyFrom(onnx.TensorProto(dims=[1], data_type=kind, name="odd", raw_data=b"1"))
+        with pytest.raises(ModelError, match=f"has a tensor 'odd' of type {kind}, which is not read here"):
+            scan_model(save(model, path))
+
+
+def raw_bytes(kind: int, count: int) -> bytes:
+    """As many zeros as `count` values take, by ONNX's own word for the width of a type."""
+    name = onnx.TensorProto.DataType.Name(kind)
+    digits = {"FLOAT": 32, "DOUBLE": 64, "BOOL": 8, "BFLOAT16": 16}
+    bits = digits.get(name) or int(re.search(r"(\d+)", name.replace("FLOAT8E", "8E").replace("FLOAT4E", "4E"))[1])  # type: ignore[index]
+    return bytes((count * bits + 7) // 8)
+
+
 @pytest.mark.parametrize("name", ["model.toml", "preprocessor_config.json"])
 def test_a_pipe_beside_the_model_is_not_waited_for(name: str, tmp_path: Path, shared_process: None) -> None:
     os.mkfifo(tmp_path / name)
@@ -328,6 +367,10 @@ OUTPUTS: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "dropout left on": (hostile.dropout_left_on, RANDOM),
     "a random number of frames": (hostile.random_frames, RANDOM),
     "NaN": (models.not_a_number, "gives NaN or infinity"),
+    "900 outputs with long names": (
+        lambda: hostile.many_outputs(900, 500),
+        "could be the embedding; name it by --contract output=NAME",
+    ),
 }
 
 

@@ -176,7 +176,7 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
     elements = _elements(path, tensor.dims, tensor.name)
     bits = _BITS.get(tensor.data_type)
     if bits is None:
-        raise ModelError(f"{damaged}is of a type that there is not")
+        raise ModelError(f"{path} has a tensor {tensor.name[:100]!r} of type {tensor.data_type}, which is not read here")
     size = (elements * bits + 7) // 8
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
         return _checked_location(path, {entry.key: entry.value for entry in tensor.external_data}, size)

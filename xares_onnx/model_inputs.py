@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _LENGTH_NAMES = ("length", "lens", "num_samples", "n_samples")
 _MASK_NAMES = {"mask", "attention_mask", "input_mask", "audio_mask"}
+_LISTED = 12  # names in a sentence
 _SHORTEST_WINDOW = 400  # samples; a fixed axis of fewer holds features or a state, not audio
 
 
@@ -66,8 +68,11 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
     return Inputs(audio.name, layout, shape[layout.index("T")], batch, lengths, mask)
 
 
-def listed(names: Any) -> str:
-    return ", ".join(repr(str(name)) for name in names) or "none"
+def listed(found: Iterable[Any]) -> str:
+    names = [str(name) for name in found]
+    first, rest = names[:_LISTED], len(names) - _LISTED
+    quoted = ", ".join(repr(name[:40]) for name in first)
+    return f"{quoted} and {rest} more" if rest > 0 else quoted or "none"
 
 
 def _refuse_state(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]) -> None:

@@ -18,7 +18,7 @@ from .errors import ClipError
 from .events import Observer
 from .folds import CROSS_VALIDATION_FOLDS
 from .kinds import kind_of
-from .shards import ShardIndex, index_shard, read_extent
+from .shards import index_shard, read_extent
 from .store import Store
 from .worker import Beat, Tell
 
@@ -90,7 +90,7 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
     for path, spec in shard_specs(encoder, task.name, list(data.plans.values()), crops, store, frames=frames).items():
         index = index_shard(path)
         count = len(index.samples) if spec.selected is None else len(spec.selected)
-        length = _mean_seconds(path, index) * count
+        length = encoder.call(mean_seconds, path, returns=float) * count
         clips, seconds = clips + count, seconds + length
         if spec.key() not in store:
             to_embed, seconds_to_embed = to_embed + count, seconds_to_embed + length
@@ -116,8 +116,9 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
     )
 
 
-def _mean_seconds(path: Path, index: ShardIndex) -> float:
-    """Mean duration by the headers of clips taken at equal steps through the shard."""
+def mean_seconds(path: Path, *, tell: Tell) -> float:
+    """Mean duration by the headers of clips taken at equal steps through the shard. Runs in the worker, as all decoding."""
+    index = index_shard(path, lambda: tell(Beat()))
     step = max(1, len(index.samples) // _SAMPLED_CLIPS)
     found = []
     for sample in index.samples[::step]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnx_models import BOOL, FLOAT, INT64, constant, encoder, value
+from onnx_models import BOOL, FLOAT, INT64, constant, encoder, nested_functions, value
 
 # ---------------------------------------------------------------- memory
 
@@ -146,6 +146,33 @@ def bomb_in_a_branch(depth: int) -> ModelProto:
     return calling(functions, f"f{depth - 1}")
 
 
+def defined_twice() -> ModelProto:
+    """A bomb and a harmless function, under one name."""
+    model = nested_functions(2)
+    model.functions.append(function("level_1", [helper.make_node("Neg", ["x"], ["y"])]))
+    return model
+
+
+def hands_on_graphs(depth: int) -> ModelProto:
+    """A function that runs the graph it is given twice, called with a graph that calls it with a graph ..."""
+    body = [helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("yes_value", BOOL, [], [True]))]
+    for source, target in (("x", "half"), ("half", "y")):
+        node = helper.make_node("If", ["yes"], [target])
+        for branch in ("then_branch", "else_branch"):
+            node.attribute.add(name=branch, ref_attr_name="given", type=onnx.AttributeProto.GRAPH)
+        body += [helper.make_node("Identity", [source], [f"seen_{source}"]), node]
+    twice = function("twice", body)
+    twice.attribute.append("given")
+    given = helper.make_graph([helper.make_node("Neg", ["frames_first"], ["g0"])], "g0", [], [value("g0", FLOAT, None)])
+    for level in range(1, depth):
+        node = helper.make_node("twice", ["frames_first"], [f"g{level}"], domain="nested", given=given)
+        given = helper.make_graph([node], f"g{level}", [], [value(f"g{level}", FLOAT, None)])
+    model = calling([twice], "twice")
+    call_of = next(node for node in model.graph.node if node.op_type == "twice")
+    call_of.attribute.append(helper.make_attribute("given", given))
+    return model
+
+
 def foreign_operator(where: str) -> ModelProto:
     """An operator that only a library could bring: in the graph, in a branch, in a function that is called or not."""
     foreign = call("Steal", domain="vendor")
@@ -160,6 +187,11 @@ def foreign_operator(where: str) -> ModelProto:
             return encoder(
                 extra=[yes, helper.make_node("If", ["yes"], ["embeddings"], then_branch=branch, else_branch=branch)]
             )
+        case "default":
+            steals = helper.make_graph([call("Steal", domain="vendor")], "b", [], [value("y", FLOAT, None)])
+            holder = function("f", [helper.make_node("Neg", ["x"], ["y"])])
+            holder.attribute_proto.append(helper.make_attribute("given", steals))
+            return calling([holder], "f")
         case "function":
             return calling([function("f", [foreign])], "f")
         case _:

@@ -159,6 +159,17 @@ def test_any_message_is_a_sign_of_life(warm: Worker) -> None:
     assert call(warm, calls.speak, 8, 0.25, limit=1.5) == 8
 
 
+def test_patience_that_was_asked_for_ends_with_what_it_was_for(fresh: Worker) -> None:
+    call(fresh, calls.pid)  # it takes a while to start
+    assert call(fresh, calls.wait_patiently, 3.0, 0.0, limit=1.5) == 1
+    with pytest.raises(ModelLimitError, match=r"no sign of life for 1\.5 s while running"):
+        call(fresh, calls.wait_patiently, 0.0, 20.0, limit=1.5)
+
+
+def test_a_crash_leaves_no_core_file(warm: Worker) -> None:
+    assert call(warm, calls.core_limit) == 0
+
+
 @pytest.mark.parametrize(
     ("model", "doing"),
     [(models.endless_loop, "measuring the model"), (lambda: models.nested_functions(15), "loading the model")],

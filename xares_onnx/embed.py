@@ -23,7 +23,7 @@ from . import audio
 from .chunking import frame_centers
 from .encoder import ChunkRunner, Encoder, Job, ModelSpec, open_session
 from .errors import ClipError, DataError, printable
-from .events import Observer, Progress
+from .events import Doing, Observer, Progress
 from .files import Stamp, stamp
 from .session import Session
 from .shards import Drop, Sample, index_shard, read_extent, read_label
@@ -33,7 +33,8 @@ from .worker import Beat, Tell
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
 _LONG_SECONDS = 900.0
-_DECODING_SECONDS = 300  # longest wait for one clip
+_DECODING_SECONDS = 300  # longest wait for one clip; a long recording is not a model that hangs
+_DISK_SECONDS = 900.0  # nor is a slow disk
 _SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
 
 
@@ -168,7 +169,9 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
     """Embed one shard and write it to the store. A clip that cannot be used is a named drop; its neighbours go on."""
     started = time.perf_counter()
     session = open_session(spec.model, tell)
-    index = index_shard(spec.shard, lambda: tell(Beat()))
+    tell(Doing("reading the shard", _DISK_SECONDS))
+    index = index_shard(spec.shard)
+    tell(Doing("running the model"))
     samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
     drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
     store, key, info = Store(spec.store), spec.key(), spec.model.info
@@ -191,6 +194,7 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
         )
         matrix = np.stack(pooled) if pooled else np.empty((0, info.contract.dim), np.float32)
         shard = EmbeddedShard(header, matrix, np.array(clip_of_crop, np.int64), clips, sorted(drops, key=_drop_order))
+        tell(Doing("storing the embeddings", _DISK_SECONDS))
         store.write(key, shard, spool)
     return ShardReport(key, len(clips), audio_seconds, time.perf_counter() - started)
 
@@ -295,7 +299,7 @@ class _Decoded:
         return crops, len(samples) / rate, label
 
     def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
-        for _ in range(_DECODING_SECONDS):  # a long recording is not a model that hangs
+        for _ in range(_DECODING_SECONDS):
             if wait([future], timeout=1.0).done:
                 break
             self._beat()

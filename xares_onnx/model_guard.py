@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 _COMPILED = "EPContext"  # names a file, or carries code for one machine
 _MAX_DEPTH = 100  # of graphs in graphs and functions in functions
+_MAX_RANK = 100
 _MAX_NAMES = 1_000  # inputs and outputs of the graph
 _MAX_NAME = 1_000  # characters of one
 _MAX_METADATA = 16 << 20  # characters
@@ -109,6 +110,8 @@ class _Operators:
         self._functions = {
             (_domain(function.domain), function.name, function.overload): function for function in model.functions
         }
+        if len(self._functions) < len(model.functions):  # and who knows which one is taken
+            raise ModelError(f"{path} is damaged: it defines a function twice")
         self._sizes: dict[tuple[str, str, str], int | None] = {}  # None while it is counted
 
     def check(self) -> None:
@@ -119,7 +122,9 @@ class _Operators:
     def _function(self, key: tuple[str, str, str], depth: int) -> int:
         if key not in self._sizes:
             self._sizes[key] = None
-            self._sizes[key] = self._nodes(self._functions[key].node, depth + 1)
+            function = self._functions[key]
+            defaults = self._graphs(function.attribute_proto, depth)
+            self._sizes[key] = self._nodes(function.node, depth + 1) + defaults
         size = self._sizes[key]
         if size is None:
             raise ModelError(f"{self._path} has a function {key[1]!r} that calls itself, so it can never be loaded")
@@ -144,14 +149,24 @@ class _Operators:
                     f"{self._path} needs operator {node.op_type[:100]!r} of domain {node.domain[:100]!r}, which ONNX "
                     "Runtime does not bring; custom operators are never loaded, so export the model with standard ones"
                 )
-            for attribute in node.attribute:
-                for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                    count += self._nodes(graph.node, depth + 1)
+            count += self._graphs(node.attribute, depth)
             if count > self._limit:
                 raise ModelError(
                     f"{self._path} has more than {self._limit} nodes once its functions are written out; if you trust it, "
                     "--trust lifts the limit"
                 )
+        return count
+
+    def _graphs(self, attributes: Iterable[onnx.AttributeProto], depth: int) -> int:
+        count = 0
+        for attribute in attributes:
+            if attribute.ref_attr_name and attribute.type in (attribute.GRAPH, attribute.GRAPHS):
+                raise ModelError(
+                    f"{self._path} hands a graph to a function, which may multiply it without end; export it with its "
+                    "functions written out"
+                )
+            for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                count += self._nodes(graph.node, depth + 1)
         return count
 
 
@@ -162,7 +177,9 @@ def _domain(name: str) -> str:
 # ---------------------------------------------------------------- tensors
 
 
-def _elements(path: Path, dims: Iterable[int], name: str) -> int:
+def _elements(path: Path, dims: Sequence[int], name: str) -> int:
+    if len(dims) > _MAX_RANK:
+        raise ModelError(f"{path} is damaged: tensor {name[:100]!r} has {len(dims)} dimensions")
     if any(dim < 0 for dim in dims):
         raise ModelError(f"{path} is damaged: tensor {name[:100]!r} has a negative dimension")
     return math.prod(dims)
@@ -179,7 +196,10 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
         raise ModelError(f"{path} has a tensor {tensor.name[:100]!r} of type {tensor.data_type}, which is not read here")
     size = (elements * bits + 7) // 8
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-        return _checked_location(path, {entry.key: entry.value for entry in tensor.external_data}, size)
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if len(entries) < len(tensor.external_data):  # and who knows which one is taken
+            raise ModelError(f"{damaged}says twice where it is kept")
+        return _checked_location(path, entries, size)
     if tensor.HasField("raw_data"):
         if (held := len(tensor.raw_data)) != size:
             raise ModelError(f"{damaged}claims {_number(size)} bytes and holds {held}")

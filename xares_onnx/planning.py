@@ -15,7 +15,7 @@ from .dataset import TaskData
 from .embed import CropSettings, shard_specs
 from .encoder import Encoder, ModelSpec, open_session
 from .errors import ClipError
-from .events import Observer
+from .events import Doing, Observer
 from .folds import CROSS_VALIDATION_FOLDS
 from .kinds import kind_of
 from .shards import index_shard, read_extent
@@ -28,6 +28,7 @@ _HEAD_FLOPS_A_SECOND = 2e10  # of one core
 _FRAME_BYTES = 2  # a value of a stored frame
 # Products a row where a head has no classes: characters; five captions through two towers of 1024; a model of 0.5 B weights.
 _WEIGHTS = {"linear": 768, "ctc": 30 * 768, "retrieval": 5 * 4 << 20, "llm": 500_000_000}
+_DISK_SECONDS = 900.0  # a slow disk is not a model that hangs
 _PIPELINE_OVERHEAD = 1.1  # decoding and storing beside the model
 
 
@@ -118,7 +119,8 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
 
 def mean_seconds(path: Path, *, tell: Tell) -> float:
     """Mean duration by the headers of clips taken at equal steps through the shard. Runs in the worker, as all decoding."""
-    index = index_shard(path, lambda: tell(Beat()))
+    tell(Doing("reading the shard", _DISK_SECONDS))
+    index = index_shard(path)
     step = max(1, len(index.samples) // _SAMPLED_CLIPS)
     found = []
     for sample in index.samples[::step]:

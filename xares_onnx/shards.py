@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,8 @@ class _Group:
     fault: str | None = None
 
 
-def index_shard(path: Path, beat: Callable[[], None] = lambda: None) -> ShardIndex:
+def index_shard(path: Path) -> ShardIndex:
     """Read the headers of every member. A key is a member's name up to its last dot; hidden files are none.
-
-    `beat` is called now and then.
 
     webdataset cuts at the first dot, so that every `blues.00001.wav` of a genre would be one clip.
 
@@ -87,9 +85,7 @@ def index_shard(path: Path, beat: Callable[[], None] = lambda: None) -> ShardInd
     index = ShardIndex()
     groups: dict[str, _Group] = {}
     size = _file_size(path)
-    for number, member in enumerate(_members(path, index)):
-        if number % 1_000 == 0:
-            beat()
+    for member in _members(path, index):
         if member.isdir() or _is_meta(member.name):
             continue
         name = printable(member.name)

@@ -6,7 +6,9 @@ CLEAN := .clean-venv/bin
 SHARED ?= ../shared
 REALDATA ?= build/realdata
 
-.PHONY: demo test check docs wheel-demo realdata families bench lock clean
+FUZZ_SECONDS ?= 120
+
+.PHONY: demo test check docs wheel-demo realdata families bench fuzz chaos lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -59,6 +61,14 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 	$(BIN)/python bench/rerun.py logmel.onnx
 	$(BIN)/python bench/memory.py resemblyzer.onnx
 	$(BIN)/python bench/packing.py logmel.onnx
+
+fuzz: .venv/installed  ## look for bytes that break a reader, guided by coverage; FUZZ_SECONDS for each of six readers
+	$(BIN)/pip install --quiet atheris
+	for reader in audio shard task dimension declared model; do \
+	  PYTHONPATH=tests $(BIN)/python tests/fuzz.py $$reader -max_total_time=$(FUZZ_SECONDS) || exit; done
+
+chaos: .venv/installed  ## kill the worker, the parent and the disk twenty times; every rerun must end as if nothing had been
+	PYTHONPATH=tests $(BIN)/python tests/chaos.py
 
 lock:  ## resolve the newest versions into requirements.lock, in a fresh environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

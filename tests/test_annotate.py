@@ -13,6 +13,7 @@ import onnx
 import onnx_models as models
 import pytest
 from feature_models import feature_model
+from hostile_models import gives_vectors_of
 from onnx_models import noise, save, save_external
 from typer.testing import CliRunner
 
@@ -140,6 +141,17 @@ def test_metadata_is_kept_and_what_is_replaced_is_said(tmp_path: Path) -> None:
     assert err == "note: assumed, because the model does not say: amplitude=unit, normalize=none (--contract changes it)\n"
     kept = {"comment": "theirs", "model_type": "bank", "xares.license": "MIT", "xares.contract_version": "1"}
     assert written_to(tmp_path / "out.onnx") == {**kept, "sample_rate": "8000", "output_dim": "4"}
+
+
+def test_a_giant_is_annotated_where_it_is_trusted(tmp_path: Path) -> None:
+    model = save(gives_vectors_of(40_000), tmp_path / "model.onnx")
+    arguments = [str(model), "--contract", "sample_rate=8000", "-o", str(tmp_path / "out.onnx")]
+    code, _, err = run(*arguments)
+    assert code == 3
+    assert "has a dimension of 40000, more than 32768; --trust lifts the limit" in err
+    code, _, err = run(*arguments, "--trust")
+    assert code == 0
+    assert "note: the model is trusted" in err
 
 
 def test_a_copy_of_a_copy_is_the_same(tmp_path: Path) -> None:

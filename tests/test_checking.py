@@ -12,7 +12,8 @@ from check_models import MUTANTS, SOUND, declared, in_8_bits, never_ends_on_dc, 
 from onnx_models import save
 
 import xares_onnx
-from xares_onnx.checking import CheckReport, check, run
+from xares_onnx import limits
+from xares_onnx.checking import CheckReport, check
 from xares_onnx.checking.registry import PROPERTIES
 from xares_onnx.errors import MachineError, UsageError
 
@@ -148,7 +149,7 @@ def test_the_frozen_length_is_named(tmp_path: Path, shared_process: None) -> Non
 def test_a_model_that_hangs_on_one_sound_loses_nothing_that_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "LOAD_SECONDS", 3.0)
+    monkeypatch.setattr(limits, "SILENCE_SECONDS", 3.0)
     report = checked(never_ends_on_dc(), tmp_path)
     assert report.exit_code == 3
     assert report.named("fail") == ["finite"]

@@ -12,7 +12,7 @@ from check_models import declared, never_ends_on_dc, sound
 from cli_world import run, said, table
 from onnx_models import save
 
-from xares_onnx.checking import run as verb
+from xares_onnx import limits
 from xares_onnx.checking.registry import PROPERTIES
 
 GOOD, HOP, STATE = "good.onnx", "hop.onnx", "state.onnx"
@@ -69,7 +69,7 @@ def test_a_model_that_cannot_be_used_is_3_in_every_format(format_: str, folder: 
 
 
 def test_a_model_that_hangs_is_3_and_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verb, "LOAD_SECONDS", 3.0)
+    monkeypatch.setattr(limits, "SILENCE_SECONDS", 3.0)
     monkeypatch.chdir(tmp_path)
     save(never_ends_on_dc(), tmp_path / "loop.onnx")
     code, out, err = check("loop.onnx", "--format", "json")

@@ -5,6 +5,7 @@ they share no code with the makers of the clips.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import subprocess
@@ -21,12 +22,13 @@ import pytest
 from numpy.typing import NDArray
 from scipy.linalg import solve_toeplitz
 from scipy.stats import binom
+from shard_makers import small_disk
 from synthetic_clips import Array, all_of, decibels, frames, log_mel, samples_of, split_of, task_file
 from threadpoolctl import threadpool_limits
 
 from xares_onnx import synthetic
 from xares_onnx.audio import decode
-from xares_onnx.errors import DataError, MachineError, UnknownTaskError
+from xares_onnx.errors import DataError, DiskFullError, MachineError, UnknownTaskError
 from xares_onnx.probes.linear import Classification, train_linear
 from xares_onnx.probes.training import Rows
 from xares_onnx.shards import index_shard, read_extent
@@ -257,6 +259,16 @@ def test_folder_of_another_making_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(MachineError):
         build("synthetic_pitch", mine)
     assert mine.read_bytes() == b"precious"
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """webdataset's writer, left open, would complain on stderr once it is collected."""
+    with small_disk(tmp_path / "disk", 600):
+        with pytest.raises(DiskFullError, match="free some space and run again"):
+            synthetic.build("synthetic_timbre", tmp_path / "disk" / "synthetic_timbre")
+        gc.collect()
+        assert not list((tmp_path / "disk").iterdir())
+    assert capfd.readouterr().err == ""
 
 
 # --- Scoring ---

@@ -98,13 +98,13 @@ def test_every_layer_has_the_score_of_a_model_that_ends_there(world: World, tmp_
     done = world.run(taps=["all-layers"], output=tmp_path / "all.json")
     assert done.result.encoder.taps == ["embeddings", "layer.0", "layer.1", "layer.2", "layer.3"]
     assert [(r.tap, r.method) for r in done.result.tasks] == [
-        (tap, method) for tap in done.result.encoder.taps for method in ("linear", "knn")
+        (tap, method) for tap in (None, *done.result.encoder.taps[1:]) for method in ("linear", "knn")
     ]
     tensors = {"embeddings": "embeddings"} | {f"layer.{i}": f"stream{i}" for i in range(4)}
     for number, (tap, tensor) in enumerate(tensors.items()):
         alone = world.run(only(world.model, tensor, tmp_path / f"{tensor}.onnx"), output=tmp_path / f"{tap}.json")
         for method in ("linear", "knn"):
-            (mine,) = (r for r in done.result.tasks if (r.tap, r.method) == (tap, method))
+            (mine,) = (r for r in done.result.tasks if (r.tap or "embeddings", r.method) == (tap, method))
             (theirs,) = (r for r in alone.result.tasks if r.method == method)
             assert same_score(mine, theirs)
             assert theirs.tap is None
@@ -182,15 +182,15 @@ def test_named_taps_are_scored_in_the_order_given(world: World, tmp_path: Path) 
     assert done.result.settings["taps"] == ("stream2", "embeddings")
     layers = world.run(taps=["all-layers"])
     for tap, same in (("stream2", "layer.2"), ("embeddings", "embeddings")):
-        (mine,) = (r for r in done.result.tasks if (r.tap, r.method) == (tap, "knn"))
-        (theirs,) = (r for r in layers.result.tasks if (r.tap, r.method) == (same, "knn"))
+        (mine,) = (r for r in done.result.tasks if (r.tap or "stream2", r.method) == (tap, "knn"))
+        (theirs,) = (r for r in layers.result.tasks if (r.tap or "embeddings", r.method) == (same, "knn"))
         assert same_score(mine, theirs)
     assert done.result.averages == done.result.averages_by_tap["stream2"]
 
 
 def test_one_tap_is_a_model_with_that_output(world: World) -> None:
     done = world.run(taps=["stream1"])
-    assert [(r.tap, r.method) for r in done.result.tasks] == [("stream1", "linear"), ("stream1", "knn")]
+    assert [(r.tap, r.method) for r in done.result.tasks] == [(None, "linear"), (None, "knn")]
     assert list(done.result.averages_by_tap) == ["stream1"]
 
 
@@ -345,7 +345,7 @@ def test_a_clip_is_lost_to_the_tap_that_fails_on_it_alone(tmp_path: Path) -> Non
         methods=["knn"],
     )
     good, broken = done.result.tasks
-    assert (good.tap, broken.tap) == ("embeddings", "broken")
+    assert (good.tap, broken.tap) == (None, "broken")
     assert good.clips.dropped == []
     assert 0 < len(broken.clips.dropped) < 136
     assert broken.clips.expected == good.clips.expected == broken.clips.read + len(broken.clips.dropped)
@@ -366,7 +366,7 @@ def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatc
     assert len(notes) == 1
     embedding = next(i for i, event in enumerate(said_first) if "stage='embed'" in event)
     assert said_first.index(notes[0]) < embedding
-    assert [r.tap for r in done.result.tasks] == done.result.encoder.taps
+    assert [r.tap for r in done.result.tasks] == [None, *done.result.encoder.taps[1:]]
     for tap, tensor in (("layer.1", "stream1"), ("layer.3", "stream3")):
         alone = evaluate(only(model, tensor, tmp_path / f"{tensor}.onnx"), [str(task)], **options)
         (mine,) = (r for r in done.result.tasks if r.tap == tap)
@@ -385,7 +385,9 @@ def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatc
     assert isinstance(done.errors[0], DiskFullError)
     assert "frames of 5 taps take about" in str(done.errors[0])
     assert not list((tmp_path / "fresh").glob("store/*/*.safetensors"))
-    assert [(r.tap, r.status) for r in done.result.tasks] == [(tap, "failed") for tap in done.result.encoder.taps]
+    assert [(r.tap, r.status) for r in done.result.tasks] == [
+        (tap, "failed") for tap in (None, *done.result.encoder.taps[1:])
+    ]
 
 
 def test_a_tap_without_frames_has_no_score_where_frames_are_needed(tmp_path: Path) -> None:
@@ -393,7 +395,7 @@ def test_a_tap_without_frames_has_no_score_where_frames_are_needed(tmp_path: Pat
     model = layered(tmp_path / "m.onnx", more=more)
     task = write_kind(tmp_path, "events")
     done = evaluate(model, [str(task)], taps=["whole", "stream1"], data=tmp_path / "data", cache=tmp_path / "cache", seeds=1)
-    assert [(r.tap, r.status) for r in done.result.tasks] == [("whole", "not_applicable"), ("stream1", "ok")]
+    assert [(r.tap, r.status) for r in done.result.tasks] == [(None, "not_applicable"), ("stream1", "ok")]
 
 
 # ---------------------------------------------------------------- what a person sees
@@ -409,10 +411,10 @@ def test_the_table_of_layers(world: World, tmp_path: Path) -> None:
     names = ["layer.0", "layer.1", "layer.2", "layer.3", "embeddings"]
     assert [name for name in rows if name in names] == names
     for name in names:
-        scores = [record["score"] for record in result["tasks"] if record["tap"] == name]
+        scores = [record["score"] for record in result["tasks"] if (record["tap"] or "embeddings") == name]
         assert rows[name] == [f"{score:.3f}" for score in scores]
     for column, method in enumerate(("linear", "knn")):
-        mine = {r["tap"]: r["score"] for r in result["tasks"] if r["method"] == method}
+        mine = {r["tap"] or "embeddings": r["score"] for r in result["tasks"] if r["method"] == method}
         assert mine[rows["best"][column]] == max(mine.values())
     assert "chosen on the test clips themselves" in out
     assert rows["Tones tones"][2] == rows["embeddings"][0]

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,16 @@ def test_a_pattern_that_leads_out_or_means_nothing_is_refused(split: str, glob: 
 def test_ordinary_patterns_are_taken(glob: str, tmp_path: Path) -> None:
     task = parsed(task_toml(splits=f'splits = {{ train = "{glob}", test = "{glob}" }}'))
     assert find_parts(task, tmp_path) is None
+
+
+def test_a_pipe_or_a_giant_is_no_task_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(TaskFileError, match=r"pipe\.toml is not a regular file"):
+        load_task(tmp_path / "pipe.toml")
+    with (tmp_path / "giant.toml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(TaskFileError, match=r"giant\.toml is larger than 4 MiB"):
+        load_task(tmp_path / "giant.toml")
 
 
 def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ import psutil
 import pytest
 import worker_calls as calls
 
-from xares_onnx import encoder as encoder_module
-from xares_onnx import errors, load_encoder, worker
+from xares_onnx import errors, limits, load_encoder, worker
 from xares_onnx.errors import MachineError, ModelError, ModelLimitError, UsageError, XaresError
 from xares_onnx.events import Event, Note, Progress, ignore
 from xares_onnx.worker import Array, Worker
@@ -160,15 +159,26 @@ def test_any_message_is_a_sign_of_life(warm: Worker) -> None:
     assert call(warm, calls.speak, 8, 0.25, limit=1.5) == 8
 
 
+def test_patience_that_was_asked_for_ends_with_what_it_was_for(fresh: Worker) -> None:
+    call(fresh, calls.pid)  # it takes a while to start
+    assert call(fresh, calls.wait_patiently, 3.0, 0.0, limit=1.5) == 1
+    with pytest.raises(ModelLimitError, match=r"no sign of life for 1\.5 s while running"):
+        call(fresh, calls.wait_patiently, 0.0, 20.0, limit=1.5)
+
+
+def test_a_crash_leaves_no_core_file(warm: Worker) -> None:
+    assert call(warm, calls.core_limit) == 0
+
+
 @pytest.mark.parametrize(
     ("model", "doing"),
-    [(models.endless_loop, "measuring the model"), (lambda: models.nested_functions(24), "loading the model")],
+    [(models.endless_loop, "measuring the model"), (lambda: models.nested_functions(15), "loading the model")],
 )
 def test_models_that_never_end_are_stopped(model: Any, doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "LOAD_SECONDS", 3.0)
+    monkeypatch.setattr(limits, "SILENCE_SECONDS", 3.0)
     path = models.save(model(), tmp_path / "model.onnx")
     children = set(psutil.Process().children())
-    with pytest.raises(ModelLimitError, match=f"no sign of life for 3 s while {doing} and was stopped"):
+    with pytest.raises(ModelLimitError, match=f"no sign of life for 3 s while {doing} and was stopped; if you trust"):
         load_encoder(path)
     assert set(psutil.Process().children()) == children
 
@@ -177,7 +187,7 @@ def test_a_model_that_hangs_on_one_clip_is_stopped(tmp_path: Path, monkeypatch: 
     quiet, loud = np.zeros(16_000), np.full(16_000, 2.0)
     with load_encoder(models.save(models.endless_loop(above=1.5), tmp_path / "model.onnx")) as encoder:
         expected = encoder.embed([quiet], 16_000)[0].frames
-        monkeypatch.setattr(encoder_module, "LOAD_SECONDS", 0.5)
+        monkeypatch.setattr(limits, "SILENCE_SECONDS", 0.5)
         with pytest.raises(ModelLimitError, match=r"no sign of life for 0\.5 s while running the model and was stopped"):
             encoder.embed([quiet, loud], 16_000)
         monkeypatch.undo()

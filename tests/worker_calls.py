@@ -55,6 +55,21 @@ def spin_for_ever(*, tell: Tell) -> None:
         pass
 
 
+def core_limit(*, tell: Tell) -> int:
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_CORE)[0]
+
+
+def wait_patiently(first: float, then: float, *, tell: Tell) -> int:
+    """Silent for two whiles, of which the first was asked for."""
+    tell(Doing("storing", patience=20.0))
+    time.sleep(first)
+    tell(Doing("running"))
+    time.sleep(then)
+    return 1
+
+
 def say_and_return(*, tell: Tell) -> int:
     tell(Note("done"))
     return 0

@@ -23,10 +23,11 @@ from .contract import (
     merge,
     metadata_with,
 )
-from .encoder import LOAD_SECONDS, load_encoder
+from .encoder import load_encoder
 from .errors import ModelError, UsageError, XaresError
 from .events import Doing, Observer, ignore
 from .files import copy_aside, made_aside, write_aside
+from .limits import memory_bytes, silence_seconds
 from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
 from .worker import Beat, Tell, Worker, limit_memory
 
@@ -42,10 +43,13 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True):
     copied: tuple[str, ...]
 
 
-def annotate(model: str | Path, contract: Iterable[str], output: str | Path, *, observer: Observer = ignore) -> Annotation:
+def annotate(
+    model: str | Path, contract: Iterable[str], output: str | Path, *, trust: bool = False, observer: Observer = ignore
+) -> Annotation:
     """Write `output`: `model` with the KEY=VALUE declarations of `contract` in its metadata, which is kept otherwise.
 
-    Weights files that the model names are copied to beside `output`, unless they lie there already. Raises `UsageError` for
+    Weights files that the model names are copied to beside `output`, unless they lie there already. `trust` lifts the limits
+    on the model's size, memory and time. Raises `UsageError` for
     a declaration or an output that cannot be, `ModelError` where the result could not be used; then nothing is left.
     """
     declared = declared_on_command_line(contract)
@@ -60,15 +64,16 @@ def annotate(model: str | Path, contract: Iterable[str], output: str | Path, *, 
                 str(source),
                 str(aside),
                 declared,
+                trust,
                 returns=ModelScan,
-                silence_limit=LOAD_SECONDS,
+                silence_limit=silence_seconds(source.stat().st_size, trust),
                 observer=observer,
             )
         metadata = metadata_with(scan.metadata, declared)
         _check_surroundings(source, target, declared, declared_in_metadata(metadata))
         _copy_weights(source, target, scan.external, copied)
         try:
-            load_encoder(aside, observer=observer).close()
+            load_encoder(aside, trust=trust, observer=observer).close()
         except XaresError as error:  # by the name that was asked for
             raise type(error)(str(error).replace(aside.name, target.name)) from error
     old = scan.metadata
@@ -81,15 +86,15 @@ def annotate(model: str | Path, contract: Iterable[str], output: str | Path, *, 
     )
 
 
-def _write(source: str, target: str, declared: Declarations, *, tell: Tell) -> ModelScan:
+def _write(source: str, target: str, declared: Declarations, trust: bool, *, tell: Tell) -> ModelScan:
     """Scan the model and write it anew with what is declared. Runs in the worker."""
     import onnx
     from google.protobuf.message import EncodeError
 
     path = Path(source)
     tell(Doing("reading the model's file"))
-    limit_memory((8 << 30) + 4 * path.stat().st_size)
-    scan = scan_model(path, lambda: tell(Beat()))
+    limit_memory(memory_bytes(path.stat().st_size, trust))
+    scan = scan_model(path, lambda: tell(Beat()), trust=trust)
     model = onnx.load_model(path, format="protobuf", load_external_data=False)
     onnx.helper.set_model_props(model, metadata_with(scan.metadata, declared))
     tell(Doing("writing the copy"))

@@ -38,7 +38,7 @@ def decode(data: bytes) -> tuple[Waveform, int]:
     Raises `ClipError` where libsndfile cannot read the bytes, or they hold no samples, NaN or infinity.
     """
     # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
-    with io.BytesIO(data) as buffer:
+    with _Bytes(data) as buffer:
         blocks, rates = zip(*decode_blocks(buffer), strict=True)
     return np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0]), rates[0]
 
@@ -68,6 +68,16 @@ def decode_blocks(source: BinaryIO) -> Iterator[tuple[Waveform, int]]:
         raise ClipError("audio holds no samples")
 
 
+class _Bytes(io.BytesIO):
+    """A damaged header sends libsndfile to places that there are not; an exception in its callback would be printed."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
 def _mono(block: npt.NDArray[np.float32]) -> Waveform:
     """Mean of the channels, (frames, channels) to (frames,). Column by column: nine times as fast as `mean(axis=1)`."""
     total: Waveform = block[:, 0].copy()
@@ -79,7 +89,7 @@ def _mono(block: npt.NDArray[np.float32]) -> Waveform:
 def duration(data: bytes) -> float:
     """Seconds of audio by the file's own header, for estimates; `ClipError` where it cannot be read."""
     try:
-        info = soundfile.info(io.BytesIO(data))
+        info = soundfile.info(_Bytes(data))
         return min(float(info.frames / info.samplerate), MAX_SECONDS)
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _undecodable(error) from error

@@ -127,6 +127,7 @@ def compare(
     heads: Sequence[str] = (),
     lm: str | None = None,
     vocabulary: Path | None = None,
+    trust: bool = False,
     tolerance: float = TOLERANCE,
     observer: Observer = ignore,
 ) -> Comparison:
@@ -158,6 +159,7 @@ def compare(
         found = find_differences(first, second, tolerance)
         return _comparison(first.result, second.result, found, tolerance, notes, [])
     machine: dict[str, Any] = {"cache": cache_folder(cache), "device": device, "threads": threads, "contract": contract}
+    machine["trust"] = trust
     scoring |= {"data": data, "methods": methods, "allow_drops": allow_drops, "lm": lm, "vocabulary": vocabulary}
     names = list(tasks)
     for path, side in zip(paths, stored, strict=True):

@@ -6,11 +6,12 @@ later. Decoding and resampling run ahead of the model in their own threads.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import numpy.typing as npt
 from . import audio
 from .chunking import Chunk, frame_centers
 from .contract import Contract
-from .encoder import CALL_SECONDS, LOAD_SECONDS, ChunkRunner, Encoder, Job, ModelSpec, open_session
+from .encoder import ChunkRunner, Encoder, Job, ModelSpec, open_session
 from .errors import ClipError, DataError, printable
-from .events import Observer, Progress
+from .events import Doing, Observer, Progress
 from .files import Stamp, stamp
 from .session import Session
 from .shards import Drop, Sample, index_shard, read_extent, read_label
@@ -32,6 +33,9 @@ from .worker import Beat, Tell
 
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
+_LONG_SECONDS = 900.0
+_DECODING_SECONDS = 300  # longest wait for one clip; a long recording is not a model that hangs
+_DISK_SECONDS = 900.0  # nor is a slow disk
 _SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
 
 
@@ -147,8 +151,7 @@ def embed_shards(
         embedded = _stored(spec, store, more)  # a shard of the same content, or another process, may have made it meanwhile
         if embedded is None:
             watch = _offset(observer, task, done, total)
-            limit = max(LOAD_SECONDS, CALL_SECONDS)
-            reports.append(encoder.worker.call(embed_shard, spec, returns=ShardReport, silence_limit=limit, observer=watch))
+            reports.append(encoder.call(embed_shard, spec, returns=ShardReport, observer=watch))
             embedded = _written(store, spec.key())
         shards[path] = embedded
         done += clips
@@ -188,7 +191,9 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
     """Embed one shard and write each tap to the store. A clip that cannot be used is a named drop; its neighbours go on."""
     started = time.perf_counter()
     session = open_session(spec.model, tell)
+    tell(Doing("reading the shard", _DISK_SECONDS))
     index = index_shard(spec.shard)
+    tell(Doing("running the model"))
     samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
     drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
     store, info = Store(spec.store), spec.model.info
@@ -198,7 +203,7 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
             framed = spec.frames and not tap.contract.clip_only
             spool = spools.enter_context(store.spool(spec.key(number), tap.contract.dim)) if framed else None
             gathered.append(_Gathered(tap.contract, spool))
-        decoded = _Decoded(spec, samples, info.contract.sample_rate)
+        decoded = _Decoded(spec, samples, info.contract.sample_rate, lambda: tell(Beat()))
         _run(spec, session, decoded, gathered, len(samples), tell)
         if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
             raise DataError(f"shard {spec.shard} changed while it was read; run again")
@@ -214,6 +219,7 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
                 damage=index.damage,
                 audio_seconds=of_tap.audio_seconds,
             )
+            tell(Doing("storing the embeddings", _DISK_SECONDS))
             store.write(spec.key(number), of_tap.shard(header, drops), of_tap.spool)
     return ShardReport(spec.key(), len(gathered[0].clips), gathered[0].audio_seconds, time.perf_counter() - started)
 
@@ -314,8 +320,12 @@ class _Pool:
 class _Decoded:
     """Iterates over the crops of a shard's samples as jobs, decoded a few clips ahead of whoever asks."""
 
-    def __init__(self, spec: EmbedSpec, samples: Sequence[Sample], rate: int) -> None:
+    def __init__(
+        self, spec: EmbedSpec, samples: Sequence[Sample], rate: int, beat: Callable[[], None] = lambda: None
+    ) -> None:
         self._spec = spec
+        self._beat = beat
+        self._one_at_a_time = threading.Lock()  # long recordings, which take a gigabyte while they are decoded
         self._samples = samples
         self._rate = rate
         self._longest = 0.0  # seconds, of the clips so far
@@ -335,12 +345,21 @@ class _Decoded:
 
     def _decode(self, sample: Sample) -> _DecodedClip:
         label = read_label(self._spec.shard, sample.label)
-        samples, rate = audio.decode(read_extent(self._spec.shard, sample.audio))
-        seconds = len(samples) / rate
-        waveform = audio.resample(samples, rate, self._rate)
-        return audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule), seconds, label
+        try:
+            data = read_extent(self._spec.shard, sample.audio)
+            with self._one_at_a_time if audio.duration(data) > _LONG_SECONDS else nullcontext():
+                samples, rate = audio.decode(data)
+                waveform = audio.resample(samples, rate, self._rate)
+        except MemoryError as error:
+            raise ClipError("it needs more memory than there is") from error
+        crops = audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule)
+        return crops, len(samples) / rate, label
 
     def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
+        for _ in range(_DECODING_SECONDS):
+            if wait([future], timeout=1.0).done:
+                break
+            self._beat()
         try:
             crops, seconds, label = future.result()
         except ClipError as error:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -35,20 +37,18 @@ from .contract import (
     merge,
     remarks,
 )
-from .errors import ClipError, ContractError, DataMissingError, ModelError, UsageError, nearest
+from .errors import ClipError, ContractError, DataMissingError, ModelError, ModelLimitError, UsageError, nearest
 from .events import Doing, Note, Observer, ignore
 from .files import Stamp, stamp, write_aside
 from .layers import ALL_LAYERS, Exposure
+from .limits import LIFTED, limits, measuring_seconds, memory_bytes, silence_seconds
 from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
 from .session import CPU, Session, cuda_may_work
 from .worker import Array, Beat, Tell, Worker, limit_memory
 
-LOAD_SECONDS = 90.0  # longest silence while a model is loaded
-CALL_SECONDS = 60.0  # longest silence while it runs
+T = TypeVar("T")
 GPU_BATCH = 16
-_BASE_MEMORY = 8 << 30
-_THREAD_MEMORY = 1 << 30  # wav2vec2-base needs 0.6 GB for a chunk of 10 s
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 
 class Tap(msgspec.Struct, frozen=True):
@@ -91,6 +91,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     device: str
     threads: int
     stamp: Stamp | None = None  # of the model file as it was measured
+    trust: bool = False  # lifts limits on size, memory and time (`limits`)
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,15 @@ class Encoder:
         if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
             raise UsageError(f"rate={rate} must be a sampling rate from {audio.MIN_RATE} to {audio.MAX_RATE} Hz")
         signals = [_checked_waveform(waveform) for waveform in waveforms]
-        results = self.worker.call(
-            _embed_waveforms,
-            self.spec,
-            signals,
-            rate,
-            0 if tap is None else taps[tap],
-            returns=list[tuple[Array, Array]],
-            silence_limit=LOAD_SECONDS,
-            observer=ignore,
-        )
+        number = 0 if tap is None else taps[tap]
+        results = self.call(_embed_waveforms, self.spec, signals, rate, number, returns=list[tuple[Array, Array]])
         return [Embedding(frames.numpy(), times.numpy()) for frames, times in results]
+
+    def call(self, function: Callable[..., T], *arguments: Any, returns: type[T], observer: Observer = ignore) -> T:
+        """`function(*arguments, tell=…)` in the encoder's process, within the time that a model of its size may take."""
+        limit = silence_seconds(self.info.scan.bytes, self.spec.trust)
+        with _advised(self.spec.trust):
+            return self.worker.call(function, *arguments, returns=returns, silence_limit=limit, observer=observer)
 
     def close(self) -> None:
         self.worker.close()
@@ -159,14 +158,15 @@ def load_encoder(
     taps: Sequence[str] = (),
     without: Collection[str] = (),
     cache: Path | None = None,
+    trust: bool = False,
     observer: Observer = ignore,
 ) -> Encoder:
     """Find, scan and measure a model; nothing of it runs in this process.
 
     `contract` holds KEY=VALUE declarations, whatever declares a key of `without` is not heard, `threads` defaults to the
     number of cores, `cache` is a folder where what was measured is kept. `taps` names outputs or inner tensors, of which the
-    first stands in for the model's output, or is `all-layers` alone: the output and every layer. Raises `ModelError` where
-    the model cannot be used.
+    first stands in for the model's output, or is `all-layers` alone: the output and every layer. `trust` lifts the limits on
+    size, memory and time that a giant may need lifted. Raises `ModelError` where the model cannot be used.
     """
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
@@ -178,22 +178,26 @@ def load_encoder(
     as_measured = stamp(model)
     worker = Worker()
     unheard = sorted(without)
-    remembered = _Remembered(cache, model, device, declared, beside, taps) if cache and not unheard else None
+    remembered = _Remembered(cache, model, device, declared, beside, taps, trust) if cache and not unheard else None
     info = remembered.load() if remembered else None
+    if trust:
+        observer(Note(LIFTED))
     if info is None:
         try:
-            info = worker.call(
-                _resolve,
-                str(model),
-                device,
-                declared,
-                beside,
-                taps,
-                unheard,
-                returns=EncoderInfo,
-                silence_limit=LOAD_SECONDS,
-                observer=observer,
-            )
+            with _advised(trust):
+                info = worker.call(
+                    _resolve,
+                    str(model),
+                    device,
+                    declared,
+                    beside,
+                    taps,
+                    unheard,
+                    trust,
+                    returns=EncoderInfo,
+                    silence_limit=silence_seconds(model.stat().st_size, trust),
+                    observer=observer,
+                )
             if remembered:
                 remembered.save(info)
         except BaseException:
@@ -201,7 +205,7 @@ def load_encoder(
             raise
     for note in info.notes:
         observer(Note(note))
-    return Encoder(ModelSpec(info, device, threads, as_measured), worker)
+    return Encoder(ModelSpec(info, device, threads, as_measured, trust), worker)
 
 
 def usable_cores() -> int:
@@ -233,6 +237,18 @@ def _checked_taps(taps: Sequence[str], declared: Declarations) -> tuple[str, ...
     return tuple(taps)
 
 
+@contextmanager
+def _advised(trust: bool) -> Iterator[None]:
+    """Whoever meets a limit is told how it can be lifted."""
+    try:
+        yield
+    except ModelLimitError as error:
+        if trust:
+            raise
+        said = f"{error}; if you trust the model, --trust lifts the limit"
+        raise ModelLimitError(said, about=error.about) from error
+
+
 def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
     signal = np.asarray(waveform)
     if signal.dtype.kind != "f":
@@ -256,6 +272,7 @@ def _resolve(
     beside: Declarations,
     taps: tuple[str, ...],
     unheard: list[str],
+    trust: bool = False,
     *,
     tell: Tell,
 ) -> EncoderInfo:
@@ -264,18 +281,26 @@ def _resolve(
     path = Path(model)
     tell(Doing("reading the model's file"))
     on_cpu = device == "cpu" or (device == "auto" and not cuda_may_work())
+    size = path.stat().st_size
     if on_cpu:
         device = "cpu"  # the name under which `open_session` finds the session again
-        limit_memory(_BASE_MEMORY + 4 * path.stat().st_size)
-    scan = scan_model(path, lambda: tell(Beat()))
+        limit_memory(memory_bytes(size, trust))
+    before = stamp(path)
+    scan = scan_model(path, lambda: tell(Beat()), trust=trust)
+    stamps = {path: before, **{file: stamp(file) for file in (path.parent / name for name in scan.external)}}
     if on_cpu:
-        limit_memory(_BASE_MEMORY + 4 * scan.bytes)
-    tell(Doing("loading the model"))
+        limit_memory(memory_bytes(scan.bytes, trust))
+    patience = silence_seconds(scan.bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
+    tell(Doing("loading the model", patience))
     session = _session(model, device, None)
-    tell(Doing("measuring the model"))
+    if any(stamp(file) != then for file, then in stamps.items()):
+        raise ModelError(f"{path} was replaced while it was read; run again")
+    tell(Doing("measuring the model", patience))
     heard = merge(declared, declared_in_metadata(scan.metadata), beside)
     heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
-    found = measure_taps(path, functools.partial(_session, model, device), heard, taps, lambda: tell(Beat()))
+    beat = _Budget(measuring_seconds(scan.bytes, trust) * (2 if taps else 1), tell).beat
+    open_exposing = functools.partial(_session, model, device)
+    found = measure_taps(path, open_exposing, heard, taps, beat, max_dim=limits(trust).dim)
     return EncoderInfo(
         path=model,
         scan=scan,
@@ -288,6 +313,19 @@ def _resolve(
     )
 
 
+class _Budget:
+    """Processor time for measuring: no call is long, yet all of them together may be."""
+
+    def __init__(self, seconds: float, tell: Tell) -> None:
+        self._seconds, self._tell = seconds, tell
+        self._end = time.process_time() + seconds
+
+    def beat(self) -> None:
+        if time.process_time() > self._end:
+            raise ModelLimitError(f"the model was still being measured after {self._seconds:.0f} s of processor time")
+        self._tell(Beat())
+
+
 @functools.lru_cache(maxsize=1)
 def _session(model: str, device: str, exposure: Exposure | None) -> Session:
     """The worker's one session, loaded at its first use."""
@@ -297,7 +335,7 @@ def _session(model: str, device: str, exposure: Exposure | None) -> Session:
 def open_session(spec: ModelSpec, tell: Tell) -> Session:
     """The session of a spec, in the worker; the provider must be the one that was measured."""
     if spec.info.provider == CPU:
-        limit_memory(_BASE_MEMORY + 4 * spec.info.scan.bytes + spec.threads * _THREAD_MEMORY)
+        limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
     if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
         raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
     tell(Doing("loading the model"))
@@ -452,7 +490,14 @@ class _Remembered:
     """What was measured of a model, kept by everything that could change it, so that a rerun loads no model."""
 
     def __init__(
-        self, cache: Path, model: Path, device: str, declared: Declarations, beside: Declarations, taps: tuple[str, ...]
+        self,
+        cache: Path,
+        model: Path,
+        device: str,
+        declared: Declarations,
+        beside: Declarations,
+        taps: tuple[str, ...],
+        trust: bool,
     ) -> None:
         self._model = model
         named = {
@@ -464,6 +509,7 @@ class _Remembered:
             "declared": declared,
             "beside": beside,
             "taps": taps,
+            "trust": trust,
         }
         digest = hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()
         self._file = cache / "models" / f"{digest[:32]}.json"

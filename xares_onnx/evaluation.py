@@ -21,7 +21,7 @@ from .catalog import Digests, cache_folder, data_folder, find_parts, missing_dat
 from .dataset import Dataset, TaskData, assemble, check_drops, prepare
 from .differences import Side
 from .embed import EmbedSpec, embed_shards, shard_specs, shards_of_tap
-from .encoder import Encoder, Tap, load_encoder, onnxruntime_distributions
+from .encoder import Encoder, load_encoder, onnxruntime_distributions
 from .errors import (
     DataError,
     DataMissingError,
@@ -94,6 +94,7 @@ def evaluate(
     baseline: Path | None = None,
     tolerance: float | None = None,
     fail_under: Sequence[str] = (),
+    trust: bool = False,
     observer: Observer = ignore,
 ) -> Evaluation:
     """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
@@ -103,11 +104,12 @@ def evaluate(
     chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
     `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. `taps` are outputs or inner tensors, scored in one
     pass, the first as the model's, or `all-layers`. Gates are judged in `result.gates`: `baseline` is a result that no score
-    may fall behind by more than `tolerance`, `fail_under` holds "TASK[:METHOD]=SCORE". Raises `UsageError`, `ModelError`,
-    `DataMissingError`, `MachineError`, and `DataError` for a baseline of other data.
+    may fall behind by more than `tolerance`, `fail_under` holds "TASK[:METHOD]=SCORE". `trust` lifts the limits on a model's
+    size, memory and time. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`, and `DataError` for a
+    baseline of other data.
     """
     gates = Gates.read(baseline, tolerance, fail_under)
-    settings = checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, taps)
+    settings = checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, taps, trust)
     find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
     notes: list[str] = []
@@ -122,8 +124,16 @@ def evaluate(
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
-    loading: dict[str, Any] = {"device": device, "threads": threads, "contract": contract, "taps": taps, "cache": cache}
-    with load_encoder(model, **loading, observer=observe) as encoder:
+    with load_encoder(
+        model,
+        device=device,
+        threads=threads,
+        contract=contract,
+        taps=taps,
+        cache=cache,
+        trust=trust,
+        observer=observe,
+    ) as encoder:
         if save and output is None:
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
@@ -201,13 +211,22 @@ def plan(
     lm: str | None = None,
     vocabulary: Path | None = None,
     taps: Sequence[str] = (),
+    trust: bool = False,
     observer: Observer = ignore,
 ) -> Plan:
     """What `evaluate` with the same arguments would read, write and take."""
-    settings = checked_settings(protocol, seeds, METHODS, limit, False, heads, lm, vocabulary, taps)
+    settings = checked_settings(protocol, seeds, METHODS, limit, False, heads, lm, vocabulary, taps, trust)
     cache = cache_folder(cache)
-    loading: dict[str, Any] = {"device": device, "threads": threads, "contract": contract, "taps": taps, "cache": cache}
-    with load_encoder(model, **loading, observer=observer) as encoder:
+    with load_encoder(
+        model,
+        device=device,
+        threads=threads,
+        contract=contract,
+        taps=taps,
+        cache=cache,
+        trust=trust,
+        observer=observer,
+    ) as encoder:
         found = []
         for task, folder in with_heads(choose_tasks(tasks, suite, data, observer), settings):
             if kind_of(task).needs_frames and all(tap.contract.clip_only for tap in encoder.info.taps):
@@ -275,12 +294,12 @@ class _Run:
 
     def averages(self, tap: int) -> results.Averages:
         """The averages by tap number `tap`."""
-        name = self._name(self._encoder.info.taps[tap])
+        name = self._name(tap)
         return averages([r for r in self.results if r.tap == name], self._replicates[tap], self._tasks)
 
-    def _name(self, tap: Tap) -> str | None:
-        """What a record calls a tap: nothing, where none was asked for."""
-        return tap.name if self._settings.taps else None
+    def _name(self, tap: int) -> str | None:
+        """What a record calls tap number `tap`: nothing the first, which is the model's output or stands in for it."""
+        return self._encoder.info.taps[tap].name if tap else None
 
     def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
         self._tasks = [task for task, _ in selection]
@@ -325,7 +344,7 @@ class _Run:
         for number, tap in enumerate(taps):
             if number:
                 shards = shards_of_tap(specs, self._store, number)
-            of_tap = {**common, "tap": self._name(tap)}
+            of_tap = {**common, "tap": self._name(number)}
             if frames and tap.contract.clip_only:
                 self._without_score(task, "not_applicable", _no_frames(task), of_tap)
             else:
@@ -425,7 +444,7 @@ class _Run:
 
     def _without_score(self, task: Task, status: Status, reason: str, common: dict[str, Any] | None = None) -> None:
         """Record why there is none: by the tap that `common` has, else by every tap."""
-        several = [common] if common else [{"tap": self._name(tap)} for tap in self._encoder.info.taps]
+        several = [common] if common else [{"tap": self._name(tap)} for tap in range(len(self._encoder.info.taps))]
         for fields in several:
             self.results += [
                 _task_result(task, method, status=status, reason=reason, **fields) for method in self._methods(task)

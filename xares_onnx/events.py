@@ -28,9 +28,11 @@ class Note(msgspec.Struct, frozen=True, tag="note"):
 
 
 class Doing(msgspec.Struct, frozen=True, tag="doing"):
-    """What a worker is busy with, so that a worker that had to be stopped can be described."""
+    """What a worker is busy with, so that a worker that had to be stopped can be described; and the seconds of silence that
+    it may keep meanwhile beyond those of its call."""
 
     text: str
+    patience: float = 0.0
 
 
 Event = Progress | Note | Doing

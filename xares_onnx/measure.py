@@ -25,6 +25,7 @@ from .contract import (
 )
 from .errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning
 from .layouts import batch_axis, growing_axis, output_layout
+from .limits import UNTRUSTED
 from .model_inputs import Inputs, choose_inputs, listed
 from .probing import Probe
 from .session import Session
@@ -34,9 +35,12 @@ COUPLING_TOLERANCE = 1e-3  # of the largest embedding value; float32 kernels dif
 _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}
 
 
-def measure_contract(session: Session, declared: Declarations, beat: Callable[[], None]) -> Contract:
+def measure_contract(
+    session: Session, declared: Declarations, beat: Callable[[], None], *, max_dim: int = UNTRUSTED.dim
+) -> Contract:
     """The full contract of a loaded model. `beat` is called after every run: a sign of life."""
     probe = Probe(session, declared, beat)
+    probe.max_dim = max_dim
     with concerning("input"):
         inputs = choose_inputs(session.inputs, session.outputs, declared)
     probe.contract = Contract(
@@ -187,6 +191,10 @@ def _measure_window(probe: Probe, samples: int) -> None:
         _refuse_frames_of_a_clip(probe)
         return
     frames = probe.frames(samples)
+    if frames > samples:
+        raise ContractError(
+            f"the model gives {frames} frames for {samples} samples, so most of them have no time of their own"
+        )
     probe.update(window_frames=frames)
     assert window is not None
     if measured := window.measure_frames():
@@ -273,6 +281,9 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
         each = "frame" if "T" in layouts[name] else "clip"
         said = f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more"
         raise ContractError(said, about="output")
+    if dim > probe.max_dim:
+        said = f"output {name!r} has a dimension of {dim}, more than {probe.max_dim}; --trust lifts the limit"
+        raise ContractError(said, about="output")
     probe.update(dim=probe.agree("output_dim", dim))
     if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
         said = f"output {name!r} is the same for any input; name another by --contract output=NAME"
@@ -292,12 +303,19 @@ def find_layouts(
     short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
     long = short if window else _longer(probe, names, low, high)
     pair = _pair(probe, names, low)
+    again = dict(zip(names, probe.run_again(names, low), strict=True))
     layouts: dict[str, str] = {}
     problems: dict[str, ContractError] = {}
     for name in names:
         try:
             if 0 in short[name].shape:
                 raise ContractError("it is empty")
+            if not _same(short[name], again[name]):
+                raise ContractError(
+                    "it gives other values each time for the same input, so no score would repeat; export it in inference "
+                    "mode, without dropout or random numbers",
+                    about="random",
+                )
             batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch)
             time = _window_time(probe, window, name, batch) if window else growing_axis(short[name].shape, long[name].shape)
             layouts[name] = output_layout(short[name].shape, batch, time)
@@ -307,7 +325,7 @@ def find_layouts(
             )
             frozen = window is None and short[name].ndim > 2 and short[name].shape == long[name].shape
             said = f"output {name!r} has shape {lengths}: {error}"
-            problems[name] = ContractError(said, about="time" if frozen else "output")
+            problems[name] = ContractError(said, about=error.about or ("time" if frozen else "output"))
     return layouts, problems, window
 
 
@@ -323,6 +341,15 @@ def _longer(probe: Probe, names: list[str], low: int, high: int) -> dict[str, np
             f"dynamic samples axis, or declare the longest input by --contract max_samples=N ({error})",
             about="time",
         ) from error
+
+
+def _same(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
+    """Whether two runs agree, but for what the order of a GPU's sums may change."""
+    if first.shape != second.shape:
+        return False
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = float(np.abs(first).max(initial=0))
+        return bool(np.allclose(first, second, rtol=0, atol=COUPLING_TOLERANCE * scale, equal_nan=True))
 
 
 def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray[Any]]:

@@ -5,6 +5,7 @@ No model runs here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,6 +26,7 @@ _HOW = (
     "say it by --contract frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export the model "
     "with its front end"
 )
+_LISTED = 12  # names in a sentence
 _SHORTEST_WINDOW = 400  # samples; a fixed axis of fewer holds features or a state, not audio
 
 
@@ -97,8 +99,11 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
     return Inputs(audio.name, layouts, tuple(audio.shape), lengths, mask, frontend, sources)
 
 
-def listed(names: Any) -> str:
-    return ", ".join(repr(str(name)) for name in names) or "none"
+def listed(found: Iterable[Any]) -> str:
+    names = [str(name) for name in found]
+    first, rest = names[:_LISTED], len(names) - _LISTED
+    quoted = ", ".join(repr(name[:40]) for name in first)
+    return f"{quoted} and {rest} more" if rest > 0 else quoted or "none"
 
 
 def _refuse_state(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]) -> None:

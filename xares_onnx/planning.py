@@ -15,12 +15,13 @@ from .dataset import TaskData
 from .embed import CropSettings, EmbedSpec, shard_specs
 from .encoder import Encoder
 from .errors import ClipError, DiskFullError
-from .events import Note, Observer
+from .events import Doing, Note, Observer
 from .folds import CROSS_VALIDATION_FOLDS
 from .kinds import kind_of
-from .shards import ShardIndex, index_shard, read_extent
+from .shards import index_shard, read_extent
 from .speed import measure_rtf
 from .store import Store
+from .worker import Tell
 
 _SAMPLED_CLIPS = 24  # a shard
 _BYTES_A_CLIP = 250  # key and json beside the vectors
@@ -28,6 +29,7 @@ _HEAD_FLOPS_A_SECOND = 2e10  # of one core
 _FRAME_BYTES = 2  # a value of a stored frame
 # Products a row where a head has no classes: characters; five captions through two towers of 1024; a model of 0.5 B weights.
 _WEIGHTS = {"linear": 768, "ctc": 30 * 768, "retrieval": 5 * 4 << 20, "llm": 500_000_000}
+_DISK_SECONDS = 900.0  # a slow disk is not a model that hangs
 _PIPELINE_OVERHEAD = 1.1  # decoding and storing beside the model
 
 
@@ -73,7 +75,7 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
     clips, to_embed, seconds, seconds_to_embed = 0, 0, 0.0, 0.0
     frames = kind_of(task).needs_frames
     for path, spec in shard_specs(encoder, task.name, list(data.plans.values()), crops, store, frames=frames).items():
-        count, length = _clips_and_seconds(path, spec)
+        count, length = _clips_and_seconds(encoder, path, spec)
         clips, seconds = clips + count, seconds + length
         if not _is_stored(spec, store):
             to_embed, seconds_to_embed = to_embed + count, seconds_to_embed + length
@@ -102,7 +104,7 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
 def check_disk(encoder: Encoder, data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer) -> None:
     """Say what the frames of all taps will take in the store. Raises `DiskFullError` where there is not so much room."""
     missing = {path: spec for path, spec in specs.items() if not _is_stored(spec, store)}
-    need = sum(_clips_and_seconds(path, spec)[1] for path, spec in missing.items()) * _frame_bytes_a_second(encoder)
+    need = sum(_clips_and_seconds(encoder, path, spec)[1] for path, spec in missing.items()) * _frame_bytes_a_second(encoder)
     if not need:
         return
     store.root.mkdir(parents=True, exist_ok=True)
@@ -120,11 +122,10 @@ def _is_stored(spec: EmbedSpec, store: Store) -> bool:
     return all(spec.key(tap) in store for tap in range(len(spec.model.info.taps)))
 
 
-def _clips_and_seconds(path: Path, spec: EmbedSpec) -> tuple[int, float]:
+def _clips_and_seconds(encoder: Encoder, path: Path, spec: EmbedSpec) -> tuple[int, float]:
     """How many clips of a shard are wanted, and about how long they are together."""
-    index = index_shard(path)
-    count = len(index.samples) if spec.selected is None else len(spec.selected)
-    return count, _mean_seconds(path, index) * count
+    count = len(index_shard(path).samples) if spec.selected is None else len(spec.selected)
+    return count, encoder.call(mean_seconds, path, returns=float) * count
 
 
 def _frame_rate(contract: Contract) -> float:
@@ -137,8 +138,10 @@ def _frame_bytes_a_second(encoder: Encoder) -> float:
     return sum((_FRAME_BYTES * contract.dim + 8) * _frame_rate(contract) for contract in contracts)
 
 
-def _mean_seconds(path: Path, index: ShardIndex) -> float:
-    """Mean duration by the headers of clips taken at equal steps through the shard."""
+def mean_seconds(path: Path, *, tell: Tell) -> float:
+    """Mean duration by the headers of clips taken at equal steps through the shard. Runs in the worker, as all decoding."""
+    tell(Doing("reading the shard", _DISK_SECONDS))
+    index = index_shard(path)
     step = max(1, len(index.samples) // _SAMPLED_CLIPS)
     found = []
     for sample in index.samples[::step]:

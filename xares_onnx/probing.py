@@ -22,6 +22,7 @@ class Probe:
     """The model under probing, with the contract as far as it is known."""
 
     contract: Contract
+    max_dim: int
 
     def __init__(self, session: Session, declared: Declarations, beat: Callable[[], None]) -> None:
         self.session = session
@@ -71,18 +72,25 @@ class Probe:
         """The named outputs; of the last few inputs they are kept, since several measurements ask for the same."""
         return self.run_values(names, self.adapter.values(batch))
 
+    def run_again(self, names: list[str], samples: int) -> list[npt.NDArray[Any]]:
+        """The named outputs for the noise of so many samples, from a run of its own."""
+        self._known.clear()
+        return self.run_outputs(names, self.noise(samples))
+
     def run_values(self, names: list[str], values: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
         """Outputs for what stands for waveforms: themselves, or features (items, frames, bins)."""
         feeds = self.adapter.feeds_of(values)
         told = (f"{name} {feed.shape} ".encode() + feed.tobytes() for name, feed in feeds.items())
         digest = hashlib.sha256(b"".join(told)).hexdigest()
         known = self._known.pop(digest, {})
-        if not known.keys() >= set(names):
-            known = dict(zip(names, self.session.run_raw(names, feeds), strict=True))
+        try:
+            if not known.keys() >= set(names):
+                known = dict(zip(names, self.session.run_raw(names, feeds), strict=True))
+        finally:  # a model that fails is alive, too
+            self._beat()
         self._known[digest] = known
         if len(self._known) > _KEPT:
             del self._known[next(iter(self._known))]
-        self._beat()
         return [known[name] for name in names]
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -76,7 +76,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     """Why there is no score; null where status is ok."""
     method: Literal["linear", "retrieval", "ctc", "llm", "knn"]
     tap: str | None = None
-    """The output that the embeddings are of, where taps were asked for; null: the model's output."""
+    """The layer or output that the embeddings are of; null for the encoder's first tap, which is its output."""
     metric: str
     higher_is_better: bool = True
     score: float | None = None

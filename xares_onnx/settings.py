@@ -31,6 +31,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: str | None = None
     taps: tuple[str, ...] = ()
     """Outputs or inner tensors to score, or `all-layers`; none: the model's output."""
+    trust: bool = False
+    """Whether the limits on the model's size, memory and time were lifted."""
 
 
 def checked_settings(
@@ -43,6 +45,7 @@ def checked_settings(
     lm: str | None,
     vocabulary: Path | None,
     taps: Sequence[str],
+    trust: bool,
 ) -> Settings:
     if protocol not in ("corrected", "xares"):
         raise UsageError(f"protocol {protocol!r} must be corrected or xares")
@@ -70,6 +73,7 @@ def checked_settings(
         lm=lm,
         vocabulary=None if vocabulary is None else str(vocabulary),
         taps=tuple(taps),
+        trust=trust,
     )
 
 

@@ -23,6 +23,11 @@ from .errors import ClipError, DataError, DataMissingError, LabelError, printabl
 
 MAX_AUDIO_BYTES = 1 << 31
 MAX_LABEL_BYTES = 1 << 22
+MAX_KEY = 1_000  # characters
+_MAX_HEADER_BYTES = 1 << 20  # of a name or of attributes that have a header of their own; tarfile reads them whole
+_EXTRA_HEADERS = frozenset(
+    {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+)
 _TAIL_BLOCK = 1 << 20
 # What tarfile raises at headers that are not what they should be.
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
@@ -89,7 +94,10 @@ def index_shard(path: Path) -> ShardIndex:
         nameless = stem.rpartition("/")[2][:1] in ("", ".")
         if nameless or (extension != "json" and extension not in AUDIO_EXTENSIONS):
             continue
-        group = groups.setdefault(stem, _Group())
+        group = groups.setdefault(stem if len(stem) <= MAX_KEY else f"{stem[:80]}…", _Group())
+        if len(stem) > MAX_KEY:
+            group.fault = f"its name is longer than {MAX_KEY} characters"
+            continue
         if not member.isreg() or member.issparse():
             group.fault = "a link or a special file"
         elif member.offset_data + member.size > size:
@@ -157,9 +165,24 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, read without what a hostile one can make tarfile do."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTRA_HEADERS and header.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
+
+    def _proc_gnusparse_10(self, next: tarfile.TarInfo, *_: object) -> None:
+        """Its map would be read from the data, to the end of the file if it has none. Sparse members are refused anyway."""
+        next.sparse = b""
+
+
 def _members(path: Path, index: ShardIndex) -> Iterator[tarfile.TarInfo]:
     try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; plain tar only, nothing is decompressed
+        archive = tarfile.open(path, "r:", tarinfo=_Header)  # noqa: SIM115 - closed below; plain tar only, nothing is decompressed
     except FileNotFoundError as error:
         raise DataMissingError(f"shard {path} does not exist") from error
     except _DAMAGE as error:

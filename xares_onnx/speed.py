@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from scipy import stats
 
-from .encoder import LOAD_SECONDS, Encoder, ModelSpec, open_session
+from .encoder import Encoder, ModelSpec, open_session
 from .events import Observer, Progress
 from .worker import Beat, Tell
 
@@ -87,9 +87,7 @@ def measure_together(a: Encoder, b: Encoder, observer: Observer) -> SideBySide:
 
 
 def _burst(encoder: Encoder, chunks: int, observer: Observer) -> Burst:
-    return encoder.worker.call(
-        run_chunks, encoder.spec, chunks, returns=Burst, silence_limit=LOAD_SECONDS, observer=observer
-    )
+    return encoder.call(run_chunks, encoder.spec, chunks, returns=Burst, observer=observer)
 
 
 def run_chunks(spec: ModelSpec, chunks: int, *, tell: Tell) -> Burst:

@@ -17,6 +17,7 @@ from .adapter import Adapter
 from .contract import Contract, Declaration, Declarations, FrameLaw, fit_frame_law, law_holds
 from .errors import ContractError, ModelError
 from .layers import ALL_LAYERS, Exposure, layers_of
+from .limits import UNTRUSTED
 from .measure import batching, find_layouts, loud_pair, measure_contract
 from .probing import Probe
 from .session import Session
@@ -37,28 +38,35 @@ def measure_taps(
     declared: Declarations,
     taps: Sequence[str],
     beat: Callable[[], None],
+    *,
+    max_dim: int = UNTRUSTED.dim,
 ) -> Measured:
     """The contracts of all taps: outputs and inner tensors by name, or `all-layers`; without taps, of the model's output."""
     if tuple(taps) == (ALL_LAYERS,):
-        return _measure_layers(model, open_session, declared, beat)
+        return _measure_layers(model, open_session, declared, beat, max_dim)
     session, exposure = open_session(None), None
     if inner := [name for name in taps if name not in {output.name for output in session.outputs}]:
         exposure = Exposure(tuple(inner))
         session = open_session(exposure)
     if taps:
         declared = {**declared, "output": Declaration(taps[0], "--taps")}
-    contract = measure_contract(session, declared, beat)
+    contract = measure_contract(session, declared, beat, max_dim=max_dim)
     if len(taps) < 2:
         return Measured(contract, {}, exposure, [])
-    return _measured(session, contract, declared, {name: name for name in taps[1:]}, exposure, [], beat)
+    more = _more(session, contract, declared, {name: name for name in taps[1:]}, beat, max_dim)
+    return Measured(*more, exposure, [])
 
 
 def _measure_layers(
-    model: Path, open_session: Callable[[Exposure | None], Session], declared: Declarations, beat: Callable[[], None]
+    model: Path,
+    open_session: Callable[[Exposure | None], Session],
+    declared: Declarations,
+    beat: Callable[[], None],
+    max_dim: int,
 ) -> Measured:
     import onnx
 
-    contract = measure_contract(open_session(None), declared, beat)
+    contract = measure_contract(open_session(None), declared, beat, max_dim=max_dim)
     exposure = layers_of(onnx.load_model(model, format="protobuf", load_external_data=False), contract.output)
     names = {f"layer.{i}": output for i, output in enumerate(exposure.outputs)}
     notes = []
@@ -66,26 +74,29 @@ def _measure_layers(
         last, _ = names.popitem()
         notes.append(f"{last} is the model's output {contract.output!r}, and stands under that name")
         exposure = Exposure(exposure.tensors[:-1])
-    return _measured(open_session(exposure), contract, declared, names, exposure, notes, beat)
+    return Measured(*_more(open_session(exposure), contract, declared, names, beat, max_dim), exposure, notes)
 
 
-def _measured(
+def _more(
     session: Session,
     contract: Contract,
     declared: Declarations,
     names: Mapping[str, str],
-    exposure: Exposure | None,
-    notes: list[str],
     beat: Callable[[], None],
-) -> Measured:
-    """More contracts, of each tap's output in `names`. All share their batches: one that must be alone decides."""
-    more = _Outputs(session, contract, declared, beat).contracts(list(names.values()))
+    max_dim: int,
+) -> tuple[Contract, dict[str, Contract]]:
+    """The first contract, and those of the outputs in `names`. All share their batches: one that must be alone decides."""
+    outputs = _Outputs(session, contract, declared, beat)
+    more = outputs.contracts(list(names.values()))
+    if wide := [one for one in more if one.dim > max_dim]:
+        said = f"output {wide[0].output!r} has a dimension of {wide[0].dim}, more than {max_dim}; --trust lifts the limit"
+        raise ContractError(said, about="output")
     alike = {
         "dynamic_batch": all(one.dynamic_batch for one in [contract, *more]),
         "batch_coupled": any(one.batch_coupled for one in [contract, *more]),
     }
     contract, *more = (msgspec.structs.replace(one, **alike) for one in [contract, *more])
-    return Measured(contract, dict(zip(names, more, strict=True)), exposure, notes)
+    return contract, dict(zip(names, more, strict=True))
 
 
 class _Outputs:

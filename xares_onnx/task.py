@@ -66,6 +66,7 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("`crop_seconds` must lie between 0.1 and 3600")
 
 
+_MAX_BYTES = 4 << 20  # of a task file
 HEAD_KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
 
 # What can be learnt of each kind of target, and how it is scored.
@@ -199,7 +200,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 def load_task(path: Path, text: str | None = None) -> Task:
     """Read and validate one task file; `TaskFileError` names the file, the key and the nearest valid one."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8") if text is None else text)
+        raw = tomllib.loads(_small_text(path) if text is None else text)
     except OSError as error:
         raise TaskFileError(f"task file {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, an integer of 5,000 digits
@@ -210,6 +211,16 @@ def load_task(path: Path, text: str | None = None) -> Task:
     except (msgspec.ValidationError, ValueError) as error:
         message = re.sub(r" - at `\$\.?(.*?)`", r" (at `\1`)", str(error))
         raise TaskFileError(f"task file {path}: {message}") from error
+
+
+def _small_text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise TaskFileError(f"task file {path} is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise TaskFileError(f"task file {path} is larger than {_MAX_BYTES >> 20} MiB")
+    return data.decode("utf-8")
 
 
 def _check_glob(glob: str) -> None:

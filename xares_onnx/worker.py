@@ -107,7 +107,7 @@ class Worker:
     def _answer(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
         if self._process is not None and self._process.poll() is not None:  # ended between two calls
             self.close()
-        doing = "waiting for work" if self._process else "starting"
+        doing, patience = "waiting for work" if self._process else "starting", 0.0
         process = self._process or self._start()
         try:
             assert process.stdin is not None
@@ -115,19 +115,20 @@ class Worker:
                 process.stdin.write(_HEADER.pack(len(payload)) + payload)
                 process.stdin.flush()
             while True:
-                match self._messages.get(timeout=silence_limit):
+                match self._messages.get(timeout=silence_limit + patience):
                     case None:
                         raise self._death(doing)
-                    case Doing(text):
-                        doing = text
+                    case Doing(text, seconds):
+                        doing, patience = text, seconds
                     case _Done() | _Failed() as answer:
                         return answer
                     case Progress() | Note() as event:
                         observer(event)
         except queue.Empty:
             self.close()
+            seconds = silence_limit + patience
             raise ModelLimitError(
-                f"the model's process gave no sign of life for {silence_limit:g} s while {doing} and was stopped",
+                f"the model's process gave no sign of life for {seconds:.3g} s while {doing} and was stopped",
                 about="process",
             ) from None
         except BaseException:  # in the middle of a call: the child's state is unknown
@@ -197,14 +198,20 @@ def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:
                 stream.close()
 
 
-def limit_memory(limit: int) -> None:
-    """Cap this process's address space, in bytes, where the system can (POSIX)."""
+def limit_memory(limit: int | None) -> None:
+    """Cap this process's address space, in bytes, where the system can (POSIX); None lifts the cap."""
+    _limit("RLIMIT_AS", limit)
+
+
+def _limit(resource_name: str, limit: int | None) -> None:
     try:
         import resource
-    except ImportError:
+    except ImportError:  # not POSIX
         return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    kind = getattr(resource, resource_name)
+    _, hard = resource.getrlimit(kind)
+    wanted = hard if limit is None else limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (wanted, hard))
 
 
 def _error(name: str, message: str, about: str | None = None) -> XaresError:
@@ -235,6 +242,7 @@ def _receive(stream: IO[bytes], messages: queue.Queue[_Message | None]) -> None:
 def main() -> None:
     """The child: take calls until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    _limit("RLIMIT_CORE", 0)  # a crash must not leave gigabytes on the disk
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the records
     lock = threading.Lock()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..encoder import LOAD_SECONDS, Encoder, load_encoder, onnxruntime_distributions
+from ..encoder import Encoder, load_encoder, onnxruntime_distributions
 from ..errors import ContractError, ContradictionError, ModelError, ModelLimitError, UsageError
 from ..events import Observer, Progress, ignore
 from ..version import __version__
@@ -37,6 +37,7 @@ _PROPERTY_OF = {
     "process": LOADS,
     "frames": "frame-law",
     "values": "finite",
+    "random": "determinism",
     "constant": "varies",
     "min_samples": "min-length",
     "chunk_samples": "max-length",
@@ -49,6 +50,7 @@ _REMEDIES = {
     "dynamic-time": "export with a dynamic samples axis, and let no operator keep the length of the example",
     "frame-law": "export so that the frame count follows one law",
     "finite": "guard logarithms, divisions and square roots by a small constant",
+    "determinism": "export in inference mode, without dropout or random numbers",
     "varies": "look at the last layers: weights lost in the export, or an output that is no embedding",
     "min-length": "declare the shortest input that works by min_samples",
     "max-length": "declare the longest input that works by chunk_samples or max_samples",
@@ -63,12 +65,13 @@ def check(
     device: str = "auto",
     threads: int | None = None,
     cache: Path | None = None,
+    trust: bool = False,
     settings: Mapping[str, Any] | None = None,
     observer: Observer = ignore,
 ) -> CheckReport:
     """Measure what an encoder must be, without data; `reference` is another model, or a `.npz` (see `read_reference`).
 
-    `settings` has a severity ("error", "warn", "off") or {severity, tolerance} a property. A model that is faulty, or cannot
+    `trust` lifts the limits on size, memory and time. `settings` has a severity ("error", "warn", "off") or {severity, tolerance} a property. A model that is faulty, or cannot
     be used, is reported, not raised. Raises `UsageError` for arguments that cannot be, `MachineError` for this machine.
     """
     started = time.perf_counter()
@@ -76,7 +79,7 @@ def check(
     npz = read_reference(Path(reference)) if reference is not None and Path(reference).suffix == ".npz" else None
     run = _Check(str(model), chosen, observer)
     with ExitStack() as open_things:
-        subject = run.resolve(open_things, contract, device, threads, cache)
+        subject = run.resolve(open_things, contract, device, threads, cache, trust)
         if subject is not None:
             run.measure_all(subject, run.reference(Path(reference), npz) if reference is not None else None)
     return run.report(time.perf_counter() - started)
@@ -95,7 +98,13 @@ class _Check:
     # ---------------------------------------------------------------- resolving
 
     def resolve(
-        self, open_things: ExitStack, contract: Sequence[str], device: str, threads: int | None, cache: Path | None
+        self,
+        open_things: ExitStack,
+        contract: Sequence[str],
+        device: str,
+        threads: int | None,
+        cache: Path | None,
+        trust: bool,
     ) -> Subject | None:
         """The model with its contract, wrong declarations put aside; None where there is no contract."""
         contradicted: dict[str, str] = {}
@@ -109,6 +118,7 @@ class _Check:
                         device=device,
                         threads=threads,
                         cache=cache,
+                        trust=trust,
                         observer=self.observer,
                     )
                 )
@@ -122,14 +132,7 @@ class _Check:
             return Subject(self.encoder.spec, self.facts, contradicted)
 
     def _read_facts(self, encoder: Encoder) -> ModelFacts:
-        return encoder.worker.call(
-            read_facts,
-            encoder.info.path,
-            encoder.info.scan,
-            returns=ModelFacts,
-            silence_limit=LOAD_SECONDS,
-            observer=self.observer,
-        )
+        return encoder.call(read_facts, encoder.info.path, encoder.info.scan, returns=ModelFacts, observer=self.observer)
 
     def _record_refusal(self, error: ModelError, contradicted: Mapping[str, str]) -> None:
         """A model without a contract: the property that says why, the one or two that held before it, the rest skipped."""
@@ -160,7 +163,8 @@ class _Check:
                 )
             return npz
         try:
-            with load_encoder(path, device=self.encoder.spec.device, threads=self.encoder.spec.threads) as other:
+            spec = self.encoder.spec
+            with load_encoder(path, device=spec.device, threads=spec.threads, trust=spec.trust) as other:
                 waveforms = sounds(own.sample_rate, own.min_samples, own.chunk_samples)
                 return reference_of_model(other, self._read_facts(other).precision, waveforms, own.sample_rate)
         except ModelError as error:
@@ -195,15 +199,7 @@ class _Check:
             if reference is None:
                 return skipped("there is no reference; name one by --reference")
             return compare(self.encoder, reference, subject.facts.precision, tolerance)
-        return self.encoder.worker.call(
-            measure_property,
-            subject,
-            of.name,
-            tolerance,
-            returns=Outcome,
-            silence_limit=LOAD_SECONDS,
-            observer=self.observer,
-        )
+        return self.encoder.call(measure_property, subject, of.name, tolerance, returns=Outcome, observer=self.observer)
 
     # ---------------------------------------------------------------- recording
 

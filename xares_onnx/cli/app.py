@@ -43,6 +43,9 @@ DataOption = Annotated[
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", help="Folder of stored embeddings. [default: $XARES_ONNX_CACHE, the user's cache]")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you know where it is from.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
 
 

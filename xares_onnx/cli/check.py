@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from ..errors import UsageError, nearest
-from .app import DebugOption, app, put, put_json, reported, say
+from .app import DebugOption, TrustOption, app, put, put_json, reported, say
 
 Format = Literal["text", "json", "junit", "github"]
 
@@ -27,6 +27,7 @@ def check(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="Folder where the measured contract is kept.")] = None,
+    trust: TrustOption = False,
     format_: Annotated[str, typer.Option("--format", help="text, json, junit or github.")] = "text",
     debug: DebugOption = False,
 ) -> None:
@@ -51,6 +52,7 @@ def check(
             device=device,
             threads=threads,
             cache=cache,
+            trust=trust,
             settings=settings,
             observer=observer,
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, printable, worst_exit_code
-from .app import CacheOption, DataOption, DebugOption, app, put, put_json, reported, say, split
+from .app import CacheOption, DataOption, DebugOption, TrustOption, app, put, put_json, reported, say, split
 
 FORMATS = ("text", "json", "junit", "github")
 
@@ -38,6 +38,7 @@ def compare(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
     allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
+    trust: TrustOption = False,
     tolerance: Annotated[
         float, typer.Option(help="Loss that is tolerated, in score; exit code 1 where B loses more for certain.")
     ] = 0.01,
@@ -69,6 +70,7 @@ def compare(
             device=device,
             threads=threads,
             allow_drops=allow_drops,
+            trust=trust,
             heads=split(head),
             lm=lm,
             vocabulary=vocabulary,

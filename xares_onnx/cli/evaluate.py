@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, worst_exit_code
-from .app import CacheOption, DataOption, DebugOption, app, one_line, put, put_json, reported, say, split
+from .app import CacheOption, DataOption, DebugOption, TrustOption, app, one_line, put, put_json, reported, say, split
 
 
 @app.command()
@@ -52,6 +52,7 @@ def evaluate(
     fail_under: Annotated[
         list[str] | None, typer.Option("--fail-under", help="TASK[:METHOD]=SCORE, or an average's: exit code 1 below it.")
     ] = None,
+    trust: TrustOption = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DebugOption = False,
@@ -78,6 +79,7 @@ def evaluate(
         "taps": split(taps),
         "device": device,
         "threads": threads,
+        "trust": trust,
     }
     names = split(tasks)
     with terminal.TerminalObserver(quiet=quiet) as observer:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import printable
-from .app import DebugOption, app, put, reported
+from .app import DebugOption, TrustOption, app, put, reported
 
 
 @app.command()
@@ -51,6 +51,7 @@ def annotate(
         list[str], typer.Option("--contract", help="KEY=VALUE to declare, such as sample_rate=16000; repeatable.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; never the model itself.")],
+    trust: TrustOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write a copy of a model that declares its contract in its own metadata; graph and weights stay as they are."""
@@ -58,7 +59,7 @@ def annotate(
     from ..report import terminal
 
     with terminal.TerminalObserver() as observer:
-        done = write(model, contract, output, observer=observer)
+        done = write(model, contract, output, trust=trust, observer=observer)
     said = [
         f"{key}={value}" + (f" (was {done.replaced[key]})" if key in done.replaced else "")
         for key, value in done.written.items()

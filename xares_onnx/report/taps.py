@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -29,11 +29,12 @@ def print_taps(result: Result, console: Console) -> None:
         for column in table.columns[1:]:
             column.no_wrap = False
         best = [_best(records) for _, records in some]
+        output = result.encoder.taps[0]
         for tap in taps:
-            cells = (_cell(tap, records, first) for (_, records), first in zip(some, best, strict=True))
+            cells = (_cell(tap, output, records, first) for (_, records), first in zip(some, best, strict=True))
             table.add_row(printable(tap), *cells)
         table.add_section()
-        table.add_row("best", *(printable(str(record.tap)) if record else "" for record in best))
+        table.add_row("best", *(printable(record.tap or output) if record else "" for record in best))
         console.print(table, soft_wrap=False)
     console.print("the best tap is chosen on the test clips themselves, so its score flatters it")
 
@@ -52,13 +53,11 @@ def _best(records: Sequence[TaskResult]) -> TaskResult | None:
     return max(scored, key=lambda record: sign * (record.score or 0.0), default=None)
 
 
-def _cell(tap: str, records: Sequence[TaskResult], best: TaskResult | None) -> Text | str:
-    for record in _of(tap, records):
+def _cell(tap: str, output: str, records: Sequence[TaskResult], best: TaskResult | None) -> Text | str:
+    for record in records:
+        if (record.tap or output) != tap:
+            continue
         if record.score is None:
             return Text(record.status.replace("_", " "), style="yellow")
         return Text(f"{record.score:.3f}", style="bold" if record is best else "")
     return ""
-
-
-def _of(tap: str, records: Sequence[TaskResult]) -> Iterator[TaskResult]:
-    return (record for record in records if record.tap == tap)

@@ -204,7 +204,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         )
     )
     by_task: dict[str, dict[str, TaskResult]] = {}
-    main = [record for record in result.tasks if record.tap in (None, *result.encoder.taps[:1])]
+    main = [record for record in result.tasks if record.tap is None]
     for record in main:
         by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
     words = ("task",) if is_narrow(console) else ("task", "domain", "metric")

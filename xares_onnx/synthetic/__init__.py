@@ -36,7 +36,7 @@ import json
 import os
 import wave
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -149,11 +149,11 @@ def _write_shard(path: Path, samples: Iterator[Clip]) -> None:
     from webdataset import TarWriter  # imports torch, which takes seconds
 
     with path.open("wb") as file:
-        shard = TarWriter(file, user="", group="", encoder=False, mtime=0)
-        for clip in samples:
-            label = json.dumps(clip.label).encode()
-            shard.write({"__key__": clip.key, "wav": _wav(clip.waveform), "json": label})
-        shard.close()
+        # Closed whatever happens: one that is forgotten complains on stderr that its file is closed.
+        with closing(TarWriter(file, user="", group="", encoder=False, mtime=0)) as shard:
+            for clip in samples:
+                label = json.dumps(clip.label).encode()
+                shard.write({"__key__": clip.key, "wav": _wav(clip.waveform), "json": label})
         file.flush()
         os.fsync(file.fileno())
 

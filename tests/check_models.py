@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_models as models
 from onnx import ModelProto, NodeProto, helper, numpy_helper
-from onnx_models import DIM, FLOAT, constant, encoder
+from onnx_models import DIM, FLOAT, INT64, constant, encoder
 
 node = helper.make_node
 
@@ -272,6 +272,26 @@ def flips_when_quiet() -> ModelProto:
     )
 
 
+def counts_its_mask() -> ModelProto:
+    """Adds, along one direction, five times the share of samples that are no padding."""
+    return declared(
+        encoder(
+            extra=[
+                node("Cast", ["attention_mask"], ["mask_float"], to=FLOAT),
+                node("ReduceMean", ["mask_float"], ["share"], axes=[1], keepdims=1),
+                constant("behind", [2]),
+                node("Unsqueeze", ["share", "behind"], ["spread"]),
+                number("five", 5.0, -5.0, 0.0, 0.0),
+                number("all_but", 3.5, -3.5, 0.0, 0.0),
+                node("Mul", ["spread", "five"], ["along"]),
+                node("Sub", ["along", "all_but"], ["moved"]),
+                node("Add", ["frames_first", "moved"], ["embeddings"]),
+            ],
+            extra_inputs=[models.value("attention_mask", INT64, ["batch", "samples"])],
+        )
+    )
+
+
 def never_ends_on_dc() -> ModelProto:
     """Where every sample is above 0.25."""
     model = declared(models.endless_loop(above=0.25))
@@ -339,6 +359,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[[], ModelProto]]] = {
     "a table": ("varies", "fail", lambda: declared(models.a_table())),
     "one direction": ("rank", "fail", one_direction),
     "flips before zeros": ("padding", "warn", flips_before_zeros),
+    "a mask that counts": ("padding", "warn", counts_its_mask),
     "flips after two seconds": ("chunking", "warn", flips_after_two_seconds),
     "flips when quiet": ("gain", "warn", flips_when_quiet),
 }

@@ -18,6 +18,8 @@ from onnx_models import noise, save, save_external
 
 from xares_onnx.encoder import load_encoder
 from xares_onnx.errors import ModelError
+from xares_onnx.measure import measure_contract
+from xares_onnx.session import Session
 
 RATE = 16_000
 
@@ -349,3 +351,22 @@ def test_external_data_is_found_wherever_a_tensor_may_be(where: str, tmp_path: P
     if "sparse initializer" != where != "function":
         model.graph.node.append(node)
     refused(save(model, tmp_path / "model.onnx"), "keeps weights in '../secret', outside its folder")
+
+
+def test_the_same_noise_is_asked_for_once_and_another_shape_of_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two items of a second hold the same values as one of two seconds."""
+    session = Session(save(models.encoder(), tmp_path / "model.onnx"), "cpu")
+    asked: list[tuple[int, ...]] = []
+    run = session.run_raw
+
+    def counted(outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
+        asked.append(feeds["audio"].shape)
+        return run(outputs, feeds)
+
+    monkeypatch.setattr(session, "run_raw", counted)
+    measure_contract(session, {}, lambda: None)
+    assert asked.count((1, RATE)) == 3  # of two seeds, and again when lengths between them have pushed it out
+    assert (2, RATE) in asked
+    assert (1, 2 * RATE) in asked

@@ -125,6 +125,12 @@ def test_errors_come_back_as_their_class(warm: Worker, name: str) -> None:
     assert call(warm, calls.add, 1, 1) == 2
 
 
+def test_what_an_error_is_about_comes_back_with_it(warm: Worker) -> None:
+    with pytest.raises(errors.ContradictionError, match="it is so") as caught:
+        call(warm, calls.fail_about, "hop_samples")
+    assert caught.value.about == "hop_samples"
+
+
 @pytest.mark.parametrize("name", ["ValueError", "KeyError", "ClipError", "SystemExit"])
 def test_any_other_error_is_our_fault_and_shows_where(warm: Worker, name: str) -> None:
     with pytest.raises(XaresError, match=f"(?s)Traceback.*worker_calls.*{name}.*nonsense") as caught:

@@ -104,6 +104,11 @@ def fail(name: str, text: str, *, tell: Tell) -> None:
     raise kind(text)
 
 
+def fail_about(about: str, *, tell: Tell) -> None:
+    with errors.concerning(about):
+        raise errors.ContradictionError("it is so")
+
+
 def ask_for_memory(limit: int, wanted: int, *, tell: Tell) -> int:
     """Bytes that were given, under a limit."""
     limit_memory(limit)

@@ -47,7 +47,7 @@ def check_declarations(bench: Bench, tolerance: float | None) -> Outcome:
     if against:
         return failed(
             "; ".join(against.values()),
-            f"correct {' and '.join(against)} where it is declared, or export anew if the declaration is what was meant",
+            "export anew if what is declared was meant",
             measured=len(against),
             tolerance=0,
             unit="contradicted",
@@ -72,8 +72,8 @@ def check_hop(bench: Bench, tolerance: float | None) -> Outcome:
     length = f"{hop:g} samples, {1000 * hop / contract.sample_rate:g} ms"
     if against := bench.subject.contradicted.get("hop_samples"):
         return failed(
-            f"measured {length}: {against}",
-            "correct hop_samples where it is declared; a wrong hop puts every frame label at a wrong time",
+            against,
+            "with a wrong hop every frame label is at a wrong time; export anew if the declared one was meant",
             measured=hop,
             tolerance="as declared",
             unit="samples",

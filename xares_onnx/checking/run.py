@@ -147,7 +147,7 @@ class _Check:
             outcomes[LOADS] = passed("read and loaded within the limits of time and memory")
         for key, why in contradicted.items():
             wrong = "hop" if key == "hop_samples" else "declarations"
-            outcomes.setdefault(wrong, failed(why, f"correct {key} where it is declared"))
+            outcomes.setdefault(wrong, failed(why, "export anew if what is declared was meant"))
         for of in PROPERTIES.values():
             self._record(of, outcomes.get(of.name, skipped(f"not measured, because {name} failed")), 0.0)
 

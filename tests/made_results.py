@@ -57,7 +57,7 @@ def record(task: str, score: float | None, **fields: Any) -> TaskResult:
         "clips": Clips(expected=0, read=0, dropped=[]),
         "data_digest": "data",
         "definition_digest": "definition",
-        "seconds": Seconds(embed=0, train=0, score=0),
+        "seconds": Seconds(embed=0.0, train=0.0, score=0.0),
     }
     return TaskResult(**{**base, **fields})
 

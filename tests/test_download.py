@@ -374,6 +374,18 @@ def test_some_of_a_task_s_shards_do_not_pass_for_all(place: Place) -> None:
     assert catalog.find_parts(task, place.data) is not None
 
 
+def test_what_is_to_come_is_noted_before_the_first_of_it(place: Place) -> None:
+    noted = []
+
+    def look(handler: faults._Handler, data: bytes, start: int | None) -> None:
+        noted.append(json.loads((place.home / ".xares-onnx.json").read_text())["wanted"])
+        handler.wfile.write(handler.begin(data, start))
+
+    place.zenodo.faults = dict.fromkeys(place.files, look)
+    assert place.fetch().errors == []
+    assert noted == [{name: len(data) for name, data in place.files.items()}] * 4
+
+
 # ---------------------------------------------------------------- tasks that share a record
 
 

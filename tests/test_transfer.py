@@ -334,6 +334,14 @@ def test_what_an_earlier_run_left(case: str, starts: list[int | None], place: Pl
     assert place.zenodo.starts("train0.tar") == starts
 
 
+def test_a_run_that_was_killed_just_after_a_file_had_its_name(place: Place) -> None:
+    part(place, b"").unlink()
+    (place.home / "train0.tar").write_bytes(place.files["train0.tar"])
+    assert place.fetch().errors == []
+    assert place.there() == place.files
+    assert place.zenodo.starts("train0.tar") == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_is_continued(number: signal.Signals, place: Place) -> None:
     place.zenodo.faults["train0.tar"] = [faults.stalled(100_000)]

@@ -19,7 +19,7 @@ from .files import copy_aside, disk_error, file_checksum, made_aside
 from .manifest import Manifest
 from .records import RemoteFile
 from .task import Task
-from .transfer import Client, ServerDownError, fetch
+from .transfer import Client, ServerDownError, discard_part, fetch
 
 CONNECTIONS = 3
 _STRIKES = 3  # files or records in a row that a server fails: the rest is not asked for
@@ -73,7 +73,9 @@ class Delivery:
         files: list[Placed] = []
         for task in tasks:
             status: Literal["present", "fetched", "linked"] = "present"
-            if not held[task.name]:
+            if held[task.name]:
+                discard_part(self._path(task))
+            else:
                 status = "linked" if source else "fetched"
                 checksum = self._bring(task, source, checksum)
             source = source or self._path(task)

@@ -213,6 +213,13 @@ def fetch(client: Client, file: RemoteFile, path: Path, tell: Callable[[int], No
             raise disk_error(error, path) from error
 
 
+def discard_part(path: Path) -> None:
+    """Remove what is left of fetching a file that is there: a run may be killed between its name and the end of its note."""
+    part = path.with_name(path.name + TEMPORARY_SUFFIX)
+    part.unlink(missing_ok=True)
+    part.with_name(part.name + _NOTE_SUFFIX).unlink(missing_ok=True)
+
+
 class Part:
     """The bytes of a file so far, and the note of which file they belong to."""
 

@@ -106,6 +106,26 @@ def test_folds_are_cross_validated(model: Path, tmp_path: Path) -> None:
     assert (record.score or 0) > 0.8
 
 
+def test_words_for_splits(tmp_path: Path) -> None:
+    words = [
+        "train",
+        "Training",
+        "VALID",
+        "validation",
+        "val",
+        "dev",
+        "test",
+        "testing",
+        "Eval",
+        "evaluation",
+        "train",
+        "train",
+    ]
+    rows = [{**row, "split": word} for row, word in zip(write_tones(tmp_path / "audio", 12), words, strict=True)]
+    done = pack(tmp_path / "audio", write_table(tmp_path / "labels.csv", rows), None)
+    assert {split: part.clips for split, part in done.parts.items()} == {"train": 4, "valid": 4, "test": 4}
+
+
 def test_ten_folds_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     rows = [{**row, "fold": i // 4 % 11} for i, row in enumerate(write_tones(tmp_path / "audio", 88))]
     done = pack(tmp_path / "audio", write_table(tmp_path / "labels.csv", rows), tmp_path / "out")

@@ -75,6 +75,11 @@ def test_units_of_one_stratum_fill_the_splits_as_well_as_they_can(sizes: list[in
     assert (chosen == TRAIN).sum() > 0
 
 
+def test_three_units_are_one_for_each_split() -> None:
+    for seed in range(5):
+        assert sorted(split([0] * 12, [0] * 4 + [1] * 4 + [2] * 4, seed)[::4].tolist()) == [TRAIN, VALID, TEST]
+
+
 def test_speakers_who_say_every_word_keep_the_shares() -> None:
     rng = np.random.default_rng(0)
     speakers = np.repeat(np.arange(40), 50)
@@ -144,6 +149,7 @@ def test_without_groups_classes_are_in_proportion_and_rows_in_any_order(tmp_path
         "pair": {"train": 1, "valid": 0, "test": 1},
         "once": {"train": 1, "valid": 0, "test": 0},
     }
+    assert done.task.weight == 11
     assert "3 of 5 classes have fewer than 2 training clips or no test clip: once, pair, rare" in done.notes
     random.Random(1).shuffle(rows)
     pack(tmp_path / "audio", write_table(tmp_path / "l.csv", rows), tmp_path / "again")

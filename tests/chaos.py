@@ -30,7 +30,7 @@ TASKS = "synthetic_timbre,synthetic_events"  # one of vectors with its kNN, one 
 LIMIT = 60
 KINDS = ("worker", "parent SIGKILL", "parent SIGTERM", "parent SIGINT", "disk")
 ENDS = {  # exit codes that a disturbed run may end with; 0 where it was hit between two pieces of work
-    "worker": {0, 3},
+    "worker": {0, 3, 5},  # 5 where it was still starting
     "parent SIGKILL": {-signal.SIGKILL},
     "parent SIGTERM": {143, -signal.SIGTERM},  # before the program took the signal over, Python dies of it
     "parent SIGINT": {130, -signal.SIGINT},

@@ -336,6 +336,71 @@ def test_decoding_runs_only_a_few_clips_ahead(
     assert 1 <= max(ahead[5:]) <= most
 
 
+def decoding(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: Any, beat: Any = lambda: None
+) -> tuple[list[str], list[Drop]]:
+    """Keys that are decoded, and drops, of a shard of six clips of 1 s read with another decoder."""
+    path = shard_of(tmp_path / "a.tar", {f"{i}": np.full(RATE, i / 10) for i in range(6)})
+    (spec,) = shard_specs(encoder, "mine", [plan_of(path)], WHOLE, Store(tmp_path), frames=False).values()
+    monkeypatch.setattr(audio, "decode", decode)
+    decoded = _Decoded(spec, index_shard(path).samples, RATE, beat)
+    return [job.tag[0].key for job in decoded], decoded.drops
+
+
+def test_a_clip_that_takes_all_memory_is_a_named_drop(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = audio.decode
+
+    def greedy(data: bytes) -> tuple[audio.Waveform, int]:
+        samples, rate = decode(data)
+        if samples[0] == np.float32(0.3):
+            raise MemoryError
+        return samples, rate
+
+    read, drops = decoding(encoder, tmp_path, monkeypatch, greedy)
+    assert read == ["0", "1", "2", "4", "5"]
+    assert drops == [Drop("3", "it needs more memory than there is")]
+
+
+@pytest.mark.parametrize(("long_seconds", "together"), [(0.5, 1), (900.0, 2)])
+def test_long_recordings_are_decoded_one_at_a_time(
+    long_seconds: float, together: int, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_LONG_SECONDS", long_seconds)
+    decode, lock, at_once = audio.decode, threading.Lock(), [0, 0]
+
+    def watched(data: bytes) -> tuple[audio.Waveform, int]:
+        with lock:
+            at_once[0] += 1
+            at_once[1] = max(at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once[0] -= 1
+        return decode(data)
+
+    assert len(decoding(encoder, tmp_path, monkeypatch, watched)[0]) == 6
+    assert at_once[1] == together
+
+
+def test_decoding_is_a_sign_of_life_for_a_while(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording of hours keeps a worker waiting; so does a decoder that spins, but not for ever."""
+    monkeypatch.setattr(embed, "_DECODING_SECONDS", 2)
+    decode, beats = audio.decode, [0]
+
+    def slow(data: bytes) -> tuple[audio.Waveform, int]:
+        samples, rate = decode(data)
+        if samples[0] == np.float32(0.2):
+            time.sleep(4)
+        return samples, rate
+
+    def beat() -> None:
+        beats[0] += 1
+
+    assert len(decoding(encoder, tmp_path, monkeypatch, slow, beat)[0]) == 6
+    assert beats[0] == 2
+
+
 # ---------------------------------------------------------------- what is stored is not embedded again
 
 

@@ -483,6 +483,7 @@ def test_settings_are_kept(world: World) -> None:
         "heads": {},
         "lm": None,
         "vocabulary": None,
+        "trust": False,
         "suite": None,
         "tasks": ["tones"],
         "baseline": None,

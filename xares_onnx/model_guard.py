@@ -195,7 +195,7 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
     if bits is None:
         raise ModelError(f"{path} has a tensor {tensor.name[:100]!r} of type {tensor.data_type}, which is not read here")
     size = (elements * bits + 7) // 8
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if len(entries) < len(tensor.external_data):  # and who knows which one is taken
             raise ModelError(f"{damaged}says twice where it is kept")

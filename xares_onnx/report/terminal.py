@@ -34,20 +34,11 @@ from ..planning import Plan, PlanRow
 from ..results import Average, Result, TaskResult, published_averages
 from ..store import Header
 from ..task import Task
-from .tables import empty_table, is_narrow
+from .tables import METRIC_NAMES, empty_table, is_narrow
 from .taps import print_taps
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "mean_average_precision": "mAP",
-    "segment_f1_macro": "macro F1",
-    "segment_f1_micro": "micro F1",
-    "recall_at_1": "recall@1",
-    "one_minus_wer": "1 - WER",
-    "mse": "MSE",
-}
 _VERBS = {"prepare": "preparing", "embed": "embedding", "train": "training", "measure": "measuring"}
 _UNITS = {"prepare": "files", "embed": "clips", "train": "epochs", "measure": "rounds"}
 

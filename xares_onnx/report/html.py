@@ -23,7 +23,7 @@ from . import plots
 from .board import Board, Curve, Model, Row
 from .listening import Listening, load_sounds
 from .mistakes import Mistakes, find_mistakes
-from .remarks import costs, noise, remarks, short, summary
+from .remarks import costs, headline, noise, remarks, short, summary
 from .terminal import data_size
 
 _DASH = "\N{EN DASH}"
@@ -61,6 +61,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "drawings": [d for d in _cost_drawings(board) if d],
         "files": ", ".join(model.side.name for model in board.models),
         "gates": [(number, gate) for number, model in enumerate(board.models) for gate in model.result.gates],
+        "headline": headline(board),
         "js": Markup(js),
         "layer_tables": [table for number in range(len(board.models)) for table in _layer_tables(board, number)],
         "layers": list(_layers(board)),

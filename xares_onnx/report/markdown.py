@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .board import AverageCell, AverageRow, Board, Row
 from .ci import markdown_cell
-from .remarks import noise, plain_score, summary
+from .remarks import headline, noise, plain_score, summary
 
 _MARKS = {"best": " ★", "within_noise": " ≈"}
 
@@ -16,7 +16,7 @@ def markdown(board: Board) -> str:
     models = [model.label for model in board.models]
     many = len(models) > 1
     parts = [f"## X-ARES scores of {', '.join(map(markdown_cell, models[:3]))}{' and more' if len(models) > 3 else ''}"]
-    parts.append(markdown_cell(summary(board)))
+    parts.append(markdown_cell(f"{headline(board)} {summary(board)}"))
     if board.averages:
         heads = [f"{row.group}, {row.method} ({len(row.tasks)} of {row.of})" for row in board.averages]
         lines = [[label, *(_average(row.cells[i]) for row in board.averages)] for i, label in enumerate(models)]

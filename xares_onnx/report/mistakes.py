@@ -81,9 +81,12 @@ def find_mistakes(board: Board, row: Row) -> Mistakes:
         models.append(number)
         found.append(_of_model(board.models[number], cell.record, predictions))
     note = lacking[0] if lacking else None
-    confusions = tuple(
-        _confusion(number, own) for number, own in zip(models, found, strict=True) if row.metric == "accuracy"
-    )
+    confusions: tuple[Confusion, ...] = ()
+    if row.metric == "accuracy":
+        seen = sorted(
+            {int(c) for own in found for name in ("target", "prediction") for c in np.unique(own.predictions[name])}
+        )
+        confusions = tuple(_confusion(number, own, seen) for number, own in zip(models, found, strict=True))
     return Mistakes(row, tuple(models), confusions, _worst(found, row.higher_is_better), note)
 
 
@@ -161,13 +164,13 @@ def ranking_precision(present: npt.NDArray[np.bool_], scores: npt.NDArray[Any]) 
     return made
 
 
-def _confusion(model: int, own: _Clips) -> Confusion:
+def _confusion(model: int, own: _Clips, numbers: Sequence[int]) -> Confusion:
+    """`numbers` are the classes that any model of the task has seen or said, so that all of its matrices are alike."""
     target, prediction = (own.predictions[name].astype(np.int64) for name in ("target", "prediction"))
     counts = Counter(zip(target.tolist(), prediction.tolist(), strict=True))
     answers = Counter(target.tolist())
     wrong = sorted(((n / answers[t], t, p) for (t, p), n in counts.items() if t != p), key=lambda x: (-x[0], x[1], x[2]))
     pairs = tuple(Pair(own.class_name(t), own.class_name(p), share) for share, t, p in wrong[:MAX_PAIRS])
-    numbers = sorted({*answers, *prediction.tolist()})
     if len(numbers) > MAX_CLASSES:
         return Confusion(model, (), None, pairs)
     place = {number: i for i, number in enumerate(numbers)}

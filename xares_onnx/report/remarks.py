@@ -11,6 +11,7 @@ from .board import Board, Model, Row
 
 MAX_LINES = 60  # of remarks a model
 _MAX_VALUE, _MAX_DEPTH = 300, 4
+_BY = {"head": "trained heads", "knn": "nearest neighbours"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,24 @@ def summary(board: Board) -> str:
         f"{count} model{'' if count == 1 else 's'}, {tasks} task{'' if tasks == 1 else 's'}; protocol "
         f"{short(settings.get('protocol'))}, {short(seeds)} seed{'' if seeds == 1 else 's'}{limit}. Scores are fractions."
     )
+
+
+def headline(board: Board) -> str:
+    """Who is best by how much, in one sentence; of a model alone, its average."""
+    row = board.headline
+    if row is None:
+        return "There is no average."
+    first, best = row.cells[0], board.models[0].label
+    of = f"the weighted average of {len(row.tasks)} of {row.of} {row.group} tasks by {_BY[row.method]}"
+    span = f" (95 %: {first.ci95[0]:.3f} to {first.ci95[1]:.3f})" if first.ci95 else ""
+    if len(board.models) == 1:
+        return f"{best} has {first.weighted:.3f}{span}, {of}."
+    near = [
+        m.label for m, c in zip(board.models, row.cells, strict=True) if c.verdict and c.verdict.standing == "within_noise"
+    ]
+    tied = f" {_listed(near)} {'is' if len(near) == 1 else 'are'} within noise of it." if near else ""
+    others = "" if near else f", ahead of {board.models[1].label} with {row.cells[1].weighted:.3f}"
+    return f"{best} is best with {first.weighted:.3f}{span}, {of}{others}.{tied}"
 
 
 def noise(board: Board) -> str:
@@ -120,6 +139,10 @@ def plain_score(row: Row, number: int) -> str:
         return cell.record.status.replace("_", " ")
     mark = {"best": " ★", "within_noise": " ≈"}.get(cell.verdict.standing if cell.verdict else "", "")
     return f"{cell.score:.3f}{'' if cell.record.comparable else '*'}{mark}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _unbeaten(i: int, costs: Sequence[float | None], averages: Sequence[float | None]) -> bool:

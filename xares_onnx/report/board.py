@@ -25,6 +25,7 @@ from .tables import METRIC_NAMES
 from .taps import ordered_taps
 
 MAX_MODELS = 100
+_MAX_NUMBER = 1e9
 
 Method = Literal["head", "knn"]
 Standing = Literal["best", "within_noise", "behind", "unclear"]
@@ -173,6 +174,8 @@ def make_board(sides: Sequence[Side]) -> Board:
         raise UsageError("there is no result to report; name result files of `xares-onnx evaluate`")
     if len(sides) > MAX_MODELS:
         raise UsageError(f"{len(sides)} results are more than a report holds; name at most {MAX_MODELS}")
+    for side in sides:
+        _check_numbers(side)
     check_comparable(sides)
     models = _ranked([Model(label, _main(side), side.result) for label, side in zip(_labels(sides), sides, strict=True)])
     draws = _Draws(models)
@@ -191,6 +194,14 @@ def check_comparable(sides: Sequence[Side]) -> None:
         check_settings(a, b.name, b.result.settings, {method for _, method, _ in common})
         for name in common:
             check_alike(a, ours[name], b.name, theirs[name].definition_digest, theirs[name].data_digest)
+
+
+def _check_numbers(side: Side) -> None:
+    """A file may hold any number; what is drawn and averaged must be one that a metric can give."""
+    for record in side.result.tasks:
+        numbers = [record.score, record.weight, record.rtf, *(record.ci95 or ()), *record.published.values()]
+        if any(number is not None and not abs(number) <= _MAX_NUMBER for number in numbers):
+            raise UsageError(f"{side.name} holds a number of {record.task} that no evaluation gives; evaluate again")
 
 
 def _main(side: Side) -> Side:

@@ -5,8 +5,9 @@ BIN := .venv/bin
 CLEAN := .clean-venv/bin
 SHARED ?= ../shared
 REALDATA ?= build/realdata
+BROWSED = 'synthetic_vowel,synthetic_number,synthetic_events,synthetic_tags'
 
-.PHONY: demo test check wheel-demo realdata families bench lock clean
+.PHONY: demo test check wheel-demo realdata families bench browser lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -52,6 +53,14 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 	$(BIN)/python bench/frames.py
 	$(BIN)/python bench/rerun.py logmel.onnx
 	$(BIN)/python bench/memory.py resemblyzer.onnx
+
+browser: .venv/installed logmel.onnx  ## a report in Chromium (apt-get install chromium): console, requests, contrast, keys, pictures
+	mkdir -p build/browser
+	PYTHONPATH=tests $(BIN)/python -c "from random_checkpoints import *; save_speech('wav2vec2', Path('build/browser/checkpoint'))"
+	$(BIN)/xares-onnx export wav2vec2 build/browser/checkpoint -o build/browser/random.onnx
+	$(BIN)/xares-onnx evaluate logmel.onnx --tasks $(BROWSED) --output build/browser/logmel.json --quiet
+	$(BIN)/xares-onnx evaluate build/browser/random.onnx --tasks $(BROWSED) --taps all-layers --output build/browser/random.json --quiet
+	$(BIN)/python tests/browser.py build/browser build/browser/logmel.json build/browser/random.json --data build
 
 lock:  ## resolve the newest versions into requirements.lock, in a fresh environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

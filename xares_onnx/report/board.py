@@ -26,6 +26,7 @@ from .taps import ordered_taps
 
 MAX_MODELS = 100
 _MAX_NUMBER = 1e9
+_ROUNDING = 1e-9
 
 Method = Literal["head", "knn"]
 Standing = Literal["best", "within_noise", "behind", "unclear"]
@@ -285,7 +286,7 @@ def _verdicts(draws: _Draws, records: Sequence[TaskResult | None], higher_is_bet
 def _verdict(behind: Interval | None, best: Interval | None, other: Interval | None, higher_is_better: bool) -> Verdict:
     """`behind` is the paired interval of what the other lacks, None where there is none."""
     if behind is not None:
-        return Verdict("behind" if behind[0] > 0 else "within_noise", "paired", behind)
+        return Verdict("behind" if behind[0] > _ROUNDING else "within_noise", "paired", behind)
     if best is None or other is None:
         return Verdict("unclear")
     apart = other[1] < best[0] if higher_is_better else best[1] < other[0]
@@ -432,7 +433,7 @@ def _missing_notes(models: Sequence[Model]) -> Iterator[str]:
         for model, mine in zip(models, scored, strict=True):
             if lacking := [task for task in everything if task not in mine]:
                 few = ", ".join(map(printable, lacking[:6])) + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
-                yield f"{model.label} has no {method} score of {few}, which are therefore in no average"
+                yield f"{model.label} has no {method} score of {few}, so the averages here leave out what others have there"
 
 
 def _curves(models: Sequence[Model]) -> Iterator[Curve]:

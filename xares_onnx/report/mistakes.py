@@ -69,7 +69,9 @@ class Mistakes:
 
 def find_mistakes(board: Board, row: Row) -> Mistakes:
     """Of the best ranked models that have its predictions. Raises `DataError` where those are not what gave the score."""
-    models, found, lacking = [], [], []
+    models: list[int] = []
+    found: list[_Clips] = []
+    lacking: list[str] = []
     for number, cell in enumerate(row.cells):
         if cell is None or cell.score is None or len(models) == MAX_MODELS:
             continue
@@ -133,7 +135,7 @@ def _own_scores(metric: str, predictions: Predictions) -> Array:
     """(rows,) the metric of each row of the predictions by itself; nan where it says nothing."""
     with np.errstate(invalid="ignore", divide="ignore"):
         if metric == "accuracy":
-            return (predictions["target"] == predictions["prediction"]).astype(np.float64)
+            return np.asarray(predictions["target"] == predictions["prediction"], np.float64)
         if metric == "mean_average_precision":
             return ranking_precision(predictions["target"].astype(bool), predictions["prediction"])
         if metric.startswith("segment_f1"):

@@ -21,6 +21,7 @@ _EMPTY = Markup("")
 _LABEL = 170  # width of what names a row
 _LINE = 26
 _SHADES = 8
+_MAX_NAMED = 12  # of points
 
 
 def marker(series: int, x: float, y: float, title: str = "", size: float = 5.0) -> Markup:
@@ -116,28 +117,36 @@ def costs(board: Board, values: Sequence[float | None], name: str, unit: str) ->
             )
             path, best = path + step, cell.weighted
     parts.append(Markup('<path class="front" d="{}"/>').format(path))
+    names = _Names(width)
     for model, value, cell in found:
+        x, y = x_of(value), y_of(cell.weighted)
         if cell.ci95:
-            parts.append(
-                Markup('<path class="ci s{}" d="M{:.1f} {:.1f}V{:.1f}"/>').format(
-                    model % SERIES, x_of(value), y_of(cell.ci95[0]), y_of(cell.ci95[1])
-                )
-            )
+            d = f"M{x:.1f} {y_of(cell.ci95[0]):.1f}V{y_of(cell.ci95[1]):.1f}"
+            parts.append(Markup('<path class="ci s{}" d="{}"/>').format(model % SERIES, d))
         label = board.models[model].label
-        parts.append(marker(model, x_of(value), y_of(cell.weighted), f"{label}: {cell.weighted:.3f} at {value:.3g} {unit}"))
-        if len(found) <= 12:
-            near_right = x_of(value) > width * 0.7
-            parts.append(
-                _text(
-                    x_of(value) + (-9 if near_right else 9),
-                    y_of(cell.weighted) - 7,
-                    _cut(label, 24),
-                    "end" if near_right else "start",
-                )
-            )
+        parts.append(marker(model, x, y, f"{label}: {cell.weighted:.3f} at {value:.3g} {unit}"))
+        if len(found) <= _MAX_NAMED:
+            parts.append(names.beside(x, y, _cut(label, 24)))
     return _svg(
         width, height, name, "Each model's average with its 95 % interval; upwards is better, leftwards is cheaper.", parts
     )
+
+
+class _Names:
+    """Names beside points, moved up or down where one would lie on another."""
+
+    def __init__(self, width: float) -> None:
+        self._width = width
+        self._placed: list[tuple[float, float, float]] = []
+
+    def beside(self, x: float, y: float, name: str) -> Markup:
+        left = x > 0.7 * self._width
+        start, end = (x - 9 - 7 * len(name), x - 9) if left else (x + 9, x + 9 + 7 * len(name))
+        moves = (-7, 14, -21, 28, -35)
+        free = (y + by for by in moves if all(e < start or s > end or abs(h - y - by) > 12 for s, e, h in self._placed))
+        height = next(free, y - 7)
+        self._placed.append((start, end, height))
+        return _text(end if left else start, height, name, "end" if left else "start")
 
 
 def curves(board: Board, lines: Sequence[Curve], name: str) -> Markup:

@@ -67,7 +67,8 @@ def noise(board: Board) -> str:
     if "paired" in bases:
         said.append(
             "A score is within noise of the best where the 95 % interval of their difference holds zero: a paired bootstrap "
-            "over the same test clips, which is finer than to see whether two intervals overlap."
+            "over the same test clips, which is finer than to see whether two intervals overlap. It knows of other "
+            "clips that might have been drawn, not of other training runs."
         )
     if "intervals" in bases:
         said.append(
@@ -120,12 +121,14 @@ def short(value: Any, depth: int = 0) -> str:
     """A value of a contract or setting on one line, cut where it is long or nested deeply."""
     if depth > _MAX_DEPTH:
         return "…"
-    if isinstance(value, dict):
+    if value is None or value in ([], {}, ()):
+        value = "none"
+    elif isinstance(value, bool):
+        value = "yes" if value else "no"
+    elif isinstance(value, dict):
         value = ", ".join(f"{name} {short(inner, depth + 1)}" for name, inner in value.items())
     elif isinstance(value, list | tuple):
         value = ", ".join(short(inner, depth + 1) for inner in value)
-    elif isinstance(value, bool) or value is None:
-        value = {True: "yes", False: "no", None: "none"}[value]
     text = printable(str(value))
     return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 1]}…"
 

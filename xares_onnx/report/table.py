@@ -35,7 +35,7 @@ def table(results: str | Path | Result | Evaluation | Iterable[str | Path | Resu
     Raises `UsageError` or `DataError` where the results cannot be compared: another protocol, other settings or data.
     """
     several = [results] if isinstance(results, str | Path | Result) or hasattr(results, "side") else results
-    sides = [_side(source, number) for number, source in enumerate(several)]  # type: ignore[arg-type,union-attr]
+    sides = [_side(source, number) for number, source in enumerate(several)]  # type: ignore[arg-type]
     return board_table(make_board(sides))
 
 

@@ -5,10 +5,11 @@ BIN := .venv/bin
 CLEAN := .clean-venv/bin
 SHARED ?= ../shared
 REALDATA ?= build/realdata
+BROWSED = 'synthetic_vowel,synthetic_number,synthetic_events,synthetic_tags'
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test check docs wheel-demo realdata families bench fuzz chaos lock clean
+.PHONY: demo test check docs wheel-demo realdata families bench browser fuzz chaos lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -69,6 +70,14 @@ fuzz: .venv/installed  ## look for bytes that break a reader, guided by coverage
 
 chaos: .venv/installed  ## kill the worker, the parent and the disk twenty times; every rerun must end as if nothing had been
 	PYTHONPATH=tests $(BIN)/python tests/chaos.py
+
+browser: .venv/installed logmel.onnx  ## a report in Chromium (apt-get install chromium): console, requests, contrast, keys, pictures
+	mkdir -p build/browser
+	PYTHONPATH=tests $(BIN)/python -c "from random_checkpoints import *; save_speech('wav2vec2', Path('build/browser/checkpoint'))"
+	$(BIN)/xares-onnx export wav2vec2 build/browser/checkpoint -o build/browser/random.onnx
+	$(BIN)/xares-onnx evaluate logmel.onnx --tasks $(BROWSED) --output build/browser/logmel.json --quiet
+	$(BIN)/xares-onnx evaluate build/browser/random.onnx --tasks $(BROWSED) --taps all-layers --output build/browser/random.json --quiet
+	$(BIN)/python tests/browser.py build/browser build/browser/logmel.json build/browser/random.json --data build
 
 lock:  ## resolve the newest versions into requirements.lock, in a fresh environment
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

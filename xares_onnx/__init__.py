@@ -5,15 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
-__all__ = ["__version__", "check", "compare", "evaluate", "load_encoder"]
+__all__ = ["__version__", "check", "compare", "evaluate", "load_encoder", "read_result", "table"]
 
 if TYPE_CHECKING:
     from .checking import check
     from .comparison import compare
     from .encoder import load_encoder
     from .evaluation import evaluate
+    from .report.table import table
+    from .results import read_result
 
-_HOMES = {"check": "checking", "compare": "comparison", "evaluate": "evaluation", "load_encoder": "encoder"}
+_HOMES = {
+    "check": "checking",
+    "compare": "comparison",
+    "evaluate": "evaluation",
+    "load_encoder": "encoder",
+    "read_result": "results",
+    "table": "report.table",
+}
 
 
 def __getattr__(name: str) -> Any:

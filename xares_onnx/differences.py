@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from .catalog import in_group, shipped_tasks
-from .errors import DataError, ScoreUndefinedError, UsageError
+from .errors import DataError, DataMissingError, ScoreUndefinedError, UsageError
 from .folds import Protocol
 from .metrics import Array, Scorer, bootstrap_together, interval, point
 from .results import GROUPS, Interval, Predictions, Result, TaskResult, read_predictions, read_result
@@ -42,9 +42,18 @@ class Side:
     predictions_of: Callable[[TaskResult], Predictions]
 
     @classmethod
-    def read(cls, path: Path) -> Side:
-        """A stored result. Raises `UsageError` where it is none."""
-        return cls(path.name, read_result(path), lambda record: read_predictions(path, record))
+    def read(cls, path: Path, name: str | None = None) -> Side:
+        """A stored result, called by its file's name. Raises `UsageError` where it is none."""
+        return cls(name or path.name, read_result(path), lambda record: read_predictions(path, record))
+
+    @classmethod
+    def of_result(cls, name: str, result: Result) -> Side:
+        """A result alone, without its predictions."""
+
+        def none(record: TaskResult) -> Predictions:
+            raise DataMissingError(f"{name} comes without predictions of {record.task}")
+
+        return cls(name, result, none)
 
     def scored(self) -> dict[Identity, TaskResult]:
         """The records that have a score."""

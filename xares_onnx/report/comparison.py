@@ -15,8 +15,8 @@ from ..gates import loss
 from ..results import Gate, Interval
 from ..speed import factor
 from .ci import Case, markdown_cell
-from .tables import empty_table
-from .terminal import METRIC_NAMES, data_size
+from .tables import METRIC_NAMES, empty_table
+from .terminal import data_size
 
 _WORDS = {"better": "better", "worse": "worse", "same": "same", "unclear": "too few clips"}
 _STYLES = {"better": "green", "worse": "red", "fail": "red", "warn": "yellow", "unclear": "yellow"}

@@ -8,6 +8,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "mean_average_precision": "mAP",
+    "segment_f1_macro": "macro F1",
+    "segment_f1_micro": "micro F1",
+    "recall_at_1": "recall@1",
+    "one_minus_wer": "1 - WER",
+    "mse": "MSE",
+}
+
 
 def is_narrow(console: Console) -> bool:
     return console.width < 120

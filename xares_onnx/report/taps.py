@@ -16,11 +16,9 @@ _COLUMN = 13  # characters of a column, at least: as many as fit stand in one ta
 
 def print_taps(result: Result, console: Console) -> None:
     """The scores of every tap; nothing where there is only one."""
-    taps = result.encoder.taps
+    taps = ordered_taps(result)
     if len(taps) < 2:
         return
-    if all(tap.startswith("layer.") for tap in taps[1:]):
-        taps = [*taps[1:], taps[0]]  # the model's output is behind its layers
     columns = _columns(result)
     fit = max(1, (console.width - max(len(tap) for tap in taps) - 2) // _COLUMN)
     for start in range(0, len(columns), fit):
@@ -37,6 +35,14 @@ def print_taps(result: Result, console: Console) -> None:
         table.add_row("best", *(printable(record.tap or output) if record else "" for record in best))
         console.print(table, soft_wrap=False)
     console.print("the best tap is chosen on the test clips themselves, so its score flatters it")
+
+
+def ordered_taps(result: Result) -> list[str]:
+    """Taps from the input to the output."""
+    taps = result.encoder.taps
+    if len(taps) > 1 and all(tap.startswith("layer.") for tap in taps[1:]):
+        return [*taps[1:], taps[0]]  # the model's output is behind its layers
+    return taps
 
 
 def _columns(result: Result) -> list[tuple[str, list[TaskResult]]]:

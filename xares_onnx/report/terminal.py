@@ -36,7 +36,7 @@ from ..planning import Plan, PlanRow
 from ..results import Average, Result, TaskResult, published_averages
 from ..store import Header
 from ..task import Task
-from .tables import empty_table, is_narrow
+from .tables import METRIC_NAMES, empty_table, is_narrow
 from .taps import print_taps
 
 if TYPE_CHECKING:
@@ -44,15 +44,6 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "mean_average_precision": "mAP",
-    "segment_f1_macro": "macro F1",
-    "segment_f1_micro": "micro F1",
-    "recall_at_1": "recall@1",
-    "one_minus_wer": "1 - WER",
-    "mse": "MSE",
-}
 # What is done in a stage, and to what.
 _STAGES = {
     "prepare": ("preparing", "files"),

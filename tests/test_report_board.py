@@ -1,0 +1,203 @@
+"""Results side by side: who is best, what is within noise, averages over common tasks, what cannot be compared."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from report_results import predictions, record, result, right, save
+
+from xares_onnx.catalog import shipped_tasks
+from xares_onnx.differences import Side
+from xares_onnx.errors import DataError, UsageError
+from xares_onnx.report.board import Board, Verdict, make_board
+
+ESC, VOX, SPEECH = "esc50", "voxlingua33", "speechocean762"
+
+
+def board(*paths: Path) -> Board:
+    return make_board([Side.read(path) for path in paths])
+
+
+def verdicts(found: Board, row: int = 0) -> dict[str, Verdict | None]:
+    cells = found.rows[row].cells
+    return {m.label: c.verdict if c else None for m, c in zip(found.models, cells, strict=True)}
+
+
+def standings(found: Board, row: int = 0) -> dict[str, str | None]:
+    return {label: verdict.standing if verdict else None for label, verdict in verdicts(found, row).items()}
+
+
+def test_a_result_alone_is_compared_with_nothing(tmp_path: Path) -> None:
+    found = board(save(tmp_path, "one", {ESC: right(range(60))}))
+    assert standings(found) == {"one": None}
+    assert found.averages[0].cells[0].verdict is None
+
+
+def test_clips_that_both_find_hard_do_not_blur_a_difference(tmp_path: Path) -> None:
+    """66 and 60 of 100 right: their intervals overlap, but B is right wherever A is, and on six more."""
+    a, b = (save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66)))
+    verdict = verdicts(board(a, b))["a"]
+    assert verdict is not None
+    assert (verdict.standing, verdict.basis) == ("behind", "paired")
+    assert verdict.behind is not None
+    assert 0 < verdict.behind[0] < 0.06 < verdict.behind[1] < 0.12
+    assert standings(board(a, b))["b"] == "best"
+
+
+def test_the_same_distance_on_other_clips_is_within_noise(tmp_path: Path) -> None:
+    a, b = save(tmp_path, "a", {ESC: right(range(60))}), save(tmp_path, "b", {ESC: right(range(34, 100))})
+    assert standings(board(a, b)) == {"b": "best", "a": "within_noise"}
+
+
+def test_without_predictions_intervals_are_compared_and_that_is_said(tmp_path: Path) -> None:
+    paths = [save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66), ("c", 20))]
+    shutil.rmtree(tmp_path / "a.predictions")
+    shutil.rmtree(tmp_path / "c.predictions")
+    found = board(*paths)
+    assert standings(found) == {"b": "best", "a": "within_noise", "c": "behind"}
+    assert all(v is not None and v.basis == "intervals" for label, v in verdicts(found).items() if label != "b")
+    assert [note.split(":")[0] for note in found.notes] == ["a", "c"]
+    assert "a.predictions" in found.notes[0]
+
+
+def test_without_intervals_nothing_is_claimed(tmp_path: Path) -> None:
+    results = [result([record(ESC, right(range(n)), ci95=None)], name) for name, n in (("a", 60), ("b", 90))]
+    found = make_board([Side.of_result(r.encoder.file, r) for r in results])
+    assert standings(found) == {"b": "best", "a": "unclear"}
+
+
+def test_of_an_error_the_lower_is_best(tmp_path: Path) -> None:
+    truth = np.linspace(0, 10, 50)
+    near, far = (
+        save(tmp_path, name, {SPEECH: predictions(truth, [truth + by])}) for name, by in (("near", 0.5), ("far", 2.0))
+    )
+    found = board(far, near)
+    assert standings(found) == {"near": "best", "far": "behind"}
+    behind = verdicts(found)["far"]
+    assert behind is not None
+    assert behind.behind == pytest.approx((3.75, 3.75))
+    assert found.averages == ()  # an error is never averaged
+
+
+def test_equal_scores_are_both_best(tmp_path: Path) -> None:
+    a, b = save(tmp_path, "a", {ESC: right(range(60))}), save(tmp_path, "b", {ESC: right(range(40, 100))})
+    assert standings(board(a, b)) == {"a": "best", "b": "best"}
+
+
+def test_clips_that_one_lost_are_left_out_of_a_difference(tmp_path: Path) -> None:
+    a = save(tmp_path, "a", {ESC: right(range(60))})
+    fewer = right(range(66))
+    kept = np.arange(100) != 99
+    b = save(tmp_path, "b", {ESC: {name: array[kept] for name, array in fewer.items()}})
+    verdict = verdicts(board(a, b))["a"]
+    assert verdict is not None
+    assert (verdict.standing, verdict.basis) == ("behind", "paired")
+
+
+def test_a_model_stands_for_its_first_tap(tmp_path: Path) -> None:
+    """A layer is better than the output: the curve shows it, and the model is still what it gives out."""
+    deep = save(
+        tmp_path,
+        "deep",
+        {ESC: right(range(50))},
+        taps={"layer.0": {ESC: right(range(90))}, "layer.1": {ESC: right(range(70))}},
+    )
+    plain = save(tmp_path, "plain", {ESC: right(range(60))})
+    found = board(deep, plain)
+    assert [cell.score for cell in found.rows[0].cells if cell] == [0.6, 0.5]
+    assert [model.label for model in found.models] == ["plain", "deep"]
+    assert verdicts(found)["deep"] == Verdict("behind", "paired", verdicts(found)["deep"].behind)  # type: ignore[union-attr]
+    (curve,) = found.curves
+    assert (curve.model, curve.taps, curve.scores) == (1, ("layer.0", "layer.1", "embeddings"), (0.9, 0.7, 0.5))
+
+
+def test_averages_are_over_the_tasks_that_every_model_has(tmp_path: Path) -> None:
+    wide = save(tmp_path, "wide", {ESC: right(range(40)), VOX: right(range(80)), "fsd50k": tags()})
+    narrow = save(tmp_path, "narrow", {ESC: right(range(60)), VOX: right(range(90))})
+    found = board(wide, narrow)
+    public = found.averages[0]
+    esc, vox = (shipped_tasks()[name].weight or 0 for name in (ESC, VOX))
+    assert (public.group, public.method, public.tasks, public.of) == ("public", "head", (ESC, VOX), 22)
+    by_label = {m.label: c for m, c in zip(found.models, public.cells, strict=True)}
+    assert by_label["narrow"].weighted == pytest.approx((0.6 * esc + 0.9 * vox) / (esc + vox))
+    assert by_label["wide"].weighted == pytest.approx((0.4 * esc + 0.8 * vox) / (esc + vox))
+    assert by_label["narrow"].mean == pytest.approx(0.75)
+    assert found.models[0].label == "narrow"
+    assert any("narrow has no head score of fsd50k" in note for note in found.notes)
+    theirs = shipped_tasks()
+    for encoder in ("dasheng", "wav2vec2", "whisper", "data2vec"):
+        a, b = (theirs[name].published.linear[encoder] for name in (ESC, VOX))  # type: ignore[union-attr]
+        assert public.published[encoder] == pytest.approx((a * esc + b * vox) / (esc + vox))
+
+
+def tags() -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    present = rng.random((20, 200)) < 0.1
+    arrays = predictions(present, [(present + rng.normal(0, 0.5, present.shape)).astype(np.float32)])
+    return dict(arrays)
+
+
+def test_an_average_has_the_interval_of_its_replicates(tmp_path: Path) -> None:
+    """Of one task it is the task's own, whoever draws it; and a model alone has the one of its result."""
+    paths = [save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66))]
+    found = board(*paths)
+    for model, cell, own in zip(found.models, found.averages[0].cells, found.rows[0].cells, strict=True):
+        assert own is not None
+        assert cell.ci95 == pytest.approx(own.record.ci95), model.label
+    assert found.averages[0].cells[1].verdict == verdicts(found)["a"]
+
+
+def test_what_is_not_comparable_is_in_no_average(tmp_path: Path) -> None:
+    a = save(tmp_path, "a", {ESC: right(range(60)), VOX: right(range(60))}, records={VOX: {"comparable": False}})
+    (public,) = (row for row in board(a).averages if row.group == "public")
+    assert public.tasks == (ESC,)
+
+
+def test_predictions_of_another_run_are_an_error(tmp_path: Path) -> None:
+    a, b = (save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66)))
+    other = save(tmp_path / "other", "a", {ESC: right(range(50))})
+    shutil.copy(other.parent / "a.predictions/esc50.linear.npz", tmp_path / "a.predictions/esc50.linear.npz")
+    with pytest.raises(DataError, match=r"a\.json says 0\.6 of esc50, and its predictions give 0\.5"):
+        board(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "records", "error", "sentence"),
+    [
+        (
+            {"settings": {"protocol": "xares", "seeds": 1, "limit": None}},
+            {},
+            UsageError,
+            "--protocol corrected and b.json with xares",
+        ),
+        ({"settings": {"protocol": "corrected", "seeds": 3, "limit": None}}, {}, UsageError, "--seeds 1"),
+        ({"settings": {"protocol": "corrected", "seeds": 1, "limit": 50}}, {}, UsageError, "--limit None"),
+        ({}, {ESC: {"data_digest": "e" * 64}}, DataError, "other data of esc50"),
+        ({}, {ESC: {"definition_digest": "e" * 64}}, UsageError, "esc50 is defined otherwise"),
+        ({}, {ESC: {"score": 1e300}}, UsageError, "a number of esc50 that no evaluation gives"),
+    ],
+)
+def test_what_cannot_be_compared(
+    tmp_path: Path, changes: dict[str, Any], records: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    """Also where the two are not the first ones named."""
+    paths = [save(tmp_path, "a", {VOX: right(range(50))}), save(tmp_path, "c", {ESC: right(range(60))})]
+    odd = save(tmp_path, "b", {ESC: right(range(60))}, records=records, **changes)
+    with pytest.raises(error, match=sentence):
+        board(*paths, odd)
+
+
+def test_labels_are_unique(tmp_path: Path) -> None:
+    same = [record(ESC, right(range(60)))]
+    first, second = result(same, "model"), result(same, "model")
+    other = msgspec.structs.replace(second, encoder=msgspec.structs.replace(second.encoder, sha256="f" * 64))
+    sides = [Side.of_result(name, r) for name, r in (("x.json", first), ("y.json", second), ("z.json", other))]
+    labels = [model.label for model in make_board(sides).models]
+    digest = first.encoder.sha256[:8]
+    assert sorted(labels) == sorted([f"model {digest} (x.json)", f"model {digest} (y.json)", "model ffffffff"])
+    assert [model.label for model in make_board([sides[0]]).models] == ["model"]

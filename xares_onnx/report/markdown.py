@@ -1,0 +1,63 @@
+"""A board as Markdown, for a pull request, a step summary or a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .board import AverageCell, AverageRow, Board, Row
+from .ci import markdown_cell
+from .remarks import headline, noise, plain_score, summary
+
+_MARKS = {"best": " ★", "within_noise": " ≈"}
+
+
+def markdown(board: Board) -> str:
+    """Averages, then a table a method of tasks x models with the published scores beside them."""
+    models = [model.label for model in board.models]
+    many = len(models) > 1
+    parts = [f"## X-ARES scores of {', '.join(map(markdown_cell, models[:3]))}{' and more' if len(models) > 3 else ''}"]
+    parts.append(markdown_cell(f"{headline(board)} {summary(board)}"))
+    if board.averages:
+        heads = [f"{row.group}, {row.method} ({len(row.tasks)} of {row.of})" for row in board.averages]
+        lines = [[label, *(_average(row.cells[i]) for row in board.averages)] for i, label in enumerate(models)]
+        lines += [
+            [f"{name}, published", *(_published_average(row, name) for row in board.averages)] for name in board.published
+        ]
+        parts.append(_table(["weighted average", *heads], lines, words=1))
+    for method in ("head", "knn"):
+        rows = [row for row in board.rows if row.method == method]
+        if rows:
+            heads = [f"by {method}", "metric", *models, *(f"{name}, published" for name in board.published)]
+            parts.append(_table(heads, [_cells(row, board) for row in rows], words=2))
+    remarks = ["★ best, ≈ within noise of the best. " + noise(board)] if many else []
+    if any(not row.higher_is_better for row in board.rows):
+        remarks.append("↓ lower is better.")
+    if any(cell and not cell.record.comparable for row in board.rows for cell in row.cells):
+        remarks.append("* not comparable with other results, and in no average.")
+    remarks += [f"{note}." for note in board.notes]
+    parts.append("\n".join(f"- {markdown_cell(line)}" for line in remarks))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _cells(row: Row, board: Board) -> list[str]:
+    scores = []
+    for number, cell in enumerate(row.cells):
+        ci95 = cell.record.ci95 if cell is not None and cell.score is not None else None
+        scores.append(plain_score(row, number) + (f" ({ci95[0]:.3f}-{ci95[1]:.3f})" if ci95 else ""))
+    published = [f"{row.published[name]:.3f}" if name in row.published else "" for name in board.published]
+    return [row.title, row.metric_name + ("" if row.higher_is_better else " ↓"), *scores, *published]
+
+
+def _average(cell: AverageCell) -> str:
+    mark = _MARKS.get(cell.verdict.standing, "") if cell.verdict else ""
+    return f"{cell.weighted:.3f}{mark}" + (f" ({cell.ci95[0]:.3f}-{cell.ci95[1]:.3f})" if cell.ci95 else "")
+
+
+def _published_average(row: AverageRow, name: str) -> str:
+    return f"{row.published[name]:.3f}" if name in row.published else ""
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
+    aligned = ["---"] * words + ["---:"] * (len(heads) - words)
+    lines = [[markdown_cell(head) for head in heads], aligned, *([markdown_cell(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

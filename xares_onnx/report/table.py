@@ -1,0 +1,130 @@
+"""Results as one flat table, a row a model, task, method and tap: for pandas, polars, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..differences import Side
+from ..errors import UsageError, printable
+from ..results import Result, TaskResult
+from .board import Board, Cell, Model, make_board
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+
+Table = list[dict[str, Any]]
+
+# What a spreadsheet takes for the start of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def table(results: str | Path | Result | Evaluation | Iterable[str | Path | Result | Evaluation]) -> Table:
+    """Results as flat rows of texts, numbers, booleans and None, all with the same keys: `pandas.DataFrame(table(…))`.
+
+    `results` is one or several paths of result files, results, or what `evaluate` returned. A row is a model, task, method
+    and tap. `best` is True of the best model of a task and method, `within_noise` of those that a paired bootstrap cannot
+    tell from it (`compared_by` paired; of a bare `Result`, and where predictions are not beside a file, by whether
+    intervals overlap: `intervals`). They are None where there is nothing to compare, and of every tap but the first.
+
+    Raises `UsageError` or `DataError` where the results cannot be compared: another protocol, other settings or data.
+    """
+    several = [results] if isinstance(results, str | Path | Result) or hasattr(results, "side") else results
+    sides = [_side(source, number) for number, source in enumerate(several)]  # type: ignore[arg-type]
+    return board_table(make_board(sides))
+
+
+def _side(source: str | Path | Result | Evaluation, number: int) -> Side:
+    if isinstance(source, str | Path):
+        return Side.read(Path(source))
+    if isinstance(source, Result):
+        return Side.of_result(f"result {number + 1}", source)
+    if hasattr(source, "side"):
+        return source.side(f"result {number + 1}")
+    raise UsageError(f"a {type(source).__name__} is no result; give paths of result files, or what `evaluate` returned")
+
+
+def board_table(board: Board) -> Table:
+    """The rows of a board, model by model."""
+    cells = {
+        (number, row.task, row.method): cell
+        for row in board.rows
+        for number, cell in enumerate(row.cells)
+        if cell is not None
+    }
+    return [
+        _row(model, record, cells.get((number, record.task, method)), board.published)
+        for number, model in enumerate(board.models)
+        for record in model.result.tasks
+        for method in ("knn" if record.method == "knn" else "head",)
+    ]
+
+
+def _row(model: Model, record: TaskResult, cell: Cell | None, published: Sequence[str]) -> dict[str, Any]:
+    encoder, settings = model.result.encoder, model.result.settings
+    is_main = record.tap in (None, *encoder.taps[:1])
+    verdict = cell.verdict if cell is not None and is_main else None
+    low, high = record.ci95 or (None, None)
+    spread = float(np.std(record.per_seed, ddof=1)) if len(record.per_seed) > 1 else None
+    return {
+        "model": model.label,
+        "file": encoder.file,
+        "sha256": encoder.sha256,
+        "bytes": encoder.bytes,
+        "parameters": encoder.parameters,
+        "dim": model.declared("dim"),
+        "hop_ms": model.hop_ms,
+        "protocol": settings.get("protocol"),
+        "seeds": settings.get("seeds"),
+        "limit": settings.get("limit"),
+        "task": record.task,
+        "title": record.title,
+        "domain": record.domain,
+        "method": record.method,
+        "tap": record.tap,
+        "metric": record.metric,
+        "higher_is_better": record.higher_is_better,
+        "status": record.status,
+        "reason": record.reason,
+        "score": record.score,
+        "ci_low": low,
+        "ci_high": high,
+        "sd_over_seeds": spread,
+        "best": verdict.standing == "best" if verdict else None,
+        "within_noise": verdict.standing == "within_noise" if verdict and verdict.standing != "unclear" else None,
+        "compared_by": verdict.basis if verdict else None,
+        "n_test": record.n_test,
+        "clips_expected": record.clips.expected,
+        "clips_read": record.clips.read,
+        "clips_dropped": len(record.clips.dropped),
+        "weight": record.weight,
+        "comparable": record.comparable,
+        "audio_hours": record.audio_hours,
+        "rtf": record.rtf,
+        **{f"published_{name}": record.published.get(name) for name in published},
+    }
+
+
+def csv_text(rows: Table) -> str:
+    """Rows as CSV with a heading; numbers in full, None empty. A text that a spreadsheet would run gets an apostrophe."""
+    made = io.StringIO()
+    writer = csv.writer(made, lineterminator="\n")
+    writer.writerow(map(_csv_cell, rows[0] if rows else ()))
+    writer.writerows([_csv_cell(value) for value in row.values()] for row in rows)
+    return made.getvalue()
+
+
+def _csv_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    text = printable(str(value))
+    return f"'{text}" if text.startswith(_FORMULA) else text

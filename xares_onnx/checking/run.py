@@ -72,8 +72,8 @@ def check(
     """Measure what an encoder must be, without data; `reference` is another model, or a `.npz` (see `read_reference`).
 
     `settings` has a severity ("error", "warn", "off") or {severity, tolerance} a property; `trust` lifts the limits on size,
-    memory and time. A model that is faulty, or cannot be used, is reported, not raised. Raises `UsageError` for arguments that
-    cannot be, `MachineError` for this machine.
+    memory and time. A model that is faulty, or cannot be used, is reported, not raised. Raises `UsageError` for arguments
+    that cannot be, `MachineError` for this machine.
     """
     started = time.perf_counter()
     chosen = make_settings(settings or {}, "settings")

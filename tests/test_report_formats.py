@@ -89,6 +89,18 @@ def test_a_table_takes_paths_and_results(two: tuple[Path, Path]) -> None:
         table([])
 
 
+def test_a_table_tells_noise_from_the_best(tmp_path: Path) -> None:
+    a, b = save(tmp_path, "a", {ESC: right(range(60))}), save(tmp_path, "b", {ESC: right(range(34, 100))})
+    told = {row["model"]: (row["best"], row["within_noise"], row["compared_by"]) for row in table([a, b])}
+    assert told == {"a": (False, True, "paired"), "b": (True, False, None)}
+
+
+def test_a_table_stays_flat_whatever_a_file_holds(tmp_path: Path) -> None:
+    odd: dict[str, Any] = {"protocol": {"a": [1]}, "seeds": [3], "limit": None}
+    (row,) = table(save(tmp_path, "a", {ESC: right(range(60))}, settings=odd))
+    assert (row["protocol"], row["seeds"]) == ("a 1", "3")
+
+
 def test_a_data_frame_takes_a_table_as_it_is(two: tuple[Path, Path]) -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(table(two))

@@ -22,6 +22,7 @@ from xares_onnx import read_result, table
 from xares_onnx.catalog import shipped_tasks
 from xares_onnx.differences import Side
 from xares_onnx.errors import UsageError
+from xares_onnx.evaluation import Evaluation
 from xares_onnx.report.board import make_board
 from xares_onnx.report.markdown import markdown
 from xares_onnx.report.model_index import model_index
@@ -83,6 +84,13 @@ def test_a_table_takes_paths_and_results(two: tuple[Path, Path]) -> None:
     assert [row["best"] for row in one] == [None] * 3
     bare = table([read_result(path) for path in two])
     assert [row["compared_by"] for row in bare] == [None, None, "intervals", "intervals", None]
+    evaluations = [
+        Evaluation(read_result(path), {(ESC, "linear"): right(range(n))}) for path, n in zip(two, (60, 66), strict=True)
+    ]
+    for evaluation in evaluations:
+        evaluation.result = msgspec.structs.replace(evaluation.result, tasks=evaluation.result.tasks[:1])
+    assert [row["compared_by"] for row in table(evaluations)] == [None, "paired"]
+    assert [row["score"] for row in table(evaluations[0])] == [0.6]
     with pytest.raises(UsageError, match="a dict is no result"):
         table([{}])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="there is no result to report"):

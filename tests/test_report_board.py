@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,32 @@ def test_what_is_not_comparable_is_in_no_average(tmp_path: Path) -> None:
     a = save(tmp_path, "a", {ESC: right(range(60)), VOX: right(range(60))}, records={VOX: {"comparable": False}})
     (public,) = (row for row in board(a).averages if row.group == "public")
     assert public.tasks == (ESC,)
+
+
+def test_what_is_not_comparable_is_not_the_best_of_what_is(tmp_path: Path) -> None:
+    lossy = save(tmp_path, "lossy", {ESC: right(range(90))}, records={ESC: {"comparable": False}})
+    others = [save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66))]
+    assert standings(board(lossy, *others)) == {"lossy": None, "b": "best", "a": "behind"}
+    also = save(tmp_path, "also", {ESC: right(range(60))}, records={ESC: {"comparable": False}})
+    assert standings(board(lossy, also)) == {"lossy": "best", "also": "behind"}  # as after --limit
+
+
+@pytest.mark.parametrize(
+    "records",
+    [{"weight": -1.0}, {"weight": 1e300}, {"ci95": (0.0, 1e300)}, {"published": {"x": 1e300}}, {"per_seed": [1e300]}],
+)
+def test_numbers_that_no_evaluation_gives(tmp_path: Path, records: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"a\.json holds a number of esc50 that no evaluation gives"):
+        board(save(tmp_path, "a", {ESC: right(range(60))}, records={ESC: records}))
+
+
+def test_a_size_that_no_file_has(tmp_path: Path) -> None:
+    path = save(tmp_path, "a", {ESC: right(range(60))})
+    made = json.loads(path.read_text())
+    made["encoder"]["bytes"] = 1 << 62
+    path.write_text(json.dumps(made))
+    with pytest.raises(UsageError, match="holds a size of its encoder that no file has"):
+        board(path)
 
 
 def test_predictions_of_another_run_are_an_error(tmp_path: Path) -> None:

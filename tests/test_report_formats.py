@@ -22,6 +22,7 @@ from xares_onnx import read_result, table
 from xares_onnx.catalog import shipped_tasks
 from xares_onnx.differences import Side
 from xares_onnx.errors import UsageError
+from xares_onnx.evaluation import Evaluation
 from xares_onnx.report.board import make_board
 from xares_onnx.report.markdown import markdown
 from xares_onnx.report.model_index import model_index
@@ -83,10 +84,29 @@ def test_a_table_takes_paths_and_results(two: tuple[Path, Path]) -> None:
     assert [row["best"] for row in one] == [None] * 3
     bare = table([read_result(path) for path in two])
     assert [row["compared_by"] for row in bare] == [None, None, "intervals", "intervals", None]
+    evaluations = [
+        Evaluation(read_result(path), {(ESC, "linear"): right(range(n))}) for path, n in zip(two, (60, 66), strict=True)
+    ]
+    for evaluation in evaluations:
+        evaluation.result = msgspec.structs.replace(evaluation.result, tasks=evaluation.result.tasks[:1])
+    assert [row["compared_by"] for row in table(evaluations)] == [None, "paired"]
+    assert [row["score"] for row in table(evaluations[0])] == [0.6]
     with pytest.raises(UsageError, match="a dict is no result"):
         table([{}])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="there is no result to report"):
         table([])
+
+
+def test_a_table_tells_noise_from_the_best(tmp_path: Path) -> None:
+    a, b = save(tmp_path, "a", {ESC: right(range(60))}), save(tmp_path, "b", {ESC: right(range(34, 100))})
+    told = {row["model"]: (row["best"], row["within_noise"], row["compared_by"]) for row in table([a, b])}
+    assert told == {"a": (False, True, "paired"), "b": (True, False, None)}
+
+
+def test_a_table_stays_flat_whatever_a_file_holds(tmp_path: Path) -> None:
+    odd: dict[str, Any] = {"protocol": {"a": [1]}, "seeds": [3], "limit": None}
+    (row,) = table(save(tmp_path, "a", {ESC: right(range(60))}, settings=odd))
+    assert (row["protocol"], row["seeds"]) == ("a 1", "3")
 
 
 def test_a_data_frame_takes_a_table_as_it_is(two: tuple[Path, Path]) -> None:

@@ -12,7 +12,7 @@ SILENCE_SECONDS = 15.0  # without a sign of life: one load, one call; a wav2vec2
 _SILENCE_SECONDS_A_GB = 60.0
 _TRUSTED_SILENCE_SECONDS = 900.0
 _MEASURING_SECONDS = 12.0  # of processor time, so that a busy machine refuses no model; a wav2vec2-base takes 7
-_MEASURING_SECONDS_A_GB = 120.0
+_MEASURING_SECONDS_A_GB = 600.0  # whisper hears 30 s in every run: its base of 0.08 GB takes 11
 _GB = 1 << 30
 
 

@@ -1,1 +1,1 @@
-"""Results for people: the terminal today."""
+"""Results for people: in a terminal, on a build server, as a page, a document or a table."""

@@ -25,7 +25,7 @@ from .tables import METRIC_NAMES
 from .taps import ordered_taps
 
 MAX_MODELS = 100
-_MAX_NUMBER = 1e9
+_MAX_NUMBER, _MAX_SIZE = 1e9, 1 << 60
 _ROUNDING = 1e-9
 
 Method = Literal["head", "knn"]
@@ -140,8 +140,9 @@ class Model:
     @property
     def hop_ms(self) -> float | None:
         hop, rate = self.declared("hop_samples"), self.declared("sample_rate")
-        number = int | float
-        return 1000 * hop / rate if isinstance(hop, number) and isinstance(rate, number) and rate > 0 and hop else None
+        if not (isinstance(hop, int | float) and isinstance(rate, int | float)):
+            return None
+        return 1000 * hop / rate if 0 < hop <= _MAX_NUMBER and 0 < rate <= _MAX_NUMBER else None
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,15 @@ def check_comparable(sides: Sequence[Side]) -> None:
 
 
 def _check_numbers(side: Side) -> None:
-    """A file may hold any number; what is drawn and averaged must be one that a metric can give."""
+    """A file may hold any number; what is drawn and averaged must be one that an evaluation can give."""
+    encoder = side.result.encoder
+    if not (0 <= encoder.bytes <= _MAX_SIZE and 0 <= encoder.parameters <= _MAX_SIZE):
+        raise UsageError(f"{side.name} holds a size of its encoder that no file has; evaluate again")
     for record in side.result.tasks:
-        numbers = [record.score, record.weight, record.rtf, *(record.ci95 or ()), *record.published.values()]
-        if any(number is not None and not abs(number) <= _MAX_NUMBER for number in numbers):
+        signed = [record.score, *(record.ci95 or ()), *record.per_seed, *record.published.values()]
+        positive = [record.weight, record.rtf, record.audio_hours]
+        in_range = all(value is None or abs(value) <= _MAX_NUMBER for value in signed)
+        if not (in_range and all(value is None or 0 <= value <= _MAX_NUMBER for value in positive)):
             raise UsageError(f"{side.name} holds a number of {record.task} that no evaluation gives; evaluate again")
 
 
@@ -268,6 +274,8 @@ def _rows(models: Sequence[Model], draws: _Draws) -> Iterator[Row]:
 def _verdicts(draws: _Draws, records: Sequence[TaskResult | None], higher_is_better: bool) -> list[Verdict | None]:
     sign = 1.0 if higher_is_better else -1.0
     scored = {i: sign * r.score for i, r in enumerate(records) if r is not None and r.score is not None}
+    comparable = {i: score for i, score in scored.items() if (record := records[i]) is not None and record.comparable}
+    scored = comparable or scored  # after --limit none is
     if len(scored) < 2:
         return [None] * len(records)
     best = max(scored, key=lambda i: scored[i])

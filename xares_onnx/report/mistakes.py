@@ -20,7 +20,7 @@ from ..differences import verified
 from ..errors import DataError, DataMissingError, printable
 from ..metrics import Array
 from ..results import Predictions, TaskResult
-from .board import Board, Model, Row
+from .board import Board, Row
 
 MAX_CLASSES = 60  # of a heat map
 MAX_MODELS = 4
@@ -70,7 +70,7 @@ class Mistakes:
 def find_mistakes(board: Board, row: Row) -> Mistakes:
     """Of the best ranked models that have its predictions. Raises `DataError` where those are not what gave the score."""
     models: list[int] = []
-    found: list[_Clips] = []
+    kept: list[tuple[TaskResult, Predictions]] = []
     lacking: list[str] = []
     for number, cell in enumerate(row.cells):
         if cell is None or cell.score is None or len(models) == MAX_MODELS:
@@ -81,15 +81,14 @@ def find_mistakes(board: Board, row: Row) -> Mistakes:
             lacking.append(str(error))
             continue
         models.append(number)
-        found.append(_of_model(board.models[number], cell.record, predictions))
-    note = lacking[0] if lacking else None
-    confusions: tuple[Confusion, ...] = ()
-    if row.metric == "accuracy":
-        seen = sorted(
-            {int(c) for own in found for name in ("target", "prediction") for c in np.unique(own.predictions[name])}
-        )
-        confusions = tuple(_confusion(number, own, seen) for number, own in zip(models, found, strict=True))
-    return Mistakes(row, tuple(models), confusions, _worst(found, row.higher_is_better), note)
+        kept.append((cell.record, predictions))
+    try:
+        found = [_of_model(record, predictions) for record, predictions in kept]
+        confusions = _confusions(models, found) if row.metric == "accuracy" else ()
+        clips = _worst(found, row.higher_is_better)
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+        raise DataError(f"the predictions of {row.task} are not those of a score of {row.metric}: {error}") from error
+    return Mistakes(row, tuple(models), confusions, clips, lacking[0] if lacking else None)
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,13 @@ class _Clips:
         return printable(self.classes[number]) if known and self.classes is not None else f"class {number}"
 
 
-def _of_model(model: Model, record: TaskResult, predictions: Predictions) -> _Clips:
+def _of_model(record: TaskResult, predictions: Predictions) -> _Clips:
     rows: dict[tuple[str, str], list[int]] = {}
     for row, name in enumerate(zip(predictions["fold"].tolist(), predictions["key"].tolist(), strict=True)):
         rows.setdefault(name, []).append(row)
     indices = [np.array(of_clip, np.int64) for of_clip in rows.values()]
-    try:
-        own = _own_scores(record.metric, predictions)
-        scores = np.array([own[of_clip].mean() for of_clip in indices], np.float64)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise DataError(
-            f"the predictions of {record.task} in {model.side.name} are not those of a {record.metric}: {error}"
-        ) from error
+    own = own_scores(record.metric, predictions)
+    scores = np.array([own[of_clip].mean() for of_clip in indices], np.float64)
     return _Clips(record.metric, predictions, list(rows), indices, scores, class_names(record))
 
 
@@ -131,7 +125,7 @@ def class_names(record: TaskResult) -> tuple[str, ...] | None:
     return task.target.class_names
 
 
-def _own_scores(metric: str, predictions: Predictions) -> Array:
+def own_scores(metric: str, predictions: Predictions) -> Array:
     """(rows,) the metric of each row of the predictions by itself; nan where it says nothing."""
     with np.errstate(invalid="ignore", divide="ignore"):
         if metric == "accuracy":
@@ -164,6 +158,11 @@ def ranking_precision(present: npt.NDArray[np.bool_], scores: npt.NDArray[Any]) 
             as_high = of_row[None, :] >= of_row[wanted, None]
             made[i] = (as_high[:, wanted].sum(axis=1) / as_high.sum(axis=1)).mean()
     return made
+
+
+def _confusions(models: Sequence[int], found: Sequence[_Clips]) -> tuple[Confusion, ...]:
+    seen = {int(c) for own in found for name in ("target", "prediction") for c in np.unique(own.predictions[name])}
+    return tuple(_confusion(number, own, sorted(seen)) for number, own in zip(models, found, strict=True))
 
 
 def _confusion(model: int, own: _Clips, numbers: Sequence[int]) -> Confusion:

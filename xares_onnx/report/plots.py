@@ -16,7 +16,7 @@ from ..metrics import Array
 from ..results import Interval
 from .board import Board, Curve, Model, Row
 
-SERIES = 8  # colours and shapes of models, which then start again
+SERIES = 8  # colours of models, which then start again with other shapes
 _EMPTY = Markup("")
 _LABEL = 170  # width of what names a row
 _LINE = 26
@@ -33,7 +33,7 @@ def marker(series: int, x: float, y: float, title: str = "", size: float = 5.0) 
         f'<path d="M{x:.1f} {y - 1.2 * r:.1f}l{1.2 * r:.1f} {2.2 * r:.1f}h{-2.4 * r:.1f}z"/>',
         f'<path d="M{x:.1f} {y - 1.4 * r:.1f}l{1.4 * r:.1f} {1.4 * r:.1f}l{-1.4 * r:.1f} {1.4 * r:.1f}'
         f'l{-1.4 * r:.1f} {-1.4 * r:.1f}z"/>',
-    )[series % 4]
+    )[(series + series // SERIES) % 4]
     name = Markup("<title>{}</title>").format(title) if title else _EMPTY
     return Markup('<g class="series s{}">{}{}</g>').format(series % SERIES, name, Markup(shape))
 
@@ -49,7 +49,10 @@ def legend(models: Sequence[Model]) -> list[Markup]:
 
 
 def dumbbells(board: Board, rows: Sequence[Row], name: str) -> Markup:
-    """A line a task from the worst to the best model, intervals, and published scores as strokes. All scores are in 0..1."""
+    """A line a task from the worst to the best model, intervals, and published scores as strokes; of the eight best models.
+
+    All scores are in 0..1.
+    """
     width, right, top = 720, 20, 26
     height = top + _LINE * len(rows) + 8
     span = width - _LABEL - right
@@ -60,7 +63,8 @@ def dumbbells(board: Board, rows: Sequence[Row], name: str) -> Markup:
     parts = [_axis_x(at, (0, 0.2, 0.4, 0.6, 0.8, 1), top - 4, height - 8)]
     for i, row in enumerate(rows):
         y = top + _LINE * (i + 0.5)
-        scored = [(m, c.score, c.record.ci95) for m, c in enumerate(row.cells) if c is not None and c.score is not None]
+        cells = enumerate(row.cells[:SERIES])
+        scored = [(m, c.score, c.record.ci95) for m, c in cells if c is not None and c.score is not None]
         parts.append(_text(_LABEL - 8, y + 4, _cut(row.title, 25), "end"))
         for encoder, score in row.published.items():
             what = f"{printable(encoder)}, published: {score:.3f}"

@@ -14,6 +14,7 @@ from ..differences import Side
 from ..errors import UsageError, printable
 from ..results import Result, TaskResult
 from .board import Board, Cell, Model, make_board
+from .remarks import short
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
@@ -77,11 +78,11 @@ def _row(model: Model, record: TaskResult, cell: Cell | None, published: Sequenc
         "sha256": encoder.sha256,
         "bytes": encoder.bytes,
         "parameters": encoder.parameters,
-        "dim": model.declared("dim"),
+        "dim": _plain(model.declared("dim")),
         "hop_ms": model.hop_ms,
-        "protocol": settings.get("protocol"),
-        "seeds": settings.get("seeds"),
-        "limit": settings.get("limit"),
+        "protocol": _plain(settings.get("protocol")),
+        "seeds": _plain(settings.get("seeds")),
+        "limit": _plain(settings.get("limit")),
         "task": record.task,
         "title": record.title,
         "domain": record.domain,
@@ -108,6 +109,11 @@ def _row(model: Model, record: TaskResult, cell: Cell | None, published: Sequenc
         "rtf": record.rtf,
         **{f"published_{name}": record.published.get(name) for name in published},
     }
+
+
+def _plain(value: Any) -> Any:
+    """A value of a stranger's contract or settings as one cell."""
+    return value if isinstance(value, str | int | float | bool | None) else short(value)
 
 
 def csv_text(rows: Table) -> str:

@@ -288,7 +288,9 @@ def raw_bytes(kind: int, count: int) -> bytes:
 @pytest.mark.parametrize("name", ["model.toml", "preprocessor_config.json"])
 def test_a_pipe_beside_the_model_is_not_waited_for(name: str, tmp_path: Path, shared_process: None) -> None:
     os.mkfifo(tmp_path / name)
-    refused(save(models.encoder(), tmp_path / "model.onnx"), f"{name} beside the model is not a regular file")
+    refused(
+        save(models.encoder(), tmp_path / "model.onnx"), f"{name} beside the model cannot be read (it is not a regular file)"
+    )
 
 
 def test_a_model_that_is_replaced_between_scan_and_load(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def disturbed_run(kind: str, moment: float, model: Path, disk: Disk) -> tuple[in
         assert not alive, f"a worker lives on after {kind}"
         lines = stderr.decode(errors="replace").strip().splitlines()
         assert not any("Traceback" in line for line in lines) or kind == "parent SIGINT", stderr.decode()
+        if kind.startswith("parent") and process.returncode == 0:  # it ended in the moment of the signal
+            return None
         return (process.returncode, lines[-1] if lines else "") if hit else None
 
 

@@ -243,13 +243,14 @@ def dropout_left_on() -> ModelProto:
 
 
 def random_frames() -> ModelProto:
-    """Another number of frames in every run."""
+    """Another number of frames in almost every run, and other values in all."""
     extra = [
         constant("one", [1]),
         helper.make_node("RandomUniform", [], ["chance"], shape=[1], low=1.0, high=60.0),
         helper.make_node("Cast", ["chance"], ["kept"], to=INT64),
         constant("zero", [0]),
-        helper.make_node("Slice", ["frames_first", "zero", "kept", "one"], ["embeddings"]),
+        helper.make_node("RandomNormalLike", ["frames_first"], ["noise"]),
+        helper.make_node("Slice", ["noise", "zero", "kept", "one"], ["embeddings"]),
     ]
     return encoder(output_layout="any", extra=extra)
 

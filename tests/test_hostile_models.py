@@ -145,7 +145,7 @@ def test_refused_before_loading(name: str, tmp_path: Path, never_loaded: None) -
 
 
 def test_millions_of_empty_nodes(tmp_path: Path, never_loaded: None) -> None:
-    (tmp_path / "model.onnx").write_bytes(hostile.empty_nodes(3_000_000))
+    (tmp_path / "model.onnx").write_bytes(hostile.empty_nodes(2_100_000))
     refused(tmp_path / "model.onnx", "holds more than 2000000 nodes, attributes and tensors")
 
 
@@ -288,7 +288,9 @@ def raw_bytes(kind: int, count: int) -> bytes:
 @pytest.mark.parametrize("name", ["model.toml", "preprocessor_config.json"])
 def test_a_pipe_beside_the_model_is_not_waited_for(name: str, tmp_path: Path, shared_process: None) -> None:
     os.mkfifo(tmp_path / name)
-    refused(save(models.encoder(), tmp_path / "model.onnx"), f"{name} beside the model is not a regular file")
+    refused(
+        save(models.encoder(), tmp_path / "model.onnx"), f"{name} beside the model cannot be read (it is not a regular file)"
+    )
 
 
 def test_a_model_that_is_replaced_between_scan_and_load(tmp_path: Path) -> None:
@@ -337,8 +339,9 @@ def test_bombs(name: str, tmp_path: Path) -> None:
 
 def test_an_endless_loop_ends_at_the_limit(tmp_path: Path) -> None:
     """With the limits as they are."""
+    children = psutil.Process().children()
     refused(save(models.endless_loop(), tmp_path / "model.onnx"), "gave no sign of life for 15 s while measuring the model")
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == children
 
 
 def test_a_model_that_is_slow_in_every_call_ends_too(tmp_path: Path) -> None:

@@ -281,6 +281,7 @@ NOT_SHAPING: dict[str, Any] = {
     "model.device": "cpu",
     "model.threads": 7,
     "model.stamp": ("m.onnx", 1, 2, 3, 4),
+    "model.trust": True,
     "task": "yours",
     "shard": Path("elsewhere/b.tar"),
     "shard_stamp": ("b.tar", 5, 6, 7, 8),

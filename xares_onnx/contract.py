@@ -355,7 +355,7 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
 def _small_text(path: Path, limit: int = 1 << 20) -> str | None:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
-            raise ContractError(f"{path} beside the model is not a regular file")
+            raise ContractError(f"{path} beside the model cannot be read (it is not a regular file)")
         with path.open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:

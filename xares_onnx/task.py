@@ -199,10 +199,9 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 def load_task(path: Path, text: str | None = None) -> Task:
     """Read and validate one task file; `TaskFileError` names the file, the key and the nearest valid one."""
+    data = _small_file(path) if text is None else text.encode("utf-8", "surrogatepass")
     try:
-        raw = tomllib.loads(_small_text(path) if text is None else text)
-    except OSError as error:
-        raise TaskFileError(f"task file {path} cannot be read ({error.strerror})") from error
+        raw = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, an integer of 5,000 digits
         raise TaskFileError(f"task file {path} is not valid TOML: {error}") from error
     _reject_unknown(raw, Task, path, "")
@@ -213,14 +212,17 @@ def load_task(path: Path, text: str | None = None) -> Task:
         raise TaskFileError(f"task file {path}: {message}") from error
 
 
-def _small_text(path: Path) -> str:
-    if path.exists() and not path.is_file():  # a pipe would be waited for without end
-        raise TaskFileError(f"task file {path} is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(_MAX_BYTES + 1)
+def _small_file(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise TaskFileError(f"task file {path} cannot be read (it is not a regular file)")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise TaskFileError(f"task file {path} cannot be read ({error.strerror})") from error
     if len(data) > _MAX_BYTES:
         raise TaskFileError(f"task file {path} is larger than {_MAX_BYTES >> 20} MiB")
-    return data.decode("utf-8")
+    return data
 
 
 def _check_glob(glob: str) -> None:

@@ -179,7 +179,7 @@ def test_named_taps_are_scored_in_the_order_given(world: World, tmp_path: Path) 
     done = world.run(taps=["stream2", "embeddings"], output=tmp_path / "named.json")
     assert done.result.encoder.taps == ["stream2", "embeddings"]
     assert done.result.encoder.contract["output"] == {"value": "stream2", "source": "--taps"}
-    assert done.result.settings["taps"] == ("stream2", "embeddings")
+    assert done.result.settings["taps"] == ["stream2", "embeddings"]
     layers = world.run(taps=["all-layers"])
     for tap, same in (("stream2", "layer.2"), ("embeddings", "embeddings")):
         (mine,) = (r for r in done.result.tasks if (r.tap or "stream2", r.method) == (tap, "knn"))

@@ -140,7 +140,7 @@ def evaluate(
             results.make_room(output)
         tools = _load_tools(selection, settings, _torch_device(device, encoder.info.provider), cache, observe)
         described = {
-            **msgspec.to_builtins(settings),
+            **msgspec.json.decode(msgspec.json.encode(settings)),  # as it will be read back
             "lm": tools.language_model and tools.language_model.described(),
             "vocabulary": tools.vocabulary and tools.vocabulary.digest,
         }

@@ -27,13 +27,16 @@ LOUDNESS_STEP: dict[Precision, float] = {"fp32": 10.0, "fp16": 10.0, "int8-dynam
 def halve(encoder: nn.Module) -> nn.Module:
     """`encoder` itself, computing in float16 but for its `front_end`, where it has one: powers underflow there.
 
-    What enters and leaves it stays float32. Raises `UsageError` where all of it is a front end.
+    What enters and leaves it stays float32. Raises `UsageError` where all of it is a front end, or some of it recurrent:
+    loading such a file ends ONNX Runtime's process.
     """
     parts = [part for name, part in encoder.named_children() if name != "front_end"]
     if not hasattr(encoder, "front_end"):
         parts = [encoder]
     if not any(True for part in parts for _ in part.parameters()):
         raise UsageError("this encoder has no weights to keep in half precision; export it without --dtype fp16")
+    if any(isinstance(module, nn.RNNBase) for part in parts for module in part.modules()):
+        raise UsageError("ONNX Runtime has no recurrent layers in half precision; export it without --dtype fp16")
     for part in parts:
         part.half()
         part.register_forward_pre_hook(lambda _, inputs: _cast(inputs, torch.float32, torch.float16))

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from shard_makers import RATE, encoded, write_shard
 
+from xares_onnx.checking import check
+from xares_onnx.evaluation import evaluate
+
 PITCHES = {"low": 300.0, "mid": 480.0, "high": 770.0, "top": 1200.0}
 CLASSES = tuple(PITCHES)
 DIM = 12
@@ -147,3 +150,16 @@ def write_tones(
     both = list(tones(test, seed + 3, noise=noise, prefix="test").items())
     write_shard(data / name / "test-0.tar", dict(both[: test // 2]))
     write_shard(data / name / "test-1.tar", dict(both[test // 2 :]))
+
+
+def score_of_sound(model: Path, folder: Path) -> float:
+    """kNN's accuracy on a task of tones, of a file that `check` finds no fault in; chance is 0.25."""
+    report = check(model, device="cpu")
+    assert (report.exit_code, report.named("fail")) == (0, [])
+    write_tones(folder / "data", noise=0.1)
+    task = write_task(folder, "tones")
+    done = evaluate(model, [str(task)], data=folder / "data", cache=folder / "cache", methods=["knn"], device="cpu")
+    (result,) = done.result.tasks
+    assert result.status == "ok"
+    assert result.score is not None
+    return result.score

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from corpus import score_of_sound
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -262,6 +263,7 @@ def test_frame_159_is_the_embedding_of_a_partial(checkpoint: Path, tmp_path: Pat
 @pytest.mark.skipif(find_spec("resemblyzer") is None, reason="needs: pip install --no-deps resemblyzer")
 def test_without_a_checkpoint_the_weights_are_those_of_the_wheel(tmp_path: Path) -> None:
     path = export("resemblyzer", None, tmp_path / "speaker.onnx").path
+    assert score_of_sound(path, tmp_path) > 0.4
     package = find_spec("resemblyzer")
     assert package is not None
     assert package.submodule_search_locations
@@ -276,6 +278,13 @@ def test_an_embedding_that_is_cut_off_entirely_is_zero_not_nan(tmp_path: Path) -
     weights = save_checkpoint(tmp_path / "w.pt", **{"linear.weight": zeros, "linear.bias": negative})
     path = export("resemblyzer", str(weights), tmp_path / "speaker.onnx").path
     np.testing.assert_array_equal(run(path, chirp(0.5)), 0)
+
+
+def test_recurrent_layers_are_not_halved(checkpoint: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's process ends where it loads such a file."""
+    with pytest.raises(UsageError, match="no recurrent layers in half precision; export it without --dtype fp16"):
+        export("resemblyzer", str(checkpoint), tmp_path / "speaker.onnx", dtype="fp16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_weights_name_the_command_that_brings_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import IO, Annotated, Any, ParamSpec, TypeVar
 
@@ -36,17 +35,6 @@ app = typer.Typer(
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Folder with a folder of shards a task. [default: $XARES_ONNX_DATA, ./env]")
-]
-CacheOption = Annotated[
-    Path | None, typer.Option("--cache", help="Folder of stored embeddings. [default: $XARES_ONNX_CACHE, the user's cache]")
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you know where it is from.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
 
 
 class Terminated(BaseException):

@@ -9,7 +9,8 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from ..errors import UsageError, nearest
-from .app import DebugOption, TrustOption, app, put, put_json, reported, say
+from .app import app, put, put_json, reported, say
+from .options import ContractOption, DebugOption, DeviceOption, FormatOption, ModelArgument, ThreadsOption, TrustOption
 
 Format = Literal["text", "json", "junit", "github"]
 
@@ -17,18 +18,16 @@ Format = Literal["text", "json", "junit", "github"]
 @app.command()
 @reported
 def check(
-    model: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")],
+    model: ModelArgument,
     reference: Annotated[
         Path | None, typer.Option(help="Another model, or a .npz of waveforms and embeddings, to agree with.")
     ] = None,
-    contract: Annotated[
-        list[str] | None, typer.Option("--contract", help="KEY=VALUE the model does not declare, such as sample_rate=8000.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
+    contract: ContractOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="Folder where the measured contract is kept.")] = None,
     trust: TrustOption = False,
-    format_: Annotated[str, typer.Option("--format", help="text, json, junit or github.")] = "text",
+    format_: FormatOption = "text",
     debug: DebugOption = False,
 ) -> None:
     """Check a model without data: contract, lengths, batches, values, parity, cost. 0 well, 1 faulty, 3 cannot be used.

@@ -9,7 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, printable, worst_exit_code
-from .app import CacheOption, DataOption, DebugOption, TrustOption, app, put, put_json, reported, say, split
+from .app import app, put, put_json, reported, say, split
+from .options import (
+    CacheOption,
+    ContractOption,
+    DataOption,
+    DebugOption,
+    DeviceOption,
+    DropsOption,
+    FormatOption,
+    HeadOption,
+    LanguageModelOption,
+    LimitOption,
+    MethodOption,
+    SeedsOption,
+    SuiteOption,
+    TasksOption,
+    ThreadsOption,
+    TrustOption,
+    VocabularyOption,
+)
 
 FORMATS = ("text", "json", "junit", "github")
 
@@ -19,30 +38,26 @@ FORMATS = ("text", "json", "junit", "github")
 def compare(
     a: Annotated[Path, typer.Argument(help="What is there: an .onnx file, a folder with one, or a result.json.")],
     b: Annotated[Path, typer.Argument(help="What is to take its place: likewise.")],
-    tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", help="Names, patterns such as 'vox*', or task files; comma-separated.")
-    ] = None,
-    suite: Annotated[str | None, typer.Option(help="all, public, speech, environment, music, private or synthetic.")] = None,
+    tasks: TasksOption = None,
+    suite: SuiteOption = None,
     data: DataOption = None,
     cache: CacheOption = None,
-    method: Annotated[list[str] | None, typer.Option(help="head, knn; both by default.")] = None,
+    method: MethodOption = None,
     protocol: Annotated[str | None, typer.Option(help="corrected, or xares for X-ARES's own choices.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Heads a fold. [default: 3; 1 under xares]")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most N clips a split, chosen by key hash.")] = None,
-    head: Annotated[list[str] | None, typer.Option("--head", help="TASK=KIND, a head other than the task's own.")] = None,
-    lm: Annotated[str | None, typer.Option("--lm", help="Folder of a causal language model, for the llm head.")] = None,
-    vocabulary: Annotated[Path | None, typer.Option(help="BERT's vocab.txt, for captions under --protocol xares.")] = None,
-    contract: Annotated[
-        list[str] | None, typer.Option("--contract", help="KEY=VALUE that neither model declares, such as sample_rate=8000.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
-    allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
+    seeds: SeedsOption = None,
+    limit: LimitOption = None,
+    head: HeadOption = None,
+    lm: LanguageModelOption = None,
+    vocabulary: VocabularyOption = None,
+    contract: ContractOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    allow_drops: DropsOption = False,
     trust: TrustOption = False,
     tolerance: Annotated[
         float, typer.Option(help="Loss that is tolerated, in score; exit code 1 where B loses more for certain.")
     ] = 0.01,
-    format_: Annotated[str, typer.Option("--format", help="text, json, junit or github.")] = "text",
+    format_: FormatOption = "text",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; of the text, the verdict alone.")] = False,
     debug: DebugOption = False,
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import worst_exit_code
-from .app import CacheOption, DataOption, DebugOption, app, one_line, put, put_json, reported, say
+from .app import app, one_line, put, put_json, reported, say
+from .options import CacheOption, DataOption, DebugOption
 
 cache_app = typer.Typer(help="Stored embeddings: list them, remove them.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")

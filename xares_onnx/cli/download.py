@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import XaresError, worst_exit_code
-from .app import DebugOption, app, one_line, put_json, reported, say, split
+from .app import app, one_line, put_json, reported, say, split
+from .options import DebugOption
 
 OFFLINE_VARIABLE = "XARES_ONNX_OFFLINE"
 

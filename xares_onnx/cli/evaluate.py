@@ -9,40 +9,53 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, worst_exit_code
-from .app import CacheOption, DataOption, DebugOption, TrustOption, app, one_line, put, put_json, reported, say, split
+from .app import app, one_line, put, put_json, reported, say, split
+from .options import (
+    CacheOption,
+    ContractOption,
+    DataOption,
+    DebugOption,
+    DeviceOption,
+    DropsOption,
+    HeadOption,
+    LanguageModelOption,
+    LimitOption,
+    MethodOption,
+    ModelArgument,
+    SeedsOption,
+    SuiteOption,
+    TasksOption,
+    ThreadsOption,
+    TrustOption,
+    VocabularyOption,
+)
 
 
 @app.command()
 @reported
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")],
-    tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", help="Names, patterns such as 'vox*', or task files; comma-separated.")
-    ] = None,
-    suite: Annotated[str | None, typer.Option(help="all, public, speech, environment, music, private or synthetic.")] = None,
+    model: ModelArgument,
+    tasks: TasksOption = None,
+    suite: SuiteOption = None,
     data: DataOption = None,
     cache: CacheOption = None,
     output: Annotated[Path | None, typer.Option(help="Result file. [default: results/<model>-<digest>.json]")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="head, knn; both by default.")] = None,
+    method: MethodOption = None,
     protocol: Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")] = "corrected",
-    seeds: Annotated[int | None, typer.Option(help="Heads a fold. [default: 3; 1 under xares]")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most N clips a split, chosen by key hash.")] = None,
-    head: Annotated[
-        list[str] | None, typer.Option("--head", help="TASK=KIND, a head other than the task's own: librispeech=llm.")
-    ] = None,
-    lm: Annotated[str | None, typer.Option("--lm", help="Folder of a causal language model, for the llm head.")] = None,
-    vocabulary: Annotated[Path | None, typer.Option(help="BERT's vocab.txt, for captions under --protocol xares.")] = None,
-    contract: Annotated[
-        list[str] | None, typer.Option("--contract", help="KEY=VALUE the model does not declare, such as sample_rate=8000.")
-    ] = None,
+    seeds: SeedsOption = None,
+    limit: LimitOption = None,
+    head: HeadOption = None,
+    lm: LanguageModelOption = None,
+    vocabulary: VocabularyOption = None,
+    contract: ContractOption = None,
     taps: Annotated[
         list[str] | None,
         typer.Option("--taps", help="Outputs or inner tensors to score in one pass, comma-separated; or all-layers."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
-    allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")] = False,
+    allow_drops: DropsOption = False,
     baseline: Annotated[
         Path | None, typer.Option(help="A result that no score may fall behind for certain; else exit code 1.")
     ] = None,

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import printable
-from .app import DebugOption, TrustOption, app, put, reported
+from .app import app, put, reported
+from .options import DebugOption, TrustOption
 
 
 @app.command()

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .app import DebugOption, app, put_json, reported
+from .app import app, put_json, reported
+from .options import DebugOption
 
 
 @app.command()

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .app import CacheOption, DebugOption, app, put, reported, say
+from .app import app, put, reported, say
+from .options import CacheOption, DebugOption
 
 FORMATS = {".html": "html", ".htm": "html", ".md": "md", ".csv": "csv", ".yaml": "model-index", ".yml": "model-index"}
 _ENDINGS = ".html, .md, .csv or .yaml"

@@ -1,0 +1,41 @@
+"""Options that several commands have, with the words that `--help` has for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")]
+TasksOption = Annotated[
+    list[str] | None, typer.Option("--tasks", help="Names, patterns such as 'vox*', or task files; comma-separated.")
+]
+SuiteOption = Annotated[str | None, typer.Option(help="all, public, speech, environment, music, private or synthetic.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder with a folder of shards a task. [default: $XARES_ONNX_DATA, ./env]")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="Folder of stored embeddings. [default: $XARES_ONNX_CACHE, the user's cache]")
+]
+MethodOption = Annotated[list[str] | None, typer.Option("--method", help="head, knn; both by default.")]
+SeedsOption = Annotated[int | None, typer.Option(help="Heads a fold. [default: 3; 1 under xares]")]
+LimitOption = Annotated[int | None, typer.Option(help="At most N clips a split, chosen by key hash.")]
+HeadOption = Annotated[
+    list[str] | None, typer.Option("--head", help="TASK=KIND, a head other than the task's own: librispeech=llm.")
+]
+LanguageModelOption = Annotated[
+    str | None, typer.Option("--lm", help="Folder of a causal language model, for the llm head.")
+]
+VocabularyOption = Annotated[Path | None, typer.Option(help="BERT's vocab.txt, for captions under --protocol xares.")]
+ContractOption = Annotated[
+    list[str] | None, typer.Option("--contract", help="KEY=VALUE that is not declared yet, such as sample_rate=8000.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")]
+DropsOption = Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you know where it is from.")
+]
+FormatOption = Annotated[str, typer.Option("--format", help="text, json, junit or github.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]

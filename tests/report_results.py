@@ -83,7 +83,7 @@ def record(task: str, arrays: Predictions, method: str = "linear", tap: str | No
 def result(
     records: Sequence[TaskResult], name: str = "model", taps: Sequence[str] = ("embeddings",), **changes: Any
 ) -> Result:
-    main = [r for r in records if r.tap in (None, *taps[:1])]
+    main = [r for r in records if r.tap is None]
     made = Result(
         encoder=Encoder(
             file=f"{name}.onnx",
@@ -126,7 +126,11 @@ def save(
             more = dict((records or {}).get(task, {}))
             made.append(
                 record(
-                    task, of_task, method, tap if taps else None, **{"predictions": prediction_file(path, task, by), **more}
+                    task,
+                    of_task,
+                    method,
+                    tap if number else None,
+                    **{"predictions": prediction_file(path, task, by), **more},
                 )
             )
             arrays[task, by] = of_task

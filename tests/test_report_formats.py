@@ -60,8 +60,8 @@ def test_a_table_is_flat_and_every_row_has_the_same_keys(two: tuple[Path, Path])
     assert [(row["model"], row["task"], row["tap"]) for row in rows] == [
         ("b", ESC, None),
         ("b", SPEECH, None),
-        ("a", ESC, "embeddings"),
-        ("a", SPEECH, "embeddings"),
+        ("a", ESC, None),
+        ("a", SPEECH, None),
         ("a", ESC, "layer.0"),
     ]
     assert [row["score"] for row in rows] == pytest.approx([0.66, 4, 0.6, 9, 0.77])

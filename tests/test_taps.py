@@ -17,10 +17,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx_models import constant, make_external, value
 
 from xares_onnx import planning
+from xares_onnx.differences import Side
 from xares_onnx.embed import embed_shard
 from xares_onnx.encoder import load_encoder
 from xares_onnx.errors import ContractError, DiskFullError, ModelError, UsageError
 from xares_onnx.evaluation import Evaluation, evaluate, plan
+from xares_onnx.report.board import make_board
 from xares_onnx.results import TaskResult
 from xares_onnx.worker import Worker
 
@@ -418,6 +420,17 @@ def test_the_table_of_layers(world: World, tmp_path: Path) -> None:
         assert mine[rows["best"][column]] == max(mine.values())
     assert "chosen on the test clips themselves" in out
     assert rows["Tones tones"][2] == rows["embeddings"][0]
+    board = make_board([Side.read(output)])
+    for curve in board.curves:
+        assert curve.taps == tuple(names)
+        method = "knn" if curve.method == "knn" else "linear"
+        assert list(curve.scores) == [
+            r["score"]
+            for name in names
+            for r in result["tasks"]
+            if r["method"] == method and (r["tap"] or "embeddings") == name
+        ]
+    assert len(board.curves) == 2
 
 
 def test_a_plain_run_says_nothing_of_taps(world: World) -> None:

@@ -212,9 +212,8 @@ def _check_numbers(side: Side) -> None:
 
 
 def _main(side: Side) -> Side:
-    """The result as if no taps had been asked for: predictions of the first tap are found by the same records."""
-    first = side.result.encoder.taps[:1]
-    mine = [msgspec.structs.replace(record, tap=None) for record in side.result.tasks if record.tap in (None, *first)]
+    """The result as if no taps had been asked for: the records of the first."""
+    mine = [record for record in side.result.tasks if record.tap is None]
     return Side(side.name, msgspec.structs.replace(side.result, tasks=mine), side.predictions_of)
 
 
@@ -449,9 +448,10 @@ def _curves(models: Sequence[Model]) -> Iterator[Curve]:
         taps = ordered_taps(model.result)
         if len(taps) < 2:
             continue
-        by_task: dict[tuple[str, Method], dict[str | None, TaskResult]] = {}
+        by_task: dict[tuple[str, Method], dict[str, TaskResult]] = {}
         for record in model.result.tasks:
-            by_task.setdefault((record.task, _method(record)), {})[record.tap] = record
+            tap = record.tap or model.result.encoder.taps[0]
+            by_task.setdefault((record.task, _method(record)), {})[tap] = record
         for (task, method), records in by_task.items():
             some = [records.get(tap) for tap in taps]
             first = next((record for record in some if record is not None), None)

@@ -68,8 +68,7 @@ def board_table(board: Board) -> Table:
 
 def _row(model: Model, record: TaskResult, cell: Cell | None, published: Sequence[str]) -> dict[str, Any]:
     encoder, settings = model.result.encoder, model.result.settings
-    is_main = record.tap in (None, *encoder.taps[:1])
-    verdict = cell.verdict if cell is not None and is_main else None
+    verdict = cell.verdict if cell is not None and record.tap is None else None
     low, high = record.ci95 or (None, None)
     spread = float(np.std(record.per_seed, ddof=1)) if len(record.per_seed) > 1 else None
     return {

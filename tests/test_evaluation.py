@@ -484,6 +484,7 @@ def test_settings_are_kept(world: World) -> None:
         "lm": None,
         "vocabulary": None,
         "trust": False,
+        "taps": [],
         "suite": None,
         "tasks": ["tones"],
         "baseline": None,

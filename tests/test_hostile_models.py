@@ -306,8 +306,8 @@ def resolve_while_replaced(model: str, other: str, *, tell: Tell) -> EncoderInfo
     """In the worker: the model's file becomes another one once it was scanned, and the same again once it was loaded."""
     load = encoder_module._session
 
-    def replace_and_load(path: str, device: str) -> Any:
-        session = load(path, device)
+    def replace_and_load(path: str, *how: Any) -> Any:
+        session = load(path, *how)
         os.replace(other, path)
         return session
 

@@ -16,7 +16,7 @@ demo: .venv/installed  ## install, export the baseline encoder, score it on the 
 	$(BIN)/xares-onnx evaluate logmel.onnx --suite synthetic
 
 test: .venv/installed-third-party  ## install and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: .venv/installed  ## format, lint, types, import layers, pages
 	$(BIN)/ruff format --check .

@@ -79,6 +79,11 @@ class Layer(nn.Module):
                 return self.norm2(x + 0.5 * self.ffn2(x))
             case "parallel":
                 return x + self.attention(self.norm(x)) + self.ffn(self.norm(x))
+            case "alike":  # as many equal parts at its end as there are layers
+                x = x + self.attention(x)
+                for part in (self.ffn, self.ffn2, self.ffn):
+                    x = x + part(x)
+                return x
             case "scaled":  # LayerScale
                 x = x + self.gate * self.attention(self.norm(x))
                 return self.gate * self.ffn(self.norm2(x)) + x
@@ -152,6 +157,7 @@ def run(content: bytes, features: Tensor) -> dict[str, np.ndarray]:
         ("post-norm", {"norm": False}),
         ("conformer", {}),
         ("parallel", {}),
+        ("alike", {}),
         ("scaled", {"positions": False}),
         ("nested", {}),
         ("single", {}),

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from .catalog import in_group, shipped_tasks
 from .errors import DataError, DataMissingError, ScoreUndefinedError, UsageError
@@ -289,6 +288,8 @@ def right_clips(predictions: Predictions, clips: Clips) -> npt.NDArray[np.bool_]
 
 def mcnemar(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> McNemar:
     """McNemar's exact test of (clips,) outcomes: of the clips that one alone has right, each has half."""
+    from scipy import stats  # half a second, which most runs need not spend
+
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     p = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return McNemar(only_a, only_b, float(p))

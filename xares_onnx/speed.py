@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from scipy import stats
 
 from .encoder import Encoder, ModelSpec, open_session
 from .events import Observer, Progress
@@ -73,6 +72,8 @@ def measure_together(a: Encoder, b: Encoder, observer: Observer) -> SideBySide:
         pairs.append((first, second))
     observer(Progress("measure", "speed", _ROUNDS, _ROUNDS))
     ratios = sorted(first.rtf / second.rtf for first, second in pairs)
+    from scipy import stats  # half a second, which most runs need not spend
+
     cut = max(0, int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1)  # order statistics between which a median lies
     return SideBySide(
         rtf_a=statistics.median(first.rtf for first, _ in pairs),

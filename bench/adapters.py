@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from xares_onnx.adapter import Adapter
-from xares_onnx.encoder import load_encoder
-from xares_onnx.session import Session
+from xares_onnx.encoder.adapter import Adapter
+from xares_onnx.encoder.encoder import load_encoder
+from xares_onnx.encoder.session import Session
 
 # Changes of the contract, and the type of its inputs.
 FORMS: dict[str, tuple[dict[str, Any], str]] = {

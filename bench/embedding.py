@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from xares_onnx import audio
-from xares_onnx.embed import CropSettings, EmbedSpec, ShardReport, embed_shard
-from xares_onnx.encoder import Encoder, load_encoder
-from xares_onnx.events import ignore
+from xares_onnx.data import audio
+from xares_onnx.data.shards import file_digest, index_shard, read_extent
+from xares_onnx.embedding.embed import CropSettings, EmbedSpec, ShardReport, embed_shard
+from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.files import stamp
-from xares_onnx.shards import file_digest, index_shard, read_extent
+from xares_onnx.progress import ignore
 
 KINDS = {"16 kHz mono wav": (16_000, 1, "WAV"), "44.1 kHz stereo flac": (44_100, 2, "FLAC")}
 SECONDS = 5.0

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from xares_onnx.data.task import Head
+from xares_onnx.metrics.segments import Events
 from xares_onnx.probes.frames import train_frames
 from xares_onnx.probes.training import Rows
-from xares_onnx.rasters import Events
-from xares_onnx.task import Head
 
 RATE, SECONDS, CLASSES, NOTES_A_SECOND, FRAMES_AT_ONCE = 25, 600, 88, 10, 512
 FRAMES = RATE * SECONDS  # of one recording

@@ -13,10 +13,10 @@ import time
 import numpy as np
 import torch
 
-from xares_onnx.knn import knn_cosine
+from xares_onnx.data.task import Head
+from xares_onnx.probes.knn import knn_cosine
 from xares_onnx.probes.linear import Classification, train_linear
 from xares_onnx.probes.training import Rows, learning_rate
-from xares_onnx.task import Head
 
 CLIPS, CLASSES, FOLDS, SEEDS = 2000, 50, 5, 3
 HEAD = Head(epochs=10, batch_size=32, learning_rate=1e-3)

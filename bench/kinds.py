@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from xares_onnx.catalog import shipped_tasks
-from xares_onnx.evaluation import evaluate
+from xares_onnx.data.catalog import shipped_tasks
+from xares_onnx.data.task import Head
+from xares_onnx.evaluation.evaluation import evaluate
+from xares_onnx.metrics.segments import Events
 from xares_onnx.probes.ctc import train_ctc
 from xares_onnx.probes.frames import train_frames
 from xares_onnx.probes.linear import Classification, Regression, Tagging, train_linear
 from xares_onnx.probes.retrieval import train_retrieval
 from xares_onnx.probes.training import Rows
-from xares_onnx.rasters import Events
-from xares_onnx.task import Head
 
 CLIPS, HELD_OUT, EPOCHS = 1000, 100, 2
 WORDS = ["".join(parts) for parts in itertools.product(("ba", "ki", "lo", "mu"), repeat=6)]  # 4,096

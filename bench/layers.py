@@ -17,7 +17,7 @@ from corpus import tones, write_task
 from random_checkpoints import save_model
 from shard_makers import write_shard
 
-from xares_onnx.evaluation import evaluate
+from xares_onnx.evaluation.evaluation import evaluate
 from xares_onnx.exporters import export
 
 

@@ -21,7 +21,7 @@ import psutil
 import soundfile
 from embedding import KINDS, embed, write_shard
 
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
 
 COUNTS = (500, 5000)
 CLIPS_A_SHARD = 1000

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xares_onnx.evaluation import evaluate
+from xares_onnx.evaluation.evaluation import evaluate
 from xares_onnx.packing import pack
 
 FILES, FILE_SECONDS, RATE = 1000, 3.0, 16_000

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from xares_onnx import evaluation, folds
-from xares_onnx.evaluation import evaluate
-from xares_onnx.folds import Protocol
-from xares_onnx.kinds import Kind
+from xares_onnx.evaluation import evaluation
+from xares_onnx.evaluation.evaluation import evaluate
+from xares_onnx.scoring import folds
+from xares_onnx.scoring.folds import Protocol
+from xares_onnx.scoring.kinds import Kind
 
 XARES = Protocol("xares")
 CHOICES = ("selection", "crops", "arithmetic", "all")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from xares_onnx import encoder
-from xares_onnx.worker import Worker
+from xares_onnx.encoder import encoder
+from xares_onnx.encoder.worker import Worker
 
 # The same examples in every run, and no limit on the time of one: other work may share the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from shard_makers import RATE, encoded, write_shard
 
 from xares_onnx.checking import check
-from xares_onnx.evaluation import evaluate
+from xares_onnx.evaluation.evaluation import evaluate
 
 PITCHES = {"low": 300.0, "mid": 480.0, "high": 770.0, "top": 1200.0}
 CLASSES = tuple(PITCHES)

@@ -10,9 +10,9 @@ import msgspec
 from http_faults import Zenodo, content
 from shard_makers import task_toml
 
-from xares_onnx.download import Downloaded, download
-from xares_onnx.events import Event, Note
-from xares_onnx.transfer import Patience
+from xares_onnx.download.download import Downloaded, download
+from xares_onnx.download.transfer import Patience
+from xares_onnx.progress import Event, Note
 
 RECORD = "101"
 QUICK = Patience(

@@ -17,18 +17,18 @@ import numpy as np
 import onnx_models as models
 from shard_makers import clip_members, encoded, noise, task_toml, write_tar
 
-from xares_onnx import audio
-from xares_onnx.contract import (
+from xares_onnx.data import audio
+from xares_onnx.data.shards import index_shard, parse_label, read_extent, read_label
+from xares_onnx.data.task import load_task
+from xares_onnx.encoder.contract.contract import (
     declared_by_preprocessor,
     declared_in_metadata,
     declared_in_sidecar,
     frames_of_dimension,
     metadata_with,
 )
+from xares_onnx.encoder.model_file import scan_model
 from xares_onnx.errors import ClipError, ContractError, LabelError, ModelError, TaskFileError, UsageError
-from xares_onnx.model_file import scan_model
-from xares_onnx.shards import index_shard, parse_label, read_extent, read_label
-from xares_onnx.task import load_task
 
 _ROOM = tempfile.TemporaryDirectory()
 _FOLDER = Path(_ROOM.name)

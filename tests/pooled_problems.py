@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from torch import nn
 
+from xares_onnx.data.task import Head
 from xares_onnx.probes.training import Rows
-from xares_onnx.task import Head
 
 DIM = 8
 NAMES = ("wind", "rain", "dog", "tram", "bell", "hum")

@@ -10,10 +10,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from xares_onnx.catalog import shipped_tasks
-from xares_onnx.folds import Protocol
-from xares_onnx.metrics import bootstrap, interval, point
-from xares_onnx.results import (
+from xares_onnx.data.catalog import shipped_tasks
+from xares_onnx.evaluation.record import (
     Clips,
     Encoder,
     Predictions,
@@ -24,7 +22,9 @@ from xares_onnx.results import (
     prediction_file,
     write_result,
 )
-from xares_onnx.scoring import generator, scorers_of
+from xares_onnx.metrics.bootstrap import bootstrap, interval, point
+from xares_onnx.scoring.folds import Protocol
+from xares_onnx.scoring.scoring import generator, scorers_of
 
 CORRECTED = Protocol("corrected")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xares_onnx.synthetic import SAMPLE_RATE, SPLITS, Clip, clips
-from xares_onnx.task import Task, load_task
+from xares_onnx.data.synthetic import SAMPLE_RATE, SPLITS, Clip, clips
+from xares_onnx.data.task import Task, load_task
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from synthetic_clips import Array, frames
 
-from xares_onnx.synthetic import SAMPLE_RATE
+from xares_onnx.data.synthetic import SAMPLE_RATE
 
 Span = tuple[int, int]  # in samples
 

@@ -18,8 +18,8 @@ from onnx_models import noise, save, save_external
 from typer.testing import CliRunner
 
 from xares_onnx import cli
-from xares_onnx.annotate import annotate
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.annotate import annotate
+from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import ContractError, DiskFullError, ModelError, UsageError
 
 RATE = 16_000

@@ -17,7 +17,8 @@ import pytest
 from download_world import RECORD, Place, said
 from http_faults import Zenodo, content, serving
 
-from xares_onnx import archives, catalog
+from xares_onnx.data import catalog
+from xares_onnx.download import zip_files as archives
 from xares_onnx.errors import DiskFullError
 
 

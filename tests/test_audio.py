@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shard_makers import encoded, noise, sine
 
-from xares_onnx import audio
-from xares_onnx.audio import crop, decode, duration, resample
+from xares_onnx.data import audio
+from xares_onnx.data.audio import crop, decode, duration, resample
 from xares_onnx.errors import ClipError
 
 RATES = (8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)

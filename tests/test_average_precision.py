@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import average_precision_score
 
-from xares_onnx import metrics
-from xares_onnx.metrics import RESAMPLES, AveragePrecisionScorer, SumScorer, bootstrap, interval, point, ratio
+from xares_onnx.metrics import bootstrap as metrics
+from xares_onnx.metrics.bootstrap import RESAMPLES, AveragePrecisionScorer, SumScorer, bootstrap, interval, point, ratio
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

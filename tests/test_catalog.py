@@ -12,8 +12,8 @@ import pytest
 from shard_makers import task_toml
 from xares_facts import facts, others
 
-from xares_onnx import catalog
-from xares_onnx.catalog import (
+from xares_onnx.data import catalog
+from xares_onnx.data.catalog import (
     SUITES,
     Digests,
     cache_folder,
@@ -26,9 +26,9 @@ from xares_onnx.catalog import (
     shipped_tasks,
     suite_tasks,
 )
+from xares_onnx.data.task import Task, load_task
 from xares_onnx.errors import DataMissingError, UnknownTaskError, UsageError
-from xares_onnx.events import ignore
-from xares_onnx.task import Task, load_task
+from xares_onnx.progress import ignore
 
 # ---------------------------------------------------------------- choosing tasks
 

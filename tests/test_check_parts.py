@@ -14,13 +14,13 @@ from onnx_models import save
 from scipy import stats
 
 from xares_onnx.checking import providers
-from xares_onnx.checking.bench import Bench, Subject, cosines, difference
 from xares_onnx.checking.facts import read_facts
+from xares_onnx.checking.model_under_test import Bench, Subject, cosines, difference
 from xares_onnx.checking.registry import PROPERTIES
 from xares_onnx.checking.signals import make_signals
 from xares_onnx.checking.values import effective_rank
-from xares_onnx.encoder import load_encoder
-from xares_onnx.session import CPU, Session
+from xares_onnx.encoder.encoder import load_encoder
+from xares_onnx.encoder.session import CPU, Session
 
 DOCS = Path(__file__).parents[1] / "docs/check.md"
 

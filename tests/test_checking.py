@@ -12,9 +12,9 @@ from check_models import MUTANTS, SOUND, declared, in_8_bits, never_ends_on_dc, 
 from onnx_models import save
 
 import xares_onnx
-from xares_onnx import limits
 from xares_onnx.checking import CheckReport, check
 from xares_onnx.checking.registry import PROPERTIES
+from xares_onnx.encoder import limits
 from xares_onnx.errors import MachineError, UsageError
 
 FIGURES = ("size", "latency", "real-time-factor", "memory")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from xares_onnx.chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
-from xares_onnx.contract import Contract, FrameLaw
+from xares_onnx.encoder.chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
+from xares_onnx.encoder.contract.contract import Contract, FrameLaw
 
 PLAIN = Contract(
     input="audio",

@@ -16,10 +16,11 @@ from cli_world import World, run, said, table
 from corpus import tones, write_task
 from shard_makers import write_shard
 
-from xares_onnx import __version__, cli, evaluation
-from xares_onnx.catalog import shipped_tasks
+from xares_onnx import __version__, cli
 from xares_onnx.cli.app import Terminated
+from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.errors import DiskFullError, XaresError, worst_exit_code
+from xares_onnx.evaluation import evaluation
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from check_models import declared, never_ends_on_dc, sound
 from cli_world import run, said, table
 from onnx_models import save
 
-from xares_onnx import limits
 from xares_onnx.checking.registry import PROPERTIES
+from xares_onnx.encoder import limits
 
 GOOD, HOP, STATE = "good.onnx", "hop.onnx", "state.onnx"
 

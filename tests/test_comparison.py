@@ -17,12 +17,12 @@ from made_results import classes, rng, saved
 from onnx import numpy_helper
 
 import xares_onnx
-from xares_onnx import speed
-from xares_onnx.comparison import Comparison, Speed, compare, verdict
-from xares_onnx.differences import AverageDifference
+from xares_onnx.encoder import speed
 from xares_onnx.errors import DataError, ModelError, UsageError
-from xares_onnx.evaluation import evaluate
-from xares_onnx.events import Event, Progress
+from xares_onnx.evaluation.comparison import Comparison, Speed, compare, verdict
+from xares_onnx.evaluation.differences import AverageDifference
+from xares_onnx.evaluation.evaluation import evaluate
+from xares_onnx.progress import Event, Progress
 
 
 class World:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from xares_onnx import contract
-from xares_onnx.contract import (
+from xares_onnx.encoder.contract import contract
+from xares_onnx.encoder.contract.contract import (
     Contract,
     Declaration,
     Declarations,

@@ -12,7 +12,7 @@ from dasheng_reference import Reference, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters import core, dasheng, export
 

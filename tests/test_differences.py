@@ -12,7 +12,8 @@ from made_results import accuracy, classes, record, result, rng, side
 from numpy.typing import NDArray
 from scipy import stats
 
-from xares_onnx.differences import (
+from xares_onnx.errors import DataError, DataMissingError, UsageError
+from xares_onnx.evaluation.differences import (
     Difference,
     Differences,
     Side,
@@ -23,10 +24,9 @@ from xares_onnx.differences import (
     signed,
     verdict_of,
 )
-from xares_onnx.errors import DataError, DataMissingError, UsageError
-from xares_onnx.metrics import interval
-from xares_onnx.results import Predictions
-from xares_onnx.scoring import clips_of
+from xares_onnx.evaluation.record import Predictions
+from xares_onnx.metrics.bootstrap import interval
+from xares_onnx.scoring.scoring import clips_of
 
 Bools = NDArray[np.bool_]
 

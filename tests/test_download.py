@@ -22,10 +22,12 @@ from download_world import IMPATIENT, QUICK, RECORD, Place, said
 from http_faults import Zenodo, serving
 from shard_makers import small_disk, task_toml
 
-from xares_onnx import archives, catalog, deliveries, download
+from xares_onnx.data import catalog
+from xares_onnx.download import deliveries, download
+from xares_onnx.download import zip_files as archives
+from xares_onnx.download.zenodo import Address
 from xares_onnx.errors import DataMissingError, DiskFullError, MachineError, UsageError
-from xares_onnx.events import Progress
-from xares_onnx.records import Address
+from xares_onnx.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,7 +213,7 @@ def test_http_is_for_this_machine_or_said(mirror: str, encrypted: bool) -> None:
 
 
 def test_plain_http_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xares_onnx.records._is_loopback", lambda host: False)
+    monkeypatch.setattr("xares_onnx.download.zenodo._is_loopback", lambda host: False)
     assert place.fetch().errors == []
     assert place.notes[0].endswith("is asked over plain http: checksums too can be changed on the way")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from xares_onnx.drift import find_drift
-from xares_onnx.store import STORE_VERSION, Clip, EmbeddedShard, Header
+from xares_onnx.embedding.drift import find_drift
+from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Header
 
 Matrix = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ import pytest
 from corpus import CLASSES, TRIGGER, Clips, tone, tones, wav, write_encoder, write_task, write_tones
 from shard_makers import write_shard
 
-from xares_onnx import evaluation
-from xares_onnx.catalog import shipped_tasks, suite_tasks
+from xares_onnx.data.catalog import shipped_tasks, suite_tasks
+from xares_onnx.data.task import Task
 from xares_onnx.errors import (
     DataError,
     DataMissingError,
@@ -23,10 +23,10 @@ from xares_onnx.errors import (
     UsageError,
     worst_exit_code,
 )
-from xares_onnx.evaluation import Evaluation, choose_tasks, evaluate
-from xares_onnx.events import Event, Note, Progress, ignore
-from xares_onnx.results import TaskResult
-from xares_onnx.task import Task
+from xares_onnx.evaluation import evaluation
+from xares_onnx.evaluation.evaluation import Evaluation, choose_tasks, evaluate
+from xares_onnx.evaluation.record import TaskResult
+from xares_onnx.progress import Event, Note, Progress, ignore
 
 MAY_DIFFER = {"seconds", "rtf", "environment", "created"}
 

@@ -12,7 +12,7 @@ from feature_models import HOPS, feature_model, waveform_model
 from onnx import ModelProto, TensorProto, helper
 from onnx_models import constant, noise, save, value
 
-from xares_onnx.encoder import Embedding, Encoder, load_encoder
+from xares_onnx.encoder.encoder import Embedding, Encoder, load_encoder
 from xares_onnx.errors import ContractError
 
 RATE = 16_000

@@ -12,8 +12,8 @@ from onnx_models import noise
 from transformers import ASTFeatureExtractor, ClapFeatureExtractor, SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from xares_onnx.features import features_of, mel_filters
-from xares_onnx.frontend import Frontend, make_frontend
+from xares_onnx.encoder.contract.frontend import Frontend, make_frontend
+from xares_onnx.encoder.features import features_of, mel_filters
 
 RATE = 16_000
 Floats = NDArray[np.floating[Any]]

@@ -17,10 +17,10 @@ from sklearn.metrics import f1_score
 from torch import nn
 
 from xares_onnx.errors import ScoreUndefinedError
+from xares_onnx.metrics.segments import Events
 from xares_onnx.probes import frames as probe
 from xares_onnx.probes.frames import FrameHeads, train_frames
 from xares_onnx.probes.training import HeadResult, Rows
-from xares_onnx.rasters import Events
 
 DIM, CLASSES, HOP, SEGMENT = 8, 3, 0.04, 0.1
 Parameters = dict[str, NDArray[np.float32]]  # of one head

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from shard_makers import RATE, encoded, noise, small_disk, write_shard
 
-from xares_onnx.embed import CropSettings, EmbedSpec, ShardPlan, embed_shards, shard_specs
-from xares_onnx.encoder import Encoder, load_encoder
+from xares_onnx.data.shards import file_digest
+from xares_onnx.embedding.embed import CropSettings, EmbedSpec, ShardPlan, embed_shards, shard_specs
+from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Frames, Header, Store
+from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.errors import DiskFullError
-from xares_onnx.events import ignore
 from xares_onnx.files import stamp
-from xares_onnx.shards import file_digest
-from xares_onnx.store import STORE_VERSION, Clip, EmbeddedShard, Frames, Header, Store
+from xares_onnx.progress import ignore
 
 KEY = "ab" + "0" * 38
 Floats = NDArray[np.float32]

@@ -12,7 +12,7 @@ import pytest
 from feature_models import feature_model
 from onnx_models import save
 
-from xares_onnx.contract import (
+from xares_onnx.encoder.contract.contract import (
     Declarations,
     declared_by_preprocessor,
     declared_frontend,
@@ -22,9 +22,9 @@ from xares_onnx.contract import (
     merge,
     metadata_with,
 )
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.contract.frontend import CHOICES, KEYS, PRESETS, Frontend, make_frontend
+from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import ContractError, UsageError
-from xares_onnx.frontend import CHOICES, KEYS, PRESETS, Frontend, make_frontend
 
 RATE = 16_000
 

@@ -13,14 +13,14 @@ from cli_world import World, run, said
 from corpus import write_encoder, write_task, write_tones
 from made_results import accuracy, classes, record, result, rng, saved, side
 
-from xares_onnx import evaluation
-from xares_onnx.catalog import shipped_tasks
-from xares_onnx.differences import Side
+from xares_onnx.data.catalog import shipped_tasks
+from xares_onnx.data.task import Task
 from xares_onnx.errors import DataError, DataMissingError, UsageError
-from xares_onnx.events import Progress
-from xares_onnx.gates import Floor, Gates
-from xares_onnx.results import Average, Gate
-from xares_onnx.task import Task
+from xares_onnx.evaluation import evaluation
+from xares_onnx.evaluation.differences import Side
+from xares_onnx.evaluation.gates import Floor, Gates
+from xares_onnx.evaluation.record import Average, Gate
+from xares_onnx.progress import Progress
 
 SETTINGS: dict[str, Any] = {"protocol": "corrected", "seeds": 3, "limit": None, "methods": ["head", "knn"]}
 ESC50 = shipped_tasks()["esc50"]

@@ -23,14 +23,15 @@ from corpus import write_encoder, write_task, write_tones
 from onnx import ModelProto
 from onnx_models import noise, save
 
-from xares_onnx import encoder as encoder_module
-from xares_onnx import limits, load_encoder
-from xares_onnx.encoder import EncoderInfo
+from xares_onnx import load_encoder
+from xares_onnx.encoder import encoder as encoder_module
+from xares_onnx.encoder import limits
+from xares_onnx.encoder.encoder import EncoderInfo
+from xares_onnx.encoder.model_file import scan_model
+from xares_onnx.encoder.worker import Tell, Worker
 from xares_onnx.errors import ContractError, ModelError, ModelLimitError
-from xares_onnx.evaluation import evaluate
-from xares_onnx.events import Event, Note, ignore
-from xares_onnx.model_file import scan_model
-from xares_onnx.worker import Tell, Worker
+from xares_onnx.evaluation.evaluation import evaluate
+from xares_onnx.progress import Event, Note, ignore
 
 GB = 1 << 30
 RATE = 16_000

@@ -18,9 +18,9 @@ import pytest
 from corpus import CLASSES, RATE, tones, write_encoder, write_task, write_tones
 from shard_makers import clip_members, encoded, member, noise, write_shard, write_tar
 
-from xares_onnx.audio import MAX_SECONDS
-from xares_onnx.evaluation import Evaluation, evaluate
-from xares_onnx.shards import index_shard
+from xares_onnx.data.audio import MAX_SECONDS
+from xares_onnx.data.shards import index_shard
+from xares_onnx.evaluation.evaluation import Evaluation, evaluate
 
 Member = tuple[tarfile.TarInfo, bytes]
 LABEL = {"label": CLASSES[0]}

@@ -14,8 +14,8 @@ from download_world import Place
 from http_faults import Zenodo, serving
 from shard_makers import clip_members, encoded, member, sine, write_shard, write_tar
 
-from xares_onnx.catalog import named_tasks
-from xares_onnx.inventory import faults, holding, verified
+from xares_onnx.data.catalog import named_tasks
+from xares_onnx.data.inventory import faults, holding, verified
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_unfinished_downloads_are_said(place: Place) -> None:
 def test_a_shard_is_in_a_table_with_what_is_known_of_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two shipped tasks, one downloaded."""
     named = named_tasks([place.task, place.write_task("other", "102")])
-    monkeypatch.setattr("xares_onnx.catalog.shipped_tasks", lambda: {task.name: task for task in named})
+    monkeypatch.setattr("xares_onnx.data.catalog.shipped_tasks", lambda: {task.name: task for task in named})
     place.fetch()
     (place.home / "valid0.tar").write_bytes(b"damaged")
     code, out, _ = run("tasks", "--verify")

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xares_onnx.dataset import Dataset
-from xares_onnx.folds import Fold, Protocol
-from xares_onnx.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.data.targets import CaptionsTarget, EventsTarget, TranscriptTarget
+from xares_onnx.data.task import Data, Head, Score, Task
+from xares_onnx.evaluation.record import Clips
+from xares_onnx.metrics.segments import Events
 from xares_onnx.probes import frames as frame_probe
-from xares_onnx.rasters import Events
-from xares_onnx.results import Clips
-from xares_onnx.scoring import Scored, score
-from xares_onnx.targets import CaptionsTarget, EventsTarget, TranscriptTarget
-from xares_onnx.task import Data, Head, Score, Task
+from xares_onnx.scoring.dataset import Dataset
+from xares_onnx.scoring.folds import Fold, Protocol
+from xares_onnx.scoring.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.scoring.scoring import Scored, score
 
 DATA = Data(splits={"train": "train.tar", "test": "test.tar"})
 NONE = np.empty(0, np.int64)

@@ -13,11 +13,11 @@ from bank_model import write_model
 from corpus import Clips, wav, write_task, write_tones
 from kind_makers import KINDS, SIZES, burst, clips_of, write_bank, write_kind
 
+from xares_onnx.embedding.store import Store
 from xares_onnx.errors import UsageError, worst_exit_code
-from xares_onnx.evaluation import Evaluation, _torch_device, evaluate, plan
-from xares_onnx.events import Note
-from xares_onnx.results import TaskResult
-from xares_onnx.store import Store
+from xares_onnx.evaluation.evaluation import Evaluation, _torch_device, evaluate, plan
+from xares_onnx.evaluation.record import TaskResult
+from xares_onnx.progress import Note
 
 # Score that an encoder which hears the tones reaches, and one that hears nothing does not; of an error, the greatest.
 ENOUGH = {"tags": 0.9, "events": 0.8, "captions": 0.12, "transcript": 0.5, "number": 3.5}

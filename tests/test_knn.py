@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from xares_onnx.knn import knn_cosine, knn_xares
+from xares_onnx.probes.knn import knn_cosine, knn_xares
 
 Matrix = NDArray[np.float32]
 Indices = NDArray[np.int64]

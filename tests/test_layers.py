@@ -19,10 +19,10 @@ from random_checkpoints import SPEECH, Plain, save_speech, save_whisper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
+from xares_onnx.encoder.measuring.layers import Exposure, exposing, layers_of, residual_layers
 from xares_onnx.errors import ContractError
 from xares_onnx.exporters import export
-from xares_onnx.layers import Exposure, exposing, layers_of, residual_layers
 
 pytestmark = [pytest.mark.usefixtures("shared_process"), pytest.mark.usefixtures("one_thread")]
 

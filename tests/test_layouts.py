@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto
 from onnx_models import DIM, HOP, RECEPTIVE, noise, save
 
-from xares_onnx.encoder import Embedding, Encoder, load_encoder
+from xares_onnx.encoder.encoder import Embedding, Encoder, load_encoder
 
 RATE = 16_000
 TOLERANCE = 1e-5

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import f1_score, recall_score
 
-from xares_onnx import metrics
-from xares_onnx.dataset import Dataset
-from xares_onnx.folds import Fold, Protocol
-from xares_onnx.kinds import Kind, Outcome, Tools, kind_of
-from xares_onnx.metrics import SumScorer, accuracy_statistics, class_metrics, interval, ratio
+from xares_onnx.data.targets import ClassTarget
+from xares_onnx.data.task import Data, Task
+from xares_onnx.evaluation.record import Clips
+from xares_onnx.metrics import bootstrap as metrics
+from xares_onnx.metrics.bootstrap import SumScorer, accuracy_statistics, class_metrics, interval, ratio
 from xares_onnx.probes import linear
-from xares_onnx.results import Clips
-from xares_onnx.scoring import score
-from xares_onnx.targets import ClassTarget
-from xares_onnx.task import Data, Task
+from xares_onnx.scoring.dataset import Dataset
+from xares_onnx.scoring.folds import Fold, Protocol
+from xares_onnx.scoring.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.scoring.scoring import score
 
 Floats = NDArray[np.float64]
 

@@ -16,14 +16,14 @@ from cli_world import run
 from kind_makers import KINDS, SIZES, write_bank
 from pack_makers import short, tree, write_files, write_kind, write_table, write_tones
 
-from xares_onnx import audio
-from xares_onnx.catalog import find_parts, shipped_tasks
+from xares_onnx.data import audio
+from xares_onnx.data.catalog import find_parts, shipped_tasks
+from xares_onnx.data.shards import index_shard, parse_label, read_extent, read_label
+from xares_onnx.data.task import load_task
 from xares_onnx.errors import UsageError
-from xares_onnx.evaluation import evaluate
+from xares_onnx.evaluation.evaluation import evaluate
 from xares_onnx.packing import Packed, pack
 from xares_onnx.packing.labels import rounded_outwards
-from xares_onnx.shards import index_shard, parse_label, read_extent, read_label
-from xares_onnx.task import load_task
 
 ENOUGH = {"tags": 0.9, "events": 0.8, "captions": 0.12, "transcript": 0.4, "number": 3.5}
 
@@ -192,9 +192,9 @@ def test_clips_whose_names_differ_only_where_a_key_cannot_are_kept_apart(tmp_pat
 
 def test_many_clips_are_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = write_table(tmp_path / "labels.csv", write_tones(tmp_path / "audio", 40))
-    monkeypatch.setattr("xares_onnx.packing.archive.MAX_SHARD_CLIPS", 7)
+    monkeypatch.setattr("xares_onnx.packing.shard_writer.MAX_SHARD_CLIPS", 7)
     by_number = pack(tmp_path / "audio", table, tmp_path / "number")
-    monkeypatch.setattr("xares_onnx.packing.archive.MAX_SHARD_BYTES", 2 * 12_844)  # two clips of 0.4 s
+    monkeypatch.setattr("xares_onnx.packing.shard_writer.MAX_SHARD_BYTES", 2 * 12_844)  # two clips of 0.4 s
     by_size = pack(tmp_path / "audio", table, tmp_path / "size")
     assert [part.shards for part in by_number.parts.values()] == [5, 1, 1]
     assert [part.shards for part in by_size.parts.values()] == [16, 2, 2]

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack_makers import short, write_files, write_table
 
+from xares_onnx.data.shards import index_shard
 from xares_onnx.packing import pack
 from xares_onnx.packing.splits import SPLITS, TEST, TRAIN, VALID, draw, make_splits, make_units, pool_small
-from xares_onnx.shards import index_shard
 
 
 def draws_of(names: list[str], seed: int = 0) -> Any:

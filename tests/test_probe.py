@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from xares_onnx.data.task import Head
 from xares_onnx.models.linear import LinearHeads, cross_entropy_gradient, normalised
 from xares_onnx.probes import linear
 from xares_onnx.probes.linear import Classification, train_linear
 from xares_onnx.probes.training import HeadResult, Rows, learning_rate
-from xares_onnx.task import Head
 
 DIM, CLASSES = 10, 5
 Parameters = dict[str, NDArray[np.float32]]  # of one head

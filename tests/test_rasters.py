@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
-from xares_onnx.rasters import (
+from xares_onnx.metrics.segments import (
     Events,
     frame_targets,
     segment_count,

@@ -16,10 +16,10 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import noise, save, save_external
 
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
+from xares_onnx.encoder.measuring.measure import measure_contract
+from xares_onnx.encoder.session import Session
 from xares_onnx.errors import ModelError
-from xares_onnx.measure import measure_contract
-from xares_onnx.session import Session
 
 RATE = 16_000
 

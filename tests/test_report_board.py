@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from report_results import predictions, record, result, right, save
 
-from xares_onnx.catalog import shipped_tasks
-from xares_onnx.differences import Side
+from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.errors import DataError, UsageError
+from xares_onnx.evaluation.differences import Side
 from xares_onnx.report.board import Board, Verdict, make_board
 
 ESC, VOX, SPEECH = "esc50", "voxlingua33", "speechocean762"

@@ -19,10 +19,10 @@ from report_results import predictions, record, result, right, save
 
 import xares_onnx
 from xares_onnx import read_result, table
-from xares_onnx.catalog import shipped_tasks
-from xares_onnx.differences import Side
+from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.errors import UsageError
-from xares_onnx.evaluation import Evaluation
+from xares_onnx.evaluation.differences import Side
+from xares_onnx.evaluation.evaluation import Evaluation
 from xares_onnx.report.board import make_board
 from xares_onnx.report.markdown import markdown
 from xares_onnx.report.model_index import model_index

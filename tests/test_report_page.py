@@ -16,14 +16,14 @@ import soundfile
 from report_results import predictions, record, result, right, save
 from shard_makers import encoded, sine, write_shard
 
-from xares_onnx.catalog import Digests, shipped_tasks
-from xares_onnx.dataset import prepare
-from xares_onnx.differences import Side
+from xares_onnx.data.catalog import Digests, shipped_tasks
 from xares_onnx.errors import DataError, DataMissingError
-from xares_onnx.events import ignore
+from xares_onnx.evaluation.differences import Side
+from xares_onnx.evaluation.record import Gate
+from xares_onnx.progress import ignore
 from xares_onnx.report.board import make_board
-from xares_onnx.report.html import html
-from xares_onnx.results import Gate
+from xares_onnx.report.page.html import html
+from xares_onnx.scoring.dataset import prepare
 
 ESC, VOX, SPEECH = "esc50", "voxlingua33", "speechocean762"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -296,7 +296,7 @@ def test_a_page_holds_so_much_sound_and_says_what_is_left_out(
     heard: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, data, cache = heard
-    monkeypatch.setattr("xares_onnx.report.listening.MAX_PAGE_BYTES", 12_000)
+    monkeypatch.setattr("xares_onnx.report.page.listening.MAX_PAGE_BYTES", 12_000)
     page = page_of(path, data=data, cache=cache)
     assert 1 <= len(page.all("audio")) < 4
     assert any("some clips are left out" in said for said in page.texts["p"])

@@ -15,13 +15,13 @@ import pytest
 from corpus import tones, write_encoder, write_task, write_tones
 from shard_makers import write_shard
 
-from xares_onnx import results
-from xares_onnx.catalog import in_group, shipped_tasks
+from xares_onnx.data.catalog import in_group, shipped_tasks
+from xares_onnx.data.shards import Drop
+from xares_onnx.data.task import Task, load_task
 from xares_onnx.errors import MachineError, UsageError
-from xares_onnx.evaluation import evaluate
-from xares_onnx.results import Clips, Seconds, TaskResult, averages, make_room, published_averages
-from xares_onnx.shards import Drop
-from xares_onnx.task import Task, load_task
+from xares_onnx.evaluation import record as results
+from xares_onnx.evaluation.evaluation import evaluate
+from xares_onnx.evaluation.record import Clips, Seconds, TaskResult, averages, make_room, published_averages
 
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ def record(path: Path) -> Record:
 
 @pytest.fixture(scope="module")
 def schema() -> Record:
-    loaded: Record = json.loads((resources.files("xares_onnx") / "result.schema.json").read_bytes())
+    loaded: Record = json.loads((resources.files("xares_onnx.evaluation") / "result.schema.json").read_bytes())
     return loaded
 
 
@@ -59,8 +59,10 @@ def schema() -> Record:
 
 
 def test_shipped_schema_is_fresh() -> None:
-    shipped = (resources.files("xares_onnx") / "result.schema.json").read_bytes()
-    assert shipped == results.indented(results.schema()), "run: python -m xares_onnx.results > xares_onnx/result.schema.json"
+    shipped = (resources.files("xares_onnx.evaluation") / "result.schema.json").read_bytes()
+    assert shipped == results.indented(results.schema()), (
+        "run: python -m xares_onnx.evaluation.record > xares_onnx/evaluation/result.schema.json"
+    )
 
 
 def test_result_fits_the_schema(record: Record, schema: Record) -> None:

@@ -21,7 +21,7 @@ from xares_onnx.models.retrieval import RetrievalHead, cosine_loss, product_loss
 from xares_onnx.probes import retrieval
 from xares_onnx.probes.retrieval import recalls, train_retrieval
 from xares_onnx.probes.training import HeadResult, Rows
-from xares_onnx.wordpiece import WordPiece
+from xares_onnx.probes.wordpiece import WordPiece
 
 DIM, WIDTH = 6, 1024
 ARITHMETICS = ["corrected", "xares"]

@@ -22,9 +22,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from shard_makers import clip_members, member, write_tar
 
+from xares_onnx.data.shards import (
+    MAX_LABEL_BYTES,
+    ShardIndex,
+    file_digest,
+    index_shard,
+    parse_label,
+    read_extent,
+    read_label,
+)
+from xares_onnx.data.targets import ClassTarget
 from xares_onnx.errors import ClipError, DataError, DataMissingError, LabelError
-from xares_onnx.shards import MAX_LABEL_BYTES, ShardIndex, file_digest, index_shard, parse_label, read_extent, read_label
-from xares_onnx.targets import ClassTarget
 
 Member = tuple[tarfile.TarInfo, bytes]
 BLOCK = tarfile.BLOCKSIZE

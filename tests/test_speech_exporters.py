@@ -22,7 +22,7 @@ from random_checkpoints import SPEECH, Plain, edit_json, save_speech
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters import core, export, speech
 from xares_onnx.exporters.precision import TOLERANCE

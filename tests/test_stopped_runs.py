@@ -22,7 +22,7 @@ from shard_makers import (
     write_shard,
 )
 
-from xares_onnx.evaluation import evaluate
+from xares_onnx.evaluation.evaluation import evaluate
 
 SHARDS = {"train": 8, "valid": 3, "test": 4}
 

@@ -16,13 +16,13 @@ from kind_makers import KINDS, write_bank, write_kind
 from made_results import classes, rng, saved
 from shard_makers import write_shard
 
-from xares_onnx import results
-from xares_onnx.differences import Side, find_differences, verified
 from xares_onnx.errors import DataError, DataMissingError, UsageError
-from xares_onnx.evaluation import Evaluation, evaluate
-from xares_onnx.metrics import bootstrap, interval, point
-from xares_onnx.results import read_predictions, read_result
-from xares_onnx.scoring import generator
+from xares_onnx.evaluation import record as results
+from xares_onnx.evaluation.differences import Side, find_differences, verified
+from xares_onnx.evaluation.evaluation import Evaluation, evaluate
+from xares_onnx.evaluation.record import read_predictions, read_result
+from xares_onnx.metrics.bootstrap import bootstrap, interval, point
+from xares_onnx.scoring.scoring import generator
 
 # ---------------------------------------------------------------- scored again
 

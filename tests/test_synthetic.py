@@ -26,15 +26,15 @@ from shard_makers import small_disk
 from synthetic_clips import Array, all_of, decibels, frames, log_mel, samples_of, split_of, task_file
 from threadpoolctl import threadpool_limits
 
-from xares_onnx import synthetic
-from xares_onnx.audio import decode
+from xares_onnx.data import synthetic
+from xares_onnx.data.audio import decode
+from xares_onnx.data.shards import index_shard, read_extent
+from xares_onnx.data.synthetic import LABELS, SAMPLE_RATE, SPLITS, TASKS, Clip, build, clips, is_built
+from xares_onnx.data.targets import ClassTarget
+from xares_onnx.data.task import Task
 from xares_onnx.errors import DataError, DiskFullError, MachineError, UnknownTaskError
 from xares_onnx.probes.linear import Classification, train_linear
 from xares_onnx.probes.training import Rows
-from xares_onnx.shards import index_shard, read_extent
-from xares_onnx.synthetic import LABELS, SAMPLE_RATE, SPLITS, TASKS, Clip, build, clips, is_built
-from xares_onnx.targets import ClassTarget
-from xares_onnx.task import Task
 
 SHARDS = [f"{split}-000000.tar" for split in SPLITS]
 

@@ -36,7 +36,7 @@ from synthetic_ears import (
 )
 from threadpoolctl import threadpool_limits
 
-from xares_onnx.synthetic import LABELS, SAMPLE_RATE, SPLITS, TASKS, Clip
+from xares_onnx.data.synthetic import LABELS, SAMPLE_RATE, SPLITS, TASKS, Clip
 
 KINDS = {
     "synthetic_tags": ("tags", "mean_average_precision"),

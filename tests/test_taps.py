@@ -16,15 +16,15 @@ from kind_makers import write_kind
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx_models import constant, make_external, value
 
-from xares_onnx import planning
-from xares_onnx.differences import Side
-from xares_onnx.embed import embed_shard
-from xares_onnx.encoder import load_encoder
+from xares_onnx.embedding.embed import embed_shard
+from xares_onnx.encoder.encoder import load_encoder
+from xares_onnx.encoder.worker import Worker
 from xares_onnx.errors import ContractError, DiskFullError, ModelError, UsageError
-from xares_onnx.evaluation import Evaluation, evaluate, plan
+from xares_onnx.evaluation import planning
+from xares_onnx.evaluation.differences import Side
+from xares_onnx.evaluation.evaluation import Evaluation, evaluate, plan
+from xares_onnx.evaluation.record import TaskResult
 from xares_onnx.report.board import make_board
-from xares_onnx.results import TaskResult
-from xares_onnx.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("shared_process")
 
@@ -122,7 +122,7 @@ def test_every_layer_has_the_score_of_a_model_that_ends_there(world: World, tmp_
 
 
 def test_all_layers_are_embedded_in_one_pass(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xares_onnx import encoder
+    from xares_onnx.encoder import encoder
 
     calls: list[Any] = []
     kind: type[Worker] = encoder.Worker

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xares_onnx.errors import LabelError
-from xares_onnx.shards import parse_label
-from xares_onnx.targets import (
+from xares_onnx.data.shards import parse_label
+from xares_onnx.data.targets import (
     CaptionsTarget,
     ClassTarget,
     EventsTarget,
@@ -23,7 +22,8 @@ from xares_onnx.targets import (
     Target,
     TranscriptTarget,
 )
-from xares_onnx.text import normalise
+from xares_onnx.data.text import normalise
+from xares_onnx.errors import LabelError
 
 DEEP: list[Any] = []
 for _ in range(900):

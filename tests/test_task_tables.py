@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xares_onnx.errors import TaskFileError, UsageError
-from xares_onnx.targets import (
+from xares_onnx.data.targets import (
     CaptionsTarget,
     ClassTarget,
     EventsTarget,
@@ -17,7 +16,8 @@ from xares_onnx.targets import (
     Target,
     TranscriptTarget,
 )
-from xares_onnx.task import HEADS, Task, load_task
+from xares_onnx.data.task import HEADS, Task, load_task
+from xares_onnx.errors import TaskFileError, UsageError
 
 HEADER = """
 name = "mine"

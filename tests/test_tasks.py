@@ -16,16 +16,10 @@ from hypothesis import strategies as st
 from shard_makers import task_toml
 from xares_facts import ENCODERS, facts, others, scores
 
-from xares_onnx.catalog import (
-    find_parts,
-    missing_data,
-    named_tasks,
-    part_globs,
-    shipped_tasks,
-)
+from xares_onnx.data.catalog import find_parts, missing_data, named_tasks, part_globs, shipped_tasks
+from xares_onnx.data.targets import ClassTarget, IntegerTarget
+from xares_onnx.data.task import HEADS, Task, load_task
 from xares_onnx.errors import LabelError, TaskFileError
-from xares_onnx.targets import ClassTarget, IntegerTarget
-from xares_onnx.task import HEADS, Task, load_task
 
 
 def parsed(text: str) -> Task:

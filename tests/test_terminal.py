@@ -12,16 +12,16 @@ import pytest
 from corpus import write_task
 from rich.console import Console
 
-from xares_onnx.catalog import shipped_tasks
-from xares_onnx.download import TaskReport
-from xares_onnx.events import Note, Progress
-from xares_onnx.inventory import Check, Damage, Holding
-from xares_onnx.planning import Plan, PlanRow
+from xares_onnx.data.catalog import shipped_tasks
+from xares_onnx.data.inventory import Check, Damage, Holding
+from xares_onnx.data.shards import Drop
+from xares_onnx.data.task import load_task
+from xares_onnx.download.download import TaskReport
+from xares_onnx.embedding.store import Header
+from xares_onnx.evaluation.planning import Plan, PlanRow
+from xares_onnx.evaluation.record import Clips, Encoder, Result, Seconds, TaskResult, averages
+from xares_onnx.progress import Note, Progress
 from xares_onnx.report import terminal
-from xares_onnx.results import Clips, Encoder, Result, Seconds, TaskResult, averages
-from xares_onnx.shards import Drop
-from xares_onnx.store import Header
-from xares_onnx.task import load_task
 
 HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
 SHOWN = r"[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"

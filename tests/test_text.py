@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xares_onnx.text import character_errors, lower_cased, normalise, word_errors
+from xares_onnx.data.text import character_errors, lower_cased, normalise, word_errors
 
 # Texts in which the rare cases are common: apostrophes, marks, format characters, capitals that change length, compositions.
 tricky = st.text(

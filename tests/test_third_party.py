@@ -17,7 +17,7 @@ from onnx_models import noise
 from typer.testing import CliRunner
 
 from xares_onnx import cli
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
 
 RATE = 22_050  # of basic-pitch
 

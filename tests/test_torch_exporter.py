@@ -13,7 +13,7 @@ import pytest
 from corpus import score_of_sound
 from numpy.lib.stride_tricks import sliding_window_view
 
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters import export
 

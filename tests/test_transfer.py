@@ -21,7 +21,7 @@ import pytest
 from download_world import IMPATIENT, QUICK, RECORD, Place, said
 from http_faults import Fault, Zenodo, serving
 
-from xares_onnx.download import download
+from xares_onnx.download.download import download
 from xares_onnx.version import __version__
 
 ROOT = Path(__file__).parents[1]

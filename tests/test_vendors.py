@@ -19,9 +19,9 @@ from onnx_models import save as save_model
 from typer.testing import CliRunner
 
 from xares_onnx import cli
-from xares_onnx.contract import declared_on_command_line
-from xares_onnx.encoder import load_encoder
-from xares_onnx.frontend import KEYS, make_frontend
+from xares_onnx.encoder.contract.contract import declared_on_command_line
+from xares_onnx.encoder.contract.frontend import KEYS, make_frontend
+from xares_onnx.encoder.encoder import load_encoder
 
 PAGE = (Path(__file__).parents[1] / "docs/vendors.md").read_text()
 RATE, HOP, RECEPTIVE, DIM = 16_000, 160, 400, 64

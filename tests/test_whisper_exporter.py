@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from random_checkpoints import Plain, edit_json, save_whisper
 from torch import Tensor
 
-from xares_onnx.encoder import load_encoder
+from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters import core, export, whisper
 

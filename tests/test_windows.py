@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 from onnx_models import DIM, HOP, RECEPTIVE, noise, save
 
-from xares_onnx.encoder import Encoder, load_encoder
+from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.errors import ContractError
 
 RATE = 16_000

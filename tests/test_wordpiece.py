@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import BertWordPieceTokenizer
 
 from xares_onnx.errors import UsageError
-from xares_onnx.wordpiece import WordPiece
+from xares_onnx.probes.wordpiece import WordPiece
 
 MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 # [UNK] is 1, [CLS] 2 and [SEP] 3

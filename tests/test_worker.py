@@ -21,10 +21,11 @@ import psutil
 import pytest
 import worker_calls as calls
 
-from xares_onnx import errors, limits, load_encoder, worker
+from xares_onnx import errors, load_encoder
+from xares_onnx.encoder import limits, worker
+from xares_onnx.encoder.worker import Array, Worker
 from xares_onnx.errors import MachineError, ModelError, ModelLimitError, UsageError, XaresError
-from xares_onnx.events import Event, Note, Progress, ignore
-from xares_onnx.worker import Array, Worker
+from xares_onnx.progress import Event, Note, Progress, ignore
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 20.0  # seconds: far longer than anything here takes

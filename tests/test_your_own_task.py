@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cli_world import run
 
-from xares_onnx.audio import READABLE_EXTENSIONS
+from xares_onnx.data.audio import READABLE_EXTENSIONS
 from xares_onnx.packing.columns import _CAPTIONS, _SPLIT_OF, _TARGETS, PATHS
 from xares_onnx.packing.labels import KINDS
 

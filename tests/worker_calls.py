@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from xares_onnx import errors
-from xares_onnx.events import Doing, Note, Progress
-from xares_onnx.worker import Array, Beat, Tell, limit_memory
+from xares_onnx.encoder.worker import Array, Beat, Tell, limit_memory
+from xares_onnx.progress import Doing, Note, Progress
 
 
 def add(a: int, b: int, *, tell: Tell) -> int:

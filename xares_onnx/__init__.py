@@ -9,18 +9,18 @@ __all__ = ["__version__", "check", "compare", "evaluate", "load_encoder", "read_
 
 if TYPE_CHECKING:
     from .checking import check
-    from .comparison import compare
-    from .encoder import load_encoder
-    from .evaluation import evaluate
+    from .encoder.encoder import load_encoder
+    from .evaluation.comparison import compare
+    from .evaluation.evaluation import evaluate
+    from .evaluation.record import read_result
     from .report.table import table
-    from .results import read_result
 
 _HOMES = {
     "check": "checking",
-    "compare": "comparison",
-    "evaluate": "evaluation",
-    "load_encoder": "encoder",
-    "read_result": "results",
+    "compare": "evaluation.comparison",
+    "evaluate": "evaluation.evaluation",
+    "load_encoder": "encoder.encoder",
+    "read_result": "evaluation.record",
     "table": "report.table",
 }
 

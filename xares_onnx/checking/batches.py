@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from ..encoder.measuring.measure import COUPLING_TOLERANCE
 from ..errors import ModelError, ModelLimitError
-from ..measure import COUPLING_TOLERANCE
-from .bench import Bench, difference
-from .records import Outcome, failed, passed, skipped, warned
+from .findings import Outcome, failed, passed, skipped, warned
+from .model_under_test import Bench, difference
 
 _HALF_TOLERANCE = 0.02
 _REPEAT_TOLERANCE = 1e-6

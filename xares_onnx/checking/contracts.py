@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..contract import Contract
-from .bench import Bench
-from .records import Outcome, failed, passed, skipped, warned
+from ..encoder.contract.contract import Contract
+from .findings import Outcome, failed, passed, skipped, warned
+from .model_under_test import Bench
 
 # What no measurement can tell, and who ships a model knows.
 SHIPPED_WITH = ("sample_rate", "amplitude", "normalize", "license", "source")

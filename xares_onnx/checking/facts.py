@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..encoder.model_file import ModelScan
+from ..encoder.worker import Beat, Tell
 from ..errors import printable
-from ..model_file import ModelScan
-from ..worker import Beat, Tell
-from .records import ModelFacts
+from .findings import ModelFacts
 
 if TYPE_CHECKING:
     import onnx

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from .bench import Bench
-from .records import Outcome, failed, passed, skipped
+from .findings import Outcome, failed, passed, skipped
+from .model_under_test import Bench
 
 _LONG_SECONDS = 10.0
 _MOST_RUNS, _LEAST_RUNS, _RUN_SECONDS = 9, 3, 1.0  # two where one takes seconds

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import ModelError, ModelLimitError
-from .bench import Bench, cosines
-from .records import Outcome, failed, passed, skipped, warned
+from .findings import Outcome, failed, passed, skipped, warned
+from .model_under_test import Bench, cosines
 from .signals import Signal
 
 _LONGEST_SECONDS = 30.0  # that a check runs for a declared maximum

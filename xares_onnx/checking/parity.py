@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..audio import MAX_RATE, MIN_RATE
-from ..encoder import Encoder
+from ..data.audio import MAX_RATE, MIN_RATE
+from ..encoder.encoder import Encoder
 from ..errors import UsageError
-from .bench import cosines, difference
-from .records import Outcome, failed, passed
+from .findings import Outcome, failed, passed
+from .model_under_test import cosines, difference
 from .signals import make_signals
 
 # Of the largest absolute value in a clip's embedding, as the exporters hold their files.

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..encoder.session import CPU, Session
 from ..errors import MachineError, ModelError, ModelLimitError, printable
-from ..session import CPU, Session
-from .bench import Bench, difference
+from .findings import Outcome, failed, passed, skipped, warned
+from .model_under_test import Bench, difference
 from .parity import TOLERANCES
-from .records import Outcome, failed, passed, skipped, warned
 
 _COMPARED = ("noise", "speech-like", "chirp")
 

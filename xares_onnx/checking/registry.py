@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import batches, contracts, figures, lengths, providers, values
-from .bench import Bench
-from .records import Outcome
+from .findings import Outcome
+from .model_under_test import Bench
 
 PARITY = "parity"
 LOADS, INPUTS = "loads", "inputs"

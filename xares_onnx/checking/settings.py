@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from ..errors import UsageError, nearest
-from .records import Outcome
+from .findings import Outcome
 from .registry import PROPERTIES
 
 Severity = Literal["error", "warn", "off"]

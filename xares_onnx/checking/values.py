@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .bench import Bench, cosines
-from .records import Outcome, failed, passed, skipped, warned
+from .findings import Outcome, failed, passed, skipped, warned
+from .model_under_test import Bench, cosines
 
 _CHANGES = 1e-4  # of the largest value: less is no change
 _COLLAPSED, _COLLAPSED_SHARE = 1.2, 0.002  # dimensions, and as a share of those that there are

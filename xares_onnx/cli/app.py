@@ -132,7 +132,7 @@ def _root(
 
 
 def put_json(value: Any) -> None:
-    from ..results import indented
+    from ..evaluation.record import indented
 
     put(indented(value), sys.stdout.buffer)
 

@@ -62,7 +62,7 @@ def compare(
     debug: DebugOption = False,
 ) -> None:
     """Compare B with A on the same clips: scores with paired intervals, embeddings, size, speed and memory."""
-    from .. import comparison
+    from ..evaluation import comparison
     from ..report import ci, terminal
     from ..report import comparison as report
 

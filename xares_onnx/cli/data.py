@@ -29,7 +29,7 @@ def list_tasks(
     """List the tasks: kind, metric, weight, and what is on disk. One task's name shows all about it."""
     import msgspec
 
-    from .. import catalog, inventory
+    from ..data import catalog, inventory
     from ..report import terminal
 
     chosen = catalog.named_tasks([name]) if name else list(catalog.shipped_tasks().values())
@@ -65,9 +65,9 @@ def list_tasks(
 @reported
 def cache_list(cache: CacheOption = None, debug: DebugOption = False) -> None:
     """Show stored embeddings by model and task."""
-    from .. import catalog
+    from ..data import catalog
+    from ..embedding.store import Store
     from ..report import terminal
-    from ..store import Store
 
     store = Store(catalog.cache_folder(cache) / "store")
     terminal.print_cache(list(store.entries()), str(store.root), terminal.stdout_console())
@@ -85,8 +85,8 @@ def cache_prune(
     debug: DebugOption = False,
 ) -> None:
     """Remove what killed runs left behind, and the embeddings that the options choose."""
-    from .. import catalog
-    from ..store import Store, prune
+    from ..data import catalog
+    from ..embedding.store import Store, prune
 
     store = Store(catalog.cache_folder(cache) / "store")
     shards, freed = prune(store, older_than_days=older_than, model=model, everything=all_)

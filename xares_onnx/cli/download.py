@@ -34,8 +34,8 @@ def download(
     debug: DebugOption = False,
 ) -> None:
     """Fetch tasks' data from Zenodo: resumed, verified, and only what is missing."""
-    from .. import catalog, inventory
-    from .. import download as verb
+    from ..data import catalog, inventory
+    from ..download import download as verb
     from ..report import terminal
 
     names = split(tasks)

@@ -71,10 +71,10 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Score a model: embed each task's data, train heads and a kNN, and report every score with an interval."""
-    from .. import evaluation
+    from ..evaluation import evaluation
+    from ..evaluation.settings import METHODS
     from ..report import comparison as report
     from ..report import terminal
-    from ..settings import METHODS
 
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} must be 1 or more")

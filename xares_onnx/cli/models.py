@@ -56,7 +56,7 @@ def annotate(
     debug: DebugOption = False,
 ) -> None:
     """Write a copy of a model that declares its contract in its own metadata; graph and weights stay as they are."""
-    from ..annotate import annotate as write
+    from ..encoder.annotate import annotate as write
     from ..report import terminal
 
     with terminal.TerminalObserver() as observer:

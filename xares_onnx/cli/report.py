@@ -37,10 +37,10 @@ def report(
     chosen = _format(output, format_)
     if data is not None and chosen != "html":
         raise UsageError("--data puts sound into a page; name one by -o report.html")
-    from ..differences import Side
+    from ..evaluation.differences import Side
+    from ..evaluation.record import make_room
     from ..files import write_aside
     from ..report.board import make_board
-    from ..results import make_room
 
     paths = list({path.resolve(): path for path in results}.values())
     if output is not None:
@@ -51,7 +51,7 @@ def report(
     sides = [Side.read(path, None if names.count(path.name) == 1 else str(path)) for path in paths]
     board = make_board(sides)
     if chosen == "html":
-        from ..report.html import html
+        from ..report.page.html import html
 
         text = html(board, data=data, cache=cache)
     elif chosen == "csv":

@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
+from ..data.shards import Drop
 from ..errors import MachineError, UsageError
 from ..files import disk_error, write_aside
-from ..shards import Drop
 
 MANIFEST = "packed.json"
 

@@ -20,19 +20,19 @@ from typing import Any, Literal, get_args
 import msgspec
 import numpy as np
 
-from ..catalog import shipped_tasks
-from ..dataset import MAX_DROP_SHARE, MAX_DROPS
+from ..data.catalog import shipped_tasks
+from ..data.shards import Drop, parse_label
+from ..data.targets import Target
+from ..data.task import Data, Domain, Score, Task, load_task
 from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest
-from ..events import Note, Observer, Progress, ignore
-from ..shards import Drop, parse_label
-from ..targets import Target
-from ..task import Data, Domain, Score, Task, load_task
-from .archive import Member, key_of, write_shards
+from ..progress import Note, Observer, Progress, ignore
+from ..scoring.dataset import MAX_DROP_SHARE, MAX_DROPS
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
 from .index import Clip, Index
 from .output import Manifest, Part, Source, check_output, put_in_place, scratch_folder
 from .recordings import Heard, hear, place
+from .shard_writer import Member, key_of, write_shards
 from .splits import SPLITS, TEST, draw, make_splits, make_units, pool_small
 from .tables import FolderTable, Table, open_table
 from .task_file import Heading, write_task

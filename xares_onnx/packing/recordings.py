@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..audio import AUDIO_EXTENSIONS, READABLE_EXTENSIONS, decode_blocks
+from ..data.audio import AUDIO_EXTENSIONS, READABLE_EXTENSIONS, decode_blocks
 from ..errors import ClipError, UsageError
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from ..audio import AUDIO_EXTENSIONS
+from ..data.audio import AUDIO_EXTENSIONS
 from ..errors import DataError, DataMissingError, UsageError
 
 Row = tuple[int, dict[str, Any]]

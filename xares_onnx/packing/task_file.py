@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from ..catalog import shipped_tasks
-from ..synthetic import SPLITS
-from ..task import METRICS, Head
+from ..data.catalog import shipped_tasks
+from ..data.synthetic import SPLITS
+from ..data.task import METRICS, Head
 from .labels import Labels
 
 _WIDTH = 120

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..metrics import AveragePrecisionScorer, point
+from ..metrics.bootstrap import AveragePrecisionScorer, point
 from ..models.linear import LinearHeads, binary_cross_entropy_gradient, cross_entropy_gradient, normalised
 from .training import (
     HeadResult,

@@ -18,7 +18,6 @@ from torch.nn.functional import normalize
 
 from ..models.linear import normalised
 from ..models.retrieval import WIDTH, RetrievalHead, cosine_loss, product_loss
-from ..wordpiece import WordPiece
 from .training import (
     HeadResult,
     Indices,
@@ -31,6 +30,7 @@ from .training import (
     learning_rate,
     one_thread,
 )
+from .wordpiece import WordPiece
 
 Arithmetic = Literal["corrected", "xares"]
 

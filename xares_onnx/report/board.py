@@ -15,12 +15,12 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from ..catalog import in_group, shipped_tasks
-from ..differences import Side, check_alike, check_settings, find_differences, groups_of, verified
+from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataMissingError, UsageError, printable
-from ..metrics import Array, bootstrap, interval
-from ..results import GROUPS, Interval, Result, TaskResult, published_averages
-from ..scoring import clips_of, generator
+from ..evaluation.differences import Side, check_alike, check_settings, find_differences, groups_of, verified
+from ..evaluation.record import GROUPS, Interval, Result, TaskResult, published_averages
+from ..metrics.bootstrap import Array, bootstrap, interval
+from ..scoring.scoring import clips_of, generator
 from .tables import METRIC_NAMES
 from .taps import ordered_taps
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ..checking import CheckReport, Finding
 from ..checking.contracts import said
-from ..checking.records import STATUSES
+from ..checking.findings import STATUSES
 from ..errors import printable
 from .ci import Case, markdown_cell
 from .tables import empty_table

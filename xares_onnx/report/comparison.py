@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from ..comparison import Comparison
-from ..differences import AverageDifference, Difference, gate_of, signed
-from ..drift import Drift
+from ..embedding.drift import Drift
+from ..encoder.speed import factor
 from ..errors import printable
-from ..gates import loss
-from ..results import Gate, Interval
-from ..speed import factor
+from ..evaluation.comparison import Comparison
+from ..evaluation.differences import AverageDifference, Difference, gate_of, signed
+from ..evaluation.gates import loss
+from ..evaluation.record import Gate, Interval
 from .ci import Case, markdown_cell
 from .tables import METRIC_NAMES, empty_table
 from .terminal import data_size

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ..errors import UsageError, printable
-from ..results import TaskResult
+from ..evaluation.record import TaskResult
 from ..version import __version__
 from .board import Board, Row
 from .tables import METRIC_NAMES

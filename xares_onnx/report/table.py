@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..differences import Side
 from ..errors import UsageError, printable
-from ..results import Result, TaskResult
+from ..evaluation.differences import Side
+from ..evaluation.record import Result, TaskResult
 from .board import Board, Cell, Model, make_board
 from .remarks import short
 
 if TYPE_CHECKING:
-    from ..evaluation import Evaluation
+    from ..evaluation.evaluation import Evaluation
 
 Table = list[dict[str, Any]]
 

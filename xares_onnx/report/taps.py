@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import printable
-from ..results import Result, TaskResult
+from ..evaluation.record import Result, TaskResult
 from .tables import empty_table
 
 _COLUMN = 13  # characters of a column, at least: as many as fit stand in one table

@@ -28,19 +28,19 @@ from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
 
-from .. import events
-from ..catalog import part_globs, shipped_tasks
+from .. import progress as events
+from ..data.catalog import part_globs, shipped_tasks
+from ..data.inventory import Holding
+from ..data.task import Task
+from ..embedding.store import Header
 from ..errors import printable
-from ..inventory import Holding
-from ..planning import Plan, PlanRow
-from ..results import Average, Result, TaskResult, published_averages
-from ..store import Header
-from ..task import Task
+from ..evaluation.planning import Plan, PlanRow
+from ..evaluation.record import Average, Result, TaskResult, published_averages
 from .tables import METRIC_NAMES, empty_table, is_narrow
 from .taps import print_taps
 
 if TYPE_CHECKING:
-    from ..download import TaskReport
+    from ..download.download import TaskReport
 
 _PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"

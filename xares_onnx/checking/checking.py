@@ -1,0 +1,244 @@
+"""The verb: resolve a model, then measure one property after another in its process, and lose nothing that was measured.
+
+Each property is a call of its own. A model that hangs or dies in one is stopped there: that property fails, those before it
+stand, and those after it are skipped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ..encoder.encoder import Encoder, load_encoder, onnxruntime_distributions
+from ..encoder.worker import Tell
+from ..errors import ContractError, ContradictionError, ModelError, ModelLimitError, UsageError
+from ..progress import Observer, Progress, ignore
+from ..version import __version__
+from .facts import read_facts
+from .findings import CheckReport, Finding, ModelFacts, Outcome, failed, passed, skipped
+from .model_under_test import Subject, bench_of
+from .parity import Reference, compare, read_reference, reference_of_model, sounds
+from .registry import INPUTS, LOADS, PARITY, PROPERTIES, Property
+from .settings import Setting, make_settings
+
+# Where an error that ends the measuring of a contract shows; about anything else, the contract is not resolved.
+_PROPERTY_OF = {
+    "input": INPUTS,
+    "input_layout": INPUTS,
+    "lengths_input": INPUTS,
+    "mask_input": INPUTS,
+    "output": "output",
+    "output_layout": "output",
+    "time": "dynamic-time",
+    "run": "dynamic-time",
+    "process": LOADS,
+    "frames": "frame-law",
+    "values": "finite",
+    "random": "determinism",
+    "constant": "varies",
+    "min_samples": "min-length",
+    "chunk_samples": "max-length",
+}
+_REMEDIES = {
+    LOADS: "export a file that ONNX Runtime loads and runs within the limits",
+    INPUTS: "export with one waveform input; fill any other inside the model",
+    "contract": "correct what is declared",
+    "output": "export one output [batch, frames, dim]",
+    "dynamic-time": "export with a dynamic samples axis, and let no operator keep the length of the example",
+    "frame-law": "export so that the frame count follows one law",
+    "finite": "guard logarithms, divisions and square roots by a small constant",
+    "determinism": "export in inference mode, without dropout or random numbers",
+    "varies": "look at the last layers: weights lost in the export, or an output that is no embedding",
+    "min-length": "declare the shortest input that works by min_samples",
+    "max-length": "declare the longest input that works by chunk_samples or max_samples",
+}
+
+
+def check(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    contract: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    cache: Path | None = None,
+    trust: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    observer: Observer = ignore,
+) -> CheckReport:
+    """Measure what an encoder must be, without data; `reference` is another model, or a `.npz` (see `read_reference`).
+
+    `settings` has a severity ("error", "warn", "off") or {severity, tolerance} a property; `trust` lifts the limits on size,
+    memory and time. A model that is faulty, or cannot be used, is reported, not raised. Raises `UsageError` for arguments
+    that cannot be, `MachineError` for this machine.
+    """
+    started = time.perf_counter()
+    chosen = make_settings(settings or {}, "settings")
+    npz = read_reference(Path(reference)) if reference is not None and Path(reference).suffix == ".npz" else None
+    run = _Check(str(model), chosen, observer)
+    with ExitStack() as open_things:
+        subject = run.resolve(open_things, contract, device, threads, cache, trust)
+        if subject is not None:
+            run.measure_all(subject, run.reference(Path(reference), npz) if reference is not None else None)
+    return run.report(time.perf_counter() - started)
+
+
+class _Check:
+    """One check on its way: findings so far, and why there may be no more."""
+
+    def __init__(self, model: str, settings: Mapping[str, Setting], observer: Observer) -> None:
+        self.model, self.settings, self.observer = model, settings, observer
+        self.encoder: Encoder | None = None
+        self.facts: ModelFacts | None = None
+        self.unusable: str | None = None
+        self.findings: dict[str, Finding] = {}
+
+    # ---------------------------------------------------------------- resolving
+
+    def resolve(
+        self,
+        open_things: ExitStack,
+        contract: Sequence[str],
+        device: str,
+        threads: int | None,
+        cache: Path | None,
+        trust: bool,
+    ) -> Subject | None:
+        """The model with its contract, wrong declarations put aside; None where there is no contract."""
+        contradicted: dict[str, str] = {}
+        while True:
+            try:
+                self.encoder = open_things.enter_context(
+                    load_encoder(
+                        self.model,
+                        contract=contract,
+                        without=tuple(contradicted),
+                        device=device,
+                        threads=threads,
+                        cache=cache,
+                        trust=trust,
+                        observer=self.observer,
+                    )
+                )
+                self.facts = self._read_facts(self.encoder)
+            except ModelError as error:
+                if isinstance(error, ContradictionError) and error.about and error.about not in contradicted:
+                    contradicted[error.about] = str(error)
+                    continue
+                self._record_refusal(error, contradicted)
+                return None
+            return Subject(self.encoder.spec, self.facts, contradicted)
+
+    def _read_facts(self, encoder: Encoder) -> ModelFacts:
+        return encoder.call(read_facts, encoder.info.path, encoder.info.scan, returns=ModelFacts, observer=self.observer)
+
+    def _record_refusal(self, error: ModelError, contradicted: Mapping[str, str]) -> None:
+        """A model without a contract: the property that says why, the one or two that held before it, the rest skipped."""
+        contractual = isinstance(error, ContractError) or error.about is not None
+        name = _PROPERTY_OF.get(error.about or "", "contract") if contractual else LOADS
+        if isinstance(error, ModelLimitError):
+            name = LOADS
+        if name in (LOADS, INPUTS):
+            self.unusable = str(error)
+        outcomes = {name: failed(str(error), _REMEDIES[name])}
+        if name != LOADS and error.about is not None:
+            outcomes[LOADS] = passed("read and loaded within the limits of time and memory")
+        for key, why in contradicted.items():
+            wrong = "hop" if key == "hop_samples" else "declarations"
+            outcomes.setdefault(wrong, failed(why, "export anew if what is declared was meant"))
+        for of in PROPERTIES.values():
+            self._record(of, outcomes.get(of.name, skipped(f"not measured, because {name} failed")), 0.0)
+
+    def reference(self, path: Path, npz: Reference | None) -> Reference:
+        """What parity is held against: a file's embeddings, or those of another model for the same sounds."""
+        assert self.encoder is not None
+        own = self.encoder.contract
+        if npz is not None:
+            if npz.rate != own.sample_rate:
+                raise UsageError(
+                    f"reference {npz.name} is at {npz.rate} Hz, but the model takes {own.sample_rate} Hz; write it at the "
+                    "model's rate, or declare the rate by --contract sample_rate=N"
+                )
+            return npz
+        try:
+            spec = self.encoder.spec
+            with load_encoder(path, device=spec.device, threads=spec.threads, trust=spec.trust) as other:
+                waveforms = sounds(own.sample_rate, own.min_samples, own.chunk_samples)
+                return reference_of_model(other, self._read_facts(other).precision, waveforms, own.sample_rate)
+        except ModelError as error:
+            raise UsageError(f"the reference cannot be used: {error}") from error
+
+    # ---------------------------------------------------------------- measuring
+
+    def measure_all(self, subject: Subject, reference: Reference | None) -> None:
+        """Every property that is not switched off."""
+        stopped = ""
+        for done, of in enumerate(PROPERTIES.values()):
+            self.observer(Progress("check", Path(self.model).name, done, len(PROPERTIES)))
+            started = time.perf_counter()
+            if self._setting(of).severity == "off":
+                outcome = skipped("switched off")
+            elif stopped:
+                outcome = skipped(f"not measured, because {stopped} stopped the model's process")
+            else:
+                try:
+                    outcome = self._measured(of, subject, reference)
+                except ModelError as error:
+                    outcome = failed(str(error), "let the model run on any sound within its limits of time and memory")
+                    if of.name == LOADS or isinstance(error, ModelLimitError) or error.about == "process":
+                        self.unusable, stopped = str(error), of.name
+            self._record(of, outcome, time.perf_counter() - started)
+        self.observer(Progress("check", Path(self.model).name, len(PROPERTIES), len(PROPERTIES)))
+
+    def _measured(self, of: Property, subject: Subject, reference: Reference | None) -> Outcome:
+        assert self.encoder is not None
+        tolerance = self._setting(of).tolerance
+        if of.name == PARITY:
+            if reference is None:
+                return skipped("there is no reference; name one by --reference")
+            return compare(self.encoder, reference, subject.facts.precision, tolerance)
+        return self.encoder.call(measure_property, subject, of.name, tolerance, returns=Outcome, observer=self.observer)
+
+    # ---------------------------------------------------------------- recording
+
+    def _setting(self, of: Property) -> Setting:
+        return self.settings.get(of.name, Setting())
+
+    def _record(self, of: Property, outcome: Outcome, seconds: float) -> None:
+        outcome = self._setting(of).applied(outcome)
+        self.findings[of.name] = Finding(
+            property=of.name,
+            group=of.group,
+            title=of.title,
+            status=outcome.status,
+            says=outcome.says,
+            measured=outcome.measured,
+            tolerance=outcome.tolerance,
+            unit=outcome.unit,
+            remedy=outcome.remedy,
+            details=outcome.details,
+            seconds=round(seconds, 3),
+        )
+
+    def report(self, seconds: float) -> CheckReport:
+        info = self.encoder.info if self.encoder is not None else None
+        return CheckReport(
+            file=self.model,
+            model=self.facts,
+            contract=info.contract.described() if info is not None else None,
+            provider=info.provider if info is not None else None,
+            versions={"xares-onnx": __version__, **onnxruntime_distributions()},
+            findings=tuple(self.findings.values()),
+            unusable=self.unusable,
+            seconds=round(seconds, 2),
+        )
+
+
+def measure_property(subject: Subject, name: str, tolerance: float | None, *, tell: Tell) -> Outcome:
+    """One property, in the worker, on the bench that it keeps for the model."""
+    measure = PROPERTIES[name].measure
+    assert measure is not None
+    return measure(bench_of(subject, tell), tolerance)

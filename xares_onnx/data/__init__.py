@@ -1,0 +1,1 @@
+"""What is scored: task files and their targets, and the clips in their shards."""

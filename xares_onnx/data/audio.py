@@ -1,0 +1,138 @@
+"""Audio: encoded bytes to mono float32, resampled and cropped.
+
+A stranger's file is decoded block by block and mixed down at once, so that many channels or a false header cannot ask
+for more memory than `MAX_FRAMES` samples.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from ..errors import ClipError
+
+Waveform = npt.NDArray[np.float32]
+CropRule = Literal["keep-tails", "whole-crops"]
+
+READABLE_EXTENSIONS = frozenset(
+    {"wav", "flac", "ogg", "oga", "mp3", "opus", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64"}
+)
+# libsndfile reads none of the further ones: a named drop, not an unknown file.
+AUDIO_EXTENSIONS = READABLE_EXTENSIONS | {"m4a", "mp4", "aac", "wma", "webm", "amr"}
+MAX_SECONDS = 2 * 3600
+MAX_FRAMES = 1 << 28  # 1 GiB of mono float32
+MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; outside, a header lies
+MIN_TAIL_SECONDS = 1.0
+_BLOCK_SAMPLES = 1 << 19  # of all channels together
+
+
+def decode(data: bytes) -> tuple[Waveform, int]:
+    """Mono samples (frames,), the mean of the channels, and the sampling rate in Hz.
+
+    Raises `ClipError` where libsndfile cannot read the bytes, or they hold no samples, NaN or infinity.
+    """
+    # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
+    with _Bytes(data) as buffer:
+        blocks, rates = zip(*decode_blocks(buffer), strict=True)
+    return np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0]), rates[0]
+
+
+def decode_blocks(source: BinaryIO) -> Iterator[tuple[Waveform, int]]:
+    """`decode` block by block, so that a long recording is never held whole: at least one block, or `ClipError`."""
+    try:
+        with soundfile.SoundFile(source) as file:
+            rate = int(file.samplerate)
+            if not MIN_RATE <= rate <= MAX_RATE:
+                raise ClipError(f"sampling rate {rate} Hz is not plausible")
+            limit = min(MAX_FRAMES, MAX_SECONDS * rate)
+            # The header may lie about the length: blocks are read until the decoder says that it ends.
+            frames = 0
+            block_frames = max(1, _BLOCK_SAMPLES // file.channels)
+            while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
+                frames += len(block)
+                if frames > limit:
+                    raise ClipError(f"longer than {limit / rate / 60:.0f} minutes")
+                samples = _mono(block)
+                if not np.isfinite(samples).all():
+                    raise ClipError("audio holds NaN or infinite samples")
+                yield samples, rate
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise _undecodable(error) from error
+    if not frames:
+        raise ClipError("audio holds no samples")
+
+
+class _Bytes(io.BytesIO):
+    """A damaged header sends libsndfile to places that there are not; an exception in its callback would be printed."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
+def _mono(block: npt.NDArray[np.float32]) -> Waveform:
+    """Mean of the channels, (frames, channels) to (frames,). Column by column: nine times as fast as `mean(axis=1)`."""
+    total: Waveform = block[:, 0].copy()
+    for channel in range(1, block.shape[1]):
+        total += block[:, channel]
+    return total if block.shape[1] == 1 else total / np.float32(block.shape[1])
+
+
+def duration(data: bytes) -> float:
+    """Seconds of audio by the file's own header, for estimates; `ClipError` where it cannot be read."""
+    try:
+        info = soundfile.info(_Bytes(data))
+        return min(float(info.frames / info.samplerate), MAX_SECONDS)
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> ClipError:
+    text = getattr(error, "error_string", None) or str(error)
+    return ClipError(f"audio cannot be decoded ({text.removeprefix('Error : ').strip().rstrip('.')})")
+
+
+def resample(samples: Waveform, rate: int, target_rate: int) -> Waveform:
+    """(frames,) at `rate` Hz to (frames',) at `target_rate` Hz, by soxr's HQ recipe."""
+    if rate == target_rate:
+        return samples
+    resampled: Waveform = soxr.resample(samples, rate, target_rate, quality="HQ").astype(np.float32, copy=False)
+    if not len(resampled):
+        raise ClipError(f"{len(samples)} samples at {rate} Hz are too few to resample")
+    return resampled
+
+
+def crop(samples: Waveform, rate: int, crop_seconds: float | None, rule: CropRule) -> list[Waveform]:
+    """Consecutive crops of `crop_seconds`, or the clip itself where that is None.
+
+    `keep-tails`: nothing is padded; a tail of 1 s and more is a crop of its own, a clip shorter than a crop is one crop.
+    `whole-crops` (X-ARES): the tail is dropped, but a clip shorter than one crop is zero-padded to one.
+    """
+    if crop_seconds is None:
+        return [samples]
+    size = round(crop_seconds * rate)
+    whole = len(samples) // size
+    crops = [samples[i * size : (i + 1) * size] for i in range(whole)]
+    tail = samples[whole * size :]
+    if rule == "keep-tails":
+        if len(tail) >= MIN_TAIL_SECONDS * rate or not whole:
+            crops.append(tail)
+    elif not whole:
+        crops.append(np.pad(samples, (0, size - len(samples))))
+    return crops
+
+
+def resampler_version() -> str:
+    return f"soxr {soxr.__version__} HQ"
+
+
+def decoder_version() -> str:
+    return f"{soundfile.__libsndfile_version__}"

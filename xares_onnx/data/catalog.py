@@ -1,0 +1,179 @@
+"""Which tasks there are, where their shards lie, and what those hold."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from ..errors import DataMissingError, UnknownTaskError, UsageError
+from ..files import TEMPORARY_SUFFIX, Stamp, stamp, write_aside
+from ..progress import Observer, Progress
+from .manifest import read_manifest
+from .shards import file_digest
+from .task import Task, load_task
+
+DATA_VARIABLE = "XARES_ONNX_DATA"
+CACHE_VARIABLE = "XARES_ONNX_CACHE"
+_DOMAIN_ORDER = ("speech", "environment", "music", "synthetic")
+
+SUITES = ("all", "public", "speech", "environment", "music", "private", "synthetic")
+
+Parts = dict[str, list[Path]]  # part ("train", "valid", "test", or a fold's number) -> its shards
+
+
+@functools.cache
+def shipped_tasks() -> dict[str, Task]:
+    """Every task that comes with the package, by name, in the order of its domain and title."""
+    folder = resources.files("xares_onnx.tasks")
+    files = [entry for entry in folder.iterdir() if entry.name.endswith(".toml")]
+    tasks = [load_task(Path(entry.name), entry.read_text(encoding="utf-8")) for entry in files]
+    tasks.sort(key=lambda task: (_DOMAIN_ORDER.index(task.domain), task.private, task.title.lower()))
+    return {task.name: task for task in tasks}
+
+
+def suite_tasks(suite: str) -> list[Task]:
+    """The tasks of a suite. `all` is everything but the synthetic tasks; a domain holds its private tasks too."""
+    if suite not in SUITES:
+        raise UsageError(f"there is no suite {suite!r}; choose from {', '.join(SUITES)}")
+    return [task for task in shipped_tasks().values() if in_group(task, suite)]
+
+
+def in_group(task: Task, group: str) -> bool:
+    """Whether a task belongs to a suite, or to the average of that name."""
+    if group == "synthetic" or task.domain == "synthetic":
+        return group == task.domain
+    if group in ("public", "private"):
+        return task.private == (group == "private")
+    return group in ("all", task.domain)
+
+
+def named_tasks(names: Iterable[str]) -> list[Task]:
+    """Tasks by name, by pattern (`'vox*'`) or by the path of a task file, each once, in the order given."""
+    chosen: dict[str, Task] = {}
+    for name in names:
+        if name.endswith(".toml"):
+            task = load_task(Path(name))
+            if (shipped_tasks() | chosen).get(task.name, task) != task:
+                raise UsageError(f"task file {name} uses the name {task.name!r} of another task; give it another name")
+            found = [task]
+        else:
+            found = [task for task in shipped_tasks().values() if fnmatch.fnmatchcase(task.name, name)]
+        if not found:
+            raise UnknownTaskError.named(name, shipped_tasks())
+        chosen.update({task.name: task for task in found})
+    return list(chosen.values())
+
+
+def data_folder(given: Path | None, *, to_fill: bool = False) -> Path:
+    """--data, else $XARES_ONNX_DATA, else ./env where it exists (X-ARES's own folder), else the user's data folder.
+
+    A named folder must exist, but for one that is `to_fill`.
+    """
+    if given is not None:
+        if not given.is_dir() and not (to_fill and not given.exists()):
+            raise DataMissingError(f"data folder {given} does not exist; --data names the folder that holds a folder a task")
+        return given
+    if from_environment := os.environ.get(DATA_VARIABLE):
+        return data_folder(Path(from_environment), to_fill=to_fill)
+    own = Path("env")
+    return own if own.is_dir() else Path(platformdirs.user_data_dir("xares-onnx", appauthor=False))
+
+
+def cache_folder(given: Path | None) -> Path:
+    """--cache, else $XARES_ONNX_CACHE, else the user's cache folder."""
+    return given or Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("xares-onnx", appauthor=False))
+
+
+def part_globs(task: Task) -> dict[str, str]:
+    """Shard pattern of every part: of each split, or of each fold by its number."""
+    if task.data.folds is not None:
+        return {str(number): task.data.folds.glob(number) for number in task.data.folds.numbers}
+    return {str(split): glob for split, glob in (task.data.splits or {}).items()}
+
+
+def find_parts(task: Task, folder: Path) -> Parts | None:
+    """The shards of every part under `folder/<task name>`, sorted; None where a part has none, or a download is not done."""
+    parts = shards_on_disk(task, folder)
+    return parts if all(parts.values()) and not _not_yet(task, folder) else None
+
+
+def on_disk(task: Task, folder: Path) -> str:
+    """A few words on what of a task's data is there."""
+    if task.domain == "synthetic":
+        return "built in"
+    found = shards_on_disk(task, folder)
+    shards = {path for paths in found.values() for path in paths}
+    if not shards:
+        return "no"
+    lacking = [part for part, paths in found.items() if not paths]
+    size = sum(path.stat().st_size for path in shards) / 1e9
+    unfinished = ", download unfinished" if _not_yet(task, folder) else ""
+    return f"{len(shards)} shards, {size:.2f} GB" + (f", lacks {', '.join(lacking)}" if lacking else unfinished)
+
+
+def missing_data(task: Task, folder: Path) -> str:
+    """One sentence: what is not there, and how to get it."""
+    globs = part_globs(task)
+    missing = [globs[part] for part, shards in shards_on_disk(task, folder).items() if not shards] or _not_yet(task, folder)
+    where = f"{folder / task.name} holds no {missing[0]}"
+    if task.data.zenodo:
+        name = task.name if shipped_tasks().get(task.name) == task else "TASK.toml"
+        how = f"`xares-onnx download {name}` fetches Zenodo record {task.data.zenodo}, or name another folder by --data"
+    elif task.private:
+        how = "its data were never published; who has them puts the tars there"
+    else:
+        how = "put its shards there, or name another folder by --data"
+    return f"no data for {task.name}: {where}; {how}"
+
+
+def _not_yet(task: Task, folder: Path) -> list[str]:
+    """Files that a download began and did not finish, or that were removed since: what is there would pass for all."""
+    manifest = read_manifest(folder / task.name)
+    return manifest.lacking(folder / task.name) if manifest and manifest.record == task.data.zenodo else []
+
+
+def shards_on_disk(task: Task, folder: Path) -> Parts:
+    """The shards of every part under `folder/<task name>`, sorted, whether a part has any or not."""
+    parts = {part: (folder / task.name).glob(glob) for part, glob in part_globs(task).items()}
+    return {
+        part: sorted(path for path in paths if path.is_file() and path.suffix != TEMPORARY_SUFFIX)
+        for part, paths in parts.items()
+    }
+
+
+class Digests:
+    """SHA-256 of shards, kept by their stamps so that a rerun reads no shard again."""
+
+    def __init__(self, cache: Path) -> None:
+        self._folder = cache / "digests"
+
+    def of(self, path: Path) -> tuple[str, Stamp]:
+        now = stamp(path)
+        file = self._folder / f"{hashlib.sha256(now[0].encode()).hexdigest()[:32]}.json"
+        try:
+            digest, then = msgspec.json.decode(file.read_bytes(), type=tuple[str, Stamp])
+            if then == now:
+                return digest, now
+        except (OSError, msgspec.MsgspecError):
+            pass
+        digest = file_digest(path)
+        write_aside(file, msgspec.json.encode((digest, now)))
+        return digest, now
+
+    def of_parts(self, task: str, parts: Mapping[str, Sequence[Path]], observer: Observer) -> dict[Path, tuple[str, Stamp]]:
+        """Digest and stamp of every shard of a task, each file once."""
+        paths = sorted({path for shards in parts.values() for path in shards})
+        digests = {}
+        for done, path in enumerate(paths):
+            observer(Progress("prepare", task, done, len(paths)))
+            digests[path] = self.of(path)
+        observer(Progress("prepare", task, len(paths), len(paths)))
+        return digests

@@ -1,0 +1,244 @@
+"""webdataset tars as they lie: what a shard holds, and what of it is lost.
+
+Written against tarfile, not webdataset's reader: that one ends silently at the first damage, hides one of two equal keys,
+passes a symlink's json on without its audio, and imports torch into every worker. Members are never extracted; a
+sample is two byte ranges of the shard, so that any subset can be read in any order by any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import ClipError, DataError, DataMissingError, LabelError, printable
+from .audio import AUDIO_EXTENSIONS
+
+MAX_AUDIO_BYTES = 1 << 31
+MAX_LABEL_BYTES = 1 << 22
+MAX_KEY = 1_000  # characters
+_MAX_HEADER_BYTES = 1 << 20  # of a name or of attributes that have a header of their own; tarfile reads them whole
+_EXTRA_HEADERS = frozenset(
+    {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+)
+_TAIL_BLOCK = 1 << 20
+# What tarfile raises at headers that are not what they should be.
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """A clip that is not used: its key within the shard, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A byte range of the shard file."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    audio: Extent
+    label: Extent
+
+
+@dataclass
+class ShardIndex:
+    """The samples of one shard in the order of their first members, and the drops known from the headers alone."""
+
+    samples: list[Sample] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+    damage: str | None = None
+
+    @property
+    def expected(self) -> int:
+        return len(self.samples) + len(self.drops)
+
+
+@dataclass
+class _Group:
+    audio: list[Extent] = field(default_factory=list)
+    label: list[Extent] = field(default_factory=list)
+    fault: str | None = None
+
+
+def index_shard(path: Path) -> ShardIndex:
+    """Read the headers of every member. A key is a member's name up to its last dot; hidden files are none.
+
+    webdataset cuts at the first dot, so that every `blues.00001.wav` of a genre would be one clip.
+
+    Raises `DataMissingError` or `DataError` where the file cannot be opened at all; damage inside is recorded.
+    """
+    index = ShardIndex()
+    groups: dict[str, _Group] = {}
+    size = _file_size(path)
+    for member in _members(path, index):
+        if member.isdir() or _is_meta(member.name):
+            continue
+        name = printable(member.name)
+        stem, _, extension = name.rpartition(".")
+        extension = extension.lower()
+        nameless = stem.rpartition("/")[2][:1] in ("", ".")
+        if nameless or (extension != "json" and extension not in AUDIO_EXTENSIONS):
+            continue
+        group = groups.setdefault(stem if len(stem) <= MAX_KEY else f"{stem[:80]}…", _Group())
+        if len(stem) > MAX_KEY:
+            group.fault = f"its name is longer than {MAX_KEY} characters"
+            continue
+        if not member.isreg() or member.issparse():
+            group.fault = "a link or a special file"
+        elif member.offset_data + member.size > size:
+            group.fault = "the shard ends inside it"
+            index.damage = f"the shard ends inside member {name!r}"
+        else:
+            part = Extent(member.offset_data, member.size)
+            (group.label if extension == "json" else group.audio).append(part)
+    for key, group in groups.items():
+        if reason := _unusable(group):
+            index.drops.append(Drop(key, reason))
+            continue
+        index.samples.append(Sample(key, group.audio[0], group.label[0]))
+        # webdataset hides one of two equal keys: the first is kept here, every further one is a named loss.
+        extra = max(len(group.audio), len(group.label)) - 1
+        index.drops.extend(Drop(key, "a second clip with the same key") for _ in range(extra))
+    return index
+
+
+def read_extent(path: Path, extent: Extent) -> bytes:
+    """The bytes of one extent. Opened anew each time, so that threads share no file position."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(extent.offset)
+            parts, left = [], extent.size
+            while left and (part := file.read(left)):
+                parts.append(part)
+                left -= len(part)
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read ({error.strerror})") from error
+    if left:
+        raise ClipError("the shard ends inside this clip")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_label(path: Path, extent: Extent) -> str:
+    """The json beside a clip as ASCII text, after checking that it is json."""
+    try:
+        return json.dumps(json.loads(read_extent(path, extent)))
+    except (ValueError, RecursionError) as error:
+        raise ClipError(f"its json cannot be read ({error})") from error
+
+
+def parse_label(text: str) -> dict[str, Any]:
+    """A clip's json object. A list (of events) comes back as {"events": [...]}."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise LabelError("its json is nested too deeply") from error
+    if isinstance(value, list):
+        return {"events": value}
+    if not isinstance(value, dict):
+        raise LabelError("its json is neither an object nor a list")
+    return value
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise DataMissingError(f"{path} is not there any more; was it moved while this ran?") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, read without what a hostile one can make tarfile do."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTRA_HEADERS and header.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
+
+    def _proc_gnusparse_10(self, next: tarfile.TarInfo, *_: object) -> None:
+        """Its map would be read from the data, to the end of the file if it has none. Sparse members are refused anyway."""
+        next.sparse = b""
+
+
+def _members(path: Path, index: ShardIndex) -> Iterator[tarfile.TarInfo]:
+    try:
+        archive = tarfile.open(path, "r:", tarinfo=_Header)  # noqa: SIM115 - closed below; plain tar only, nothing is decompressed
+    except FileNotFoundError as error:
+        raise DataMissingError(f"shard {path} does not exist") from error
+    except _DAMAGE as error:
+        index.damage = f"not a plain tar file ({error})"
+        return
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read ({error.strerror})") from error
+    with archive:
+        try:
+            end = 0
+            while (member := archive.next()) is not None:
+                if archive.offset <= end:  # a negative size, as older tarfiles let pass, leads back for ever
+                    raise tarfile.ReadError(f"a header before byte {end} points back")
+                end = archive.offset
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+                yield member
+        except (*_DAMAGE, OSError) as error:
+            index.damage = index.damage or f"the tar is damaged ({error})"
+            return
+        # tarfile takes a damaged header, and the end of the file, for the end of the archive.
+        index.damage = index.damage or _missing_end(path, archive.offset)
+
+
+def _missing_end(path: Path, offset: int) -> str | None:
+    """What is wrong with the end of the tar: zeros, one block or more, up to the end of the file."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            return "the tar has no end mark: it was cut off or is still being written"
+        while block:
+            if block.strip(b"\0"):
+                return f"the tar is damaged at byte {offset}"
+            block = file.read(_TAIL_BLOCK)
+    return None
+
+
+def _unusable(group: _Group) -> str | None:
+    if group.fault:
+        return group.fault
+    if not group.audio:
+        return "no audio beside its json"
+    if not group.label:
+        return "no json beside its audio"
+    if group.audio[0].size > MAX_AUDIO_BYTES or group.label[0].size > MAX_LABEL_BYTES:
+        return "larger than any plausible clip"
+    return None
+
+
+def _is_meta(name: str) -> bool:
+    """webdataset keeps its own notes in members, or folders, named `__…__`."""
+    return re.match(r"__[^/]*__(/|$)", name) is not None
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataMissingError(f"shard {path} cannot be read ({error.strerror})") from error

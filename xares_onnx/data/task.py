@@ -1,0 +1,265 @@
+"""Task files: one TOML a task (DESIGN section 9). A user's own file works exactly like a shipped one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+import types
+import typing
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from ..errors import TaskFileError, UsageError, nearest
+from .targets import Target
+
+Domain = Literal["speech", "environment", "music", "synthetic"]
+HeadKind = Literal["linear", "retrieval", "ctc", "llm"]
+Metric = Literal[
+    "accuracy", "mean_average_precision", "segment_f1_macro", "segment_f1_micro", "recall_at_1", "one_minus_wer", "mse"
+]
+
+
+class Folds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Cross-validation folds: `pattern` is a glob with `{fold}` in it, filled with each of `numbers`."""
+
+    pattern: str
+    numbers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.numbers) < 2 or len(set(self.numbers)) != len(self.numbers):
+            raise ValueError("`numbers` needs at least two folds, each once")
+        try:
+            globs = {self.glob(number) for number in self.numbers}
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(f"`pattern` {self.pattern!r} must hold {{fold}} or {{fold:02}}") from error
+        if len(globs) != len(self.numbers):
+            raise ValueError(f"`pattern` {self.pattern!r} must hold {{fold}} or {{fold:02}}")
+        for glob in globs:
+            _check_glob(glob)
+
+    def glob(self, number: int) -> str:
+        if not re.fullmatch(r"[^{}]*\{fold(:0?\d)?\}[^{}]*", self.pattern):
+            raise ValueError(self.pattern)
+        return self.pattern.format(fold=number)
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    splits: dict[Literal["train", "valid", "test"], str] | None = None
+    folds: Folds | None = None
+    crop_seconds: float | None = None
+    zenodo: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.splits is None) == (self.folds is None):
+            raise ValueError("needs either `splits` or `folds`")
+        if self.splits is not None:
+            if not {"train", "test"} <= set(self.splits):
+                raise ValueError("`splits` needs train and test")
+            for glob in self.splits.values():
+                _check_glob(glob)
+        if self.zenodo is not None and not re.fullmatch(r"[0-9]{1,12}", self.zenodo):
+            raise ValueError("`zenodo` is the number of a record, such as 14614287")
+        if self.crop_seconds is not None and not 0.1 <= self.crop_seconds <= 3600:
+            raise ValueError("`crop_seconds` must lie between 0.1 and 3600")
+
+
+_MAX_BYTES = 4 << 20  # of a task file
+HEAD_KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
+
+# What can be learnt of each kind of target, and how it is scored.
+HEADS: dict[str, tuple[HeadKind, ...]] = {
+    "class": ("linear",),
+    "integer": ("linear",),
+    "tags": ("linear",),
+    "events": ("linear",),
+    "captions": ("retrieval",),
+    "transcript": ("ctc", "llm"),
+    "number": ("linear",),
+}
+METRICS: dict[str, tuple[Metric, ...]] = {
+    "class": ("accuracy",),
+    "integer": ("accuracy",),
+    "tags": ("mean_average_precision",),
+    "events": ("segment_f1_macro", "segment_f1_micro"),
+    "captions": ("recall_at_1",),
+    "transcript": ("one_minus_wer",),
+    "number": ("mse",),
+}
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`positive_weight` multiplies the loss of what is there, where a head decides class by class (tags, events)."""
+
+    kind: HeadKind = "linear"
+    epochs: int = 10
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    positive_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.positive_weight <= 1e6:
+            raise ValueError("`positive_weight` lies above 0 and at most at 1000000")
+        if not (1 <= self.epochs <= 10_000 and 1 <= self.batch_size <= 1_000_000 and 0 < self.learning_rate < 10):
+            raise ValueError("`epochs` lies in 1..10000, `batch_size` in 1..1000000, `learning_rate` above 0 and below 10")
+
+
+class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`segment_seconds` belongs to the segment metrics. `knn` is for classes, and on unless it is switched off."""
+
+    metric: Metric = "accuracy"
+    segment_seconds: float | None = None
+    knn: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.segment_seconds is not None and not 0.001 <= self.segment_seconds <= 3600:
+            raise ValueError("`segment_seconds` must lie between 0.001 and 3600")
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric != "mse"
+
+
+class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Scores from X-ARES's README, by encoder."""
+
+    linear: dict[str, float] = {}
+    knn: dict[str, float] = {}
+    note: str | None = None
+
+
+class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: str
+    title: str
+    domain: Domain
+    weight: float | None = None
+    private: bool = False
+    data: Data
+    target: Target
+    head: Head = Head()
+    score: Score = Score()
+    published: Published | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
+            raise ValueError("`name` may hold letters, digits, `_`, `-` and `.` only")
+        if self.weight is not None and not 0 <= self.weight < 1e12:
+            raise ValueError("`weight` must not be negative")
+        if self.weight is not None and self.kind == "number":
+            raise ValueError("the error of a number is averaged with no other score; leave out `weight`")
+        for table, key, value, allowed in (
+            ("head", "kind", self.head.kind, HEADS[self.kind]),
+            ("score", "metric", self.score.metric, METRICS[self.kind]),
+        ):
+            if value not in allowed:
+                choices = " or ".join(repr(word) for word in allowed)
+                raise ValueError(
+                    f"[{table}] {key} {value!r} does not fit a target of kind {self.kind!r}; write {key} = {choices}"
+                )
+        if (self.score.segment_seconds is None) == (self.kind == "events"):
+            needed = "needs `segment_seconds`" if self.kind == "events" else "has no use for `segment_seconds`"
+            raise ValueError(f"[score] of a target of kind {self.kind!r} {needed}")
+        if self.score.knn and not self.classifies:
+            raise ValueError(f"[score] knn is for classes, not for a target of kind {self.kind!r}")
+        if self.head.positive_weight != 1 and self.kind not in ("tags", "events"):
+            raise ValueError(f"[head] positive_weight is for tags and events, not for a target of kind {self.kind!r}")
+        if self.data.crop_seconds is not None and self.kind in ("events", "transcript"):
+            raise ValueError(f"[data] crop_seconds would cut through the {self.kind} of a clip; leave it out")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether every clip is of one class."""
+        return self.kind in ("class", "integer")
+
+    @property
+    def knn(self) -> bool:
+        """Whether a kNN is scored beside the head."""
+        return self.classifies and self.score.knn is not False
+
+    @property
+    def kind(self) -> str:
+        """Target kind as the TOML names it."""
+        return str(self.target.__struct_config__.tag)
+
+    def with_head(self, kind: HeadKind) -> Task:
+        """The task with another kind of head; `UsageError` where it does not fit the target."""
+        if kind not in HEADS[self.kind]:
+            raise UsageError(
+                f"head {kind!r} does not fit {self.name}, a task of kind {self.kind!r}: {' or '.join(HEADS[self.kind])}"
+            )
+        return msgspec.structs.replace(self, head=msgspec.structs.replace(self.head, kind=kind))
+
+    def digest(self) -> str:
+        """Hex digest of everything in the file that shapes a score: not the title, not what others published."""
+        shaping = msgspec.structs.replace(self, title="", published=None)
+        return hashlib.sha256(msgspec.json.encode(shaping, order="deterministic")).hexdigest()
+
+
+def load_task(path: Path, text: str | None = None) -> Task:
+    """Read and validate one task file; `TaskFileError` names the file, the key and the nearest valid one."""
+    data = _small_file(path) if text is None else text.encode("utf-8", "surrogatepass")
+    try:
+        raw = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, an integer of 5,000 digits
+        raise TaskFileError(f"task file {path} is not valid TOML: {error}") from error
+    _reject_unknown(raw, Task, path, "")
+    try:
+        return msgspec.convert(raw, Task)
+    except (msgspec.ValidationError, ValueError) as error:
+        message = re.sub(r" - at `\$\.?(.*?)`", r" (at `\1`)", str(error))
+        raise TaskFileError(f"task file {path}: {message}") from error
+
+
+def _small_file(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise TaskFileError(f"task file {path} cannot be read (it is not a regular file)")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise TaskFileError(f"task file {path} cannot be read ({error.strerror})") from error
+    if len(data) > _MAX_BYTES:
+        raise TaskFileError(f"task file {path} is larger than {_MAX_BYTES >> 20} MiB")
+    return data
+
+
+def _check_glob(glob: str) -> None:
+    parts = PurePosixPath(glob).parts
+    plain = glob.isprintable() and not set(glob) & set("\\:") and all(part == "**" or "**" not in part for part in parts)
+    if not parts or glob.startswith("/") or ".." in parts or not plain:
+        raise ValueError(f"shard pattern {glob!r} must be a plain pattern inside the task's folder")
+
+
+def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
+    """msgspec rejects unknown keys and words too; walking first lets the error suggest what was meant."""
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if isinstance(raw, str) and typing.get_origin(expected) is Literal and raw not in typing.get_args(expected):
+        words = ", ".join(map(repr, typing.get_args(expected)))
+        raise TaskFileError(f"task file {path}: {where} is {raw!r}, but must be one of {words}")
+    known = _known_keys(raw, options) if isinstance(raw, dict) else None
+    if known is None:
+        return
+    for key, value in raw.items():
+        if key not in known:
+            place = f"[{where}] " if where else ""
+            raise TaskFileError(f"task file {path}: unknown key {place}{key}{nearest(key, known)}")
+        _reject_unknown(value, known[key], path, f"{where}.{key}".lstrip("."))
+
+
+def _known_keys(raw: dict[str, Any], options: tuple[Any, ...]) -> dict[str, Any] | None:
+    """The keys that a table may hold, with their types: of a record, of its kind among several, of a dict of named parts."""
+    for option in options:
+        if typing.get_origin(option) is dict and typing.get_origin(typing.get_args(option)[0]) is Literal:
+            names, value = typing.get_args(option)
+            return dict.fromkeys(typing.get_args(names), value)
+    structs = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
+    known: dict[str, Any] = {}
+    if len(structs) > 1:
+        kinds = {struct.__struct_config__.tag: struct for struct in structs}
+        known["kind"] = Literal.__getitem__(tuple(kinds))
+        structs = [kinds[raw["kind"]]] if raw.get("kind") in list(kinds) else structs
+    for struct in structs:
+        known |= typing.get_type_hints(struct)
+    return known or None

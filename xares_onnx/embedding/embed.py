@@ -1,0 +1,374 @@
+"""The embed stage: shards to workers to store.
+
+The unit of work is one picklable call, `embed_shard(spec)`: a local worker process runs it today, other machines may run it
+later. Decoding and resampling run ahead of the model in their own threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..data import audio
+from ..data.shards import Drop, Sample, index_shard, read_extent, read_label
+from ..encoder.chunking import Chunk, frame_centers
+from ..encoder.contract.contract import Contract
+from ..encoder.encoder import ChunkRunner, Encoder, Job, ModelSpec, open_session
+from ..encoder.session import Session
+from ..encoder.worker import Beat, Tell
+from ..errors import ClipError, DataError, printable
+from ..files import Stamp, stamp
+from ..progress import Doing, Observer, Progress
+from .store import STORE_VERSION, Clip, EmbeddedShard, FrameSpool, Header, Store, store_key
+
+NOT_FINITE = "the model gives NaN or infinity for it"
+_PROGRESS_SECONDS = 0.1
+_LONG_SECONDS = 900.0
+_DECODING_SECONDS = 300  # longest wait for one clip; a long recording is not a model that hangs
+_DISK_SECONDS = 900.0  # nor is a slow disk
+_SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
+
+
+class CropSettings(msgspec.Struct, frozen=True):
+    """How clips become what the model sees; differs between protocols."""
+
+    seconds: float | None
+    rule: audio.CropRule = "keep-tails"
+    pad_short_clips: bool = True
+    keep_padding: bool = False
+
+
+class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One shard's embedding: everything that `embed_shard` needs, and nothing that it could look up itself."""
+
+    model: ModelSpec
+    task: str
+    shard: Path
+    shard_digest: str
+    shard_stamp: Stamp
+    crops: CropSettings
+    frames: bool
+    selected: frozenset[str] | None
+    store: Path
+
+    def key(self, tap: int = 0) -> str:
+        """Name of the result in the store for tap number `tap`: a digest of everything that shapes the numbers."""
+        info = self.model.info
+        contract = msgspec.structs.replace(info.taps[tap].contract, sources={}, license=None, source=None)
+        # What is exposed keeps ONNX Runtime from fusing it away, which may change the last digits.
+        exposed = {} if info.exposure is None else {"exposed": info.exposure}
+        return store_key(
+            {
+                **exposed,
+                "model": info.scan.sha256,
+                "contract": contract,
+                "batch": info.batch,
+                "provider": info.provider,
+                "onnxruntime": info.onnxruntime,
+                "resampler": audio.resampler_version(),
+                "decoder": audio.decoder_version(),
+                "crops": self.crops,
+                "frames": self.frames,
+                "shard": self.shard_digest,
+                "selected": None if self.selected is None else sorted(self.selected),
+            }
+        )
+
+
+# The crops of a clip, its seconds before cropping, its json.
+_DecodedClip = tuple[list[audio.Waveform], float, str]
+
+
+class ShardReport(msgspec.Struct, frozen=True):
+    """What one call of `embed_shard` did. `seconds` is wall time, `audio_seconds` what was embedded."""
+
+    key: str
+    clips: int
+    audio_seconds: float
+    seconds: float
+
+
+class ShardPlan(msgspec.Struct, frozen=True):
+    """One shard of a task: its content digest, and the keys to embed (None: all)."""
+
+    path: Path
+    digest: str
+    stamp: Stamp
+    selected: frozenset[str] | None
+
+
+def shard_specs(
+    encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, *, frames: bool
+) -> dict[Path, EmbedSpec]:
+    """The unit of work of every shard; with `frames` every frame is kept, else only the mean of each crop."""
+    return {
+        plan.path: EmbedSpec(
+            model=encoder.spec,
+            task=task,
+            shard=plan.path,
+            shard_digest=plan.digest,
+            shard_stamp=plan.stamp,
+            crops=crops,
+            frames=frames,
+            selected=plan.selected,
+            store=store.root,
+        )
+        for plan in plans
+    }
+
+
+def embed_shards(
+    encoder: Encoder, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer
+) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
+    """Every shard's embeddings by the first tap, from the store where it has all taps; and reports of what was made."""
+    shards: dict[Path, EmbeddedShard] = {}
+    missing: dict[Path, int] = {}
+    more = range(1, len(encoder.info.taps))
+    for path, spec in specs.items():
+        if (embedded := _stored(spec, store, more)) is not None:
+            shards[path] = embedded
+            for tap in (0, *more):
+                store.touch(spec.key(tap))
+        else:
+            missing[path] = len(index_shard(path).samples) if spec.selected is None else len(spec.selected)
+    reports: list[ShardReport] = []
+    done = sum(shard.header.expected for shard in shards.values())
+    total = done + sum(missing.values())
+    task = next(iter(specs.values())).task
+    for path, clips in missing.items():
+        observer(Progress("embed", task, done, total))
+        spec = specs[path]
+        embedded = _stored(spec, store, more)  # a shard of the same content, or another process, may have made it meanwhile
+        if embedded is None:
+            watch = _offset(observer, task, done, total)
+            reports.append(encoder.call(embed_shard, spec, returns=ShardReport, observer=watch))
+            embedded = _written(store, spec.key())
+        shards[path] = embedded
+        done += clips
+    observer(Progress("embed", task, total, total))
+    return {path: shards[path] for path in specs}, reports
+
+
+def shards_of_tap(specs: Mapping[Path, EmbedSpec], store: Store, tap: int) -> dict[Path, EmbeddedShard]:
+    """The embeddings of tap number `tap`, after `embed_shards`: read one tap at a time, since all may be more than fits."""
+    return {path: _written(store, spec.key(tap)) for path, spec in specs.items()}
+
+
+def _stored(spec: EmbedSpec, store: Store, more: Sequence[int]) -> EmbeddedShard | None:
+    """A shard's embeddings by the first tap, if those by `more` taps are there too, and whole."""
+    first = store.read(spec.key())
+    return first if first is not None and all(store.read(spec.key(tap)) is not None for tap in more) else None
+
+
+def _written(store: Store, key: str) -> EmbeddedShard:
+    shard = store.read(key)
+    if shard is None:
+        raise RuntimeError(f"the store lost {key} right after it was written")
+    return shard
+
+
+def _offset(observer: Observer, task: str, before: int, total: int) -> Observer:
+    def observe(event: Any) -> None:
+        observer(Progress("embed", task, before + event.done, total) if isinstance(event, Progress) else event)
+
+    return observe
+
+
+# ---------------------------------------------------------------- what runs in the worker
+
+
+def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
+    """Embed one shard and write each tap to the store. A clip that cannot be used is a named drop; its neighbours go on."""
+    started = time.perf_counter()
+    session = open_session(spec.model, tell)
+    tell(Doing("reading the shard", _DISK_SECONDS))
+    index = index_shard(spec.shard)
+    tell(Doing("running the model"))
+    samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
+    drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
+    store, info = Store(spec.store), spec.model.info
+    with ExitStack() as spools:
+        gathered = []
+        for number, tap in enumerate(info.taps):
+            framed = spec.frames and not tap.contract.clip_only
+            spool = spools.enter_context(store.spool(spec.key(number), tap.contract.dim)) if framed else None
+            gathered.append(_Gathered(tap.contract, spool))
+        decoded = _Decoded(spec, samples, info.contract.sample_rate, lambda: tell(Beat()))
+        _run(spec, session, decoded, gathered, len(samples), tell)
+        if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
+            raise DataError(f"shard {spec.shard} changed while it was read; run again")
+        drops += decoded.drops
+        for number, of_tap in enumerate(gathered):
+            header = Header(
+                store_version=STORE_VERSION,
+                model=Path(info.path).name,
+                model_sha256=info.scan.sha256,
+                task=spec.task,
+                shard=printable(spec.shard.name),
+                expected=len(of_tap.clips) + len(drops) + len(of_tap.drops),
+                damage=index.damage,
+                audio_seconds=of_tap.audio_seconds,
+            )
+            tell(Doing("storing the embeddings", _DISK_SECONDS))
+            store.write(spec.key(number), of_tap.shard(header, drops), of_tap.spool)
+    return ShardReport(spec.key(), len(gathered[0].clips), gathered[0].audio_seconds, time.perf_counter() - started)
+
+
+def _run(
+    spec: EmbedSpec, session: Session, decoded: _Decoded, gathered: Sequence[_Gathered], expected: int, tell: Tell
+) -> None:
+    """Every clip through the model, and into what each tap gathers."""
+    runner = ChunkRunner(
+        session,
+        spec.model,
+        [tap.contract for tap in gathered],
+        pad_short_clips=spec.crops.pad_short_clips,
+        keep_padding=spec.crops.keep_padding,
+    )
+    done, last_told = 0, 0.0
+    for job, chunk, frames, is_last in runner.run(decoded):
+        for tap, of_tap in zip(gathered, frames, strict=True):
+            tap.add(of_tap, chunk)
+        if not is_last:
+            tell(Beat())
+            continue
+        sample, seconds, label, is_last_crop = job.tag
+        for tap in gathered:
+            tap.end_crop()
+            if is_last_crop:
+                tap.end_clip(Clip(sample.key, seconds, label))
+        done += is_last_crop
+        now = time.perf_counter()
+        if now - last_told > _PROGRESS_SECONDS:
+            last_told = now
+            tell(Progress("embed", spec.task, done + len(decoded.drops), expected))
+
+
+class _Gathered:
+    """What one tap has given of a shard so far: a pooled row each crop, frames where they are kept, and their clips."""
+
+    def __init__(self, contract: Contract, spool: FrameSpool | None) -> None:
+        self.contract = contract
+        self.spool = spool
+        self.clips: list[Clip] = []
+        self.drops: list[Drop] = []
+        self._pool = _Pool(clip_only=contract.clip_only)
+        self._pooled: list[npt.NDArray[np.float32]] = []
+        self._clip_of_crop: list[int] = []
+        self._rows: list[npt.NDArray[np.float32]] = []  # of the clip in progress
+
+    @property
+    def audio_seconds(self) -> float:
+        return float(sum(clip.seconds for clip in self.clips))
+
+    def add(self, frames: npt.NDArray[np.float32], chunk: Chunk) -> None:
+        self._pool.add(frames, chunk.stop - chunk.start)
+        if self.spool is not None:
+            self.spool.add(frames, frame_centers(chunk, len(frames), self.contract) / self.contract.sample_rate)
+
+    def end_crop(self) -> None:
+        self._rows.append(self._pool.take())
+        if self.spool is not None:
+            self.spool.end_crop()
+
+    def end_clip(self, clip: Clip) -> None:
+        if all(np.isfinite(row).all() for row in self._rows):
+            self._clip_of_crop += [len(self.clips)] * len(self._rows)
+            self._pooled += self._rows
+            self.clips.append(clip)
+        else:
+            self.drops.append(Drop(clip.key, NOT_FINITE))
+            if self.spool is not None:
+                self.spool.drop_from(len(self._pooled))
+        self._rows = []
+
+    def shard(self, header: Header, drops: Sequence[Drop]) -> EmbeddedShard:
+        matrix = np.stack(self._pooled) if self._pooled else np.empty((0, self.contract.dim), np.float32)
+        every = sorted([*drops, *self.drops], key=_drop_order)
+        return EmbeddedShard(header, matrix, np.array(self._clip_of_crop, np.int64), self.clips, every)
+
+
+class _Pool:
+    """Mean over the frames of one crop, summed in float64; a clip-only encoder's chunk vectors by their length."""
+
+    def __init__(self, *, clip_only: bool) -> None:
+        self._clip_only = clip_only
+        self._sum: npt.NDArray[np.float64] | float = 0.0
+        self._weight = 0
+
+    def add(self, frames: npt.NDArray[np.float32], samples: int) -> None:
+        weight = samples if self._clip_only else 1
+        self._sum = self._sum + frames.sum(axis=0, dtype=np.float64) * weight
+        self._weight += len(frames) * weight
+
+    def take(self) -> npt.NDArray[np.float32]:
+        mean = np.asarray(self._sum / self._weight).astype(np.float32)
+        self._sum, self._weight = 0.0, 0
+        return mean
+
+
+class _Decoded:
+    """Iterates over the crops of a shard's samples as jobs, decoded a few clips ahead of whoever asks."""
+
+    def __init__(
+        self, spec: EmbedSpec, samples: Sequence[Sample], rate: int, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self._spec = spec
+        self._beat = beat
+        self._one_at_a_time = threading.Lock()  # long recordings, which take a gigabyte while they are decoded
+        self._samples = samples
+        self._rate = rate
+        self._longest = 0.0  # seconds, of the clips so far
+        self.drops: list[Drop] = []
+
+    def __iter__(self) -> Iterator[Job]:
+        waiting: deque[tuple[Sample, Future[_DecodedClip]]] = deque()
+        with ThreadPoolExecutor(self._spec.model.threads) as pool:
+            for sample in self._samples:
+                waiting.append((sample, pool.submit(self._decode, sample)))
+                # Long recordings are decoded fewer at a time: what waits is bounded in seconds, too.
+                ahead = min(2 * self._spec.model.threads, int(_SECONDS_AHEAD / max(self._longest, 1.0)))
+                while len(waiting) > ahead:
+                    yield from self._jobs(*waiting.popleft())
+            while waiting:
+                yield from self._jobs(*waiting.popleft())
+
+    def _decode(self, sample: Sample) -> _DecodedClip:
+        label = read_label(self._spec.shard, sample.label)
+        try:
+            data = read_extent(self._spec.shard, sample.audio)
+            with self._one_at_a_time if audio.duration(data) > _LONG_SECONDS else nullcontext():
+                samples, rate = audio.decode(data)
+                waveform = audio.resample(samples, rate, self._rate)
+        except MemoryError as error:
+            raise ClipError("it needs more memory than there is") from error
+        crops = audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule)
+        return crops, len(samples) / rate, label
+
+    def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
+        for _ in range(_DECODING_SECONDS):
+            if wait([future], timeout=1.0).done:
+                break
+            self._beat()
+        try:
+            crops, seconds, label = future.result()
+        except ClipError as error:
+            self.drops.append(Drop(sample.key, str(error)))
+            return
+        self._longest = max(self._longest, seconds)
+        for i, waveform in enumerate(crops):
+            yield Job((sample, seconds, label, i == len(crops) - 1), waveform)
+
+
+def _drop_order(drop: Drop) -> tuple[str, str]:
+    return drop.key, drop.reason

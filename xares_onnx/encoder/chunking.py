@@ -1,0 +1,63 @@
+"""Chunks of a waveform, and the exact time of every frame that comes back (DESIGN section 4).
+
+A waveform is cut into consecutive chunks of `chunk_samples`. A last piece under one second is zero-padded to one second
+(or to the model's minimum), and the frames that lie in the padding are trimmed away again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract.contract import Contract
+
+MIN_CHUNK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples [start, stop) of a waveform, zero-padded at the end to `length` before the model sees them."""
+
+    start: int
+    stop: int
+    length: int
+
+
+def plan_chunks(samples: int, contract: Contract, *, pad_short_clips: bool = True) -> list[Chunk]:
+    """The chunks of a waveform of `samples` samples.
+
+    Without `pad_short_clips` (X-ARES) a clip that is shorter than a second goes in as it is, if the model can take it.
+    """
+    shortest = max(round(MIN_CHUNK_SECONDS * contract.sample_rate), contract.min_samples)
+    chunks = []
+    for start in range(0, samples, contract.chunk_samples):
+        stop = min(start + contract.chunk_samples, samples)
+        floor = shortest if pad_short_clips or start else contract.min_samples
+        chunks.append(Chunk(start, stop, max(stop - start, min(floor, contract.chunk_samples))))
+    return chunks
+
+
+def cut(waveform: npt.NDArray[np.float32], chunk: Chunk) -> npt.NDArray[np.float32]:
+    """The chunk's samples (length,), padded."""
+    samples = waveform[chunk.start : chunk.stop]
+    return np.pad(samples, (0, chunk.length - len(samples))) if len(samples) < chunk.length else samples
+
+
+def frame_centers(chunk: Chunk, frames: int, contract: Contract) -> npt.NDArray[np.float64]:
+    """Where each frame of a chunk lies, in samples from the start of the waveform, (frames,)."""
+    if contract.hop_samples is None or contract.first_frame_center_samples is None:
+        raise ValueError("a clip-only encoder has no frames")
+    return chunk.start + contract.first_frame_center_samples + contract.hop_samples * np.arange(frames, dtype=np.float64)
+
+
+def frames_inside(chunk: Chunk, frames: int, samples: int, contract: Contract) -> int:
+    """How many leading frames of a chunk are kept: those whose centre - hop/2 lies before the waveform's end.
+
+    A waveform's first frame always stays.
+    """
+    if contract.hop_samples is None:
+        return frames
+    inside = int(np.count_nonzero(frame_centers(chunk, frames, contract) - contract.hop_samples / 2 < samples))
+    return max(inside, 1) if chunk.start == 0 else inside

@@ -1,0 +1,262 @@
+"""The front end of a model that takes features: what is declared of it, the presets, and how many frames it makes of a clip.
+
+A front end is named by a preset; single keys change a part of it. `features` computes what is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from ...errors import ContractError
+
+Preset = Literal["whisper", "kaldi", "librosa"]
+PRESETS: tuple[str, ...] = ("whisper", "kaldi", "librosa")
+MAX_BINS = 1024
+
+
+class Frontend(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-mel energies of a waveform at `sample_rate`, step by step in this order. Every clip by itself; no dither.
+
+    Lengths are in samples. Frame i begins `hop_samples` after frame i - 1.
+    """
+
+    preset: Preset
+    sample_rate: int
+    padding: Literal["none", "reflect", "zeros", "symmetric"]
+    """`none`: whole windows only. `reflect`, `zeros`: frame i is centred on sample i * hop, the ends are mirrored or silent,
+    as `torch.stft` and librosa do. `symmetric`: Kaldi's snip_edges=false; frame i is centred on (i + 1/2) * hop."""
+    window_samples: int
+    hop_samples: int
+    fft_samples: int
+    drop_last_frame: bool
+    remove_dc: bool
+    """Each window loses its mean."""
+    preemphasis: float
+    """Times the sample before, taken away within each window, whose first sample stands in for the one before it."""
+    window: Literal["hann", "hamming", "povey", "rectangular"]
+    window_periodic: bool
+    power: float
+    """Of the magnitude: 2 for energies, 1 for magnitudes."""
+    mels: int
+    low_hz: float
+    high_hz: float
+    """0 and below count from half the sampling rate."""
+    mel_scale: Literal["slaney", "htk"]
+    mel_norm: Literal["none", "slaney"]
+    """`slaney`: each filter has unit area in Hz."""
+    mel_triangles: Literal["hertz", "mel"]
+    """The scale on which filters are triangles: Kaldi's are on the mel scale."""
+    log: Literal["none", "natural", "log10", "decibel"]
+    log_offset: float
+    """Added before the logarithm."""
+    log_floor: float
+    """Smaller values are raised to this before the logarithm."""
+    log_reference: Literal["unit", "max"]
+    """`max`: the clip's loudest value becomes 0."""
+    log_range: float
+    """Values farther below the clip's loudest, in the logarithm's own unit, are raised to there; 0 for no limit."""
+    normalize: Literal["none", "cmn", "cmvn"]
+    """Over the clip's frames each band loses its mean (`cmn`), and is divided by its standard deviation too (`cmvn`)."""
+    fill: Literal["silence", "zeros", "repeat"]
+    """What follows a clip that is shorter than its input: silent samples, frames of zeros, or as many more copies of the
+    clip as fit, and then silence."""
+    mean: float
+    std: float
+    """Last, (feature - mean) / std."""
+    stack_frames: int
+    """As many frames that follow each other become one; a remainder is left out."""
+
+    @property
+    def bins(self) -> int:
+        """Values a frame."""
+        return self.mels * self.stack_frames
+
+    @property
+    def frame_samples(self) -> int:
+        """From a frame to the next, once they are stacked."""
+        return self.hop_samples * self.stack_frames
+
+    @property
+    def receptive_samples(self) -> int:
+        """The constant of the law frames(n) = floor((n - constant) / hop) + 1."""
+        if self.padding == "none":
+            constant = self.window_samples
+        elif self.padding == "symmetric":
+            constant = self.hop_samples - self.hop_samples // 2
+        else:
+            constant = self.fft_samples % 2
+        dropped = self.hop_samples if self.drop_last_frame else 0
+        return constant + dropped + (self.stack_frames - 1) * self.hop_samples
+
+    @property
+    def first_center_samples(self) -> float:
+        """Where the first frame looks."""
+        centers = {"none": self.window_samples / 2, "symmetric": self.hop_samples / 2}
+        return centers.get(self.padding, 0.0) + (self.stack_frames - 1) * self.hop_samples / 2
+
+    def frames(self, samples: int) -> int:
+        return max(0, (samples - self.receptive_samples) // self.frame_samples + 1)
+
+    def frames_held(self, samples: int) -> int:
+        """How many frames, at least 1, belong to the first samples: of a front end that centres, those centred on one."""
+        if self.padding in ("reflect", "zeros"):
+            return max(1, -(-samples // self.hop_samples) // self.stack_frames)
+        return max(1, self.frames(samples))
+
+    def samples_for(self, frames: int) -> int:
+        """The shortest waveform of so many frames."""
+        return max(1, self.receptive_samples + (frames - 1) * self.frame_samples)
+
+    def described(self) -> str:
+        """One line for the user."""
+        top = self.high_hz if self.high_hz > 0 else self.sample_rate / 2 + self.high_hz
+        return (
+            f"{self.mels} mel bands of {self.low_hz:g} to {top:g} Hz, {self.window} windows of {self.window_samples} "
+            f"samples every {self.hop_samples}, padding {self.padding}, log {self.log}, normalize {self.normalize}"
+        )
+
+
+# ---------------------------------------------------------------- declarations
+
+
+def _flag(text: str) -> str:
+    return {"1": "true", "yes": "true", "0": "false", "no": "false"}.get(text.lower(), text.lower())
+
+
+# What may be declared of a front end, with `frontend.` before each, and how its text is read.
+_TYPES = {field.name: field.type for field in msgspec.structs.fields(Frontend) if field.name != "sample_rate"}
+PREFIX = "frontend."
+KEYS: dict[str, Callable[[str], Any]] = {
+    PREFIX + name: _flag if kind is bool else kind if kind in (int, float) else str for name, kind in _TYPES.items()
+}
+CHOICES: dict[str, frozenset[str]] = {
+    PREFIX + name: frozenset({"true", "false"} if kind is bool else kind.__args__)
+    for name, kind in _TYPES.items()
+    if kind not in (int, float)
+}
+RANGES: dict[str, tuple[float, float]] = {
+    PREFIX + "mels": (1, MAX_BINS),
+    PREFIX + "stack_frames": (1, 16),
+    **{PREFIX + name: (1, 1 << 16) for name in ("window_samples", "hop_samples", "fft_samples")},
+    PREFIX + "power": (0.1, 4),
+    PREFIX + "preemphasis": (0, 1),
+    PREFIX + "std": (1e-6, 1e6),
+    PREFIX + "log_range": (0, 1e4),
+    PREFIX + "log_offset": (0, 1e9),
+    PREFIX + "log_floor": (0, 1e9),
+    PREFIX + "low_hz": (0, 1e6),
+}
+
+
+def make_frontend(declared: Mapping[str, Any], sample_rate: int, mels: int | None = None) -> Frontend:
+    """The front end of a preset with what is declared, by key without the prefix. `mels` stands for undeclared bands.
+
+    Raises `ContractError` where no preset is declared, or parts do not fit each other.
+    """
+    if "preset" not in declared:
+        raise ContractError(
+            f"{', '.join(PREFIX + key for key in declared)} needs a preset beside it; say --contract "
+            f"{PREFIX}preset=whisper, or kaldi or librosa"
+        )
+    said = {key: value == "true" if _TYPES[key] is bool else value for key, value in declared.items()}
+    preset: str = said["preset"]
+    values = {**_preset(preset, sample_rate), **({"mels": mels} if mels else {}), **said}
+    if preset == "kaldi":  # the next power of two
+        values.setdefault("fft_samples", 1 << (values["window_samples"] - 1).bit_length())
+    else:
+        values.setdefault("fft_samples", max(values["window_samples"], _FFT[preset]))
+        if "window_samples" not in said:
+            values["window_samples"] = values["fft_samples"]
+    frontend = Frontend(sample_rate=sample_rate, **values)
+    _check(frontend)
+    return frontend
+
+
+_FFT = {"whisper": 400, "librosa": 2048}
+_PLAIN: dict[str, Any] = {
+    "drop_last_frame": False,
+    "remove_dc": False,
+    "preemphasis": 0.0,
+    "window": "hann",
+    "window_periodic": True,
+    "power": 2.0,
+    "low_hz": 0.0,
+    "high_hz": 0.0,
+    "mel_scale": "slaney",
+    "mel_norm": "slaney",
+    "mel_triangles": "hertz",
+    "log_offset": 0.0,
+    "log_floor": 1e-10,
+    "log_reference": "unit",
+    "log_range": 0.0,
+    "normalize": "none",
+    "fill": "silence",
+    "mean": 0.0,
+    "std": 1.0,
+    "stack_frames": 1,
+}
+
+
+def _preset(name: str, sample_rate: int) -> dict[str, Any]:
+    """Sources: transformers' WhisperFeatureExtractor; Kaldi's and torchaudio's fbank, of 80 bands, without dither; librosa's
+    melspectrogram and power_to_db (0.10 and later)."""
+    own: dict[str, dict[str, Any]] = {
+        "whisper": {
+            "padding": "reflect",
+            "window_samples": 400,
+            "hop_samples": 160,
+            "drop_last_frame": True,
+            "mels": 80,
+            "high_hz": 8000.0,
+            "log": "log10",
+            "log_range": 8.0,
+            "mean": -4.0,
+            "std": 4.0,
+        },
+        "kaldi": {
+            "padding": "none",
+            "window_samples": max(1, round(0.025 * sample_rate)),
+            "hop_samples": max(1, round(0.010 * sample_rate)),
+            "remove_dc": True,
+            "preemphasis": 0.97,
+            "window": "povey",
+            "window_periodic": False,
+            "mels": 80,
+            "low_hz": 20.0,
+            "mel_scale": "htk",
+            "mel_norm": "none",
+            "mel_triangles": "mel",
+            "log": "natural",
+            "log_floor": 2.0**-23,  # float32's epsilon
+        },
+        "librosa": {
+            "padding": "zeros",
+            "window_samples": 2048,
+            "hop_samples": 512,
+            "mels": 128,
+            "log": "decibel",
+            "log_range": 80.0,
+        },
+    }
+    return {**_PLAIN, "preset": name, **own[name]}
+
+
+def _check(frontend: Frontend) -> None:
+    half = frontend.sample_rate / 2
+    top = frontend.high_hz if frontend.high_hz > 0 else half + frontend.high_hz
+    if frontend.window_samples > frontend.fft_samples:
+        problem = f"window_samples={frontend.window_samples} is more than fft_samples={frontend.fft_samples}"
+    elif not frontend.low_hz < top:
+        problem = f"low_hz={frontend.low_hz:g} is not below the highest band's {top:g} Hz"
+    elif frontend.low_hz >= half:
+        problem = f"low_hz={frontend.low_hz:g} is not below half the sampling rate, {half:g} Hz"
+    elif frontend.log != "none" and not frontend.log_floor + frontend.log_offset > 0:
+        problem = "the logarithm of silence needs a log_floor or log_offset above 0"
+    elif frontend.log == "none" and (frontend.log_range or frontend.log_reference != "unit"):
+        problem = "log_range and log_reference need a logarithm"
+    else:
+        return
+    raise ContractError(f"the declared front end cannot be: {problem}; correct its frontend.* keys")

@@ -1,0 +1,248 @@
+"""Which input of a model takes the waveform or its features, and which others can be filled: lengths and a mask.
+
+No model runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ...errors import ContractError, ContradictionError
+from ..adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
+from ..contract.contract import Declarations, declared_frontend
+from ..contract.frontend import PREFIX, Frontend
+from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_LENGTH_NAMES = ("length", "lens", "num_samples", "n_samples")
+_MASK_NAMES = {"mask", "attention_mask", "input_mask", "audio_mask"}
+_FEATURE_NAMES = {"input_features", "input_values", "features", "feats", "speech", "x"}
+_HOW = (
+    "say it by --contract frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export the model "
+    "with its front end"
+)
+_LISTED = 12  # names in a sentence
+_SHORTEST_WINDOW = 400  # samples; a fixed axis of fewer holds features or a state, not audio
+
+
+class Inputs(msgspec.Struct, frozen=True):
+    """The input for the waveform, or for the features that `frontend` makes of it, and what the graph fixes of it.
+
+    `layouts` are those that its shape allows, more than one only of features. `shape` is the graph's. `lengths` and `mask`
+    are the names of inputs that are filled beside it. `sources` say where the front end's fields are from.
+    """
+
+    audio: str
+    layouts: tuple[str, ...]
+    shape: tuple[int | str | None, ...]
+    lengths: str | None
+    mask: str | None
+    frontend: Frontend | None = None
+    sources: dict[str, str] = {}
+
+    @property
+    def time(self) -> int | str | None:
+        """The axis of samples, or of frames of features."""
+        return self.shape[self.layouts[0].index("T")]
+
+    @property
+    def window(self) -> int | None:
+        """The only number of samples that it takes, where the graph fixes one."""
+        if not isinstance(self.time, int):
+            return None
+        return self.frontend.samples_for(self.time) if self.frontend else self.time
+
+    @property
+    def fixed_batch(self) -> int | None:
+        size = self.shape[self.layouts[0].index("B")] if "B" in self.layouts[0] else None
+        return size if isinstance(size, int) else None
+
+
+def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations) -> Inputs:
+    """Raises `ContractError` where no input, or any of several, could take the audio, and for one nobody can fill."""
+    by_name = {node.name: node for node in nodes}
+    for key in ("input", "lengths_input", "mask_input"):
+        if key in declared and declared[key].value not in by_name:
+            raise ContradictionError(
+                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}",
+                about=key,
+            )
+    features = "input_kind" in declared and declared["input_kind"].value == "features"
+    if "input" in declared:
+        audio = by_name[str(declared["input"].value)]
+    else:
+        audio = _features(nodes, outputs, declared) if features else _waveform(nodes, outputs, declared)
+    if audio.type not in FLOAT_TYPES:
+        what = "an input of features" if features else "a waveform input"
+        raise ContractError(f"input {audio.name!r} is {audio.type}; {what} must be float")
+    frontend, sources = _frontend(audio, declared) if features else (None, {})
+    layouts = _feature_layouts(audio, frontend, declared) if frontend else (_layout(audio, declared),)
+    lengths, mask = None, None
+    for node in nodes:
+        if node.name == audio.name:
+            continue
+        if mask is None and _is_mask(node, declared):
+            mask = node.name
+        elif lengths is None and _is_lengths(node, declared):
+            lengths = node.name
+        else:
+            _refuse_state([other for other in nodes if other.name != audio.name], outputs)
+            raise ContractError(
+                f"the model wants input {node.name!r} ({node.type}, shape {node.shape}) beside the "
+                f"{'features' if features else 'waveform'}, which nothing here can fill; {_cure(node)}"
+            )
+    return Inputs(audio.name, layouts, tuple(audio.shape), lengths, mask, frontend, sources)
+
+
+def listed(found: Iterable[Any]) -> str:
+    names = [str(name) for name in found]
+    first, rest = names[:_LISTED], len(names) - _LISTED
+    quoted = ", ".join(repr(name[:40]) for name in first)
+    return f"{quoted} and {rest} more" if rest > 0 else quoted or "none"
+
+
+def _refuse_state(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]) -> None:
+    """Raise `ContractError` where one of these wants an output of the call before: such a pair shares a name or a shape."""
+    for node in nodes:
+        for output in outputs:
+            alike = output.type == node.type and len(output.shape) == len(node.shape)
+            same = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
+            if alike and (node.name.lower() in output.name.lower() or same):
+                raise ContractError(
+                    f"the model keeps a state: input {node.name!r} wants output {output.name!r} of the call before, but "
+                    "every clip is embedded by itself; export it with the state inside, starting at zero"
+                )
+
+
+def _waveform(
+    nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations
+) -> onnxruntime.NodeArg:
+    floats = [node for node in nodes if node.type in FLOAT_TYPES and not _is_mask(node, declared)]
+    if len(floats) > 1:  # a state has a shape of its own
+        floats = [
+            node for node in floats if (layout := input_layout(node.shape)) and _is_audio(node.shape, layout)
+        ] or floats
+    if not floats:
+        raise ContractError(f"the model has no float input for a waveform; it has {listed(node.name for node in nodes)}")
+    if len(floats) > 1:
+        named = [node for node in floats if node.name in ("audio", "waveform", "input_values")]
+        if len(named) != 1:
+            _refuse_state(floats, outputs)
+            names = listed(node.name for node in floats)
+            raise ContractError(f"any of {names} could be the waveform; name it by --contract input=NAME")
+        return named[0]
+    return floats[0]
+
+
+def _features(
+    nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations
+) -> onnxruntime.NodeArg:
+    floats = [node for node in nodes if node.type in FLOAT_TYPES and not _is_mask(node, declared)]
+    if not floats:
+        raise ContractError(f"the model has no float input for features; it has {listed(node.name for node in nodes)}")
+    if len(floats) > 1:
+        named = [node for node in floats if node.name.lower() in _FEATURE_NAMES]
+        if len(named) != 1:
+            _refuse_state(floats, outputs)
+            names = listed(node.name for node in floats)
+            raise ContractError(f"any of {names} could take the features; name it by --contract input=NAME")
+        return named[0]
+    return floats[0]
+
+
+def _a_waveform(audio: onnxruntime.NodeArg, declared: Declarations) -> ContractError:
+    return ContractError(
+        f"{declared['input_kind'].source} says that the model takes features, but input {audio.name!r} has shape "
+        f"{list(audio.shape)}, which is that of a waveform; if its front end is inside, say --contract input_kind=waveform"
+    )
+
+
+def _frontend(audio: onnxruntime.NodeArg, declared: Declarations) -> tuple[Frontend, dict[str, str]]:
+    """The declared front end; where nobody declares its bands, they are those that the input's shape shows."""
+    by = declared["input_kind"]
+    if not any(key.startswith(PREFIX) for key in declared):
+        if input_layout(audio.shape) and not any(isinstance(size, int) and size > 1 for size in audio.shape[-2:]):
+            raise _a_waveform(audio, declared)
+        raise ContractError(f"{by.source} says that input {audio.name!r} takes features, but not how to make them; {_HOW}")
+    frontend, sources = declared_frontend(declared, None)
+    shown = None if PREFIX + "mels" in declared else bins_shown(audio.shape, frontend.bins)
+    if shown and shown % frontend.stack_frames == 0:
+        frontend, sources = declared_frontend(declared, shown // frontend.stack_frames)
+    return frontend, sources | {"input_kind": by.source}
+
+
+def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: Declarations) -> tuple[str, ...]:
+    shape, by = list(audio.shape), declared.get("input_layout")
+    if by:
+        layout = str(by.value)
+        if "F" not in layout:
+            raise ContractError(f"{by.source} declares input_layout={layout}, which has no axis F for the bins of features")
+        sizes = dict(zip(layout, shape, strict=False))
+        singles = [size for axis, size in zip(layout, shape, strict=False) if axis == "1"]
+        fits = len(layout) == len(shape) and bins_fit(sizes["F"], sizes["T"], frontend.bins)
+        if not fits or any(isinstance(size, int) and size != 1 for size in singles):
+            raise ContractError(
+                f"{by.source} declares input_layout={layout}, but input {audio.name!r} has shape {shape}, and a frame "
+                f"{frontend.bins} bins"
+            )
+        return (layout,)
+    if input_layout(shape) and frontend.bins not in shape:
+        raise _a_waveform(audio, declared)
+    layouts = feature_layouts(shape, frontend.bins)
+    if not layouts:
+        raise ContractError(
+            f"input {audio.name!r} has shape {shape}, and the front end gives {frontend.bins} bins a frame; say how many "
+            "bands by --contract frontend.mels=N, or which axis is what by --contract input_layout=BTF, or BFT"
+        )
+    return tuple(layouts)
+
+
+def _layout(audio: onnxruntime.NodeArg, declared: Declarations) -> str:
+    shape = list(audio.shape)
+    layout = input_layout(shape)
+    if layout is None and looks_like_features(shape):
+        raise ContractError(
+            f"input {audio.name!r} has shape {shape}, which is that of features, and nothing says how to make them; {_HOW}"
+        )
+    if layout is None:
+        raise ContractError(
+            f"input {audio.name!r} has shape {shape}; a waveform input is [batch, samples], [batch, 1, samples], "
+            "[batch, samples, 1] or [samples]"
+        )
+    by = declared.get("input_layout")
+    if by and by.value != layout:
+        said = f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}"
+        raise ContradictionError(said, about="input_layout")
+    if not by and not _is_audio(shape, layout):
+        raise ContractError(
+            f"input {audio.name!r} takes exactly {shape[layout.index('T')]} values, too few for a window of audio; export "
+            f"it with a dynamic samples axis, or say that they are samples by --contract input_layout={layout}"
+        )
+    return layout
+
+
+def _is_audio(shape: list[Any], layout: str) -> bool:
+    samples = shape[layout.index("T")]
+    return not isinstance(samples, int) or samples >= _SHORTEST_WINDOW
+
+
+def _is_mask(node: onnxruntime.NodeArg, declared: Declarations) -> bool:
+    named = declared["mask_input"].value == node.name if "mask_input" in declared else node.name.lower() in _MASK_NAMES
+    return named and node.type in MASK_TYPES and len(node.shape) == 2
+
+
+def _is_lengths(node: onnxruntime.NodeArg, declared: Declarations) -> bool:
+    declares = "lengths_input" in declared and declared["lengths_input"].value == node.name
+    named = any(part in node.name.lower() for part in _LENGTH_NAMES)
+    return node.type in LENGTH_TYPES and len(node.shape) == 1 and (declares or named)
+
+
+def _cure(node: onnxruntime.NodeArg) -> str:
+    if node.type in MASK_TYPES and len(node.shape) == 2:
+        return f"if it is a mask with ones for samples, say --contract mask_input={node.name}, else export it without"
+    return "export it without that input"

@@ -1,0 +1,127 @@
+"""A model under probing: run on seeded noise, with the contract as far as it is known and where each field is from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError
+from ..adapter import FLOAT_TYPES, Adapter
+from ..contract.contract import Contract, Declarations
+from ..session import Session
+
+_KEPT = 4  # inputs
+
+
+class Probe:
+    """The model under probing, with the contract as far as it is known."""
+
+    contract: Contract
+    max_dim: int
+
+    def __init__(self, session: Session, declared: Declarations, beat: Callable[[], None]) -> None:
+        self.session = session
+        self.declared = declared
+        self.sources: dict[str, str] = {}
+        self._beat = beat
+        self._known: dict[str, dict[str, npt.NDArray[Any]]] = {}
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.contract, self.session.types)
+
+    def update(self, **fields: Any) -> None:
+        self.contract = msgspec.structs.replace(self.contract, **fields)
+
+    def choose(self, key: str, default: Any) -> Any:
+        """A declared value, or the default; says which it was."""
+        if key in self.declared:
+            self.sources[key] = self.declared[key].source
+            return self.declared[key].value
+        if default is not None:
+            self.sources[key] = "default"
+        return default
+
+    def agree(self, key: str, measured: int) -> int:
+        """The measured value, which a declaration must not contradict."""
+        if key in self.declared and self.declared[key].value != measured:
+            by = self.declared[key]
+            raise ContradictionError(
+                f"{by.source} declares {key}={by.value}, but {measured} was measured; correct the declaration", about=key
+            )
+        self.sources[key] = f"measured, as declared in {self.declared[key].source}" if key in self.declared else "measured"
+        return measured
+
+    def float_outputs(self) -> list[str]:
+        names = [node.name for node in self.session.outputs if node.type in FLOAT_TYPES]
+        if not names:
+            raise ContractError("no output is a float tensor, so none can be an embedding", about="output")
+        return names
+
+    def noise(self, samples: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.float32]:
+        signal = np.random.default_rng(seed).standard_normal((batch, samples)).astype(np.float32)
+        noise: npt.NDArray[np.float32] = np.clip(signal * np.float32(0.1), -1, 1)
+        return noise
+
+    def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
+        """The named outputs; of the last few inputs they are kept, since several measurements ask for the same."""
+        return self.run_values(names, self.adapter.values(batch))
+
+    def run_again(self, names: list[str], samples: int) -> list[npt.NDArray[Any]]:
+        """The named outputs for the noise of so many samples, from a run of its own."""
+        self._known.clear()
+        return self.run_outputs(names, self.noise(samples))
+
+    def run_values(self, names: list[str], values: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
+        """Outputs for what stands for waveforms: themselves, or features (items, frames, bins)."""
+        feeds = self.adapter.feeds_of(values)
+        told = (f"{name} {feed.shape} ".encode() + feed.tobytes() for name, feed in feeds.items())
+        digest = hashlib.sha256(b"".join(told)).hexdigest()
+        known = self._known.pop(digest, {})
+        try:
+            if not known.keys() >= set(names):
+                known = dict(zip(names, self.session.run_raw(names, feeds), strict=True))
+        finally:  # a model that fails is alive, too
+            self._beat()
+        self._known[digest] = known
+        if len(self._known) > _KEPT:
+            del self._known[next(iter(self._known))]
+        return [known[name] for name in names]
+
+    def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        (result,) = self.run_outputs([self.contract.output], batch)
+        return self.adapter.frames(result, len(batch))
+
+    def embed(self, samples: int) -> npt.NDArray[np.float32]:
+        frames = self.run(self.noise(samples))
+        if not np.isfinite(frames).all():
+            raise ModelError(f"the model gives NaN or infinity for {samples} samples of quiet noise", about="values")
+        return frames
+
+    def frames(self, samples: int) -> int:
+        return int(self.embed(samples).shape[1])
+
+    def shortest_probe(self) -> int:
+        """About one second, or the first longer input that the model takes; a third of the most that it may take."""
+        least = int(self.declared["min_samples"].value) if "min_samples" in self.declared else 0
+        most = self.contract.max_samples
+        lengths = [max(least, seconds * self.contract.sample_rate) for seconds in (1, 2, 4, 10, 30)]
+        if most is not None:
+            lengths = [samples for samples in lengths if 3 * samples <= most] or [max(least, most // 3)]
+        names = self.float_outputs()
+        last_error: ModelError | None = None
+        for samples in lengths:
+            try:
+                self.run_outputs(names, self.noise(samples))
+                return samples
+            except (ContractError, ModelLimitError):
+                raise
+            except ModelError as error:
+                last_error = error
+        tried = ", ".join(f"{samples / self.contract.sample_rate:g}" for samples in lengths)
+        raise ContractError(f"the model takes no input of {tried} s: {last_error}", about="time")

@@ -1,0 +1,219 @@
+"""Taps: several outputs or inner tensors of a model, each with a contract of its own. Runs in the worker process.
+
+What concerns the input is measured once; every run gives all outputs, so that many taps take few runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import ContractError, ModelError
+from ..adapter import Adapter
+from ..contract.contract import Contract, Declaration, Declarations, FrameLaw, fit_frame_law, law_holds
+from ..limits import UNTRUSTED
+from ..session import Session
+from .layers import ALL_LAYERS, Exposure, layers_of
+from .measure import batching, find_layouts, loud_pair, measure_contract
+from .probe import Probe
+
+
+class Measured(NamedTuple):
+    """The contract of the first tap, those of more taps by name, the inner tensors that had to be exposed, and remarks."""
+
+    contract: Contract
+    more: dict[str, Contract]
+    exposure: Exposure | None
+    notes: list[str]
+
+
+def measure_taps(
+    model: Path,
+    open_session: Callable[[Exposure | None], Session],
+    declared: Declarations,
+    taps: Sequence[str],
+    beat: Callable[[], None],
+    *,
+    max_dim: int = UNTRUSTED.dim,
+) -> Measured:
+    """The contracts of all taps: outputs and inner tensors by name, or `all-layers`; without taps, of the model's output."""
+    if tuple(taps) == (ALL_LAYERS,):
+        return _measure_layers(model, open_session, declared, beat, max_dim)
+    session, exposure = open_session(None), None
+    if inner := [name for name in taps if name not in {output.name for output in session.outputs}]:
+        exposure = Exposure(tuple(inner))
+        session = open_session(exposure)
+    if taps:
+        declared = {**declared, "output": Declaration(taps[0], "--taps")}
+    contract = measure_contract(session, declared, beat, max_dim=max_dim)
+    if len(taps) < 2:
+        return Measured(contract, {}, exposure, [])
+    more = _more(session, contract, declared, {name: name for name in taps[1:]}, beat, max_dim)
+    return Measured(*more, exposure, [])
+
+
+def _measure_layers(
+    model: Path,
+    open_session: Callable[[Exposure | None], Session],
+    declared: Declarations,
+    beat: Callable[[], None],
+    max_dim: int,
+) -> Measured:
+    import onnx
+
+    contract = measure_contract(open_session(None), declared, beat, max_dim=max_dim)
+    exposure = layers_of(onnx.load_model(model, format="protobuf", load_external_data=False), contract.output)
+    names = {f"layer.{i}": output for i, output in enumerate(exposure.outputs)}
+    notes = []
+    if exposure.tensors[-1] == contract.output:
+        last, _ = names.popitem()
+        notes.append(f"{last} is the model's output {contract.output!r}, and stands under that name")
+        exposure = Exposure(exposure.tensors[:-1])
+    return Measured(*_more(open_session(exposure), contract, declared, names, beat, max_dim), exposure, notes)
+
+
+def _more(
+    session: Session,
+    contract: Contract,
+    declared: Declarations,
+    names: Mapping[str, str],
+    beat: Callable[[], None],
+    max_dim: int,
+) -> tuple[Contract, dict[str, Contract]]:
+    """The first contract, and those of the outputs in `names`. All share their batches: one that must be alone decides."""
+    outputs = _Outputs(session, contract, declared, beat)
+    more = outputs.contracts(list(names.values()))
+    if wide := [one for one in more if one.dim > max_dim]:
+        said = f"output {wide[0].output!r} has a dimension of {wide[0].dim}, more than {max_dim}; --trust lifts the limit"
+        raise ContractError(said, about="output")
+    alike = {
+        "dynamic_batch": all(one.dynamic_batch for one in [contract, *more]),
+        "batch_coupled": any(one.batch_coupled for one in [contract, *more]),
+    }
+    contract, *more = (msgspec.structs.replace(one, **alike) for one in [contract, *more])
+    return contract, dict(zip(names, more, strict=True))
+
+
+class _Outputs:
+    """Outputs beside the one that `main` is of. What holds for the input is taken from there."""
+
+    def __init__(self, session: Session, main: Contract, declared: Declarations, beat: Callable[[], None]) -> None:
+        least = {key: by for key, by in declared.items() if key == "min_samples"}
+        self._probe = Probe(session, least, beat)
+        self._probe.contract = self._main = main
+        self._drafts: list[Contract] = []
+        self._laws = [] if main.clip_only or main.fixed_window else [_law_of(main)]
+        self._counts: dict[int, list[int]] = {}
+
+    def contracts(self, names: list[str]) -> list[Contract]:
+        main, floats = self._main, self._probe.float_outputs()
+        if wrong := [name for name in names if name not in floats]:
+            raise ContractError(f"output {wrong[0]!r} is no float tensor, so it cannot be scored; leave it out of --taps")
+        low = main.chunk_samples if main.fixed_window else self._probe.shortest_probe()
+        high = low if main.fixed_window else min(3 * low + 1, main.max_samples or 3 * low + 1)
+        layouts, problems, _ = find_layouts(self._probe, names, low, high)
+        if problems:
+            raise ContractError(f"{next(iter(problems.values()))}; leave it out of --taps")
+        sources = {**main.sources, "output": "--taps", "output_layout": "measured", "dim": "measured"}
+        self._drafts = [
+            msgspec.structs.replace(main, output=name, output_layout=layouts[name], window_frames=None, sources=sources)
+            for name in names
+        ]
+        measured = []
+        batched = zip(self._values(low), self._values(low, seed=1), self._batching(low), strict=True)
+        for i, (draft, (values, others, batched_how)) in enumerate(zip(self._drafts, batched, strict=True)):
+            if not np.isfinite(values).all():
+                raise ModelError(f"output {draft.output!r} gives NaN or infinity for {low} samples of quiet noise")
+            if np.array_equal(values, others):
+                raise ContractError(f"output {draft.output!r} is the same for any input; leave it out of --taps")
+            measured.append(
+                msgspec.structs.replace(
+                    draft, dim=values.shape[2], **batched_how, **self._frames(i, low, high, values.shape[1])
+                )
+            )
+        return measured
+
+    def _frames(self, i: int, low: int, high: int, at_low: int) -> dict[str, Any]:
+        """The contract's fields of the frames of output number `i`."""
+        draft, main = self._drafts[i], self._main
+        if "T" not in draft.output_layout:
+            return {"hop_samples": None, "receptive_field_samples": None, "first_frame_center_samples": None}
+        if main.fixed_window:
+            if at_low == main.window_frames:
+                return {"window_frames": at_low}
+            hop = low / at_low
+            why = dict.fromkeys(("hop_samples", "first_frame_center_samples"), "default (window / frames)")
+            return {
+                "window_frames": at_low,
+                "hop_samples": int(hop) if hop.is_integer() else hop,
+                "receptive_field_samples": None,
+                "first_frame_center_samples": hop / 2,
+                "sources": {**draft.sources, **why},
+            }
+        law = self._law(i, low, high)
+        if self._counted(main.chunk_samples)[i] != law.frames(main.chunk_samples):
+            raise ContractError(
+                f"output {draft.output!r} gives other frames for {main.chunk_samples} samples than shorter inputs foretell; "
+                "declare a shorter --contract chunk_samples=N"
+            )
+        if not main.clip_only and law == _law_of(main):
+            return {}
+        why = dict.fromkeys(("hop_samples", "receptive_field_samples"), "measured")
+        return {
+            "hop_samples": law.hop,
+            "receptive_field_samples": law.receptive_field,
+            "first_frame_center_samples": law.receptive_field / 2,
+            "sources": {**draft.sources, **why, "first_frame_center_samples": "default (receptive field / 2)"},
+        }
+
+    def _law(self, i: int, low: int, high: int) -> FrameLaw:
+        """The frame law of output number `i`: one that another output follows too, else found by bisection."""
+
+        def counted(samples: int) -> int:
+            return self._counted(samples)[i]
+
+        for law in self._laws:
+            if law_holds(law, counted, low, high):
+                return law
+        law_found = fit_frame_law(counted, low, high)
+        if law_found is None or not law_holds(law_found, counted, low, high):
+            raise ContractError(
+                f"the frame count of output {self._drafts[i].output!r} follows no law, so its frames have no time; "
+                "leave it out of --taps"
+            )
+        self._laws.append(law_found)
+        return law_found
+
+    def _counted(self, samples: int) -> list[int]:
+        """Frames of every output; each length is run once."""
+        if samples not in self._counts:
+            self._counts[samples] = [values.shape[1] for values in self._values(samples)]
+        return self._counts[samples]
+
+    def _values(self, samples: int, seed: int = 0) -> list[npt.NDArray[np.float32]]:
+        return self._run(self._probe.noise(samples, seed=seed))
+
+    def _run(self, batch: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
+        results = self._probe.run_outputs([draft.output for draft in self._drafts], batch)
+        types = self._probe.session.types
+        return [
+            Adapter(draft, types).frames(result, len(batch)) for draft, result in zip(self._drafts, results, strict=True)
+        ]
+
+    def _batching(self, samples: int) -> list[dict[str, bool]]:
+        """`dynamic_batch` and `batch_coupled` of every output."""
+        if not self._main.dynamic_batch:
+            return [{"dynamic_batch": False, "batch_coupled": self._main.batch_coupled}] * len(self._drafts)
+        pair = loud_pair(self._probe, samples)
+        return [batching(*both) for both in zip(self._run(pair), self._run(pair[:1]), strict=True)]
+
+
+def _law_of(contract: Contract) -> FrameLaw:
+    assert contract.hop_samples is not None
+    assert contract.receptive_field_samples is not None
+    return FrameLaw(int(contract.hop_samples), contract.receptive_field_samples)

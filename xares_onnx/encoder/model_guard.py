@@ -1,0 +1,243 @@
+"""What a model's protobuf may hold, checked before ONNX Runtime sees it.
+
+Loading expands nested functions, turns sparse tensors into dense ones and opens the files that tensors name, so all of that
+is bounded here by arithmetic alone: nothing is expanded, checked by onnx or shape-inferred. Runs in the worker process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from .limits import Limits
+
+if TYPE_CHECKING:
+    import onnx
+    from google.protobuf.message import Message
+
+# Those whose operators ONNX Runtime brings. All others come from libraries, and none is ever loaded.
+_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
+_COMPILED = "EPContext"  # names a file, or carries code for one machine
+_MAX_DEPTH = 100  # of graphs in graphs and functions in functions
+_MAX_RANK = 100
+_MAX_NAMES = 1_000  # inputs and outputs of the graph
+_MAX_NAME = 1_000  # characters of one
+_MAX_METADATA = 16 << 20  # characters
+# Where ONNX Runtime reads memory instead of a file, by a location such as */_ORT_MEM_ADDR_/* and an address as offset.
+_MEMORY = "_MEM_ADDR_"
+# Bits of a value by `TensorProto.DataType`; a text has no size of its own, and types of 2 and 4 bits are packed.
+_BITS = {
+    **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),
+    **dict.fromkeys((4, 5, 10, 16), 16),
+    **dict.fromkeys((1, 6, 12), 32),
+    **dict.fromkeys((7, 11, 13, 14), 64),
+    **{8: 0, 15: 128, 21: 4, 22: 4, 23: 4, 25: 2, 26: 2},
+}
+
+
+def check_model(path: Path, model: onnx.ModelProto, limits: Limits) -> tuple[int, tuple[str, ...]]:
+    """How many values a model's tensors hold, and the locations of its external data. `ModelError` for what is refused."""
+    import onnx
+
+    if not model.graph.node or not model.graph.output:
+        raise ModelError(f"{path} is not an ONNX file: it holds no graph")
+    tensors = []
+    for message in _messages(path, model, limits):
+        match message:
+            case onnx.TensorProto():
+                tensors.append(message)
+            case onnx.SparseTensorProto():
+                if 16 * _elements(path, message.dims, "a sparse tensor") > limits.dense_bytes:
+                    raise ModelError(
+                        f"{path} has a sparse tensor that is larger than {limits.dense_bytes >> 30} GB when written out"
+                    )
+    _check_names(path, model)
+    _Operators(path, model, limits).check()
+    locations = [_check_tensor(path, tensor) for tensor in tensors]
+    values = sum(_elements(path, tensor.dims, tensor.name) for tensor in tensors)
+    return values, tuple(sorted({location for location in locations if location}))
+
+
+def _messages(path: Path, model: onnx.ModelProto, limits: Limits) -> Iterator[Message]:
+    """Every message of a model: graphs, nodes, tensors, functions, wherever they are kept.
+
+    Raises `ModelError` for too many, and where a text is not UTF-8: protobuf then gives bytes.
+    """
+    from google.protobuf.message import Message
+
+    messages: list[Message] = [model]
+    seen = 0
+    while messages:
+        message = messages.pop()
+        yield message
+        seen += 1
+        if seen + len(messages) > limits.parts:
+            raise ModelError(f"{path} holds more than {limits.parts} nodes, attributes and tensors")
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                messages.extend([value] if isinstance(value, Message) else value)
+            elif field.type == field.TYPE_STRING:
+                texts = [value] if isinstance(value, str | bytes) else value
+                if any(isinstance(text, bytes) for text in texts):
+                    raise ModelError(f"{path} is damaged: its {field.name} is not UTF-8 text")
+
+
+def _check_names(path: Path, model: onnx.ModelProto) -> None:
+    """Names of inputs and outputs, and metadata, end in messages and in the record."""
+    named = [*model.graph.input, *model.graph.output]
+    if len(named) > _MAX_NAMES or any(len(value.name) > _MAX_NAME for value in named):
+        raise ModelError(f"{path} has more than {_MAX_NAMES} inputs and outputs, or one with a name as long as that")
+    if sum(len(entry.key) + len(entry.value) for entry in model.metadata_props) > _MAX_METADATA:
+        raise ModelError(f"{path} has metadata of more than {_MAX_METADATA >> 20} MB")
+
+
+# ---------------------------------------------------------------- nodes and functions
+
+
+class _Operators:
+    """Whose operators a model uses, and how many nodes it has once its functions are written out.
+
+    Each function is counted once, so that a bomb of 2^1000 nodes is as quick to count as any model.
+    """
+
+    def __init__(self, path: Path, model: onnx.ModelProto, limits: Limits) -> None:
+        self._path, self._model, self._limit = path, model, limits.nodes
+        self._functions = {
+            (_domain(function.domain), function.name, function.overload): function for function in model.functions
+        }
+        if len(self._functions) < len(model.functions):  # and who knows which one is taken
+            raise ModelError(f"{path} is damaged: it defines a function twice")
+        self._sizes: dict[tuple[str, str, str], int | None] = {}  # None while it is counted
+
+    def check(self) -> None:
+        for key in self._functions:  # also those that nothing calls: ONNX Runtime reads them all
+            self._function(key, 0)
+        self._nodes(self._model.graph.node, 0)
+
+    def _function(self, key: tuple[str, str, str], depth: int) -> int:
+        if key not in self._sizes:
+            self._sizes[key] = None
+            function = self._functions[key]
+            defaults = self._graphs(function.attribute_proto, depth)
+            self._sizes[key] = self._nodes(function.node, depth + 1) + defaults
+        size = self._sizes[key]
+        if size is None:
+            raise ModelError(f"{self._path} has a function {key[1]!r} that calls itself, so it can never be loaded")
+        return size
+
+    def _nodes(self, nodes: Iterable[onnx.NodeProto], depth: int) -> int:
+        if depth > _MAX_DEPTH:
+            raise ModelError(f"{self._path} nests graphs and functions deeper than {_MAX_DEPTH}")
+        count = 0
+        for node in nodes:
+            count += 1
+            key = (_domain(node.domain), node.op_type, node.overload)
+            if key in self._functions:
+                count += self._function(key, depth)
+            elif node.op_type == _COMPILED:
+                raise ModelError(
+                    f"{self._path} holds a part compiled for one machine ({_COMPILED}), which may name any file; export it "
+                    "without"
+                )
+            elif node.domain not in _DOMAINS:
+                raise ModelError(
+                    f"{self._path} needs operator {node.op_type[:100]!r} of domain {node.domain[:100]!r}, which ONNX "
+                    "Runtime does not bring; custom operators are never loaded, so export the model with standard ones"
+                )
+            count += self._graphs(node.attribute, depth)
+            if count > self._limit:
+                raise ModelError(
+                    f"{self._path} has more than {self._limit} nodes once its functions are written out; if you trust it, "
+                    "--trust lifts the limit"
+                )
+        return count
+
+    def _graphs(self, attributes: Iterable[onnx.AttributeProto], depth: int) -> int:
+        count = 0
+        for attribute in attributes:
+            if attribute.ref_attr_name and attribute.type in (attribute.GRAPH, attribute.GRAPHS):
+                raise ModelError(
+                    f"{self._path} hands a graph to a function, which may multiply it without end; export it with its "
+                    "functions written out"
+                )
+            for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                count += self._nodes(graph.node, depth + 1)
+        return count
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _elements(path: Path, dims: Sequence[int], name: str) -> int:
+    if len(dims) > _MAX_RANK:
+        raise ModelError(f"{path} is damaged: tensor {name[:100]!r} has {len(dims)} dimensions")
+    if any(dim < 0 for dim in dims):
+        raise ModelError(f"{path} is damaged: tensor {name[:100]!r} has a negative dimension")
+    return math.prod(dims)
+
+
+def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
+    """The location of a tensor's external data, if it has any. `ModelError` where a tensor claims more than is there."""
+    import onnx
+
+    damaged = f"{path} is damaged: tensor {tensor.name[:100]!r} "
+    elements = _elements(path, tensor.dims, tensor.name)
+    bits = _BITS.get(tensor.data_type)
+    if bits is None:
+        raise ModelError(f"{path} has a tensor {tensor.name[:100]!r} of type {tensor.data_type}, which is not read here")
+    size = (elements * bits + 7) // 8
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if len(entries) < len(tensor.external_data):  # and who knows which one is taken
+            raise ModelError(f"{damaged}says twice where it is kept")
+        return _checked_location(path, entries, size)
+    if tensor.HasField("raw_data"):
+        if (held := len(tensor.raw_data)) != size:
+            raise ModelError(f"{damaged}claims {_number(size)} bytes and holds {held}")
+        return None
+    fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+    held = max(len(tensor.string_data), *map(len, fields))
+    packed = 8 // bits if 0 < bits < 8 else 1
+    if elements > held * packed:
+        raise ModelError(f"{damaged}claims {_number(elements)} values and holds {held * packed}")
+    return None
+
+
+def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
+    """External data must be a regular file in the model's folder, reached without links, that holds the tensor's bytes."""
+    location = entries.get("location", "")
+    relative = PurePosixPath(location)
+    refused = f"{model} keeps weights in {location[:200]!r}, "
+    if not location or relative.is_absolute() or ".." in relative.parts or "\\" in location or ":" in location:
+        raise ModelError(refused + "outside its folder; put the file beside the model")
+    if _MEMORY in location:
+        raise ModelError(refused + "which ONNX Runtime takes for an address in its memory; name a file")
+    path = model.parent
+    for part in relative.parts:
+        path = path / part
+        if os.path.islink(path):  # unlike Path's, these two refuse no name
+            raise ModelError(refused + "which is a link; put the file itself beside the model")
+    if not os.path.isfile(path):
+        raise ModelError(refused + "which is not there; put the file beside the model")
+    stat = path.stat()
+    if stat.st_nlink > 1:
+        raise ModelError(refused + "which is a hard link to a file elsewhere; put a copy beside the model")
+    offset, length = entries.get("offset", "0"), entries.get("length", str(size))
+    if not all(re.fullmatch("[0-9]{1,18}", number, re.ASCII) for number in (offset, length)):
+        raise ModelError(f"{model} is damaged: it wants bytes {offset[:30]!r} + {length[:30]!r} of {location[:200]!r}")
+    if int(offset) + max(int(length), size) > stat.st_size:
+        raise ModelError(refused + f"which ends at byte {stat.st_size}, before the weights do; get the whole file")
+    return str(relative)
+
+
+def _number(value: int) -> str:
+    return str(value) if value < 1 << 64 else f"{value:.0e}" if value < 1 << 1000 else "countless"

@@ -1,0 +1,173 @@
+"""One ONNX Runtime session, fed and read through the contract's layouts. Runs in the worker process.
+
+On the CPU a session has one intra-op thread and is called from several threads: measured at 0.86-0.88x the time of one
+caller with as many threads. On CUDA, `HEURISTIC` keeps cuDNN from re-tuning at every new shape.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError, concerning
+from .adapter import Adapter
+from .contract.contract import Contract
+from .measuring.layers import Exposure, exposing
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+
+class Session:
+    """A loaded model on one provider, with the inner tensors of `exposure` as further outputs.
+
+    `run` may be called from several threads at once.
+    """
+
+    def __init__(
+        self, path: Path, device: str = "auto", exposure: Exposure | None = None, *, record_placement: bool = False
+    ) -> None:
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(4)  # failures come back as exceptions; nothing prints on stderr
+        self._path = path
+        self._exposure = exposure
+        self._record_placement = record_placement
+        self.note: str | None = None
+        if device == "auto":
+            usable = CUDA in onnxruntime.get_available_providers() and cuda_may_work()
+            provider = CUDA if usable else CPU
+            try:
+                self._session = self._open(onnxruntime, provider, {})
+            except MachineError as error:
+                self._session = self._open(onnxruntime, CPU, {})
+                self.note = f"a CUDA device is present but could not be used, so the model ran on the CPU: {error}"
+        else:
+            self._session = self._open(onnxruntime, *provider_of(device))
+        self.provider: str = self._session.get_providers()[0]
+        self.types: dict[str, str] = {node.name: node.type for node in self._session.get_inputs()}
+        self._run_options = onnxruntime.RunOptions()
+        if self.provider == CPU:  # keeps resident memory flat over chunks of many lengths
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    def _open(self, runtime: Any, provider: str, options: dict[str, str]) -> onnxruntime.InferenceSession:
+        if provider not in runtime.get_available_providers():
+            raise MachineError(f"this ONNX Runtime has no {provider}; it has {', '.join(runtime.get_available_providers())}")
+        session_options = runtime.SessionOptions()
+        session_options.intra_op_num_threads = 1
+        session_options.inter_op_num_threads = 1
+        session_options.log_severity_level = 4
+        if self._record_placement:
+            session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if provider == CUDA:
+            # TF32 rounds a convolution to 10 bits: a DFT in the front end would suffer.
+            options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", **options}
+        content: str | bytes = str(self._path)
+        if self._exposure is not None:
+            content = self._exposing(self._exposure)
+            folder = str(self._path.absolute().parent)
+            session_options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
+            session: onnxruntime.InferenceSession = runtime.InferenceSession(
+                content, session_options, providers=[(provider, options), CPU] if provider != CPU else [CPU]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise _explained(error, f"{self._path} cannot be loaded") from error
+        session.disable_fallback()
+        if session.get_providers()[0] != provider:  # onnxruntime only warns
+            raise MachineError(f"ONNX Runtime could not start {provider} on this machine; check its driver and libraries")
+        return session
+
+    def _exposing(self, exposure: Exposure) -> bytes:
+        import onnx
+
+        try:
+            return exposing(onnx.load_model(self._path, format="protobuf", load_external_data=False), exposure)
+        except OSError as error:
+            raise ModelError(f"model {self._path} cannot be read ({error.strerror})") from error
+
+    @property
+    def inputs(self) -> list[onnxruntime.NodeArg]:
+        return list(self._session.get_inputs())
+
+    @property
+    def outputs(self) -> list[onnxruntime.NodeArg]:
+        return list(self._session.get_outputs())
+
+    @property
+    def placement(self) -> list[tuple[str, str]] | None:
+        """(provider, operator) of every node, where it was recorded and this ONNX Runtime can tell."""
+        told = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if told is None or not self._record_placement:
+            return None
+        return [(str(part.ep_name), str(node.op_type)) for part in told() for node in part.get_nodes()]
+
+    def run_raw(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """The named outputs, as the model gives them."""
+        try:
+            results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, self._run_options)
+        except Exception as error:
+            with concerning("run"):
+                raise _explained(error, f"{self._path.name} failed on an input") from error
+        for name, result in zip(outputs, results, strict=True):
+            if not isinstance(result, np.ndarray):
+                raise ContractError(
+                    f"output {name!r} is not a tensor; name another by --contract output=NAME", about="output"
+                )
+        return results
+
+    def run(
+        self, batch: npt.NDArray[np.float32], contract: Contract, held: Sequence[int] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Waveforms (batch, samples) in [-1, 1] to embeddings (batch, frames, dim); a clip-only encoder gives one frame.
+
+        Of each waveform the first `held` samples are the clip's own; all, if it is not given.
+        """
+        return self.run_taps(batch, [contract], held)[0]
+
+    def run_taps(
+        self, batch: npt.NDArray[np.float32], taps: Sequence[Contract], held: Sequence[int] | None = None
+    ) -> list[npt.NDArray[np.float32]]:
+        """The same for several outputs in one pass: contracts that differ only in what they say of an output."""
+        adapters = [Adapter(contract, self.types) for contract in taps]
+        results = self.run_raw([contract.output for contract in taps], adapters[0].feeds(batch, held))
+        return [adapter.frames(result, len(batch)) for adapter, result in zip(adapters, results, strict=True)]
+
+
+def provider_of(device: str) -> tuple[str, dict[str, str]]:
+    """ONNX Runtime's provider and options for `cpu`, `cuda`, `cuda:1` or a provider's own name."""
+    name, _, number = device.partition(":")
+    if name == "cpu" and not number:
+        return CPU, {}
+    if name == "cuda" and (not number or number.isdecimal()):
+        return CUDA, {"device_id": number or "0"}
+    if device.endswith("ExecutionProvider"):
+        return device, {}
+    raise UsageError(f"--device {device!r} must be auto, cpu, cuda, cuda:N or the name of an ONNX Runtime provider")
+
+
+def cuda_may_work() -> bool:
+    """Whether the CUDA driver is there at all: onnxruntime-gpu lists CUDA on machines without a GPU."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _explained(error: Exception, what: str) -> ModelError | MachineError:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate memory" in text:
+        return ModelLimitError(f"{what}: it needs more memory than it may use")
+    if isinstance(error, ModelError | MachineError):
+        return error
+    return ModelError(f"{what}: {text[:300]}")

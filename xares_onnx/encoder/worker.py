@@ -1,0 +1,277 @@
+"""A process for a stranger's model, which can be killed.
+
+The parent sends picklable calls down the child's stdin; the child answers on its stdout with msgpack records, never with
+pickles, because what runs there is not trusted. Every record is also a sign of life: a child that is silent for longer
+than a call's limit is killed, whether it hangs while loading, inside one run, or in a decoder. A child whose parent is
+gone sees the end of its stdin and ends itself.
+
+Not multiprocessing or pebble: their spawned children import the caller's `__main__` again (so that a plain script without a
+main guard would start itself over and over), unpickle what a child sends, and limit whole tasks where a limit on silence
+is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import IO, Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .. import errors
+from ..errors import MachineError, ModelError, ModelLimitError, XaresError
+from ..progress import Doing, Event, Note, Observer, Progress
+
+T = TypeVar("T")
+Tell = Callable[["Event | Beat"], None]
+_HEADER = struct.Struct("<Q")
+_MAX_MESSAGE = 1 << 33
+
+# glibc otherwise keeps freed waveforms in an arena a thread: peak memory then creeps up with the number of clips (1.5x from
+# 500 to 5,000 measured; so it stays flat). Other allocators do not read these.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
+_DEATH_SECONDS = 5.0  # between the end of a child's records and its own
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Nothing to say but that work goes on."""
+
+
+class Array(msgspec.Struct, frozen=True):
+    """An array on its way out of a worker."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any]) -> Array:
+        return cls(array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes())
+
+    def numpy(self) -> npt.NDArray[Any]:
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape).copy()
+
+
+class _Done(msgspec.Struct, frozen=True, tag="done"):
+    result: msgspec.Raw
+
+
+class _Failed(msgspec.Struct, frozen=True, tag="failed"):
+    error: str
+    message: str
+    about: str | None = None
+
+
+_Message = Progress | Note | Doing | Beat | _Done | _Failed
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Message)
+
+
+class Worker:
+    """One child process. Calls run one after another; close it, or use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._messages: queue.Queue[_Message | None] = queue.Queue()
+        self._stderr: IO[bytes] | None = None
+        self._end: weakref.finalize[..., Worker] | None = None
+        self._one_call = threading.Lock()
+
+    def call(
+        self, function: Callable[..., T], *arguments: Any, returns: type[T], silence_limit: float, observer: Observer
+    ) -> T:
+        """`function(*arguments, tell=…)` in the child. Raises what it raised, or `ModelLimitError` when it was killed.
+
+        `silence_limit` is in seconds: the longest time without any message.
+        """
+        payload = pickle.dumps((function, arguments))
+        with self._one_call:
+            answer = self._answer(payload, silence_limit, observer)
+        if isinstance(answer, _Failed):
+            raise _error(answer.error, answer.message, answer.about)
+        return msgspec.msgpack.decode(answer.result, type=returns)
+
+    def _answer(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
+        if self._process is not None and self._process.poll() is not None:  # ended between two calls
+            self.close()
+        doing, patience = "waiting for work" if self._process else "starting", 0.0
+        process = self._process or self._start()
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(ConnectionError):  # a dead child is met below, by the end of its records
+                process.stdin.write(_HEADER.pack(len(payload)) + payload)
+                process.stdin.flush()
+            while True:
+                match self._messages.get(timeout=silence_limit + patience):
+                    case None:
+                        raise self._death(doing)
+                    case Doing(text, seconds):
+                        doing, patience = text, seconds
+                    case _Done() | _Failed() as answer:
+                        return answer
+                    case Progress() | Note() as event:
+                        observer(event)
+        except queue.Empty:
+            self.close()
+            seconds = silence_limit + patience
+            raise ModelLimitError(
+                f"the model's process gave no sign of life for {seconds:.3g} s while {doing} and was stopped",
+                about="process",
+            ) from None
+        except BaseException:  # in the middle of a call: the child's state is unknown
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill the child. Calling again starts a new one."""
+        self._process = None
+        if self._end is not None:
+            self._end()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._stderr = None if os.environ.get("XARES_ONNX_DEBUG") else tempfile.TemporaryFile()  # noqa: SIM115
+        self._messages = queue.Queue()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**_ALLOCATOR, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        assert self._process.stdout is not None
+        # Also runs when a worker is forgotten, and at exit while the thread that reads still can.
+        self._end = weakref.finalize(self, _end, self._process, self._stderr)
+        threading.Thread(target=_receive, args=(self._process.stdout, self._messages), daemon=True).start()
+        return self._process
+
+    def _death(self, doing: str) -> XaresError:
+        """Why the child ended by itself."""
+        process, stderr = self._process, self._stderr
+        assert process is not None
+        try:
+            code = process.wait(_DEATH_SECONDS)
+        except subprocess.TimeoutExpired:  # it lives, but what it sent cannot be read
+            self.close()
+            said = f"the model's process sent what is no answer while {doing} and was stopped"
+            return ModelError(said, about="process")
+        last = b""
+        if stderr is not None and not stderr.closed:
+            stderr.seek(0, os.SEEK_END)
+            stderr.seek(max(0, stderr.tell() - 2000))
+            last = stderr.read()
+        self.close()
+        if doing == "starting":
+            return MachineError(f"a worker process could not start: {_last_line(last) or f'exit code {code}'}")
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if code == -signal.SIGABRT or b"bad_alloc" in last or code == -getattr(signal, "SIGKILL", 9):
+            return ModelLimitError(
+                f"the model's process died ({cause}) while {doing}; it may want more memory than it may use", about="process"
+            )
+        return ModelError(f"the model's process died ({cause}) while {doing}", about="process")
+
+
+def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def limit_memory(limit: int | None) -> None:
+    """Cap this process's address space, in bytes, where the system can (POSIX); None lifts the cap."""
+    _limit("RLIMIT_AS", limit)
+
+
+def _limit(resource_name: str, limit: int | None) -> None:
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return
+    kind = getattr(resource, resource_name)
+    _, hard = resource.getrlimit(kind)
+    wanted = hard if limit is None else limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (wanted, hard))
+
+
+def _error(name: str, message: str, about: str | None = None) -> XaresError:
+    kind = getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, XaresError)):
+        return XaresError(message)
+    return kind(message, about=about) if issubclass(kind, ModelError) else kind(message)
+
+
+def _last_line(text: bytes) -> str:
+    lines = text.decode("utf-8", "replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def _receive(stream: IO[bytes], messages: queue.Queue[_Message | None]) -> None:
+    """Parent's thread: records from the child, and None at its end."""
+    try:
+        while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+            (size,) = _HEADER.unpack(header)
+            if size > _MAX_MESSAGE or len(data := stream.read(size)) < size:
+                break
+            messages.put(_decoder.decode(data))
+    except (OSError, ValueError, msgspec.DecodeError):
+        pass
+    messages.put(None)
+
+
+def main() -> None:
+    """The child: take calls until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    _limit("RLIMIT_CORE", 0)  # a crash must not leave gigabytes on the disk
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the records
+    lock = threading.Lock()
+
+    def send(message: _Message) -> None:
+        data = _encoder.encode(message)
+        with lock:
+            out.write(_HEADER.pack(len(data)) + data)
+            out.flush()
+
+    calls: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_take_calls, args=(calls,), daemon=True).start()
+    while True:
+        try:
+            function, arguments = pickle.loads(calls.get())
+            result = function(*arguments, tell=send)
+            send(_Done(msgspec.Raw(_encoder.encode(result))))
+        except XaresError as error:
+            send(_Failed(type(error).__name__, str(error), getattr(error, "about", None)))
+        except MemoryError:
+            send(_Failed("ModelLimitError", "the model's process ran out of the memory it may use"))
+        except BaseException:  # an exit, too, is only a failed call
+            send(_Failed("XaresError", traceback.format_exc()))
+
+
+def _take_calls(calls: queue.Queue[bytes]) -> None:
+    """Child's thread: calls from the parent; its end is ours, whatever the main thread is busy with."""
+    stream = sys.stdin.buffer
+    while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+        (size,) = _HEADER.unpack(header)
+        calls.put(stream.read(size))
+    os._exit(0)

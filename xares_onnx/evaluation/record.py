@@ -1,0 +1,319 @@
+"""The record of an evaluation, its averages, and its files.
+
+Scores are fractions. Between two runs with the same inputs and settings only `seconds`, `rtf`, `environment` and
+`created` differ. The JSON schema ships beside this module; after a change of these types it is made again by
+
+    python -m xares_onnx.evaluation.record > xares_onnx/evaluation/result.schema.json
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..data.catalog import in_group, shipped_tasks
+from ..data.shards import Drop
+from ..data.task import Task
+from ..errors import DataError, DataMissingError, MachineError, UsageError
+from ..files import disk_error, write_aside
+from ..metrics.bootstrap import interval
+
+SCHEMA_VERSION = 1
+GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
+
+Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
+Interval = tuple[float, float]
+Predictions = dict[str, npt.NDArray[Any]]
+
+# More than any result holds: what is larger is a mistake, or meant to exhaust the machine.
+_MAX_RESULT_BYTES = 256 << 20
+_MAX_PREDICTION_BYTES = 4 << 30
+
+
+class Encoder(msgspec.Struct, frozen=True, kw_only=True):
+    file: str
+    sha256: str
+    """Of the model file followed by its external data files, by name."""
+    bytes: int
+    parameters: int
+    contract: dict[str, dict[str, Any]]
+    """Each field as {value, source}."""
+    taps: list[str]
+
+
+class Clips(msgspec.Struct, frozen=True, kw_only=True):
+    expected: int
+    read: int
+    dropped: list[Drop]
+    """Every clip that is not in the score, and why."""
+    events_outside: int = 0
+    """Events of no class of the vocabulary, left out of targets and score."""
+
+
+class Seconds(msgspec.Struct, frozen=True, kw_only=True):
+    embed: float
+    """Wall time spent embedding in this run; about 0 where the store had everything."""
+    train: float
+    score: float
+
+
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+    task: str
+    title: str
+    domain: str
+    status: Status
+    reason: str | None = None
+    """Why there is no score; null where status is ok."""
+    method: Literal["linear", "retrieval", "ctc", "llm", "knn"]
+    tap: str | None = None
+    """The layer or output that the embeddings are of; null for the encoder's first tap, which is its output."""
+    metric: str
+    higher_is_better: bool = True
+    score: float | None = None
+    """Mean over folds, then over seeds."""
+    ci95: Interval | None = None
+    """2,000 bootstrap resamples of the test clips within each fold."""
+    metrics: dict[str, float] = {}
+    per_fold: list[float] = []
+    per_seed: list[float] = []
+    n_test: int = 0
+    weight: float | None = None
+    comparable: bool = True
+    """Whether this is the task's score by its protocol: not after `--limit`, nor when too many clips were lost, nor
+    where the protocol's own head or vocabulary was not at hand."""
+    clips: Clips
+    notes: list[str] = []
+    """What is not as usual in this task: held-out selection, cross-validation, losses that were allowed."""
+    data_digest: str | None = None
+    definition_digest: str
+    seconds: Seconds
+    audio_hours: float = 0.0
+    rtf: float | None = None
+    """Seconds of embedding for each second of audio; null where nothing was embedded in this run."""
+    published: dict[str, float] = {}
+    """Scores of the same task and method in X-ARES's README, by encoder."""
+    predictions: str | None = None
+    """File name of the per-clip predictions, beside the result."""
+
+
+class Average(msgspec.Struct, frozen=True, kw_only=True):
+    weighted: float
+    mean: float
+    ci95: Interval | None
+    """Of the weighted average."""
+    tasks: int
+    complete: bool
+    missing: list[str]
+
+
+Averages = dict[str, dict[Literal["head", "knn"], Average]]
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
+    gate: Literal["baseline", "fail_under"]
+    task: str
+    """A task, or the group of an average."""
+    method: str
+    tap: str | None = None
+    status: Literal["pass", "warn", "fail", "skip"]
+    """`warn`: the test clips are too few to tell."""
+    message: str
+    limit: float
+    """The loss that is tolerated, or the score that was asked for."""
+    score: float | None = None
+    difference: float | None = None
+    """From the baseline, positive where this result is better."""
+    ci95: Interval | None = None
+    """Of the difference."""
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    schema_version: int = SCHEMA_VERSION
+    encoder: Encoder
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    notes: list[str] = []
+    created: str
+    tasks: list[TaskResult]
+    averages: Averages
+    """Of the model's output; where taps were named, of the first."""
+    averages_by_tap: dict[str, Averages] = {}
+    """The same for every tap, where taps were asked for."""
+    gates: list[Gate] = []
+    """What `--baseline` and `--fail-under` found, what failed first."""
+
+
+class _Versioned(msgspec.Struct, frozen=True):
+    schema_version: int
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a result file."""
+    made = msgspec.json.schema(Result)
+    for record in made["$defs"].values():  # fields with a default are written too
+        record["required"] = list(record["properties"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+
+
+def averages(
+    results: Iterable[TaskResult],
+    replicates: Mapping[tuple[str, str], npt.NDArray[np.float64]],
+    own_tasks: Sequence[Task] = (),
+) -> Averages:
+    """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
+
+    `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
+    comes from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
+    may hold a user's: they make a group `own`, and are in no other, so that the others mean the same for everybody.
+    """
+    shipped = shipped_tasks()
+    tasks = {**shipped, **{task.name: task for task in own_tasks}}
+    scored = [
+        result
+        for result in results
+        if result.score is not None and result.comparable and tasks[result.task].weight is not None
+    ]
+    found: Averages = {}
+    for group in GROUPS:
+        of_group = [t for t in tasks.values() if (in_group(t, group) if t.name in shipped else group == "own")]
+        members = [task for task in of_group if task.weight is not None]
+        names = {task.name for task in members}
+        for method in ("head", "knn"):
+            mine = [r for r in scored if r.task in names and (r.method == "knn") == (method == "knn")]
+            if not mine:
+                continue
+            weights = np.array([tasks[r.task].weight for r in mine], dtype=np.float64)
+            scores = np.array([r.score for r in mine], dtype=np.float64)
+            total = weights.sum()
+            share = weights / total if total else np.full(len(mine), 1 / len(mine))
+            drawn = [replicates.get((r.task, r.method)) for r in mine]
+            spread = sum(w * d for w, d in zip(share, drawn, strict=True) if d is not None)
+            has = {r.task for r in mine}
+            missing = [t.name for t in members if t.name not in has and (method == "head" or t.knn)]
+            found.setdefault(group, {})[method] = Average(
+                weighted=float(share @ scores),
+                mean=float(scores.mean()),
+                ci95=interval(np.asarray(spread)) if all(d is not None for d in drawn) else None,
+                tasks=len(mine),
+                complete=not missing,
+                missing=missing,
+            )
+    return found
+
+
+def published_averages(results: Iterable[TaskResult], method: Literal["head", "knn"]) -> dict[str, float]:
+    """Weighted averages of published scores by encoder, over those of `results` that have a score of the method: of the
+    encoders that all of these tasks have a published score of.
+
+    They are computed from the published columns: the averages that X-ARES's README prints under its MLP columns (0.699,
+    0.490, 0.632, 0.598 over the public tasks) are not those of the columns and weights (0.694, 0.484, 0.626, 0.593).
+    """
+    rows = [
+        r for r in results if r.score is not None and r.published and r.weight and (r.method == "knn") == (method == "knn")
+    ]
+    encoders = [name for name in (rows[0].published if rows else {}) if all(name in row.published for row in rows)]
+    total = sum(row.weight or 0 for row in rows)
+    return {name: sum((row.weight or 0) * row.published[name] for row in rows) / total for name in encoders}
+
+
+def make_room(path: Path) -> None:
+    """Make a result's folder, so that a path that cannot be written is known before hours of work and not after.
+
+    Raises `UsageError` where `path` is a folder, `MachineError` where its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"--output {path} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    if not os.access(path.parent, os.W_OK):
+        raise MachineError(f"{path.parent} cannot be written to; name another place by --output")
+
+
+def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str], Predictions]) -> None:
+    """The result as JSON, and the predictions of each task and method beside it. Every file is whole or not there."""
+    for (task, method), arrays in predictions.items():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        write_aside(path.parent / prediction_file(path, task, method), buffer.getvalue())
+    write_aside(path, indented(result))
+
+
+def read_result(path: Path) -> Result:
+    """Raises `UsageError` where the file cannot be read, is no result, or is one of another schema version."""
+    try:
+        if not path.is_file():
+            raise UsageError(f"there is no result file {path}")
+        if path.stat().st_size > _MAX_RESULT_BYTES:
+            raise UsageError(f"{path} is too large for a result; name the JSON file that `xares-onnx evaluate` wrote")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"result file {path} cannot be read ({error.strerror})") from error
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{path} has schema_version {version}, and this version of xares-onnx reads {SCHEMA_VERSION}; evaluate again"
+            )
+        return msgspec.json.decode(data, type=Result)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a result of `xares-onnx evaluate`: {error}") from error
+
+
+def read_predictions(path: Path, record: TaskResult) -> Predictions:
+    """The per-clip predictions of one record of the result at `path`.
+
+    Every array has a row for each entry of `key`. Raises `DataMissingError` where they are not there, `DataError` where
+    they are not what an evaluation writes.
+    """
+    name = f"{record.task}.{record.method}"
+    if record.predictions is None:
+        raise DataMissingError(f"{path} keeps no predictions of {name}; evaluate again with --output")
+    place = PurePosixPath(record.predictions)
+    if place.is_absolute() or ".." in place.parts or "\\" in record.predictions or "\0" in record.predictions:
+        raise DataError(f"{path} names predictions of {name} outside its own folder; it was not written by an evaluation")
+    file = path.parent / place
+    if not file.is_file():
+        raise DataMissingError(f"the predictions of {name} are not at {file}; keep them beside {path.name}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _MAX_PREDICTION_BYTES:
+                raise ValueError("it is larger than predictions are")
+        with np.load(file, allow_pickle=False) as archive:
+            arrays: Predictions = {column: archive[column] for column in archive.files}
+        if any(not isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds what is no array")
+        rows = len(arrays["key"])
+        if any(array.ndim < 1 or len(array) != rows for array in arrays.values()):
+            raise ValueError("its columns differ in length")
+        if [arrays[column].dtype.kind for column in ("key", "fold", "seed")] != ["U", "U", "i"]:
+            raise ValueError("key and fold must be texts, and seed a whole number")
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = f"there is no column {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{file} does not hold predictions as an evaluation writes them: {reason}") from error
+    return arrays
+
+
+def indented(value: Any) -> bytes:
+    """JSON for people too."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def prediction_file(path: Path, task: str, method: str) -> str:
+    """Name of a predictions file, relative to the result's folder."""
+    return f"{path.stem}.predictions/{task}.{method}.npz"
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(indented(schema()))

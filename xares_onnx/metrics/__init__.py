@@ -1,0 +1,1 @@
+"""Metrics of predictions, and the bootstrap interval of any of them."""

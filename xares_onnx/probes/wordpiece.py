@@ -1,0 +1,97 @@
+"""Text to token numbers as BERT (uncased) does it: lower case, no accents, punctuation apart, words in pieces.
+
+A word is cut into the longest piece that starts it, then the longest that continues it; one that the pieces cannot spell is
+[UNK]. Every text lies between [CLS] and [SEP].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece as Model
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.trainers import WordPieceTrainer
+
+from ..errors import UsageError, printable
+
+_UNKNOWN, _START, _END = "[UNK]", "[CLS]", "[SEP]"
+_MARKS = ("[PAD]", _UNKNOWN, _START, _END)
+_CONTINUES = "##"
+
+
+class WordPiece:
+    """A vocabulary and its tokenizer. `size` is the number of tokens, `digest` the sha256 of them in order, a line each."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        """`tokens` in the order of their numbers, each once, with [PAD], [UNK], [CLS] and [SEP] among them."""
+        numbers = {token: number for number, token in enumerate(tokens)}
+        self.size = len(tokens)
+        self.digest = hashlib.sha256("".join(f"{token}\n" for token in tokens).encode()).hexdigest()
+        self._start, self._end = numbers[_START], numbers[_END]
+        self._tokenizer = _tokenizer(numbers)
+
+    @classmethod
+    def trained(cls, captions: Iterable[str], *, size: int = 30_522) -> WordPiece:
+        """The vocabulary of some captions, whose order does not matter.
+
+        It has their characters, and pieces made by merging the pair of pieces that occurs most, until there are `size`
+        tokens or no pair occurs twice. Characters are kept even where there are more than `size` of them.
+        """
+        texts = list(captions)
+        tokenizer = _tokenizer({})
+        # The trainer numbers the characters that continue a word as it meets them in a hash map, and breaks ties between
+        # pairs by these numbers (huggingface/tokenizers#1794): vocabularies differ from run to run. Naming them ends that.
+        normalised = map(tokenizer.normalizer.normalize_str, texts)
+        words = {word for text in normalised for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+        continuing = sorted({character for word in words for character in word[1:]})
+        trainer = WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[*_MARKS, *(_CONTINUES + character for character in continuing)],
+            # None, that is: the hash map would also choose which of equally rare characters go.
+            limit_alphabet=sys.maxunicode + 1,
+            continuing_subword_prefix=_CONTINUES,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        found = tokenizer.get_vocab()
+        return cls(sorted(found, key=found.__getitem__))
+
+    @classmethod
+    def from_file(cls, path: Path) -> WordPiece:
+        """BERT's `vocab.txt`: a token a line, numbered from 0. `UsageError` where the file is none."""
+        name = f"the vocabulary {printable(str(path))}"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"{name} is not text; give BERT's vocab.txt, with one token a line") from None
+        except OSError as error:
+            raise UsageError(f"{name} cannot be read: {error.strerror}; give BERT's vocab.txt") from None
+        tokens = text.removesuffix("\n").split("\n")
+        counts = Counter(tokens)
+        if missing := [mark for mark in _MARKS if mark not in counts]:
+            raise UsageError(f"{name} has no {', '.join(missing)}; give BERT's vocab.txt, with one token a line")
+        token, count = counts.most_common(1)[0]
+        if count > 1:
+            raise UsageError(
+                f"{name} has the line '{printable(token)}' {count} times; give BERT's vocab.txt as it was published"
+            )
+        return cls(tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers, at least those of [CLS] and [SEP]; a mark that is spelt out in the text is read as text."""
+        return [self._start, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._end]
+
+
+def _tokenizer(numbers: dict[str, int]) -> Tokenizer:
+    model = Model(numbers, unk_token=_UNKNOWN, max_input_chars_per_word=100, continuing_subword_prefix=_CONTINUES)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    return tokenizer

@@ -1,0 +1,176 @@
+"""From a task's shards to arrays: what is to be embedded, and what of it a head can be trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..data.catalog import Digests, Parts, find_parts, missing_data
+from ..data.shards import Drop, index_shard, parse_label
+from ..data.task import Task
+from ..embedding.embed import ShardPlan
+from ..embedding.store import EmbeddedShard
+from ..errors import DataError, DataMissingError, LabelError, printable
+from ..evaluation.record import Clips
+from ..metrics.segments import Events
+from ..progress import Observer
+from .folds import Indices, key_hash
+
+# More dropped clips than both of these, and the score is not that of the data set any more.
+MAX_DROP_SHARE, MAX_DROPS = 0.01, 2
+
+_Selected = frozenset[tuple[Path, str]]  # (shard, key) of the clips chosen by --limit
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task with its shards: which belong to which part, their digests, and which of their clips are wanted."""
+
+    task: Task
+    folder: Path
+    parts: Parts
+    plans: dict[Path, ShardPlan]
+    selected: dict[str, _Selected | None]
+
+    def key(self, shard: Path, key: str) -> str:
+        """A clip's key over all shards: keys often start again in every shard, and shards' names in every folder."""
+        return _global_key(self.folder, shard, key)
+
+    def digest(self) -> str:
+        named = [[part, [self.plans[path].digest for path in paths]] for part, paths in sorted(self.parts.items())]
+        return hashlib.sha256(msgspec.json.encode(named)).hexdigest()
+
+    def shard_digests(self) -> dict[str, frozenset[str]]:
+        """Content digests of each part's shards: two parts that share one share its clips."""
+        return {part: frozenset(self.plans[path].digest for path in paths) for part, paths in self.parts.items()}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The usable clips of a task. `keys` are unique over all shards; `parts` are clip indices.
+
+    `labels` has what the task's target makes of each clip's json. `frames` and `times` hold, for a task that needs them,
+    each clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds.
+    """
+
+    embeddings: npt.NDArray[np.float32]  # (crops, dim)
+    clip_of_crop: Indices  # (crops,)
+    labels: list[Any]
+    keys: list[str]
+    parts: dict[str, Indices]
+    clips: Clips
+    audio_seconds: float
+    damage: list[str]
+    limited: bool = False  # to a few clips a part, by --limit
+    seconds: list[float] = field(default_factory=list)
+    frames: list[npt.NDArray[Any]] = field(default_factory=list)
+    times: list[npt.NDArray[np.float64]] = field(default_factory=list)
+
+    def crops_of(self, clips: Indices) -> Indices:
+        wanted = np.zeros(len(self.keys), bool)
+        wanted[clips] = True
+        return np.flatnonzero(wanted[self.clip_of_crop])
+
+
+def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, observer: Observer) -> TaskData:
+    """Find a task's shards, digest them, and choose `limit` clips a part by key hash."""
+    parts = find_parts(task, folder)
+    if parts is None:
+        raise DataMissingError(missing_data(task, folder))
+    folder = folder / task.name
+    stamped = digests.of_parts(task.name, parts, observer)
+    selected: dict[str, _Selected | None] = dict.fromkeys(parts)
+    if limit is not None:
+        for part, paths in parts.items():
+            found = [(path, sample.key) for path in paths for sample in index_shard(path).samples]
+            selected[part] = frozenset(sorted(found, key=lambda clip: key_hash(_global_key(folder, *clip)))[:limit])
+    plans = {}
+    for path, (digest, stamp) in stamped.items():
+        wanted = None
+        if limit is not None:
+            chosen = [selected[part] or frozenset() for part, paths in parts.items() if path in paths]
+            wanted = frozenset(key for clips in chosen for shard, key in clips if shard == path)
+        plans[path] = ShardPlan(path, digest, stamp, wanted)
+    return TaskData(task, folder, parts, plans, selected)
+
+
+def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
+    """Put the shards together; a clip whose label is not of the task's vocabulary is one more named drop."""
+    matrices: list[npt.NDArray[np.float32]] = []
+    owners: list[Indices] = []
+    labels: list[Any] = []
+    seconds: list[float] = []
+    frames: list[npt.NDArray[Any]] = []
+    times: list[npt.NDArray[np.float64]] = []
+    keys: list[str] = []
+    drops: list[Drop] = []
+    damage: list[str] = []
+    members: dict[str, list[int]] = {part: [] for part in data.parts}
+    expected, audio_seconds, outside = 0, 0.0, 0
+    for path, shard in shards.items():
+        expected += shard.header.expected
+        audio_seconds += shard.header.audio_seconds
+        drops += [Drop(data.key(path, drop.key), drop.reason) for drop in shard.drops]
+        if shard.header.damage:
+            damage.append(f"{printable(path.name)}: {shard.header.damage}")
+        new_index = np.full(len(shard.clips), -1, np.int64)
+        for i, clip in enumerate(shard.clips):
+            key = data.key(path, clip.key)
+            try:
+                encoded = data.task.target.encode(parse_label(clip.label))
+            except LabelError as error:
+                drops.append(Drop(key, str(error)))
+                continue
+            new_index[i] = len(keys)
+            for part, paths in data.parts.items():
+                chosen = data.selected[part]
+                if path in paths and (chosen is None or (path, clip.key) in chosen):
+                    members[part].append(len(keys))
+            outside += encoded.outside if isinstance(encoded, Events) else 0
+            labels.append(encoded)
+            seconds.append(clip.seconds)
+            keys.append(key)
+        owner = new_index[shard.clip_of_crop]
+        matrices.append(shard.pooled[owner >= 0])
+        owners.append(owner[owner >= 0])
+        if shard.frames is not None:
+            for crop in np.flatnonzero(owner >= 0):
+                rows = slice(shard.frames.offsets[crop], shard.frames.offsets[crop + 1])
+                frames.append(shard.frames.values[rows])
+                times.append(shard.frames.times[rows])
+    return Dataset(
+        embeddings=np.concatenate(matrices),
+        clip_of_crop=np.concatenate(owners),
+        labels=labels,
+        keys=keys,
+        parts={part: np.array(clips, np.int64) for part, clips in members.items()},
+        clips=Clips(expected=expected, read=len(keys), dropped=drops, events_outside=outside),
+        audio_seconds=audio_seconds,
+        damage=damage,
+        limited=any(chosen is not None for chosen in data.selected.values()),
+        seconds=seconds,
+        frames=frames,
+        times=times,
+    )
+
+
+def check_drops(dataset: Dataset) -> None:
+    """`DataError` where so much is lost that the score would not be that of the data set."""
+    lost, expected = len(dataset.clips.dropped), dataset.clips.expected
+    remedy = "repair the data, or accept the loss by --allow-drops"
+    if dataset.damage:
+        raise DataError(f"a shard is damaged, so clips are lost that nobody can count ({dataset.damage[0]}); {remedy}")
+    if lost > MAX_DROPS and lost > MAX_DROP_SHARE * expected:
+        first = dataset.clips.dropped[0]
+        raise DataError(f"{lost} of {expected} clips were dropped, the first {first.key}: {first.reason}; {remedy}")
+
+
+def _global_key(folder: Path, shard: Path, key: str) -> str:
+    return f"{printable(shard.relative_to(folder).as_posix())}/{key}"

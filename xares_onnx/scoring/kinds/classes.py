@@ -1,0 +1,85 @@
+"""One class a clip: a linear head and a kNN, scored by accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...data.task import Metric
+from ...metrics.bootstrap import Scorer, SumScorer, accuracy_statistics, class_metrics, ratio
+from ..folds import Fold, Indices, Protocol
+from .kind import Kept, Kind, Outcome, outcomes_of
+
+
+class Classes(Kind):
+    @classmethod
+    def strata(cls, labels: Sequence[int]) -> Indices:
+        return np.array(labels, np.int64)
+
+    @cached_property
+    def classes(self) -> Indices:
+        """(clips,) class indices."""
+        return np.array(self.dataset.labels, np.int64)
+
+    def why_undefined(self) -> str | None:
+        if empty := super().why_undefined():
+            return empty
+        for fold in self.folds:
+            known, tested = np.unique(self.classes[fold.train]), np.unique(self.classes[fold.test])
+            if len(known) < 2:
+                return f"the training clips of fold {fold.name} are all of one class"
+            unknown = np.setdiff1d(tested, known)
+            if len(unknown) and not self.dataset.limited:
+                names = self.task.target.class_names
+                return f"class {names[unknown[0]]!r} is tested in fold {fold.name} but has no training clip"
+        return None
+
+    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
+        from ...probes.linear import Classification, train_linear
+
+        objective = Classification(self.classes[self.dataset.clip_of_crop], len(self.task.target.class_names))
+        results = train_linear(
+            self.dataset.embeddings,
+            objective,
+            self.examples_of_crops,
+            self.crop_rows(),
+            self.task.head,
+            range(seeds),
+            on_epoch=on_epoch,
+        )
+        return outcomes_of(results)
+
+    def search(self) -> list[Outcome]:
+        """Search every training clip, those held out for a head's selection too: kNN selects nothing."""
+        from ...probes.knn import knn_cosine, knn_xares
+
+        search = knn_cosine if self.protocol.corrected else knn_xares
+        labels, examples = self.classes[self.dataset.clip_of_crop], self.examples_of_crops
+        embeddings = self.dataset.embeddings
+        outcomes = []
+        for number, fold in enumerate(self.folds):
+            train = self.dataset.crops_of(np.concatenate([fold.train, fold.held_out]))
+            test = self.dataset.crops_of(fold.test)
+            found = search(embeddings[train], labels[train], embeddings[test], examples[test])
+            outcomes.append(Outcome(number, 0, *found))
+        return outcomes
+
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        statistics = [
+            accuracy_statistics(kept.columns["target"] == kept.columns["prediction"], kept.clip_of_example, np.arange(clips))
+            for kept in seeds
+        ]
+        return SumScorer(np.stack(statistics), ratio)
+
+    def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        found = [class_metrics(self.classes[self.clips_of(o.examples)], o.predictions) for o in outcomes]
+        return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+
+    def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
+        targets = self.classes[self.clips_of(outcome.examples)]
+        return {"target": targets.astype(np.int32), "prediction": outcome.predictions.astype(np.int32)}

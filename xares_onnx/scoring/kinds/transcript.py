@@ -1,0 +1,99 @@
+"""What is said: a CTC head on the frames, or X-ARES's adapter into a language model; scored by 1 - word error rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...data import text
+from ...data.task import Metric
+from ...metrics.bootstrap import Scorer, SumScorer, per_clip, ratio, word_accuracy
+from ..folds import Fold, Protocol
+from .kind import Kept, Kind, Outcome, outcomes_of
+
+
+class Transcript(Kind):
+    needs_frames = True
+
+    @cached_property
+    def transcripts(self) -> list[str]:
+        """As they are compared: normalised, or under X-ARES's protocol in lower case."""
+        return [self._compared(transcript) for transcript in self.dataset.labels]
+
+    @cached_property
+    def _normalised(self) -> list[str]:
+        return [text.normalise(transcript) for transcript in self.dataset.labels]
+
+    def _compared(self, transcript: str) -> str:
+        return text.normalise(transcript) if self.protocol.corrected else text.lower_cased(transcript)
+
+    def why_not_applicable(self) -> str | None:
+        if self.task.head.kind != "ctc":
+            return None
+        from ...probes.ctc import why_not
+
+        return why_not([len(frames) for frames in self.dataset.frames], self.dataset.seconds, self._normalised)
+
+    def why_not_comparable(self) -> str | None:
+        if self.protocol.corrected or self.task.head.kind == "llm":
+            return None
+        return "X-ARES transcribes with a language model; name Qwen2.5-0.5B's folder by --lm to be comparable"
+
+    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
+        if self.task.head.kind == "llm":
+            return self._train_llm(seeds, on_epoch)
+        from ...probes.ctc import train_ctc
+
+        rows = self.clip_rows()
+        return outcomes_of(
+            train_ctc(self.dataset.frames, self._normalised, rows, self.task.head, range(seeds), on_epoch=on_epoch)
+        )
+
+    def _train_llm(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
+        from ...probes.llm import train_llm
+
+        assert self.tools.language_model is not None
+        results = train_llm(
+            self.dataset.frames,
+            self.dataset.labels,
+            self.clip_rows(),
+            self.task.head,
+            range(seeds),
+            language_model=self.tools.language_model,
+            checkpoints=self.tools.checkpoints,
+            name=self.tools.identity,
+            on_epoch=on_epoch,
+        )
+        return outcomes_of(results)
+
+    def _errors(self, outcome: Outcome) -> npt.NDArray[np.int64]:
+        references = [self.transcripts[clip] for clip in outcome.examples]
+        return text.word_errors(references, [self._compared(said) for said in outcome.predictions])
+
+    @classmethod
+    def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
+        statistics = [
+            per_clip(kept.columns["word_errors"].astype(np.float64), kept.clip_of_example, np.arange(clips))
+            for kept in seeds
+        ]
+        return SumScorer(np.stack(statistics), word_accuracy)
+
+    def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        words = np.stack([self._errors(outcome).sum(axis=0) for outcome in outcomes]).astype(np.float64)
+        characters = []
+        for outcome in outcomes:
+            references = [self.transcripts[clip] for clip in outcome.examples]
+            counted = text.character_errors(references, [self._compared(said) for said in outcome.predictions])
+            characters.append(ratio(counted.sum(axis=0).astype(np.float64)))
+        return {"word_error_rate": float(ratio(words).mean()), "character_error_rate": float(np.mean(characters))}
+
+    def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
+        return {
+            "target": np.array([self.transcripts[clip] for clip in outcome.examples], dtype=np.str_),
+            "prediction": np.array([self._compared(said) for said in outcome.predictions], dtype=np.str_),
+            "word_errors": self._errors(outcome).astype(np.int32),
+        }

@@ -1,0 +1,111 @@
+"""Outcomes to a score: what is kept of each clip, what follows from it, its spread over folds and seeds, its interval.
+
+A score is a function of the kept predictions alone, so that what is stored beside a result can be scored again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.task import Metric
+from ..errors import ScoreUndefinedError
+from ..evaluation.record import Predictions
+from ..metrics.bootstrap import Array, Scorer, bootstrap, interval, point
+from .folds import Protocol
+from .kinds import Kept, Kind, Outcome, kind_scored_by
+
+
+@dataclass(frozen=True)
+class Scored:
+    score: float
+    ci95: tuple[float, float] | None
+    metrics: dict[str, float]
+    per_fold: list[float]
+    per_seed: list[float]
+    n_test: int
+    replicates: Array  # (2000,) bootstrap scores
+    predictions: Predictions  # one row an example and seed
+
+
+def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
+    """Mean over folds, then over seeds; the interval resamples test clips within folds, the same for every seed.
+
+    Raises `ScoreUndefinedError` where a fold has no score.
+    """
+    by_fold = [[outcome for outcome in outcomes if outcome.fold == number] for number in range(len(kind.folds))]
+    predictions = _predictions(kind, by_fold)
+    scorers = scorers_of(predictions, kind.task.score.metric, kind.protocol)
+    scores = point(scorers)  # (folds, seeds)
+    if not np.isfinite(scores).all():
+        raise ScoreUndefinedError(f"the {kind.task.score.metric} of its test clips is not defined")
+    replicates = bootstrap(scorers, generator(kind.task.name, method))
+    more = [kind.more(fold, mine) for fold, mine in zip(kind.folds, by_fold, strict=True)]
+    metrics = {key: float(np.mean([values[key] for values in more])) for key in more[0]}
+    return Scored(
+        score=float(scores.mean()),
+        ci95=interval(replicates),
+        metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
+        per_fold=[float(value) for value in scores.mean(axis=1)],
+        per_seed=[float(value) for value in scores.mean(axis=0)],
+        n_test=int(sum(len(fold.test) for fold in kind.folds)),
+        replicates=replicates,
+        predictions=predictions,
+    )
+
+
+def generator(task: str, method: str) -> np.random.Generator:
+    """What resamples the clips of a task and method: named by them, so that an interval depends on no other task."""
+    return np.random.default_rng(list(hashlib.sha256(f"{task}/{method}".encode()).digest()))
+
+
+def clips_of(predictions: Predictions) -> dict[str, list[str]]:
+    """Keys of the test clips by fold, each once, in the order in which they are kept."""
+    found: dict[str, dict[str, None]] = {}
+    for fold, key in zip(predictions["fold"].tolist(), predictions["key"].tolist(), strict=True):
+        found.setdefault(fold, {})[key] = None
+    return {fold: list(keys) for fold, keys in found.items()}
+
+
+def scorers_of(
+    predictions: Predictions, metric: Metric, protocol: Protocol, clips: Mapping[str, Sequence[str]] | None = None
+) -> list[Scorer]:
+    """The scorers of every fold from kept predictions; of the `clips` (keys by fold) only, in their order, if given.
+
+    Raises `KeyError`, `ValueError`, `TypeError` or `IndexError` where the arrays are not those of the metric.
+    """
+    kind = kind_scored_by(metric)
+    columns = {name: array for name, array in predictions.items() if name not in ("key", "fold", "seed")}
+    scorers = []
+    for fold, keys in (clips_of(predictions) if clips is None else clips).items():
+        positions = {key: position for position, key in enumerate(keys)}
+        of_fold = np.flatnonzero(predictions["fold"] == fold)
+        clip = np.array([positions.get(key, -1) for key in predictions["key"][of_fold].tolist()], np.int64)
+        seeds = []
+        for seed in dict.fromkeys(predictions["seed"][of_fold].tolist()):
+            mine = (predictions["seed"][of_fold] == seed) & (clip >= 0)
+            rows = of_fold[mine]
+            seeds.append(Kept({name: array[rows] for name, array in columns.items()}, clip[mine]))
+        if any(not np.array_equal(seed.clip_of_example, seeds[0].clip_of_example) for seed in seeds):
+            raise ValueError(f"the seeds of fold {fold} are of different clips")
+        scorers.append(kind.scorer(seeds, len(keys), metric, protocol))
+    return scorers
+
+
+def _predictions(kind: Kind, by_fold: Sequence[Sequence[Outcome]]) -> Predictions:
+    keys = np.array(kind.dataset.keys)
+    rows = []
+    for fold, outcomes in zip(kind.folds, by_fold, strict=True):
+        for outcome in outcomes:
+            n = len(outcome.examples)
+            about = {
+                "key": keys[kind.clips_of(outcome.examples)],
+                "fold": np.array([fold.name] * n),
+                "seed": np.full(n, outcome.seed),
+            }
+            rows.append({**about, **kind.columns(outcome)})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

@@ -22,8 +22,9 @@ import numpy as np
 import soundfile
 
 from xares_onnx.data import audio
+from xares_onnx.data.audio import CropSettings
 from xares_onnx.data.shards import file_digest, index_shard, read_extent
-from xares_onnx.embedding.embed import CropSettings, EmbedSpec, ShardReport, embed_shard
+from xares_onnx.embedding.embed import EmbedSpec, ShardReport, embed_shard
 from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.files import stamp
 from xares_onnx.progress import ignore

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from xares_onnx.data.sound_events import Events
 from xares_onnx.data.task import Head
-from xares_onnx.metrics.segments import Events
 from xares_onnx.probes.frames import train_frames
 from xares_onnx.probes.training import Rows
 

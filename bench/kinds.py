@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from xares_onnx.data.catalog import shipped_tasks
+from xares_onnx.data.sound_events import Events
 from xares_onnx.data.task import Head
 from xares_onnx.evaluation.evaluation import evaluate
-from xares_onnx.metrics.segments import Events
 from xares_onnx.probes.ctc import train_ctc
 from xares_onnx.probes.frames import train_frames
 from xares_onnx.probes.linear import Classification, Regression, Tagging, train_linear

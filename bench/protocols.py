@@ -17,8 +17,8 @@ from unittest import mock
 from xares_onnx.evaluation import evaluation
 from xares_onnx.evaluation.evaluation import evaluate
 from xares_onnx.scoring import folds
-from xares_onnx.scoring.folds import Protocol
 from xares_onnx.scoring.kinds import Kind
+from xares_onnx.scoring.protocol import Protocol
 
 XARES = Protocol("xares")
 CHOICES = ("selection", "crops", "arithmetic", "all")

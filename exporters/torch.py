@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xares_onnx.encoder.contract.contract import FrameLaw, fit_frame_law, law_holds
+from xares_onnx.encoder.contract.frame_law import FrameLaw, fit_frame_law, law_holds
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters.core import Spec
 

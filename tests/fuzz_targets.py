@@ -20,13 +20,13 @@ from shard_makers import clip_members, encoded, noise, task_toml, write_tar
 from xares_onnx.data import audio
 from xares_onnx.data.shards import index_shard, parse_label, read_extent, read_label
 from xares_onnx.data.task import load_task
-from xares_onnx.encoder.contract.contract import (
+from xares_onnx.encoder.contract.declarations import (
     declared_by_preprocessor,
     declared_in_metadata,
     declared_in_sidecar,
-    frames_of_dimension,
     metadata_with,
 )
+from xares_onnx.encoder.contract.frame_law import frames_of_dimension
 from xares_onnx.encoder.model_file import scan_model
 from xares_onnx.errors import ClipError, ContractError, LabelError, ModelError, TaskFileError, UsageError
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xares_onnx.data.shards import Clips
 from xares_onnx.evaluation import record as results
 from xares_onnx.evaluation.differences import Side
-from xares_onnx.evaluation.record import Clips, Predictions, Result, Seconds, TaskResult
+from xares_onnx.evaluation.record import Result, Seconds, TaskResult
+from xares_onnx.scoring.scoring import Predictions
 
 ENCODER = results.Encoder(file="bank.onnx", sha256="ab" * 32, bytes=1000, parameters=100, contract={}, taps=[])
 SETTINGS: dict[str, Any] = {"protocol": "corrected", "seeds": 3, "limit": None, "vocabulary": None, "lm": None}

@@ -11,20 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from xares_onnx.data.catalog import shipped_tasks
-from xares_onnx.evaluation.record import (
-    Clips,
-    Encoder,
-    Predictions,
-    Result,
-    Seconds,
-    TaskResult,
-    averages,
-    prediction_file,
-    write_result,
-)
+from xares_onnx.data.shards import Clips
+from xares_onnx.evaluation.averages import averages
+from xares_onnx.evaluation.record import Encoder, Result, Seconds, TaskResult, prediction_file, write_result
 from xares_onnx.metrics.bootstrap import bootstrap, interval, point
-from xares_onnx.scoring.folds import Protocol
-from xares_onnx.scoring.scoring import generator, scorers_of
+from xares_onnx.scoring.protocol import Protocol
+from xares_onnx.scoring.scoring import Predictions, generator, scorers_of
 
 CORRECTED = Protocol("corrected")
 

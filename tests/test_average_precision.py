@@ -14,7 +14,9 @@ from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from xares_onnx.metrics import bootstrap as metrics
-from xares_onnx.metrics.bootstrap import RESAMPLES, AveragePrecisionScorer, SumScorer, bootstrap, interval, point, ratio
+from xares_onnx.metrics.average_precision import AveragePrecisionScorer
+from xares_onnx.metrics.bootstrap import RESAMPLES, SumScorer, bootstrap, interval, point
+from xares_onnx.metrics.statistics import ratio
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -12,7 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from xares_onnx.encoder.chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
-from xares_onnx.encoder.contract.contract import Contract, FrameLaw
+from xares_onnx.encoder.contract.contract import Contract
+from xares_onnx.encoder.contract.frame_law import FrameLaw
 
 PLAIN = Contract(
     input="audio",

@@ -19,9 +19,10 @@ from onnx import numpy_helper
 import xares_onnx
 from xares_onnx.encoder import speed
 from xares_onnx.errors import DataError, ModelError, UsageError
-from xares_onnx.evaluation.comparison import Comparison, Speed, compare, verdict
+from xares_onnx.evaluation.comparison import compare
 from xares_onnx.evaluation.differences import AverageDifference
 from xares_onnx.evaluation.evaluation import evaluate
+from xares_onnx.evaluation.verdict import Comparison, Speed, verdict
 from xares_onnx.progress import Event, Progress
 
 

@@ -15,20 +15,17 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from xares_onnx.encoder.contract import contract
-from xares_onnx.encoder.contract.contract import (
-    Contract,
+from xares_onnx.encoder.contract.contract import Contract
+from xares_onnx.encoder.contract.declarations import (
     Declaration,
     Declarations,
-    FrameLaw,
     declared_by_preprocessor,
     declared_in_metadata,
     declared_in_sidecar,
     declared_on_command_line,
-    fit_frame_law,
-    frames_of_dimension,
-    law_holds,
     merge,
 )
+from xares_onnx.encoder.contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
 from xares_onnx.errors import ContractError, UsageError
 
 

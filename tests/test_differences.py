@@ -24,9 +24,8 @@ from xares_onnx.evaluation.differences import (
     signed,
     verdict_of,
 )
-from xares_onnx.evaluation.record import Predictions
 from xares_onnx.metrics.bootstrap import interval
-from xares_onnx.scoring.scoring import clips_of
+from xares_onnx.scoring.scoring import Predictions, clips_of
 
 Bools = NDArray[np.bool_]
 

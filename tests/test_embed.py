@@ -33,18 +33,19 @@ from shard_makers import (
 )
 
 from xares_onnx.data import audio
+from xares_onnx.data.audio import CropSettings
 from xares_onnx.data.catalog import Digests
+from xares_onnx.data.selection import ShardPlan, prepare
 from xares_onnx.data.shards import Drop, file_digest, index_shard
 from xares_onnx.data.task import load_task
 from xares_onnx.embedding import embed
-from xares_onnx.embedding.embed import NOT_FINITE, CropSettings, ShardPlan, ShardReport, _Decoded, embed_shards, shard_specs
+from xares_onnx.embedding.embed import NOT_FINITE, ShardReport, _Decoded, embed_shards, shard_specs
 from xares_onnx.embedding.store import EmbeddedShard, Store
 from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.errors import DataError, DiskFullError, MachineError
 from xares_onnx.evaluation.planning import make_plan
 from xares_onnx.files import stamp
 from xares_onnx.progress import Observer, Progress, ignore
-from xares_onnx.scoring.dataset import prepare
 
 CHUNK = 10 * RATE
 WHOLE = CropSettings(None)

@@ -17,8 +17,9 @@ from onnx_models import DIM, HOP, RECEPTIVE, noise, save, save_external
 
 import xares_onnx
 from xares_onnx.encoder import encoder as encoder_module
-from xares_onnx.encoder.encoder import Encoder, ModelSpec, load_encoder
+from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.encoder.session import cuda_may_work
+from xares_onnx.encoder.spec import ModelSpec
 from xares_onnx.encoder.worker import Worker
 from xares_onnx.errors import ContractError, MachineError, ModelError, UsageError
 from xares_onnx.progress import Event, Note, ignore
@@ -99,7 +100,8 @@ def test_the_batch_of_a_gpu_changes_no_clip(plain: Encoder) -> None:
 
 def run_in_batches(spec: ModelSpec, clips: list[np.ndarray], batch: int, *, tell: Any) -> list[list[int]]:
     """In the worker: sizes of the calls, and the frames of each clip; every frame is compared with batch 1."""
-    from xares_onnx.encoder.encoder import ChunkRunner, Job, open_session
+    from xares_onnx.encoder.resolve import open_session
+    from xares_onnx.encoder.runner import ChunkRunner, Job
 
     session, sizes = open_session(spec, tell), []
     run = session.run_taps

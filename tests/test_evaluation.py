@@ -12,7 +12,7 @@ import pytest
 from corpus import CLASSES, TRIGGER, Clips, tone, tones, wav, write_encoder, write_task, write_tones
 from shard_makers import write_shard
 
-from xares_onnx.data.catalog import shipped_tasks, suite_tasks
+from xares_onnx.data.catalog import choose_tasks, shipped_tasks, suite_tasks
 from xares_onnx.data.task import Task
 from xares_onnx.errors import (
     DataError,
@@ -24,7 +24,7 @@ from xares_onnx.errors import (
     worst_exit_code,
 )
 from xares_onnx.evaluation import evaluation
-from xares_onnx.evaluation.evaluation import Evaluation, choose_tasks, evaluate
+from xares_onnx.evaluation.evaluation import Evaluation, evaluate
 from xares_onnx.evaluation.record import TaskResult
 from xares_onnx.progress import Event, Note, Progress, ignore
 

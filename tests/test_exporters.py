@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xares_onnx import exporters
-from xares_onnx.encoder.contract.contract import declared_in_metadata
+from xares_onnx.encoder.contract.declarations import declared_in_metadata
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters import core, export, logmel
 

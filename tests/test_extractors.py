@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from xares_onnx import cli
-from xares_onnx.encoder.contract.contract import declared_by_preprocessor
+from xares_onnx.encoder.contract.declarations import declared_by_preprocessor
 from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import ContractError, ModelError
 from xares_onnx.exporters import export

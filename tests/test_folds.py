@@ -16,16 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shard_makers import clip_members, member, task_toml, write_shard, write_tar
 
+from xares_onnx.data.audio import CropSettings
 from xares_onnx.data.catalog import Digests
-from xares_onnx.data.shards import Drop
+from xares_onnx.data.selection import TaskData, prepare
+from xares_onnx.data.shards import Clips, Drop
 from xares_onnx.data.task import Task, load_task
-from xares_onnx.embedding.embed import CropSettings
 from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Header
 from xares_onnx.errors import DataError, DataMissingError
-from xares_onnx.evaluation.record import Clips
 from xares_onnx.progress import ignore
-from xares_onnx.scoring.dataset import Dataset, TaskData, assemble, check_drops, prepare
-from xares_onnx.scoring.folds import Fold, Protocol, cross_validation, hold_out, make_folds
+from xares_onnx.scoring.dataset import Dataset, assemble, check_drops
+from xares_onnx.scoring.folds import Fold, cross_validation, hold_out, make_folds
+from xares_onnx.scoring.protocol import Protocol
 
 CORRECTED, XARES = Protocol("corrected"), Protocol("xares")
 SPLITS = load_task(Path("mine.toml"), task_toml())

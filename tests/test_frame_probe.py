@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 from torch import nn
 
+from xares_onnx.data.sound_events import Events
 from xares_onnx.errors import ScoreUndefinedError
-from xares_onnx.metrics.segments import Events
 from xares_onnx.probes import frames as probe
 from xares_onnx.probes.frames import FrameHeads, train_frames
 from xares_onnx.probes.training import HeadResult, Rows

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from shard_makers import RATE, encoded, noise, small_disk, write_shard
 
+from xares_onnx.data.audio import CropSettings
+from xares_onnx.data.selection import ShardPlan
 from xares_onnx.data.shards import file_digest
-from xares_onnx.embedding.embed import CropSettings, EmbedSpec, ShardPlan, embed_shards, shard_specs
+from xares_onnx.embedding.embed import EmbedSpec, embed_shards, shard_specs
 from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Frames, Header, Store
 from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.errors import DiskFullError

@@ -12,7 +12,7 @@ import pytest
 from feature_models import feature_model
 from onnx_models import save
 
-from xares_onnx.encoder.contract.contract import (
+from xares_onnx.encoder.contract.declarations import (
     Declarations,
     declared_by_preprocessor,
     declared_frontend,

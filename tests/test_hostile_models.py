@@ -26,8 +26,8 @@ from onnx_models import noise, save
 from xares_onnx import load_encoder
 from xares_onnx.encoder import encoder as encoder_module
 from xares_onnx.encoder import limits
-from xares_onnx.encoder.encoder import EncoderInfo
 from xares_onnx.encoder.model_file import scan_model
+from xares_onnx.encoder.spec import EncoderInfo
 from xares_onnx.encoder.worker import Tell, Worker
 from xares_onnx.errors import ContractError, ModelError, ModelLimitError
 from xares_onnx.evaluation.evaluation import evaluate

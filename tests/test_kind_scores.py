@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xares_onnx.data.shards import Clips
+from xares_onnx.data.sound_events import Events
 from xares_onnx.data.targets import CaptionsTarget, EventsTarget, TranscriptTarget
 from xares_onnx.data.task import Data, Head, Score, Task
-from xares_onnx.evaluation.record import Clips
-from xares_onnx.metrics.segments import Events
 from xares_onnx.probes import frames as frame_probe
 from xares_onnx.scoring.dataset import Dataset
-from xares_onnx.scoring.folds import Fold, Protocol
+from xares_onnx.scoring.folds import Fold
 from xares_onnx.scoring.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.scoring.protocol import Protocol
 from xares_onnx.scoring.scoring import Scored, score
 
 DATA = Data(splits={"train": "train.tar", "test": "test.tar"})

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xares_onnx.encoder.encoder import load_encoder
-from xares_onnx.encoder.measuring.layers import Exposure, exposing, layers_of, residual_layers
+from xares_onnx.encoder.exposure import Exposure, exposing
+from xares_onnx.encoder.measuring.layers import layers_of, residual_layers
 from xares_onnx.errors import ContractError
 from xares_onnx.exporters import export
 

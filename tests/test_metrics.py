@@ -11,15 +11,17 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import f1_score, recall_score
 
+from xares_onnx.data.shards import Clips
 from xares_onnx.data.targets import ClassTarget
 from xares_onnx.data.task import Data, Task
-from xares_onnx.evaluation.record import Clips
 from xares_onnx.metrics import bootstrap as metrics
-from xares_onnx.metrics.bootstrap import SumScorer, accuracy_statistics, class_metrics, interval, ratio
+from xares_onnx.metrics.bootstrap import SumScorer, interval
+from xares_onnx.metrics.statistics import accuracy_statistics, class_metrics, ratio
 from xares_onnx.probes import linear
 from xares_onnx.scoring.dataset import Dataset
-from xares_onnx.scoring.folds import Fold, Protocol
+from xares_onnx.scoring.folds import Fold
 from xares_onnx.scoring.kinds import Kind, Outcome, Tools, kind_of
+from xares_onnx.scoring.protocol import Protocol
 from xares_onnx.scoring.scoring import score
 
 Floats = NDArray[np.float64]

@@ -32,14 +32,15 @@ from scipy import stats
 from sklearn.metrics import f1_score
 from torch import nn
 
+from xares_onnx.data.shards import Clips
 from xares_onnx.data.targets import ClassTarget, NumberTarget, TagsTarget
 from xares_onnx.data.task import Data, Score, Task
 from xares_onnx.errors import ScoreUndefinedError
-from xares_onnx.evaluation.record import Clips
-from xares_onnx.metrics.bootstrap import correlation, error_statistics, mean_squared_error
+from xares_onnx.metrics.statistics import correlation, error_statistics, mean_squared_error
 from xares_onnx.scoring.dataset import Dataset
-from xares_onnx.scoring.folds import Fold, Protocol
+from xares_onnx.scoring.folds import Fold
 from xares_onnx.scoring.kinds import Kept, Kind, Outcome, Tools, kind_of
+from xares_onnx.scoring.protocol import Protocol
 from xares_onnx.scoring.scoring import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
+from xares_onnx.data.sound_events import Events
 from xares_onnx.metrics.segments import (
-    Events,
     frame_targets,
     segment_count,
     segment_counts,

@@ -13,9 +13,9 @@ from sklearn.metrics import label_ranking_average_precision_score
 from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.errors import DataError
 from xares_onnx.evaluation.differences import Side
-from xares_onnx.evaluation.record import Predictions
 from xares_onnx.report.board import make_board
 from xares_onnx.report.page.mistakes import MAX_CLASSES, Mistakes, class_names, find_mistakes, own_scores, ranking_precision
+from xares_onnx.scoring.scoring import Predictions
 
 
 def mistakes(task: str, *several: Predictions, method: str = "linear") -> Mistakes:

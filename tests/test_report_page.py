@@ -17,13 +17,13 @@ from report_results import predictions, record, result, right, save
 from shard_makers import encoded, sine, write_shard
 
 from xares_onnx.data.catalog import Digests, shipped_tasks
+from xares_onnx.data.selection import prepare
 from xares_onnx.errors import DataError, DataMissingError
 from xares_onnx.evaluation.differences import Side
 from xares_onnx.evaluation.record import Gate
 from xares_onnx.progress import ignore
 from xares_onnx.report.board import make_board
 from xares_onnx.report.page.html import html
-from xares_onnx.scoring.dataset import prepare
 
 ESC, VOX, SPEECH = "esc50", "voxlingua33", "speechocean762"
 VOID = {"meta", "link", "br", "img", "input", "hr"}

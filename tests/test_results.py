@@ -16,12 +16,14 @@ from corpus import tones, write_encoder, write_task, write_tones
 from shard_makers import write_shard
 
 from xares_onnx.data.catalog import in_group, shipped_tasks
-from xares_onnx.data.shards import Drop
+from xares_onnx.data.shards import Clips, Drop
 from xares_onnx.data.task import Task, load_task
 from xares_onnx.errors import MachineError, UsageError
 from xares_onnx.evaluation import record as results
+from xares_onnx.evaluation.averages import averages, published_averages
 from xares_onnx.evaluation.evaluation import evaluate
-from xares_onnx.evaluation.record import Clips, Seconds, TaskResult, averages, make_room, published_averages
+from xares_onnx.evaluation.record import Seconds, TaskResult, make_room
+from xares_onnx.files import indented
 
 Record = dict[str, Any]
 
@@ -60,7 +62,7 @@ def schema() -> Record:
 
 def test_shipped_schema_is_fresh() -> None:
     shipped = (resources.files("xares_onnx.evaluation") / "result.schema.json").read_bytes()
-    assert shipped == results.indented(results.schema()), (
+    assert shipped == indented(results.schema()), (
         "run: python -m xares_onnx.evaluation.record > xares_onnx/evaluation/result.schema.json"
     )
 
@@ -345,6 +347,6 @@ def test_interval_of_an_average_is_that_of_independent_tasks() -> None:
 
 def test_a_drop_is_written_with_its_reason(schema: Record) -> None:
     clips = Clips(expected=2, read=1, dropped=[Drop("a.tar/é\x1b[31m", "audio cannot be decoded")])
-    written = json.loads(results.indented(scored(shipped_tasks()["esc50"], 0.5, clips=clips)))
+    written = json.loads(indented(scored(shipped_tasks()["esc50"], 0.5, clips=clips)))
     assert written["clips"]["dropped"] == [{"key": "a.tar/é\x1b[31m", "reason": "audio cannot be decoded"}]
     jsonschema.validate(written, {**schema, "$ref": "#/$defs/TaskResult"})

@@ -21,17 +21,18 @@ from shard_makers import small_disk
 
 from xares_onnx import files
 from xares_onnx.data import audio
+from xares_onnx.data.audio import CropSettings
 from xares_onnx.data.shards import Drop
 from xares_onnx.embedding import embed, store
-from xares_onnx.embedding.embed import CropSettings, EmbedSpec
+from xares_onnx.embedding.embed import EmbedSpec
 from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, prune, store_key
 from xares_onnx.encoder import encoder
 from xares_onnx.encoder.contract.contract import Contract
 from xares_onnx.encoder.contract.frontend import make_frontend
-from xares_onnx.encoder.encoder import EncoderInfo, ModelSpec, Tap
-from xares_onnx.encoder.measuring.layers import Exposure
+from xares_onnx.encoder.exposure import Exposure
 from xares_onnx.encoder.model_file import ModelScan
 from xares_onnx.encoder.session import CUDA
+from xares_onnx.encoder.spec import EncoderInfo, ModelSpec, Tap
 from xares_onnx.errors import DiskFullError, MachineError
 
 KEY = "ab" + "0" * 38

@@ -21,6 +21,7 @@ from xares_onnx.evaluation import record as results
 from xares_onnx.evaluation.differences import Side, find_differences, verified
 from xares_onnx.evaluation.evaluation import Evaluation, evaluate
 from xares_onnx.evaluation.record import read_predictions, read_result
+from xares_onnx.files import indented
 from xares_onnx.metrics.bootstrap import bootstrap, interval, point
 from xares_onnx.scoring.scoring import generator
 
@@ -93,7 +94,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_result_reads_back(path: Path) -> None:
-    assert results.indented(read_result(path)) == path.read_bytes()
+    assert indented(read_result(path)) == path.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ from rich.console import Console
 
 from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.data.inventory import Check, Damage, Holding
-from xares_onnx.data.shards import Drop
+from xares_onnx.data.shards import Clips, Drop
 from xares_onnx.data.task import load_task
 from xares_onnx.download.download import TaskReport
 from xares_onnx.embedding.store import Header
+from xares_onnx.evaluation.averages import averages
 from xares_onnx.evaluation.planning import Plan, PlanRow
-from xares_onnx.evaluation.record import Clips, Encoder, Result, Seconds, TaskResult, averages
+from xares_onnx.evaluation.record import Encoder, Result, Seconds, TaskResult
 from xares_onnx.progress import Note, Progress
+from xares_onnx.report import observer as observers
 from xares_onnx.report import terminal
 
 HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
@@ -38,7 +40,7 @@ def console(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stdout", Screen() if request.param == "terminal" else io.StringIO())
-    return terminal.stdout_console()
+    return observers.stdout_console()
 
 
 def printed(console: Console) -> str:
@@ -151,7 +153,7 @@ def test_hostile_names_in_progress(live: bool, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     screen = Screen() if live else io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    with terminal.TerminalObserver() as observer:
+    with observers.TerminalObserver() as observer:
         observer(Progress("embed", "[red]mine[/red]", 0, 10))
         observer(Note(HOSTILE))
         observer(Note(HOSTILE))
@@ -167,8 +169,8 @@ def test_a_long_download_is_written_about_now_and_then(monkeypatch: pytest.Monke
     """Where no bar can move: every half minute, with the rate of this run and the time that is left."""
     stream, now = io.StringIO(), [1000.0]
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    with terminal.TerminalObserver() as observer:
+    monkeypatch.setattr(observers.time, "monotonic", lambda: now[0])
+    with observers.TerminalObserver() as observer:
         for seconds, megabytes in ((0, 400), (10, 450), (31, 493), (40, 520), (62, 586), (100, 1000)):
             now[0] = 1000.0 + seconds
             observer(Progress("download", "esc50", megabytes * 1_000_000, 1_000_000_000))
@@ -184,7 +186,7 @@ def test_a_download_has_a_bar_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
-    with terminal.TerminalObserver() as observer:
+    with observers.TerminalObserver() as observer:
         observer(Progress("download", "esc50", 100_000_000, 600_000_000))
         observer(Progress("download", "esc50", 300_000_000, 600_000_000))
     assert "downloading esc50" in screen.getvalue()
@@ -195,7 +197,7 @@ def test_scores_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "stdout", Screen())
-    console = terminal.stdout_console()
+    console = observers.stdout_console()
     tasks = [record(title="Libri Speech Male Female", score=0.123, clips=Clips(expected=1, read=1, dropped=[]))]
     tasks.append(record(title="Libri Speech Male Female", method="knn", score=0.456))
     terminal.print_result(result(*tasks), console)

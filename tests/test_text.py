@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xares_onnx.data.text import character_errors, lower_cased, normalise, word_errors
+from xares_onnx.data.text import lower_cased, normalise
+from xares_onnx.metrics.words import character_errors, word_errors
 
 # Texts in which the rare cases are common: apostrophes, marks, format characters, capitals that change length, compositions.
 tricky = st.text(

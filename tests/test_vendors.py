@@ -19,7 +19,7 @@ from onnx_models import save as save_model
 from typer.testing import CliRunner
 
 from xares_onnx import cli
-from xares_onnx.encoder.contract.contract import declared_on_command_line
+from xares_onnx.encoder.contract.declarations import declared_on_command_line
 from xares_onnx.encoder.contract.frontend import KEYS, make_frontend
 from xares_onnx.encoder.encoder import load_encoder
 

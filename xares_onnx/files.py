@@ -11,6 +11,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from .errors import DataMissingError, DiskFullError, MachineError
 
@@ -95,3 +98,11 @@ def disk_error(error: OSError, path: Path) -> MachineError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"the disk is full while writing {path}; free some space and run again: finished work is kept")
     return MachineError(f"{path} cannot be written ({error.strerror}); choose another place")
+
+
+def indented(value: Any) -> bytes:
+    """JSON for people too."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+CHECKSUM_ALGORITHMS = ("md5", "sha1", "sha256", "sha512")

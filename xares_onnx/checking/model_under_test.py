@@ -10,8 +10,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..encoder.encoder import ModelSpec, open_session, zscore
+from ..encoder.resolve import open_session
+from ..encoder.runner import zscore
 from ..encoder.session import Session
+from ..encoder.spec import ModelSpec
 from ..encoder.worker import Beat, Tell
 from ..errors import ContractError, ModelError, ModelLimitError
 from .findings import ModelFacts

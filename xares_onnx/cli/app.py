@@ -132,7 +132,7 @@ def _root(
 
 
 def put_json(value: Any) -> None:
-    from ..evaluation.record import indented
+    from ..files import indented
 
     put(indented(value), sys.stdout.buffer)
 

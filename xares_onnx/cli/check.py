@@ -40,10 +40,11 @@ def check(
         )
     from ..checking import check as measure
     from ..checking import read_settings
-    from ..report import checks, ci, terminal
+    from ..report import checks, ci
+    from ..report.observer import TerminalObserver, stdout_console
 
     settings = read_settings(Path.cwd())
-    with terminal.TerminalObserver() as observer:
+    with TerminalObserver() as observer:
         report = measure(
             model,
             reference=reference,
@@ -65,7 +66,7 @@ def check(
             put(text, sys.stdout)
             ci.write_step_summary(checks.markdown(report))
         case _:
-            checks.print_check(report, terminal.stdout_console())
+            checks.print_check(report, stdout_console())
     if report.unusable is not None:
         say(report.unusable)
     raise typer.Exit(report.exit_code)

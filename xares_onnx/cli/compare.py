@@ -63,15 +63,16 @@ def compare(
 ) -> None:
     """Compare B with A on the same clips: scores with paired intervals, embeddings, size, speed and memory."""
     from ..evaluation import comparison
-    from ..report import ci, terminal
+    from ..report import ci
     from ..report import comparison as report
+    from ..report.observer import TerminalObserver, stdout_console
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r} must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} must be 1 or more")
     settings: dict[str, Any] = {"methods": split(method) or None, "protocol": protocol}
-    with terminal.TerminalObserver(quiet=quiet) as observer:
+    with TerminalObserver(quiet=quiet) as observer:
         found = comparison.compare(
             a,
             b,
@@ -106,7 +107,7 @@ def compare(
     elif quiet:
         put(f"{printable(found.verdict)}\n", sys.stdout)
     else:
-        report.print_comparison(found, terminal.stdout_console())
+        report.print_comparison(found, stdout_console())
     for failure in found.failures:
         say(f"{failure.model}: {failure.message}")
     if found.failed:

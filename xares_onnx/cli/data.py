@@ -31,10 +31,11 @@ def list_tasks(
 
     from ..data import catalog, inventory
     from ..report import terminal
+    from ..report.observer import TerminalObserver, stdout_console
 
     chosen = catalog.named_tasks([name]) if name else list(catalog.shipped_tasks().values())
     folder = catalog.data_folder(data)
-    with terminal.TerminalObserver() as observer:
+    with TerminalObserver() as observer:
         rows = [
             (task, inventory.verified(task, folder, observer) if verify else inventory.holding(task, folder))
             for task in chosen
@@ -52,9 +53,9 @@ def list_tasks(
             ]
         )
     elif len(rows) == 1:
-        terminal.print_task(*rows[0], folder, terminal.stdout_console())
+        terminal.print_task(*rows[0], folder, stdout_console())
     else:
-        terminal.print_tasks(rows, folder, terminal.stdout_console())
+        terminal.print_tasks(rows, folder, stdout_console())
     errors = inventory.faults(rows, folder)
     for error in errors:
         say(one_line(error))
@@ -68,9 +69,10 @@ def cache_list(cache: CacheOption = None, debug: DebugOption = False) -> None:
     from ..data import catalog
     from ..embedding.store import Store
     from ..report import terminal
+    from ..report.observer import stdout_console
 
     store = Store(catalog.cache_folder(cache) / "store")
-    terminal.print_cache(list(store.entries()), str(store.root), terminal.stdout_console())
+    terminal.print_cache(list(store.entries()), str(store.root), stdout_console())
 
 
 @cache_app.command("prune")

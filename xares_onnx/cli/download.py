@@ -37,24 +37,25 @@ def download(
     from ..data import catalog, inventory
     from ..download import download as verb
     from ..report import terminal
+    from ..report.observer import TerminalObserver, stdout_console
 
     names = split(tasks)
     if offline or os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0"):
         folder = catalog.data_folder(data)
-        with terminal.TerminalObserver(quiet=quiet) as observer:
+        with TerminalObserver(quiet=quiet) as observer:
             held = [(task, inventory.verified(task, folder, observer)) for task in verb.choose(names, suite, observer)]
         if json_:
             put_json([found for _, found in held])
         elif not quiet:
-            terminal.print_tasks(held, folder, terminal.stdout_console())
+            terminal.print_tasks(held, folder, stdout_console())
         errors: list[XaresError] = [*inventory.faults(held, folder, complete=True)]
     else:
-        with terminal.TerminalObserver(quiet=quiet) as observer:
+        with TerminalObserver(quiet=quiet) as observer:
             done = verb.download(names, suite=suite, data=data, mirror=mirror, plan=plan, observer=observer)
         if json_:
             put_json(done.tasks)
         elif not quiet and done.tasks:
-            terminal.print_download(done.tasks, terminal.stdout_console(), plan=plan)
+            terminal.print_download(done.tasks, stdout_console(), plan=plan)
         errors = done.errors
     for error in errors:
         say(one_line(error))

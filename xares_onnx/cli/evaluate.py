@@ -75,6 +75,7 @@ def evaluate(
     from ..evaluation.settings import METHODS
     from ..report import comparison as report
     from ..report import terminal
+    from ..report.observer import TerminalObserver, stdout_console
 
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} must be 1 or more")
@@ -95,7 +96,7 @@ def evaluate(
         "trust": trust,
     }
     names = split(tasks)
-    with terminal.TerminalObserver(quiet=quiet) as observer:
+    with TerminalObserver(quiet=quiet) as observer:
         if plan:
             made = evaluation.plan(model, names, **arguments, observer=observer)
         else:
@@ -116,14 +117,14 @@ def evaluate(
         if json_:
             put_json({"tasks": made.rows, "total": made.total, "rtf": made.rtf})
         else:
-            terminal.print_plan(made, terminal.stdout_console())
+            terminal.print_plan(made, stdout_console())
         return
     if json_:
         put(done.json().encode(), sys.stdout.buffer)
     elif not quiet:
         if done.result.gates:
-            report.print_gates(done.result.gates, terminal.stdout_console())
-        terminal.print_result(done.result, terminal.stdout_console(), saved=str(done.path))
+            report.print_gates(done.result.gates, stdout_console())
+        terminal.print_result(done.result, stdout_console(), saved=str(done.path))
     for error in done.errors:
         say(one_line(error))
     failed = [gate for gate in done.result.gates if gate.status == "fail"]

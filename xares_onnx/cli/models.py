@@ -57,9 +57,9 @@ def annotate(
 ) -> None:
     """Write a copy of a model that declares its contract in its own metadata; graph and weights stay as they are."""
     from ..encoder.annotate import annotate as write
-    from ..report import terminal
+    from ..report.observer import TerminalObserver
 
-    with terminal.TerminalObserver() as observer:
+    with TerminalObserver() as observer:
         done = write(model, contract, output, trust=trust, observer=observer)
     said = [
         f"{key}={value}" + (f" (was {done.replaced[key]})" if key in done.replaced else "")

@@ -59,11 +59,11 @@ def pack(
 
     from .. import packing
     from ..report import packed as report
-    from ..report import terminal
+    from ..report.observer import TerminalObserver, stdout_console
 
     if output is None and not check:
         raise UsageError("name the folder to write by -o DIR, or check only by --check")
-    with terminal.TerminalObserver(quiet=quiet) as observer:
+    with TerminalObserver(quiet=quiet) as observer:
         done = packing.pack(
             audio,
             labels,
@@ -87,4 +87,4 @@ def pack(
     if json_:
         put_json(msgspec.to_builtins(done))
     elif not quiet:
-        report.print_packed(done, terminal.stdout_console())
+        report.print_packed(done, stdout_console())

@@ -10,12 +10,14 @@ import io
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import soundfile
 import soxr
 
 from ..errors import ClipError
+from . import audio
 
 Waveform = npt.NDArray[np.float32]
 CropRule = Literal["keep-tails", "whole-crops"]
@@ -136,3 +138,12 @@ def resampler_version() -> str:
 
 def decoder_version() -> str:
     return f"{soundfile.__libsndfile_version__}"
+
+
+class CropSettings(msgspec.Struct, frozen=True):
+    """How clips become what the model sees; differs between protocols."""
+
+    seconds: float | None
+    rule: audio.CropRule = "keep-tails"
+    pad_short_clips: bool = True
+    keep_padding: bool = False

@@ -15,7 +15,8 @@ import platformdirs
 
 from ..errors import DataMissingError, UnknownTaskError, UsageError
 from ..files import TEMPORARY_SUFFIX, Stamp, stamp, write_aside
-from ..progress import Observer, Progress
+from ..progress import Note, Observer, Progress
+from . import synthetic
 from .manifest import read_manifest
 from .shards import file_digest
 from .task import Task, load_task
@@ -177,3 +178,40 @@ class Digests:
             digests[path] = self.of(path)
         observer(Progress("prepare", task, len(paths), len(paths)))
         return digests
+
+
+def choose_tasks(names: Sequence[str], suite: str | None, data: Path | None, observer: Observer) -> list[tuple[Task, Path]]:
+    """The tasks to score, each with the folder that holds its data. A named task without data is an error at once."""
+    if names and suite:
+        raise UsageError("--tasks and --suite exclude each other")
+    if names:
+        chosen = named_tasks(names)
+    elif suite:
+        chosen = suite_tasks(suite)
+    else:
+        chosen = [task for task in shipped_tasks().values() if task.domain != "synthetic"]
+    if all(task.domain == "synthetic" for task in chosen):
+        return [(task, Path()) for task in chosen]
+    folder = data_folder(data)
+    missing = [task for task in chosen if task.domain != "synthetic" and not find_parts(task, folder)]
+    present = [task for task in chosen if task not in missing]
+    if names and missing:
+        raise DataMissingError(missing_data(missing[0], folder))
+    if suite and not present:
+        raise DataMissingError(f"no task of suite {suite} has data: {missing_data(chosen[0], folder)}")
+    if not present and data is not None:
+        raise DataMissingError(f"{folder} holds no task's data; `xares-onnx tasks --data {folder}` shows what is looked for")
+    if not present:
+        observer(Note(f"no data in {folder}, so the built-in synthetic suite is scored; --data names another folder"))
+        return [(task, Path()) for task in suite_tasks("synthetic")]
+    return [(task, folder) for task in (chosen if suite or names else present)]
+
+
+def synthetic_data(task: Task, cache: Path, observer: Observer) -> Path:
+    """The folder that holds a synthetic task's shards, built where it is not there yet."""
+    folder = cache / f"synthetic-{synthetic.VERSION}"
+    if not synthetic.is_built(task.name, folder / task.name):
+        observer(Progress("prepare", task.name, 0, 1))
+        synthetic.build(task.name, folder / task.name)
+        observer(Progress("prepare", task.name, 1, 1))
+    return folder

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..download.zenodo import CHECKSUM_ALGORITHMS
-from ..files import write_aside
+from ..files import CHECKSUM_ALGORITHMS, write_aside
 
 MANIFEST_NAME = ".xares-onnx.json"
 

@@ -242,3 +242,16 @@ def _file_size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise DataMissingError(f"shard {path} cannot be read ({error.strerror})") from error
+
+
+class Clips(msgspec.Struct, frozen=True, kw_only=True):
+    expected: int
+    read: int
+    dropped: list[Drop]
+    """Every clip that is not in the score, and why."""
+    events_outside: int = 0
+    """Events of no class of the vocabulary, left out of targets and score."""
+
+
+# More dropped clips than both of these, and the score is not that of the data set any more.
+MAX_DROP_SHARE, MAX_DROPS = 0.01, 2

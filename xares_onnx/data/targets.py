@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ..errors import LabelError
-from ..metrics.segments import Events
+from .sound_events import Events
 from .text import normalise
 
 MAX_CLASSES = 100_000

@@ -17,12 +17,12 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from ..errors import DownloadError, UsageError, printable
+from ..files import CHECKSUM_ALGORITHMS
 
 ZENODO = "https://zenodo.org"
 MAX_ANSWER_BYTES = 1 << 23
 MAX_FILE_BYTES = 1 << 40
 _MAX_NAME = 200
-CHECKSUM_ALGORITHMS = ("md5", "sha1", "sha256", "sha512")
 _PORTS = {"http": 80, "https": 443}
 
 Origin = tuple[str, str, int]

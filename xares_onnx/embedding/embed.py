@@ -20,11 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data import audio
+from ..data.audio import CropSettings
+from ..data.selection import ShardPlan
 from ..data.shards import Drop, Sample, index_shard, read_extent, read_label
 from ..encoder.chunking import Chunk, frame_centers
 from ..encoder.contract.contract import Contract
-from ..encoder.encoder import ChunkRunner, Encoder, Job, ModelSpec, open_session
+from ..encoder.encoder import Encoder
+from ..encoder.resolve import open_session
+from ..encoder.runner import ChunkRunner, Job
 from ..encoder.session import Session
+from ..encoder.spec import ModelSpec
 from ..encoder.worker import Beat, Tell
 from ..errors import ClipError, DataError, printable
 from ..files import Stamp, stamp
@@ -37,15 +42,6 @@ _LONG_SECONDS = 900.0
 _DECODING_SECONDS = 300  # longest wait for one clip; a long recording is not a model that hangs
 _DISK_SECONDS = 900.0  # nor is a slow disk
 _SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
-
-
-class CropSettings(msgspec.Struct, frozen=True):
-    """How clips become what the model sees; differs between protocols."""
-
-    seconds: float | None
-    rule: audio.CropRule = "keep-tails"
-    pad_short_clips: bool = True
-    keep_padding: bool = False
 
 
 class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,15 +92,6 @@ class ShardReport(msgspec.Struct, frozen=True):
     clips: int
     audio_seconds: float
     seconds: float
-
-
-class ShardPlan(msgspec.Struct, frozen=True):
-    """One shard of a task: its content digest, and the keys to embed (None: all)."""
-
-    path: Path
-    digest: str
-    stamp: Stamp
-    selected: frozenset[str] | None
 
 
 def shard_specs(

@@ -17,7 +17,7 @@ import msgspec
 from ..errors import ModelError, UsageError, XaresError
 from ..files import copy_aside, made_aside, write_aside
 from ..progress import Doing, Observer, ignore
-from .contract.contract import (
+from .contract.declarations import (
     Declarations,
     declared_by_preprocessor,
     declared_in_metadata,

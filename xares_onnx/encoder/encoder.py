@@ -8,13 +8,9 @@ with load_encoder("model.onnx") as encoder:
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,72 +22,28 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data import audio
-from ..errors import ClipError, ContractError, DataMissingError, ModelError, ModelLimitError, UsageError, nearest
+from ..errors import DataMissingError, ModelLimitError, UsageError, nearest
 from ..files import Stamp, stamp, write_aside
-from ..progress import Doing, Note, Observer, ignore
-from .chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
-from .contract.contract import (
-    Contract,
+from ..progress import Note, Observer, ignore
+from .contract.contract import Contract
+from .contract.declarations import (
     Declarations,
     declared_by_preprocessor,
-    declared_in_metadata,
     declared_in_sidecar,
     declared_on_command_line,
     merge,
-    remarks,
 )
-from .limits import LIFTED, limits, measuring_seconds, memory_bytes, silence_seconds
-from .measuring.layers import ALL_LAYERS, Exposure
-from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
-from .session import CPU, Session, cuda_may_work
-from .worker import Array, Beat, Tell, Worker, limit_memory
+from .exposure import ALL_LAYERS
+from .limits import LIFTED, silence_seconds
+from .model_file import PREPROCESSOR_CONFIG, find_model
+from .resolve import resolve
+from .runner import embed_waveforms
+from .session import cuda_may_work
+from .spec import EncoderInfo, ModelSpec
+from .worker import Array, Worker
 
 T = TypeVar("T")
-GPU_BATCH = 16
 _CACHE_VERSION = 4
-
-
-class Tap(msgspec.Struct, frozen=True):
-    """An output whose embeddings are scored, by the name that results call it."""
-
-    name: str
-    contract: Contract
-
-
-class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as it was found: content, contract, provider. Enough to name its embeddings without loading it."""
-
-    path: str
-    scan: ModelScan
-    contract: Contract
-    provider: str
-    onnxruntime: str
-    notes: tuple[str, ...] = ()
-    more_taps: tuple[Tap, ...] = ()
-    """Outputs that are scored beside the contract's, in the same pass."""
-    exposure: Exposure | None = None
-    """Inner tensors that were made outputs for them."""
-
-    @property
-    def taps(self) -> tuple[Tap, ...]:
-        """Every output that is scored, the contract's first."""
-        return (Tap(self.contract.output, self.contract), *self.more_taps)
-
-    @property
-    def batch(self) -> int:
-        """Most equal-length chunks in one call. On the CPU one: as fast, and no clip then meets another."""
-        coupled = self.contract.batch_coupled or not self.contract.dynamic_batch
-        return 1 if self.provider == CPU or coupled else GPU_BATCH
-
-
-class ModelSpec(msgspec.Struct, frozen=True):
-    """What a worker needs to have the encoder at hand; picklable."""
-
-    info: EncoderInfo
-    device: str
-    threads: int
-    stamp: Stamp | None = None  # of the model file as it was measured
-    trust: bool = False  # lifts limits on size, memory and time (`limits`)
 
 
 @dataclass(frozen=True)
@@ -130,7 +82,7 @@ class Encoder:
             raise UsageError(f"rate={rate} must be a sampling rate from {audio.MIN_RATE} to {audio.MAX_RATE} Hz")
         signals = [_checked_waveform(waveform) for waveform in waveforms]
         number = 0 if tap is None else taps[tap]
-        results = self.call(_embed_waveforms, self.spec, signals, rate, number, returns=list[tuple[Array, Array]])
+        results = self.call(embed_waveforms, self.spec, signals, rate, number, returns=list[tuple[Array, Array]])
         return [Embedding(frames.numpy(), times.numpy()) for frames, times in results]
 
     def call(self, function: Callable[..., T], *arguments: Any, returns: type[T], observer: Observer = ignore) -> T:
@@ -186,7 +138,7 @@ def load_encoder(
         try:
             with _advised(trust):
                 info = worker.call(
-                    _resolve,
+                    resolve,
                     str(model),
                     device,
                     declared,
@@ -263,224 +215,6 @@ def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
 
 
 # ---------------------------------------------------------------- what runs in the worker
-
-
-def _resolve(
-    model: str,
-    device: str,
-    declared: Declarations,
-    beside: Declarations,
-    taps: Sequence[str] = (),
-    unheard: Sequence[str] = (),
-    trust: bool = False,
-    *,
-    tell: Tell,
-) -> EncoderInfo:
-    from .measuring.taps import measure_taps
-
-    path = Path(model)
-    tell(Doing("reading the model's file"))
-    on_cpu = device == "cpu" or (device == "auto" and not cuda_may_work())
-    size = path.stat().st_size
-    if on_cpu:
-        device = "cpu"  # the name under which `open_session` finds the session again
-        limit_memory(memory_bytes(size, trust))
-    before = stamp(path)
-    scan = scan_model(path, lambda: tell(Beat()), trust=trust)
-    stamps = {path: before, **{file: stamp(file) for file in (path.parent / name for name in scan.external)}}
-    if on_cpu:
-        limit_memory(memory_bytes(scan.bytes, trust))
-    patience = silence_seconds(scan.bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
-    tell(Doing("loading the model", patience))
-    session = _session(model, device, None)
-    if any(stamp(file) != then for file, then in stamps.items()):
-        raise ModelError(f"{path} was replaced while it was read; run again")
-    tell(Doing("measuring the model", patience))
-    heard = merge(declared, declared_in_metadata(scan.metadata), beside)
-    heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
-    beat = _Budget(measuring_seconds(scan.bytes, trust) * (2 if taps else 1), tell).beat
-    open_exposing = functools.partial(_session, model, device)
-    found = measure_taps(path, open_exposing, heard, taps, beat, max_dim=limits(trust).dim)
-    return EncoderInfo(
-        path=model,
-        scan=scan,
-        contract=found.contract,
-        provider=session.provider,
-        onnxruntime=_runtime_version(),
-        notes=(*([session.note] if session.note else []), *remarks(found.contract), *found.notes),
-        more_taps=tuple(Tap(name, contract) for name, contract in found.more.items()),
-        exposure=found.exposure,
-    )
-
-
-class _Budget:
-    """Processor time for measuring: no call is long, yet all of them together may be."""
-
-    def __init__(self, seconds: float, tell: Tell) -> None:
-        self._seconds, self._tell = seconds, tell
-        self._end = time.process_time() + seconds
-
-    def beat(self) -> None:
-        if time.process_time() > self._end:
-            raise ModelLimitError(f"the model was still being measured after {self._seconds:.0f} s of processor time")
-        self._tell(Beat())
-
-
-@functools.lru_cache(maxsize=1)
-def _session(model: str, device: str, exposure: Exposure | None) -> Session:
-    """The worker's one session, loaded at its first use."""
-    return Session(Path(model), device, exposure)
-
-
-def open_session(spec: ModelSpec, tell: Tell) -> Session:
-    """The session of a spec, in the worker; the provider must be the one that was measured."""
-    if spec.info.provider == CPU:
-        limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
-    if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
-        raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
-    tell(Doing("loading the model"))
-    # A spec measured on the CPU must not meet a GPU that came since.
-    device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
-    session = _session(spec.info.path, device, spec.info.exposure)
-    if session.provider != spec.info.provider:
-        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; run again")
-    tell(Doing("running the model"))
-    return session
-
-
-@dataclass
-class Job:
-    """One waveform (samples,) at the encoder's rate on its way through the model, with what it is for."""
-
-    tag: Any
-    waveform: npt.NDArray[np.float32]
-
-
-class ChunkRunner:
-    """Runs waveforms through a session, chunk by chunk, from several threads, and gives results in order.
-
-    Chunks of equal length that follow each other share a call, up to the batch of the encoder. Every call gives the outputs
-    of `taps`, the contract's alone if they are not given.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        spec: ModelSpec,
-        taps: Sequence[Contract] | None = None,
-        *,
-        pad_short_clips: bool = True,
-        keep_padding: bool = False,
-    ) -> None:
-        self._session = session
-        self._contract = spec.info.contract
-        self._taps = [self._contract] if taps is None else list(taps)
-        self._batch = spec.info.batch
-        self._threads = spec.threads
-        self._pad_short_clips = pad_short_clips
-        self._keep_padding = keep_padding
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
-        """(job, chunk, kept frames (frames, dim) of each tap, whether it is its last chunk), in the order of the jobs."""
-        waiting: deque[tuple[Future[list[list[npt.NDArray[np.float32]]]], list[tuple[Job, Chunk, bool]]]] = deque()
-        with ThreadPoolExecutor(self._threads) as pool:
-            for group in self._groups(jobs):
-                waiting.append((pool.submit(self._run_group, group), group))
-                if len(waiting) > 2 * self._threads:
-                    yield from self._results(*waiting.popleft())
-            while waiting:
-                yield from self._results(*waiting.popleft())
-
-    def _groups(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Chunk, bool]]]:
-        group: list[tuple[Job, Chunk, bool]] = []
-        for job in jobs:
-            if self._contract.normalize == "zscore":
-                job = Job(job.tag, zscore(job.waveform))
-            chunks = plan_chunks(len(job.waveform), self._contract, pad_short_clips=self._pad_short_clips)
-            for chunk in chunks:
-                if group and (len(group) == self._batch or group[0][1].length != chunk.length):
-                    yield group
-                    group = []
-                group.append((job, chunk, chunk is chunks[-1]))
-        if group:
-            yield group
-
-    def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[list[npt.NDArray[np.float32]]]:
-        batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
-        held = [chunk.stop - chunk.start for _, chunk, _ in group]
-        kept: list[list[npt.NDArray[np.float32]]] = [[] for _ in group]
-        for contract, output in zip(self._taps, self._session.run_taps(batch, self._taps, held), strict=True):
-            self._check(contract, output, len(group), batch.shape[1])
-            for parts, frames, (job, chunk, _) in zip(kept, output, group, strict=True):
-                inside = frames_inside(chunk, len(frames), len(job.waveform), contract)
-                parts.append(frames if self._keep_padding else frames[:inside])
-        return kept
-
-    @staticmethod
-    def _check(contract: Contract, output: npt.NDArray[np.float32], items: int, samples: int) -> None:
-        if output.shape[0] != items or output.shape[2] != contract.dim or not output.shape[1]:
-            raise ContractError(
-                f"the model gives shape {list(output.shape)} for {items} x {samples} samples; "
-                f"[{items}, frames, {contract.dim}] was measured before"
-            )
-        # The law was measured from a second on; without padding (X-ARES) a shorter clip may be outside it.
-        foretold = contract.frames_of(samples)
-        if output.shape[1] != foretold and samples >= contract.sample_rate:
-            raise ContractError(
-                f"the model gives {output.shape[1]} frames for {samples} samples where {foretold} were foretold by "
-                "what was measured, so its frames have no time"
-            )
-
-    @staticmethod
-    def _results(
-        future: Future[list[list[npt.NDArray[np.float32]]]], group: list[tuple[Job, Chunk, bool]]
-    ) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
-        for frames, (job, chunk, last) in zip(future.result(), group, strict=True):
-            yield job, chunk, frames, last
-
-
-def zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Zero mean and unit variance over the clip, as Hugging Face's Wav2Vec2FeatureExtractor computes it."""
-    centred = waveform - waveform.mean(dtype=np.float64)
-    scaled: npt.NDArray[np.float32] = (centred / np.sqrt(waveform.var(dtype=np.float64) + 1e-7)).astype(np.float32)
-    return scaled
-
-
-def _resampled(waveform: npt.NDArray[np.float32], rate: int, target_rate: int) -> npt.NDArray[np.float32]:
-    try:
-        return audio.resample(waveform, rate, target_rate)
-    except ClipError as error:
-        raise UsageError(str(error)) from error
-
-
-def _embed_waveforms(
-    spec: ModelSpec, waveforms: list[npt.NDArray[np.float32]], rate: int, tap: int, *, tell: Tell
-) -> list[tuple[Array, Array]]:
-    session = open_session(spec, tell)
-    contract = spec.info.taps[tap].contract
-    jobs = (Job(i, _resampled(signal, rate, contract.sample_rate)) for i, signal in enumerate(waveforms))
-    frames: list[list[npt.NDArray[np.float32]]] = [[] for _ in waveforms]
-    times: list[list[npt.NDArray[np.float64]]] = [[] for _ in waveforms]
-    weights: list[list[float]] = [[] for _ in waveforms]
-    for job, chunk, (kept,), _ in ChunkRunner(session, spec, [contract]).run(jobs):
-        frames[job.tag].append(kept)
-        weights[job.tag].append(chunk.stop - chunk.start)
-        if not contract.clip_only:
-            times[job.tag].append(frame_centers(chunk, len(kept), contract) / contract.sample_rate)
-        tell(Beat())
-    results = []
-    for parts, seconds, weight in zip(frames, times, weights, strict=True):
-        whole = np.concatenate(parts)
-        if contract.clip_only:
-            whole = np.average(whole, axis=0, weights=weight).astype(np.float32)[None]
-        results.append((Array.of(whole), Array.of(np.concatenate(seconds) if seconds else np.empty(0))))
-    return results
-
-
-def _runtime_version() -> str:
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
 
 
 # ---------------------------------------------------------------- what was measured before

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError, concerning
 from .adapter import Adapter
 from .contract.contract import Contract
-from .measuring.layers import Exposure, exposing
+from .exposure import Exposure, exposing
 
 if TYPE_CHECKING:
     import onnxruntime

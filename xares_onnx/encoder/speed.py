@@ -12,7 +12,9 @@ import msgspec
 import numpy as np
 
 from ..progress import Observer, Progress
-from .encoder import Encoder, ModelSpec, open_session
+from .encoder import Encoder
+from .resolve import open_session
+from .spec import ModelSpec
 from .worker import Beat, Tell
 
 _ROUNDS = 9

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataError, DataMissingError, ScoreUndefinedError, UsageError
 from ..metrics.bootstrap import Array, Scorer, bootstrap_together, interval, point
-from ..scoring.folds import Protocol
-from ..scoring.scoring import clips_of, generator, scorers_of
-from .record import GROUPS, Interval, Predictions, Result, TaskResult, read_predictions, read_result
+from ..scoring.protocol import Protocol
+from ..scoring.scoring import Predictions, clips_of, generator, scorers_of
+from .record import GROUPS, Interval, Result, TaskResult, read_predictions, read_result
 
 TOLERANCE = 0.01
 _SAME_SCORE = 1e-9  # sums of one order, and at most the last digits of a decimal text

@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from ..data import audio, synthetic
-from ..data.catalog import (
-    Digests,
-    cache_folder,
-    data_folder,
-    find_parts,
-    missing_data,
-    named_tasks,
-    shipped_tasks,
-    suite_tasks,
-)
+from ..data import audio
+from ..data.catalog import Digests, cache_folder, choose_tasks, find_parts, synthetic_data
+from ..data.selection import prepare
 from ..data.task import Task
-from ..embedding.embed import EmbedSpec, embed_shards, shard_specs, shards_of_tap
 from ..embedding.store import Store
 from ..encoder.encoder import Encoder, load_encoder, onnxruntime_distributions
 from ..encoder.model_file import find_model
-from ..errors import DataError, DataMissingError, MachineError, ModelError, ScoreUndefinedError, UsageError, XaresError
-from ..progress import Event, Note, Observer, Progress, ignore
-from ..scoring import scoring
-from ..scoring.dataset import Dataset, TaskData, assemble, check_drops, prepare
-from ..scoring.folds import Protocol, ProtocolName, make_folds
-from ..scoring.kinds import Kind, Tools, kind_of
+from ..errors import XaresError
+from ..files import indented
+from ..progress import Event, Note, Observer, ignore
+from ..scoring.kinds import Tools, kind_of
+from ..scoring.protocol import Protocol, ProtocolName
+from ..scoring.scoring import Predictions
 from ..version import __version__
 from . import record as results
 from .differences import Side
 from .gates import Gates
-from .planning import Plan, check_disk, make_plan
-from .record import Clips, Predictions, Result, Seconds, Status, TaskResult, averages, prediction_file
+from .planning import Plan, make_plan
+from .record import Result, TaskResult
+from .run import Run, method_by_tap
 from .settings import METHODS, Method, Settings, checked_settings, with_heads
 
 _BY_CONTENT = ("lm", "vocabulary")  # recorded by what the files hold, which is known once they are loaded
@@ -70,7 +58,7 @@ class Evaluation:
         return self.predictions[record.task, method_by_tap(record.method, tap)]
 
     def json(self) -> str:
-        return results.indented(self.result).decode()
+        return indented(self.result).decode()
 
 
 def evaluate(
@@ -148,7 +136,7 @@ def evaluate(
             "vocabulary": tools.vocabulary and tools.vocabulary.digest,
         }
         gates.check_settings([task for task, _ in selection], described)
-        run = _Run(encoder, settings, tools, cache, output, observe)
+        run = Run(encoder, settings, tools, cache, output, observe)
         run.all(selection)
         evaluation = Evaluation(
             Result(
@@ -247,222 +235,6 @@ def default_output(model: Path, sha256: str) -> Path:
     return Path("results") / f"{model.stem}-{sha256[:8]}.json"
 
 
-def choose_tasks(names: Sequence[str], suite: str | None, data: Path | None, observer: Observer) -> list[tuple[Task, Path]]:
-    """The tasks to score, each with the folder that holds its data. A named task without data is an error at once."""
-    if names and suite:
-        raise UsageError("--tasks and --suite exclude each other")
-    if names:
-        chosen = named_tasks(names)
-    elif suite:
-        chosen = suite_tasks(suite)
-    else:
-        chosen = [task for task in shipped_tasks().values() if task.domain != "synthetic"]
-    if all(task.domain == "synthetic" for task in chosen):
-        return [(task, Path()) for task in chosen]
-    folder = data_folder(data)
-    missing = [task for task in chosen if task.domain != "synthetic" and not find_parts(task, folder)]
-    present = [task for task in chosen if task not in missing]
-    if names and missing:
-        raise DataMissingError(missing_data(missing[0], folder))
-    if suite and not present:
-        raise DataMissingError(f"no task of suite {suite} has data: {missing_data(chosen[0], folder)}")
-    if not present and data is not None:
-        raise DataMissingError(f"{folder} holds no task's data; `xares-onnx tasks --data {folder}` shows what is looked for")
-    if not present:
-        observer(Note(f"no data in {folder}, so the built-in synthetic suite is scored; --data names another folder"))
-        return [(task, Path()) for task in suite_tasks("synthetic")]
-    return [(task, folder) for task in (chosen if suite or names else present)]
-
-
-class _Run:
-    """One evaluation in progress."""
-
-    def __init__(
-        self, encoder: Encoder, settings: Settings, tools: Tools, cache: Path, output: Path | None, observer: Observer
-    ) -> None:
-        self._encoder = encoder
-        self._tools = tools
-        self._settings = settings
-        self._protocol = Protocol(settings.protocol)
-        self._cache = cache
-        self._store = Store(cache / "store")
-        self._digests = Digests(cache)
-        self._output = output
-        self._observer = observer
-        self.results: list[TaskResult] = []
-        self.predictions: dict[tuple[str, str], Predictions] = {}
-        self.errors: list[XaresError] = []
-        self._tasks: list[Task] = []
-        self._replicates: list[dict[tuple[str, str], npt.NDArray[np.float64]]] = [{} for _ in encoder.info.taps]
-
-    def averages(self, tap: int) -> results.Averages:
-        """The averages by tap number `tap`."""
-        name = self._name(tap)
-        return averages([r for r in self.results if r.tap == name], self._replicates[tap], self._tasks)
-
-    def _name(self, tap: int) -> str | None:
-        """What a record calls tap number `tap`: nothing the first, which is the model's output or stands in for it."""
-        return self._encoder.info.taps[tap].name if tap else None
-
-    def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
-        self._tasks = [task for task, _ in selection]
-        for number, (task, folder) in enumerate(selection):
-            if task.domain != "synthetic" and not find_parts(task, folder):  # of a suite: a named task was looked for before
-                self._without_score(task, "skipped", missing_data(task, folder))
-                continue
-            try:
-                self._evaluate(task, folder)
-            except DataError as error:
-                self.errors.append(error)
-                self._without_score(task, "failed", str(error))
-            except (ModelError, MachineError) as error:  # no further task can succeed
-                self.errors.append(error)
-                self._without_score(task, "failed", str(error))
-                for later, _ in selection[number + 1 :]:
-                    self._without_score(later, "skipped", f"not run, because the run ended at {task.name}: {error}")
-                return
-
-    def _evaluate(self, task: Task, folder: Path) -> None:
-        started = time.perf_counter()
-        if task.domain == "synthetic":
-            folder = synthetic_data(task, self._cache, self._observer)
-        taps = self._encoder.info.taps
-        frames = kind_of(task).needs_frames
-        if frames and all(tap.contract.clip_only for tap in taps):
-            self._without_score(task, "not_applicable", _no_frames(task))
-            return
-        data = prepare(task, folder, self._digests, self._settings.limit, self._observer)
-        plans, crops = list(data.plans.values()), self._protocol.crops(task)
-        specs = shard_specs(self._encoder, task.name, plans, crops, self._store, frames=frames)
-        if frames and len(taps) > 1:
-            check_disk(self._encoder, data, specs, self._store, self._observer)
-        shards, reports = embed_shards(self._encoder, specs, self._store, self._observer)
-        embed_seconds = time.perf_counter() - started
-        embedded = sum(report.audio_seconds for report in reports)
-        common: dict[str, Any] = {
-            "data_digest": data.digest(),
-            "rtf": sum(report.seconds for report in reports) / embedded if embedded else None,
-            "seconds": Seconds(embed=embed_seconds, train=0, score=0),
-        }
-        for number, tap in enumerate(taps):
-            if number:
-                shards = shards_of_tap(specs, self._store, number)
-            of_tap = {**common, "tap": self._name(number)}
-            if frames and tap.contract.clip_only:
-                self._without_score(task, "not_applicable", _no_frames(task), of_tap)
-            else:
-                self._score_tap(data, assemble(data, shards), number, specs, of_tap)
-
-    def _score_tap(
-        self, data: TaskData, dataset: Dataset, number: int, specs: Mapping[Path, EmbedSpec], common: dict[str, Any]
-    ) -> None:
-        """Every method on the embeddings by tap number `number`."""
-        task = data.task
-        kind_of_task = kind_of(task)
-        common |= {"clips": dataset.clips, "audio_hours": dataset.audio_seconds / 3600}
-        losses = []
-        try:
-            check_drops(dataset)
-        except DataError as error:
-            if not self._settings.allow_drops:
-                self.errors.append(error)
-                self._without_score(task, "failed", str(error), common)
-                return
-            losses = [f"{len(dataset.clips.dropped)} of {dataset.clips.expected} clips were dropped", *dataset.damage]
-        common["comparable"] = self._settings.limit is None and not losses
-        strata = kind_of_task.strata(dataset.labels)
-        folds, notes = make_folds(self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, strata)
-        if outside := dataset.clips.events_outside:
-            notes = [*notes, f"{outside} events are of no class of the vocabulary, and are left out"]
-        common["notes"] = [*losses, *notes]
-        for note in common["notes"]:
-            self._observer(Note(f"{task.name}: {note}"))
-        kind = kind_of_task(task, self._protocol, dataset, folds, self._tools_of(task, specs.values(), number))
-        if undefined := kind.why_undefined():
-            self._undefined(task, self._methods(task), undefined, common)
-        elif unsuited := kind.why_not_applicable():
-            self._without_score(task, "not_applicable", unsuited, common)
-        else:
-            for method in self._methods(task):
-                self._score(kind, method, number, common)
-
-    def _tools_of(self, task: Task, specs: Iterable[EmbedSpec], tap: int) -> Tools:
-        contract, protocol = self._encoder.info.taps[tap].contract, self._settings.protocol
-        identity = msgspec.json.encode([task.digest(), protocol, [spec.key(tap) for spec in specs]])
-        return replace(
-            self._tools,
-            hop_seconds=contract.hop_samples / contract.sample_rate if contract.hop_samples else None,
-            identity=hashlib.sha256(identity).hexdigest(),
-        )
-
-    def _score(self, kind: Kind, method: Method, tap: int, common: dict[str, Any]) -> None:
-        started = time.perf_counter()
-        task = kind.task
-        try:
-            if method == "head":
-                epochs = task.head.epochs
-                self._observer(Progress("train", task.name, 0, epochs))
-                outcomes = kind.train(
-                    self._settings.seeds, lambda epoch: self._observer(Progress("train", task.name, epoch, epochs))
-                )
-            else:
-                outcomes = kind.search()
-            trained = time.perf_counter()
-            scored = scoring.score(kind, method, outcomes)
-        except ScoreUndefinedError as error:
-            self._undefined(task, [method], str(error), common)
-            return
-        name = task.head.kind if method == "head" else "knn"
-        notes = list(common["notes"])
-        if method == "head" and (otherwise := kind.why_not_comparable()):
-            notes.append(otherwise)
-            self._observer(Note(f"{task.name}: {otherwise}"))
-            common = {**common, "comparable": False, "notes": notes}
-        by = method_by_tap(name, tap)
-        self.predictions[task.name, by] = scored.predictions
-        self._replicates[tap][task.name, name] = scored.replicates
-        seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
-        self.results.append(
-            _task_result(
-                task,
-                method,
-                status="ok",
-                score=scored.score,
-                ci95=scored.ci95,
-                metrics=scored.metrics,
-                per_fold=scored.per_fold,
-                per_seed=scored.per_seed,
-                n_test=scored.n_test,
-                predictions=prediction_file(self._output, task.name, by) if self._output else None,
-                **{**common, "seconds": seconds},
-            )
-        )
-
-    def _undefined(self, task: Task, methods: Sequence[Method], reason: str, common: dict[str, Any]) -> None:
-        self.errors.append(ScoreUndefinedError(f"{task.name} has no score: {reason}"))
-        self.results += [_task_result(task, method, status="undefined", reason=reason, **common) for method in methods]
-
-    def _methods(self, task: Task) -> list[Method]:
-        return [method for method in self._settings.methods if method == "head" or task.knn]
-
-    def _without_score(self, task: Task, status: Status, reason: str, common: dict[str, Any] | None = None) -> None:
-        """Record why there is none: by the tap that `common` has, else by every tap."""
-        several = [common] if common else [{"tap": self._name(tap)} for tap in range(len(self._encoder.info.taps))]
-        for fields in several:
-            self.results += [
-                _task_result(task, method, status=status, reason=reason, **fields) for method in self._methods(task)
-            ]
-
-
-def method_by_tap(method: str, tap: int) -> str:
-    """What predictions are called by: tap 0 is the model's output, or the first of those that were named."""
-    return f"{method}.{tap}" if tap else method
-
-
-def _no_frames(task: Task) -> str:
-    return f"{task.kind} are learnt from frames, and this encoder gives one vector a clip"
-
-
 def _load_tools(
     selection: Sequence[tuple[Task, Path]], settings: Settings, device: str, cache: Path, observer: Observer
 ) -> Tools:
@@ -489,16 +261,6 @@ def _torch_device(device: str, provider: str) -> str:
     if device.startswith(("auto", "cpu", "cuda")):
         return device
     return "cuda" if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
-
-
-def synthetic_data(task: Task, cache: Path, observer: Observer) -> Path:
-    """The folder that holds a synthetic task's shards, built where it is not there yet."""
-    folder = cache / f"synthetic-{synthetic.VERSION}"
-    if not synthetic.is_built(task.name, folder / task.name):
-        observer(Progress("prepare", task.name, 0, 1))
-        synthetic.build(task.name, folder / task.name)
-        observer(Progress("prepare", task.name, 1, 1))
-    return folder
 
 
 def environment(encoder: Encoder) -> dict[str, Any]:
@@ -531,20 +293,3 @@ def _encoder_record(encoder: Encoder) -> results.Encoder:
         contract=info.contract.described(),
         taps=[tap.name for tap in info.taps],
     )
-
-
-def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
-    base: dict[str, Any] = {
-        "task": task.name,
-        "title": task.title,
-        "domain": task.domain,
-        "method": task.head.kind if method == "head" else "knn",
-        "metric": task.score.metric,
-        "higher_is_better": task.score.higher_is_better,
-        "published": {} if task.published is None else getattr(task.published, "linear" if method == "head" else "knn"),
-        "weight": task.weight,
-        "definition_digest": task.digest(),
-        "clips": Clips(expected=0, read=0, dropped=[]),
-        "seconds": Seconds(embed=0, train=0, score=0),
-    }
-    return TaskResult(**{**base, **fields})

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..data import audio
+from ..data.audio import CropSettings
+from ..data.selection import TaskData
 from ..data.shards import index_shard, read_extent
-from ..embedding.embed import CropSettings, EmbedSpec, shard_specs
+from ..embedding.embed import EmbedSpec, shard_specs
 from ..embedding.store import Store
 from ..encoder.contract.contract import Contract
 from ..encoder.encoder import Encoder
@@ -19,7 +21,6 @@ from ..encoder.speed import measure_rtf
 from ..encoder.worker import Tell
 from ..errors import ClipError, DiskFullError
 from ..progress import Doing, Note, Observer
-from ..scoring.dataset import TaskData
 from ..scoring.folds import CROSS_VALIDATION_FOLDS
 from ..scoring.kinds import kind_of
 

@@ -13,27 +13,23 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from ..data.catalog import in_group, shipped_tasks
-from ..data.shards import Drop
-from ..data.task import Task
+from ..data.shards import Clips
 from ..errors import DataError, DataMissingError, MachineError, UsageError
-from ..files import disk_error, write_aside
-from ..metrics.bootstrap import interval
+from ..files import disk_error, indented, write_aside
+from ..scoring.scoring import Predictions
 
 SCHEMA_VERSION = 1
 GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
 
 Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
 Interval = tuple[float, float]
-Predictions = dict[str, npt.NDArray[Any]]
 
 # More than any result holds: what is larger is a mistake, or meant to exhaust the machine.
 _MAX_RESULT_BYTES = 256 << 20
@@ -49,15 +45,6 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
     contract: dict[str, dict[str, Any]]
     """Each field as {value, source}."""
     taps: list[str]
-
-
-class Clips(msgspec.Struct, frozen=True, kw_only=True):
-    expected: int
-    read: int
-    dropped: list[Drop]
-    """Every clip that is not in the score, and why."""
-    events_outside: int = 0
-    """Events of no class of the vocabulary, left out of targets and score."""
 
 
 class Seconds(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,67 +152,6 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
 
-def averages(
-    results: Iterable[TaskResult],
-    replicates: Mapping[tuple[str, str], npt.NDArray[np.float64]],
-    own_tasks: Sequence[Task] = (),
-) -> Averages:
-    """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
-
-    `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
-    comes from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
-    may hold a user's: they make a group `own`, and are in no other, so that the others mean the same for everybody.
-    """
-    shipped = shipped_tasks()
-    tasks = {**shipped, **{task.name: task for task in own_tasks}}
-    scored = [
-        result
-        for result in results
-        if result.score is not None and result.comparable and tasks[result.task].weight is not None
-    ]
-    found: Averages = {}
-    for group in GROUPS:
-        of_group = [t for t in tasks.values() if (in_group(t, group) if t.name in shipped else group == "own")]
-        members = [task for task in of_group if task.weight is not None]
-        names = {task.name for task in members}
-        for method in ("head", "knn"):
-            mine = [r for r in scored if r.task in names and (r.method == "knn") == (method == "knn")]
-            if not mine:
-                continue
-            weights = np.array([tasks[r.task].weight for r in mine], dtype=np.float64)
-            scores = np.array([r.score for r in mine], dtype=np.float64)
-            total = weights.sum()
-            share = weights / total if total else np.full(len(mine), 1 / len(mine))
-            drawn = [replicates.get((r.task, r.method)) for r in mine]
-            spread = sum(w * d for w, d in zip(share, drawn, strict=True) if d is not None)
-            has = {r.task for r in mine}
-            missing = [t.name for t in members if t.name not in has and (method == "head" or t.knn)]
-            found.setdefault(group, {})[method] = Average(
-                weighted=float(share @ scores),
-                mean=float(scores.mean()),
-                ci95=interval(np.asarray(spread)) if all(d is not None for d in drawn) else None,
-                tasks=len(mine),
-                complete=not missing,
-                missing=missing,
-            )
-    return found
-
-
-def published_averages(results: Iterable[TaskResult], method: Literal["head", "knn"]) -> dict[str, float]:
-    """Weighted averages of published scores by encoder, over those of `results` that have a score of the method: of the
-    encoders that all of these tasks have a published score of.
-
-    They are computed from the published columns: the averages that X-ARES's README prints under its MLP columns (0.699,
-    0.490, 0.632, 0.598 over the public tasks) are not those of the columns and weights (0.694, 0.484, 0.626, 0.593).
-    """
-    rows = [
-        r for r in results if r.score is not None and r.published and r.weight and (r.method == "knn") == (method == "knn")
-    ]
-    encoders = [name for name in (rows[0].published if rows else {}) if all(name in row.published for row in rows)]
-    total = sum(row.weight or 0 for row in rows)
-    return {name: sum((row.weight or 0) * row.published[name] for row in rows) / total for name in encoders}
-
-
 def make_room(path: Path) -> None:
     """Make a result's folder, so that a path that cannot be written is known before hours of work and not after.
 
@@ -303,11 +229,6 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
         reason = f"there is no column {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{file} does not hold predictions as an evaluation writes them: {reason}") from error
     return arrays
-
-
-def indented(value: Any) -> bytes:
-    """JSON for people too."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def prediction_file(path: Path, task: str, method: str) -> str:

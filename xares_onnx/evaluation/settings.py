@@ -10,7 +10,7 @@ import msgspec
 
 from ..data.task import HEAD_KINDS, HEADS, HeadKind, Task
 from ..errors import UsageError, nearest
-from ..scoring.folds import Protocol, ProtocolName
+from ..scoring.protocol import Protocol, ProtocolName
 
 Method = Literal["head", "knn"]
 METHODS: tuple[Method, ...] = ("head", "knn")

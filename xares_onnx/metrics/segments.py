@@ -6,41 +6,15 @@ nor their targets depend on the encoder. And X-ARES's, which counts in frames (`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from ..data.sound_events import TOLERANCE_SECONDS, Events, Floats, Indices
+
 Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
 Average = Literal["macro", "micro"]
-
-# Seconds: far above the rounding of decimal times, far below the distance of two samples. A centre that lies no further
-# before a boundary, of an event or of a segment, is taken to lie on it.
-_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Events:
-    """A clip's events, in any order; they may overlap, last no time, and reach beyond the clip.
-
-    `onsets` and `offsets` (events,) seconds, `classes` (events,) class indices. `outside` counts the events of no known
-    class; they are not among these.
-    """
-
-    onsets: Floats
-    offsets: Floats
-    classes: Indices
-    outside: int = 0
-
-    def within(self, seconds: float) -> Events:
-        """The events cut to a clip of that length, without those that lie outside (or reach in by 1 us or less)."""
-        onsets, offsets = self.onsets.clip(0, seconds), self.offsets.clip(0, seconds)
-        instant = self.offsets - self.onsets <= _TOLERANCE
-        inside = np.where(instant, (self.onsets >= 0) & (self.onsets < seconds), offsets - onsets > _TOLERANCE)
-        return Events(onsets[inside], offsets[inside], self.classes[inside], self.outside)
 
 
 # ---------------------------------------------------------------- on the clock
@@ -53,7 +27,7 @@ def frame_targets(events: Events, times: Floats, classes: int) -> Bools:
     whose centre is nearest to its middle (the earlier of two), so events beyond the clip are to be left out first:
     `Events.within`.
     """
-    starts, stops = (np.searchsorted(times + _TOLERANCE, instants) for instants in (events.onsets, events.offsets))
+    starts, stops = (np.searchsorted(times + TOLERANCE_SECONDS, instants) for instants in (events.onsets, events.offsets))
     nearest = _nearest(times, (events.onsets + events.offsets) / 2)
     missed = starts == stops
     return _painted(len(times), classes, np.where(missed, nearest, starts), np.where(missed, nearest + 1, stops), events)
@@ -61,7 +35,7 @@ def frame_targets(events: Events, times: Floats, classes: int) -> Bools:
 
 def segment_count(seconds: float, segment_seconds: float) -> int:
     """Segments of a clip, the short last one too; a remainder of 1 us or less is rounding, and no segment. At least one."""
-    return max(1, int(np.ceil((seconds - _TOLERANCE) / segment_seconds)))
+    return max(1, int(np.ceil((seconds - TOLERANCE_SECONDS) / segment_seconds)))
 
 
 def segment_targets(events: Events, seconds: float, segment_seconds: float, classes: int) -> Bools:
@@ -73,7 +47,7 @@ def segment_targets(events: Events, seconds: float, segment_seconds: float, clas
     events = events.within(seconds)
     count = segment_count(seconds, segment_seconds)
     starts = _segment_of(events.onsets, segment_seconds, count)
-    stops = np.ceil((events.offsets - _TOLERANCE) / segment_seconds).astype(np.int64)
+    stops = np.ceil((events.offsets - TOLERANCE_SECONDS) / segment_seconds).astype(np.int64)
     return _painted(count, classes, starts, np.maximum(stops, starts + 1), events)
 
 
@@ -97,7 +71,7 @@ def segment_predictions(active: Bools, times: Floats, seconds: float, segment_se
 
 def _segment_of(instants: Floats, segment_seconds: float, count: int) -> Indices:
     """The tolerance keeps an instant on a boundary out of the segment that ends there: 0.3 s / 0.1 s is less than 3."""
-    return np.floor((instants + _TOLERANCE) / segment_seconds).astype(np.int64).clip(0, count - 1)
+    return np.floor((instants + TOLERANCE_SECONDS) / segment_seconds).astype(np.int64).clip(0, count - 1)
 
 
 def _nearest(times: Floats, instants: Floats) -> Indices:

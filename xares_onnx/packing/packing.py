@@ -21,12 +21,11 @@ import msgspec
 import numpy as np
 
 from ..data.catalog import shipped_tasks
-from ..data.shards import Drop, parse_label
+from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, Drop, parse_label
 from ..data.targets import Target
 from ..data.task import Data, Domain, Score, Task, load_task
 from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest
 from ..progress import Note, Observer, Progress, ignore
-from ..scoring.dataset import MAX_DROP_SHARE, MAX_DROPS
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
 from .index import Clip, Index

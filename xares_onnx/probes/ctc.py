@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..data.text import character_errors
+from ..metrics.words import character_errors
 from ..models.ctc import CtcHead, Workspace, collapse, ctc_gradient
 from ..models.linear import normalised
 from .training import (

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..data.sound_events import Events, Floats
 from ..metrics import segments as rasters
-from ..metrics.segments import Average, Bools, Events, Floats
+from ..metrics.segments import Average, Bools
 from ..models.linear import LinearHeads, binary_cross_entropy_gradient, normalised
 from . import linear, training
 from .training import HeadResult, Indices, OnEpoch, Rows, Selection, check_finite, generator, learning_rate, one_thread

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..metrics.bootstrap import AveragePrecisionScorer, point
+from ..metrics.average_precision import AveragePrecisionScorer
+from ..metrics.bootstrap import point
 from ..models.linear import LinearHeads, binary_cross_entropy_gradient, cross_entropy_gradient, normalised
 from .training import (
     HeadResult,

@@ -17,8 +17,9 @@ import numpy as np
 
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataMissingError, UsageError, printable
+from ..evaluation.averages import published_averages
 from ..evaluation.differences import Side, check_alike, check_settings, find_differences, groups_of, verified
-from ..evaluation.record import GROUPS, Interval, Result, TaskResult, published_averages
+from ..evaluation.record import GROUPS, Interval, Result, TaskResult
 from ..metrics.bootstrap import Array, bootstrap, interval
 from ..scoring.scoring import clips_of, generator
 from .tables import METRIC_NAMES

@@ -13,7 +13,7 @@ from ..checking.findings import STATUSES
 from ..errors import printable
 from .ci import Case, markdown_cell
 from .tables import empty_table
-from .terminal import data_size
+from .units import data_size
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 

@@ -10,13 +10,13 @@ from rich.text import Text
 from ..embedding.drift import Drift
 from ..encoder.speed import factor
 from ..errors import printable
-from ..evaluation.comparison import Comparison
 from ..evaluation.differences import AverageDifference, Difference, gate_of, signed
 from ..evaluation.gates import loss
 from ..evaluation.record import Gate, Interval
+from ..evaluation.verdict import Comparison
 from .ci import Case, markdown_cell
 from .tables import METRIC_NAMES, empty_table
-from .terminal import data_size
+from .units import data_size
 
 _WORDS = {"better": "better", "worse": "worse", "same": "same", "unclear": "too few clips"}
 _STYLES = {"better": "green", "worse": "red", "fail": "red", "warn": "yellow", "unclear": "yellow"}

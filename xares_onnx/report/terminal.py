@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
 
-from .. import progress as events
 from ..data.catalog import part_globs, shipped_tasks
 from ..data.inventory import Holding
 from ..data.task import Task
 from ..embedding.store import Header
 from ..errors import printable
+from ..evaluation.averages import published_averages
 from ..evaluation.planning import Plan, PlanRow
-from ..evaluation.record import Average, Result, TaskResult, published_averages
+from ..evaluation.record import Average, Result, TaskResult
 from .tables import METRIC_NAMES, empty_table, is_narrow
 from .taps import print_taps
+from .units import data_size, duration
 
 if TYPE_CHECKING:
     from ..download.download import TaskReport
 
-_PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
 _NOT_COMPARABLE = "*"
 # What is done in a stage, and to what.
 _STAGES = {
@@ -56,131 +41,6 @@ _STAGES = {
     "download": ("downloading", "bytes"),
     "verify": ("verifying", "bytes"),
 }
-_UNTOLD = ("prepare", "check")  # of their end nothing is said
-_PLAIN_SECONDS = 30  # between lines about a long download where no bar can move
-
-
-class _Console(Console):
-    """Colours and line drawing on a terminal; elsewhere plain text. Strings are taken as they are, not as markup."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        live = stream.isatty()
-        super().__init__(
-            file=stream,
-            force_terminal=None if live else False,
-            width=None if live else _PLAIN_WIDTH,
-            markup=False,
-            emoji=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    def on_broken_pipe(self) -> None:
-        """Whoever read this is gone: the work and its exit code do not depend on that."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-def stdout_console() -> Console:
-    return _Console(sys.stdout)
-
-
-class TerminalObserver:
-    """Draws events on stderr: moving bars on a terminal, a line for each finished stage elsewhere, nothing if quiet."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._console = _Console(sys.stderr)
-        self._live = self._console.is_terminal and not quiet
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            _CountColumn(),
-            _RateColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            transient=True,
-        )
-        self._bars: dict[tuple[str, str], TaskID] = {}
-        self._begun: dict[tuple[str, str], _Begun] = {}
-        self._said: set[str] = set()
-
-    def __enter__(self) -> TerminalObserver:
-        if self._live:
-            self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._live:
-            self._progress.stop()
-
-    def __call__(self, event: events.Event) -> None:
-        if self._quiet:
-            return
-        match event:
-            case events.Note(text):
-                if text not in self._said:
-                    self._said.add(text)
-                    self._console.print(f"note: {printable(text)}")
-            case events.Progress(stage, task, done, total) if self._live:
-                self._draw(stage, task, done, total)
-            case events.Progress(stage, task, done, total) if done < total:
-                begun = self._begun.setdefault((stage, task), _Begun(done, time.monotonic()))
-                if stage == "download" and (line := begun.line(done, total)):
-                    self._console.print(f"{task}: {line}")
-            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage not in _UNTOLD:
-                del self._begun[(stage, task)]
-                verb, unit = _STAGES[stage]
-                self._console.print(f"{task}: {verb} done, {_count(total, unit)}")
-
-    def _draw(self, stage: str, task: str, done: int, total: int) -> None:
-        key = (stage, task)
-        if key not in self._bars:
-            for old in self._bars.values():
-                self._progress.update(old, visible=False)
-            description = f"{_STAGES[stage][0]} {task}"
-            self._bars[key] = self._progress.add_task(description, total=total, start_done=done, unit=_STAGES[stage][1])
-        self._progress.update(self._bars[key], completed=done, total=total)
-
-
-@dataclass
-class _Begun:
-    """Where a stage stood when it was first heard of, and when it was last written about, in seconds of a clock."""
-
-    done: int
-    at: float
-    written_at: float = 0
-
-    def line(self, done: int, total: int) -> str | None:
-        """How far a download is, how fast, and how long it will take; None where that was said just now."""
-        now = time.monotonic()
-        if now - max(self.at, self.written_at) < _PLAIN_SECONDS:
-            return None
-        self.written_at = now
-        rate = (done - self.done) / (now - self.at)
-        left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
-        return f"{data_size(done)} of {data_size(total)}, {data_size(max(rate, 0))}/s{left}"
-
-
-class _CountColumn(ProgressColumn):
-    """How many units of how many; bytes as sizes."""
-
-    def render(self, task: ProgressTask) -> Text:
-        if task.fields["unit"] == "bytes":
-            return Text(f"{data_size(task.completed)}/{data_size(task.total or 0)}")
-        return Text(f"{task.completed:.0f}/{task.total or 0:.0f}")
-
-
-class _RateColumn(ProgressColumn):
-    """Units a second in this run: what was already there does not count."""
-
-    def render(self, task: ProgressTask) -> Text:
-        fresh = task.completed - task.fields["start_done"]
-        rate = fresh / task.elapsed if task.elapsed else 0
-        if fresh <= 0:
-            return Text("")
-        return Text(f"{data_size(rate)}/s" if task.fields["unit"] == "bytes" else f"{rate:.1f} {task.fields['unit']}/s")
 
 
 def print_result(result: Result, console: Console, *, saved: str | None = None) -> None:
@@ -414,7 +274,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_row("total", *_plan_cells(total))
     console.print(table, soft_wrap=False)
     console.print(
-        f"about {_duration(total.embed_seconds + total.train_seconds)} on this machine: the model takes {plan.rtf:.4f} s a "
+        f"about {duration(total.embed_seconds + total.train_seconds)} on this machine: the model takes {plan.rtf:.4f} s a "
         "second of audio; hours are estimated from a sample of the clips"
     )
 
@@ -477,8 +337,8 @@ def _plan_cells(row: PlanRow) -> tuple[str, ...]:
         f"{row.hours:.2f}",
         str(row.clips_to_embed),
         data_size(row.disk_bytes),
-        _duration(row.embed_seconds),
-        _duration(row.train_seconds),
+        duration(row.embed_seconds),
+        duration(row.train_seconds),
     )
 
 
@@ -489,21 +349,3 @@ def _interval(ci95: tuple[float, float] | None) -> str:
 def _hop(result: Result) -> str:
     hop, rate = result.encoder.contract["hop_samples"]["value"], result.encoder.contract["sample_rate"]["value"]
     return f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only"
-
-
-def _count(number: int, unit: str) -> str:
-    return data_size(number) if unit == "bytes" else f"{number} {unit}"
-
-
-def data_size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

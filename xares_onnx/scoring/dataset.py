@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..data.catalog import Digests, Parts, find_parts, missing_data
-from ..data.shards import Drop, index_shard, parse_label
-from ..data.task import Task
-from ..embedding.embed import ShardPlan
+from ..data.selection import TaskData
+from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, Clips, Drop, parse_label
+from ..data.sound_events import Events
 from ..embedding.store import EmbeddedShard
-from ..errors import DataError, DataMissingError, LabelError, printable
-from ..evaluation.record import Clips
-from ..metrics.segments import Events
-from ..progress import Observer
-from .folds import Indices, key_hash
-
-# More dropped clips than both of these, and the score is not that of the data set any more.
-MAX_DROP_SHARE, MAX_DROPS = 0.01, 2
-
-_Selected = frozenset[tuple[Path, str]]  # (shard, key) of the clips chosen by --limit
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """A task with its shards: which belong to which part, their digests, and which of their clips are wanted."""
-
-    task: Task
-    folder: Path
-    parts: Parts
-    plans: dict[Path, ShardPlan]
-    selected: dict[str, _Selected | None]
-
-    def key(self, shard: Path, key: str) -> str:
-        """A clip's key over all shards: keys often start again in every shard, and shards' names in every folder."""
-        return _global_key(self.folder, shard, key)
-
-    def digest(self) -> str:
-        named = [[part, [self.plans[path].digest for path in paths]] for part, paths in sorted(self.parts.items())]
-        return hashlib.sha256(msgspec.json.encode(named)).hexdigest()
-
-    def shard_digests(self) -> dict[str, frozenset[str]]:
-        """Content digests of each part's shards: two parts that share one share its clips."""
-        return {part: frozenset(self.plans[path].digest for path in paths) for part, paths in self.parts.items()}
+from ..errors import DataError, LabelError, printable
+from .folds import Indices
 
 
 @dataclass(frozen=True)
@@ -77,28 +43,6 @@ class Dataset:
         wanted = np.zeros(len(self.keys), bool)
         wanted[clips] = True
         return np.flatnonzero(wanted[self.clip_of_crop])
-
-
-def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, observer: Observer) -> TaskData:
-    """Find a task's shards, digest them, and choose `limit` clips a part by key hash."""
-    parts = find_parts(task, folder)
-    if parts is None:
-        raise DataMissingError(missing_data(task, folder))
-    folder = folder / task.name
-    stamped = digests.of_parts(task.name, parts, observer)
-    selected: dict[str, _Selected | None] = dict.fromkeys(parts)
-    if limit is not None:
-        for part, paths in parts.items():
-            found = [(path, sample.key) for path in paths for sample in index_shard(path).samples]
-            selected[part] = frozenset(sorted(found, key=lambda clip: key_hash(_global_key(folder, *clip)))[:limit])
-    plans = {}
-    for path, (digest, stamp) in stamped.items():
-        wanted = None
-        if limit is not None:
-            chosen = [selected[part] or frozenset() for part, paths in parts.items() if path in paths]
-            wanted = frozenset(key for clips in chosen for shard, key in clips if shard == path)
-        plans[path] = ShardPlan(path, digest, stamp, wanted)
-    return TaskData(task, folder, parts, plans, selected)
 
 
 def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
@@ -170,7 +114,3 @@ def check_drops(dataset: Dataset) -> None:
     if lost > MAX_DROPS and lost > MAX_DROP_SHARE * expected:
         first = dataset.clips.dropped[0]
         raise DataError(f"{lost} of {expected} clips were dropped, the first {first.key}: {first.reason}; {remedy}")
-
-
-def _global_key(folder: Path, shard: Path, key: str) -> str:
-    return f"{printable(shard.relative_to(folder).as_posix())}/{key}"

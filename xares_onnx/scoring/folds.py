@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ..data.selection import key_hash
 from ..data.task import Task
-from ..embedding.embed import CropSettings
+from .protocol import Protocol
 
 Indices = npt.NDArray[np.int64]
-ProtocolName = Literal["corrected", "xares"]
 
 VALID_SHARE = 10  # one training clip in ten selects
 CROSS_VALIDATION_FOLDS = 5
-
-
-class Protocol(msgspec.Struct, frozen=True):
-    """`corrected`: every choice as it should be. `xares`: as X-ARES 0.1.3 computes its published scores."""
-
-    name: ProtocolName
-
-    @property
-    def corrected(self) -> bool:
-        return self.name == "corrected"
-
-    @property
-    def default_seeds(self) -> int:
-        return 3 if self.corrected else 1
-
-    def crops(self, task: Task) -> CropSettings:
-        if self.corrected:
-            return CropSettings(task.data.crop_seconds)
-        return CropSettings(task.data.crop_seconds, "whole-crops", pad_short_clips=False, keep_padding=True)
 
 
 @dataclass(frozen=True)
@@ -115,8 +93,3 @@ def cross_validation(clips: Indices, keys: Sequence[str], strata: Indices) -> li
 
 def _by_stratum_and_hash(clips: Indices, keys: Sequence[str], strata: Indices, salt: str) -> Indices:
     return np.array(sorted(clips.tolist(), key=lambda clip: (strata[clip], key_hash(salt + keys[clip]))), dtype=np.int64)
-
-
-def key_hash(key: str) -> bytes:
-    """A fixed pseudo-random order of clips, the same on every machine."""
-    return hashlib.sha256(key.encode()).digest()

@@ -9,15 +9,16 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..data.task import Metric
 from ..errors import ScoreUndefinedError
-from ..evaluation.record import Predictions
 from ..metrics.bootstrap import Array, Scorer, bootstrap, interval, point
-from .folds import Protocol
 from .kinds import Kept, Kind, Outcome, kind_scored_by
+from .protocol import Protocol
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,6 @@ def _predictions(kind: Kind, by_fold: Sequence[Sequence[Outcome]]) -> Prediction
             }
             rows.append({**about, **kind.columns(outcome)})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+Predictions = dict[str, npt.NDArray[Any]]

@@ -12,7 +12,7 @@ import msgspec
 
 from ...errors import ContractError, ContradictionError
 from ..adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
-from ..contract.contract import Declarations, declared_frontend
+from ..contract.declarations import Declarations, declared_frontend
 from ..contract.frontend import PREFIX, Frontend
 from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
 

@@ -14,16 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning
-from ..contract.contract import (
-    DEFAULT_CHUNK_SECONDS,
-    DEFAULT_SAMPLE_RATE,
-    Contract,
-    Declarations,
-    FrameLaw,
-    fit_frame_law,
-    frames_of_dimension,
-    law_holds,
-)
+from ..contract.contract import DEFAULT_CHUNK_SECONDS, DEFAULT_SAMPLE_RATE, Contract
+from ..contract.declarations import Declarations
+from ..contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
 from ..limits import UNTRUSTED
 from ..session import Session
 from .inputs import Inputs, choose_inputs, listed

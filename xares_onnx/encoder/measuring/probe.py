@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError
 from ..adapter import FLOAT_TYPES, Adapter
-from ..contract.contract import Contract, Declarations
+from ..contract.contract import Contract
+from ..contract.declarations import Declarations
 from ..session import Session
 
 _KEPT = 4  # inputs

@@ -15,10 +15,13 @@ import numpy.typing as npt
 
 from ...errors import ContractError, ModelError
 from ..adapter import Adapter
-from ..contract.contract import Contract, Declaration, Declarations, FrameLaw, fit_frame_law, law_holds
+from ..contract.contract import Contract
+from ..contract.declarations import Declaration, Declarations
+from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
+from ..exposure import ALL_LAYERS, Exposure
 from ..limits import UNTRUSTED
 from ..session import Session
-from .layers import ALL_LAYERS, Exposure, layers_of
+from .layers import layers_of
 from .measure import batching, find_layouts, loud_pair, measure_contract
 from .probe import Probe
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract.contract import fit_frame_law, law_holds
+from ..contract.frame_law import fit_frame_law, law_holds
 from .layouts import moving_axis
 from .probe import Probe
 

@@ -21,7 +21,7 @@ from ...errors import printable
 from ...version import __version__
 from ..board import Board, Curve, Model, Row
 from ..remarks import costs, headline, noise, remarks, short, summary
-from ..terminal import data_size
+from ..units import data_size
 from . import plots
 from .listening import Listening, load_sounds
 from .mistakes import Mistakes, find_mistakes

@@ -11,13 +11,12 @@ from pathlib import Path
 import soundfile
 
 from ...data.audio import decode, resample
-from ...data.catalog import Digests, cache_folder, data_folder, shipped_tasks
+from ...data.catalog import Digests, cache_folder, data_folder, shipped_tasks, synthetic_data
+from ...data.selection import TaskData, prepare
 from ...data.shards import index_shard, read_extent
 from ...errors import ClipError, DataError, DataMissingError
-from ...evaluation.evaluation import synthetic_data
 from ...evaluation.record import TaskResult
 from ...progress import ignore
-from ...scoring.dataset import TaskData, prepare
 from .mistakes import Mistakes
 
 CLIP_SECONDS = 6.0

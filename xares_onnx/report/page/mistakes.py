@@ -18,8 +18,9 @@ import numpy.typing as npt
 from ...data.catalog import shipped_tasks
 from ...errors import DataError, DataMissingError, printable
 from ...evaluation.differences import verified
-from ...evaluation.record import Predictions, TaskResult
+from ...evaluation.record import TaskResult
 from ...metrics.bootstrap import Array
+from ...scoring.scoring import Predictions
 from ..board import Board, Row
 
 MAX_CLASSES = 60  # of a heat map

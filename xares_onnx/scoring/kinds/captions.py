@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.task import Metric
-from ...metrics.bootstrap import Array, Scorer, SumScorer, per_clip, recall_both_ways
-from ..folds import Fold, Protocol
+from ...metrics.bootstrap import Array, Scorer, SumScorer
+from ...metrics.statistics import per_clip, recall_both_ways
+from ..folds import Fold
+from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
 # Columns of a prediction: [captions that rank the example first, captions, whether one of them is ranked first], and how

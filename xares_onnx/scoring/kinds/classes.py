@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.task import Metric
-from ...metrics.bootstrap import Scorer, SumScorer, accuracy_statistics, class_metrics, ratio
-from ..folds import Fold, Indices, Protocol
+from ...metrics.bootstrap import Scorer, SumScorer
+from ...metrics.statistics import accuracy_statistics, class_metrics, ratio
+from ..folds import Fold, Indices
+from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.task import Metric
-from ...metrics.bootstrap import Array, Scorer, SumScorer, per_clip
+from ...metrics.bootstrap import Array, Scorer, SumScorer
 from ...metrics.segments import segment_f1
-from ..folds import Fold, Protocol
+from ...metrics.statistics import per_clip
+from ..folds import Fold
+from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
 Average = Literal["macro", "micro"]

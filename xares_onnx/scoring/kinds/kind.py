@@ -14,7 +14,8 @@ import numpy.typing as npt
 from ...data.task import Metric, Task
 from ...metrics.bootstrap import Scorer
 from ..dataset import Dataset
-from ..folds import Fold, Indices, Protocol
+from ..folds import Fold, Indices
+from ..protocol import Protocol
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
     from ...models.llm import LanguageModel

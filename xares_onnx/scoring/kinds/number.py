@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 from ...data.targets import NumberTarget
 from ...data.task import Metric
-from ...metrics.bootstrap import Scorer, SumScorer, correlation, error_statistics, mean_squared_error, per_clip
-from ..folds import Fold, Protocol
+from ...metrics.bootstrap import Scorer, SumScorer
+from ...metrics.statistics import correlation, error_statistics, mean_squared_error, per_clip
+from ..folds import Fold
+from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
 

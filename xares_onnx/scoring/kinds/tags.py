@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.task import Metric
-from ...metrics.bootstrap import AveragePrecisionScorer, Scorer
-from ..folds import Fold, Indices, Protocol
+from ...metrics.average_precision import AveragePrecisionScorer
+from ...metrics.bootstrap import Scorer
+from ..folds import Fold, Indices
+from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
 

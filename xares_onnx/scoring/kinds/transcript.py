@@ -11,8 +11,11 @@ import numpy.typing as npt
 
 from ...data import text
 from ...data.task import Metric
-from ...metrics.bootstrap import Scorer, SumScorer, per_clip, ratio, word_accuracy
-from ..folds import Fold, Protocol
+from ...metrics import words
+from ...metrics.bootstrap import Scorer, SumScorer
+from ...metrics.statistics import per_clip, ratio, word_accuracy
+from ..folds import Fold
+from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
 
@@ -72,7 +75,7 @@ class Transcript(Kind):
 
     def _errors(self, outcome: Outcome) -> npt.NDArray[np.int64]:
         references = [self.transcripts[clip] for clip in outcome.examples]
-        return text.word_errors(references, [self._compared(said) for said in outcome.predictions])
+        return words.word_errors(references, [self._compared(said) for said in outcome.predictions])
 
     @classmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
@@ -83,13 +86,13 @@ class Transcript(Kind):
         return SumScorer(np.stack(statistics), word_accuracy)
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        words = np.stack([self._errors(outcome).sum(axis=0) for outcome in outcomes]).astype(np.float64)
+        word_counts = np.stack([self._errors(outcome).sum(axis=0) for outcome in outcomes]).astype(np.float64)
         characters = []
         for outcome in outcomes:
             references = [self.transcripts[clip] for clip in outcome.examples]
-            counted = text.character_errors(references, [self._compared(said) for said in outcome.predictions])
+            counted = words.character_errors(references, [self._compared(said) for said in outcome.predictions])
             characters.append(ratio(counted.sum(axis=0).astype(np.float64)))
-        return {"word_error_rate": float(ratio(words).mean()), "character_error_rate": float(np.mean(characters))}
+        return {"word_error_rate": float(ratio(word_counts).mean()), "character_error_rate": float(np.mean(characters))}
 
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
         return {

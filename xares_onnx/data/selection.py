@@ -1,0 +1,82 @@
+"""Which clips of which shards a task wants."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ..errors import DataMissingError, printable
+from ..files import Stamp
+from ..progress import Observer
+from .catalog import Digests, Parts, find_parts, missing_data
+from .shards import index_shard
+from .task import Task
+
+
+class ShardPlan(msgspec.Struct, frozen=True):
+    """One shard of a task: its content digest, and the keys to embed (None: all)."""
+
+    path: Path
+    digest: str
+    stamp: Stamp
+    selected: frozenset[str] | None
+
+
+def key_hash(key: str) -> bytes:
+    """A fixed pseudo-random order of clips, the same on every machine."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+_Selected = frozenset[tuple[Path, str]]  # (shard, key) of the clips chosen by --limit
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task with its shards: which belong to which part, their digests, and which of their clips are wanted."""
+
+    task: Task
+    folder: Path
+    parts: Parts
+    plans: dict[Path, ShardPlan]
+    selected: dict[str, _Selected | None]
+
+    def key(self, shard: Path, key: str) -> str:
+        """A clip's key over all shards: keys often start again in every shard, and shards' names in every folder."""
+        return _global_key(self.folder, shard, key)
+
+    def digest(self) -> str:
+        named = [[part, [self.plans[path].digest for path in paths]] for part, paths in sorted(self.parts.items())]
+        return hashlib.sha256(msgspec.json.encode(named)).hexdigest()
+
+    def shard_digests(self) -> dict[str, frozenset[str]]:
+        """Content digests of each part's shards: two parts that share one share its clips."""
+        return {part: frozenset(self.plans[path].digest for path in paths) for part, paths in self.parts.items()}
+
+
+def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, observer: Observer) -> TaskData:
+    """Find a task's shards, digest them, and choose `limit` clips a part by key hash."""
+    parts = find_parts(task, folder)
+    if parts is None:
+        raise DataMissingError(missing_data(task, folder))
+    folder = folder / task.name
+    stamped = digests.of_parts(task.name, parts, observer)
+    selected: dict[str, _Selected | None] = dict.fromkeys(parts)
+    if limit is not None:
+        for part, paths in parts.items():
+            found = [(path, sample.key) for path in paths for sample in index_shard(path).samples]
+            selected[part] = frozenset(sorted(found, key=lambda clip: key_hash(_global_key(folder, *clip)))[:limit])
+    plans = {}
+    for path, (digest, stamp) in stamped.items():
+        wanted = None
+        if limit is not None:
+            chosen = [selected[part] or frozenset() for part, paths in parts.items() if path in paths]
+            wanted = frozenset(key for clips in chosen for shard, key in clips if shard == path)
+        plans[path] = ShardPlan(path, digest, stamp, wanted)
+    return TaskData(task, folder, parts, plans, selected)
+
+
+def _global_key(folder: Path, shard: Path, key: str) -> str:
+    return f"{printable(shard.relative_to(folder).as_posix())}/{key}"

@@ -1,0 +1,52 @@
+"""A model's inner tensors as outputs of a copy in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..errors import ContractError, nearest
+
+if TYPE_CHECKING:
+    import onnx
+
+
+ALL_LAYERS = "all-layers"
+
+
+class Exposure(msgspec.Struct, frozen=True):
+    """Inner tensors that a model is to give as outputs.
+
+    Each goes through Slice nodes with the inputs `cuts` first: where a model pads its input and cuts its output, the padding
+    is in its layers too.
+    """
+
+    tensors: tuple[str, ...]
+    cuts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in the order of `tensors`."""
+        return tuple(f"{tensor}.cut" if self.cuts else tensor for tensor in self.tensors)
+
+
+def exposing(model: onnx.ModelProto, exposure: Exposure) -> bytes:
+    """The model as a file's content, with more outputs; weights in other files stay where they are.
+
+    Raises `ContractError` where it has no such tensor.
+    """
+    made = [name for node in model.graph.node for name in node.output if name]
+    for tensor, output in zip(exposure.tensors, exposure.outputs, strict=True):
+        if tensor not in made:
+            raise ContractError(
+                f"the model has no output or inner tensor {tensor!r}{nearest(tensor, made)}; name another by --taps"
+            )
+        for i, others in enumerate(exposure.cuts):
+            last = i == len(exposure.cuts) - 1
+            tensor, source = output if last else f"{output}.{i}", tensor
+            model.graph.node.add(op_type="Slice", name=f"{tensor}.node", input=[source, *others], output=[tensor])
+        if output not in {value.name for value in model.graph.output}:
+            model.graph.output.add(name=output)
+    content: bytes = model.SerializeToString()
+    return content

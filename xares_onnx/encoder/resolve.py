@@ -1,0 +1,109 @@
+"""A model's file to its contract, and to the open session. Runs in the worker process."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ContractError, ModelError, ModelLimitError
+from ..files import stamp
+from ..progress import Doing
+from .contract.contract import remarks
+from .contract.declarations import Declarations, declared_in_metadata, merge
+from .exposure import Exposure
+from .limits import limits, measuring_seconds, memory_bytes, silence_seconds
+from .model_file import scan_model
+from .session import CPU, Session, cuda_may_work
+from .spec import EncoderInfo, ModelSpec, Tap
+from .worker import Beat, Tell, limit_memory
+
+
+def resolve(
+    model: str,
+    device: str,
+    declared: Declarations,
+    beside: Declarations,
+    taps: Sequence[str] = (),
+    unheard: Sequence[str] = (),
+    trust: bool = False,
+    *,
+    tell: Tell,
+) -> EncoderInfo:
+    from .measuring.taps import measure_taps
+
+    path = Path(model)
+    tell(Doing("reading the model's file"))
+    on_cpu = device == "cpu" or (device == "auto" and not cuda_may_work())
+    size = path.stat().st_size
+    if on_cpu:
+        device = "cpu"  # the name under which `open_session` finds the session again
+        limit_memory(memory_bytes(size, trust))
+    before = stamp(path)
+    scan = scan_model(path, lambda: tell(Beat()), trust=trust)
+    stamps = {path: before, **{file: stamp(file) for file in (path.parent / name for name in scan.external)}}
+    if on_cpu:
+        limit_memory(memory_bytes(scan.bytes, trust))
+    patience = silence_seconds(scan.bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
+    tell(Doing("loading the model", patience))
+    session = _session(model, device, None)
+    if any(stamp(file) != then for file, then in stamps.items()):
+        raise ModelError(f"{path} was replaced while it was read; run again")
+    tell(Doing("measuring the model", patience))
+    heard = merge(declared, declared_in_metadata(scan.metadata), beside)
+    heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
+    beat = _Budget(measuring_seconds(scan.bytes, trust) * (2 if taps else 1), tell).beat
+    open_exposing = functools.partial(_session, model, device)
+    found = measure_taps(path, open_exposing, heard, taps, beat, max_dim=limits(trust).dim)
+    return EncoderInfo(
+        path=model,
+        scan=scan,
+        contract=found.contract,
+        provider=session.provider,
+        onnxruntime=_runtime_version(),
+        notes=(*([session.note] if session.note else []), *remarks(found.contract), *found.notes),
+        more_taps=tuple(Tap(name, contract) for name, contract in found.more.items()),
+        exposure=found.exposure,
+    )
+
+
+class _Budget:
+    """Processor time for measuring: no call is long, yet all of them together may be."""
+
+    def __init__(self, seconds: float, tell: Tell) -> None:
+        self._seconds, self._tell = seconds, tell
+        self._end = time.process_time() + seconds
+
+    def beat(self) -> None:
+        if time.process_time() > self._end:
+            raise ModelLimitError(f"the model was still being measured after {self._seconds:.0f} s of processor time")
+        self._tell(Beat())
+
+
+@functools.lru_cache(maxsize=1)
+def _session(model: str, device: str, exposure: Exposure | None) -> Session:
+    """The worker's one session, loaded at its first use."""
+    return Session(Path(model), device, exposure)
+
+
+def open_session(spec: ModelSpec, tell: Tell) -> Session:
+    """The session of a spec, in the worker; the provider must be the one that was measured."""
+    if spec.info.provider == CPU:
+        limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
+    if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
+        raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
+    tell(Doing("loading the model"))
+    # A spec measured on the CPU must not meet a GPU that came since.
+    device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
+    session = _session(spec.info.path, device, spec.info.exposure)
+    if session.provider != spec.info.provider:
+        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; run again")
+    tell(Doing("running the model"))
+    return session
+
+
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)

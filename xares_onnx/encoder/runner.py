@@ -1,0 +1,150 @@
+"""Waveforms through a session, chunk by chunk. Runs in the worker process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data import audio
+from ..errors import ClipError, ContractError, UsageError
+from .chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
+from .contract.contract import Contract
+from .resolve import open_session
+from .session import Session
+from .spec import ModelSpec
+from .worker import Array, Beat, Tell
+
+
+@dataclass
+class Job:
+    """One waveform (samples,) at the encoder's rate on its way through the model, with what it is for."""
+
+    tag: Any
+    waveform: npt.NDArray[np.float32]
+
+
+class ChunkRunner:
+    """Runs waveforms through a session, chunk by chunk, from several threads, and gives results in order.
+
+    Chunks of equal length that follow each other share a call, up to the batch of the encoder. Every call gives the outputs
+    of `taps`, the contract's alone if they are not given.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        spec: ModelSpec,
+        taps: Sequence[Contract] | None = None,
+        *,
+        pad_short_clips: bool = True,
+        keep_padding: bool = False,
+    ) -> None:
+        self._session = session
+        self._contract = spec.info.contract
+        self._taps = [self._contract] if taps is None else list(taps)
+        self._batch = spec.info.batch
+        self._threads = spec.threads
+        self._pad_short_clips = pad_short_clips
+        self._keep_padding = keep_padding
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
+        """(job, chunk, kept frames (frames, dim) of each tap, whether it is its last chunk), in the order of the jobs."""
+        waiting: deque[tuple[Future[list[list[npt.NDArray[np.float32]]]], list[tuple[Job, Chunk, bool]]]] = deque()
+        with ThreadPoolExecutor(self._threads) as pool:
+            for group in self._groups(jobs):
+                waiting.append((pool.submit(self._run_group, group), group))
+                if len(waiting) > 2 * self._threads:
+                    yield from self._results(*waiting.popleft())
+            while waiting:
+                yield from self._results(*waiting.popleft())
+
+    def _groups(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Chunk, bool]]]:
+        group: list[tuple[Job, Chunk, bool]] = []
+        for job in jobs:
+            if self._contract.normalize == "zscore":
+                job = Job(job.tag, zscore(job.waveform))
+            chunks = plan_chunks(len(job.waveform), self._contract, pad_short_clips=self._pad_short_clips)
+            for chunk in chunks:
+                if group and (len(group) == self._batch or group[0][1].length != chunk.length):
+                    yield group
+                    group = []
+                group.append((job, chunk, chunk is chunks[-1]))
+        if group:
+            yield group
+
+    def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[list[npt.NDArray[np.float32]]]:
+        batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
+        held = [chunk.stop - chunk.start for _, chunk, _ in group]
+        kept: list[list[npt.NDArray[np.float32]]] = [[] for _ in group]
+        for contract, output in zip(self._taps, self._session.run_taps(batch, self._taps, held), strict=True):
+            self._check(contract, output, len(group), batch.shape[1])
+            for parts, frames, (job, chunk, _) in zip(kept, output, group, strict=True):
+                inside = frames_inside(chunk, len(frames), len(job.waveform), contract)
+                parts.append(frames if self._keep_padding else frames[:inside])
+        return kept
+
+    @staticmethod
+    def _check(contract: Contract, output: npt.NDArray[np.float32], items: int, samples: int) -> None:
+        if output.shape[0] != items or output.shape[2] != contract.dim or not output.shape[1]:
+            raise ContractError(
+                f"the model gives shape {list(output.shape)} for {items} x {samples} samples; "
+                f"[{items}, frames, {contract.dim}] was measured before"
+            )
+        # The law was measured from a second on; without padding (X-ARES) a shorter clip may be outside it.
+        foretold = contract.frames_of(samples)
+        if output.shape[1] != foretold and samples >= contract.sample_rate:
+            raise ContractError(
+                f"the model gives {output.shape[1]} frames for {samples} samples where {foretold} were foretold by "
+                "what was measured, so its frames have no time"
+            )
+
+    @staticmethod
+    def _results(
+        future: Future[list[list[npt.NDArray[np.float32]]]], group: list[tuple[Job, Chunk, bool]]
+    ) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
+        for frames, (job, chunk, last) in zip(future.result(), group, strict=True):
+            yield job, chunk, frames, last
+
+
+def zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Zero mean and unit variance over the clip, as Hugging Face's Wav2Vec2FeatureExtractor computes it."""
+    centred = waveform - waveform.mean(dtype=np.float64)
+    scaled: npt.NDArray[np.float32] = (centred / np.sqrt(waveform.var(dtype=np.float64) + 1e-7)).astype(np.float32)
+    return scaled
+
+
+def _resampled(waveform: npt.NDArray[np.float32], rate: int, target_rate: int) -> npt.NDArray[np.float32]:
+    try:
+        return audio.resample(waveform, rate, target_rate)
+    except ClipError as error:
+        raise UsageError(str(error)) from error
+
+
+def embed_waveforms(
+    spec: ModelSpec, waveforms: list[npt.NDArray[np.float32]], rate: int, tap: int, *, tell: Tell
+) -> list[tuple[Array, Array]]:
+    session = open_session(spec, tell)
+    contract = spec.info.taps[tap].contract
+    jobs = (Job(i, _resampled(signal, rate, contract.sample_rate)) for i, signal in enumerate(waveforms))
+    frames: list[list[npt.NDArray[np.float32]]] = [[] for _ in waveforms]
+    times: list[list[npt.NDArray[np.float64]]] = [[] for _ in waveforms]
+    weights: list[list[float]] = [[] for _ in waveforms]
+    for job, chunk, (kept,), _ in ChunkRunner(session, spec, [contract]).run(jobs):
+        frames[job.tag].append(kept)
+        weights[job.tag].append(chunk.stop - chunk.start)
+        if not contract.clip_only:
+            times[job.tag].append(frame_centers(chunk, len(kept), contract) / contract.sample_rate)
+        tell(Beat())
+    results = []
+    for parts, seconds, weight in zip(frames, times, weights, strict=True):
+        whole = np.concatenate(parts)
+        if contract.clip_only:
+            whole = np.average(whole, axis=0, weights=weight).astype(np.float32)[None]
+        results.append((Array.of(whole), Array.of(np.concatenate(seconds) if seconds else np.empty(0))))
+    return results

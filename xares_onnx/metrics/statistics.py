@@ -1,0 +1,73 @@
+"""Per-clip statistics whose sums give a score: accuracy, error rates, recall, squared error, correlation."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .bootstrap import Array, Indices
+
+
+def per_clip(values: Array, clips: Indices, order: Indices) -> Array:
+    """(clips, k) sums over each clip's examples, clips as in `order` (sorted), from values (examples, k) and their clips."""
+    statistics = np.zeros((len(order), values.shape[1]))
+    np.add.at(statistics, np.searchsorted(order, clips), values)
+    return statistics
+
+
+def accuracy_statistics(right: npt.NDArray[np.bool_], clips: Indices, order: Indices) -> Array:
+    """(clips, 2): examples right and examples of each clip in `order`, from each example's outcome and clip."""
+    return per_clip(np.stack([right, np.ones(len(right))], axis=1), clips, order)
+
+
+def ratio(sums: Array) -> Array:
+    """(..., 2) sums of (part, whole) to shares (...): accuracy."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def word_accuracy(sums: Array) -> Array:
+    """(..., 2) sums of (word errors, words) to max(0, 1 - word error rate) (...)."""
+    return np.maximum(0, 1 - ratio(sums))
+
+
+def recall_both_ways(sums: Array) -> Array:
+    """(..., 4) sums of (captions that rank their clip first, captions, clips that rank a caption of theirs first, clips).
+
+    The mean of text-to-audio and audio-to-text recall.
+    """
+    return (ratio(sums[..., :2]) + ratio(sums[..., 2:])) / 2
+
+
+def error_statistics(predictions: Array, targets: Array) -> Array:
+    """(examples, 8) of numbers: squared error, absolute error, 1, and the moments that a correlation needs."""
+    # Moments of large numbers would cancel out. About its median a constant leaves exactly nothing; its mean may be rounded.
+    x, y = predictions - np.median(predictions), targets - np.median(targets)
+    error = predictions - targets
+    return np.stack([error**2, np.abs(error), np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def mean_squared_error(sums: Array) -> Array:
+    return sums[..., 0] / sums[..., 2]
+
+
+def correlation(sums: Array) -> Array:
+    """Pearson's correlation from sums of `error_statistics`; nan where either side does not vary."""
+    n, x, y, xx, yy, xy = (sums[..., i] for i in (2, 3, 4, 5, 6, 7))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Array = (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+    return result
+
+
+def class_metrics(targets: Indices, predictions: Indices) -> dict[str, float]:
+    """Macro F1 and balanced accuracy over the classes that the targets hold."""
+    present = np.unique(targets)
+    classes = int(max(targets.max(), predictions.max())) + 1
+    counts = (
+        np.bincount(which, minlength=classes)[present] for which in (targets[targets == predictions], targets, predictions)
+    )
+    hits, true, claimed = counts
+    return {
+        "macro_f1": float((2 * hits / (true + claimed)).mean()),
+        "balanced_accuracy": float((hits / true).mean()),
+    }

@@ -1,0 +1,31 @@
+"""The two protocols and what each chooses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ..data.audio import CropSettings
+from ..data.task import Task
+
+ProtocolName = Literal["corrected", "xares"]
+
+
+class Protocol(msgspec.Struct, frozen=True):
+    """`corrected`: every choice as it should be. `xares`: as X-ARES 0.1.3 computes its published scores."""
+
+    name: ProtocolName
+
+    @property
+    def corrected(self) -> bool:
+        return self.name == "corrected"
+
+    @property
+    def default_seeds(self) -> int:
+        return 3 if self.corrected else 1
+
+    def crops(self, task: Task) -> CropSettings:
+        if self.corrected:
+            return CropSettings(task.data.crop_seconds)
+        return CropSettings(task.data.crop_seconds, "whole-crops", pad_short_clips=False, keep_padding=True)

@@ -50,12 +50,12 @@ realdata: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## build rea
 	$(BIN)/xares-onnx evaluate resemblyzer.onnx --data $(REALDATA)/env --protocol xares --output results/resemblyzer-xares.json
 
 families: .venv/installed  ## export every family with a checkpoint at real size, random weights: parity at 10 s, and speed
-	PYTHONPATH=tests $(BIN)/python bench/families.py
+	PYTHONPATH=tests/helpers $(BIN)/python bench/families.py
 
 bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and memory, as ratios within one run
 	$(BIN)/python bench/embedding.py resemblyzer.onnx
 	$(BIN)/python bench/adapters.py resemblyzer.onnx
-	PYTHONPATH=tests $(BIN)/python bench/layers.py
+	PYTHONPATH=tests/helpers $(BIN)/python bench/layers.py
 	$(BIN)/python bench/heads.py
 	$(BIN)/python bench/kinds.py resemblyzer.onnx
 	$(BIN)/python bench/frames.py
@@ -66,14 +66,14 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 fuzz: .venv/installed  ## look for bytes that break a reader, guided by coverage; FUZZ_SECONDS for each of six readers
 	$(BIN)/pip install --quiet atheris
 	for reader in audio shard task dimension declared model; do \
-	  PYTHONPATH=tests $(BIN)/python tests/fuzz.py $$reader -max_total_time=$(FUZZ_SECONDS) || exit; done
+	  PYTHONPATH=tests/helpers $(BIN)/python tests/fuzz.py $$reader -max_total_time=$(FUZZ_SECONDS) || exit; done
 
 chaos: .venv/installed  ## kill the worker, the parent and the disk twenty times; every rerun must end as if nothing had been
-	PYTHONPATH=tests $(BIN)/python tests/chaos.py
+	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos.py
 
 browser: .venv/installed logmel.onnx  ## a report in Chromium (apt-get install chromium): console, requests, contrast, keys, pictures
 	mkdir -p build/browser
-	PYTHONPATH=tests $(BIN)/python -c "from random_checkpoints import *; save_speech('wav2vec2', Path('build/browser/checkpoint'))"
+	PYTHONPATH=tests/helpers $(BIN)/python -c "from random_checkpoints import *; save_speech('wav2vec2', Path('build/browser/checkpoint'))"
 	$(BIN)/xares-onnx export wav2vec2 build/browser/checkpoint -o build/browser/random.onnx
 	$(BIN)/xares-onnx evaluate logmel.onnx --tasks $(BROWSED) --output build/browser/logmel.json --quiet
 	$(BIN)/xares-onnx evaluate build/browser/random.onnx --tasks $(BROWSED) --taps all-layers --output build/browser/random.json --quiet

@@ -1,6 +1,6 @@
 """Every family with a checkpoint at real size, random weights: parity with the publisher's pipeline at 10 s, and speed.
 
-Usage: PYTHONPATH=tests python bench/families.py [FAMILY...]; takes minutes and 5 GB of memory.
+Usage: PYTHONPATH=tests/helpers python bench/families.py [FAMILY...]; takes minutes and 5 GB of memory.
 """
 
 from __future__ import annotations

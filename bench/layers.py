@@ -1,6 +1,6 @@
 """All layers of a model with twelve of them against its output alone: one clip task, head and kNN, from tar to score.
 
-    PYTHONPATH=tests python bench/layers.py [--clips N]
+    PYTHONPATH=tests/helpers python bench/layers.py [--clips N]
 
 The model is wav2vec 2.0 of base size with random weights; takes some minutes.
 """

@@ -1,6 +1,6 @@
 """Chaos: real runs that lose their worker, their parent or their disk at random moments, each followed by one left alone.
 
-Usage: PYTHONPATH=tests python tests/chaos.py [--rounds 20] [--seed 0]; takes minutes. Every second run must end as an
+Usage: PYTHONPATH=tests/helpers python tests/chaos.py [--rounds 20] [--seed 0]; takes minutes. Every second run ends as an
 undisturbed one ends: the same result but for times, the same predictions and the same store, byte by byte.
 
 The disk is a small tmpfs of its own, filled up, where this user may mount one; else every file is cut off by RLIMIT_FSIZE.

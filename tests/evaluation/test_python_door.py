@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from corpus import write_encoder
 
-PAGE = Path(__file__).parents[1] / "docs/python.md"
+PAGE = Path(__file__).parents[2] / "docs/python.md"
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

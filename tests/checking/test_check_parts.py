@@ -22,7 +22,7 @@ from xares_onnx.checking.values import effective_rank
 from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.encoder.session import CPU, Session
 
-DOCS = Path(__file__).parents[1] / "docs/check.md"
+DOCS = Path(__file__).parents[2] / "docs/check.md"
 
 
 def bench_for(path: Path, provider: str = CPU) -> Bench:

@@ -97,7 +97,7 @@ def test_a_shipped_task_states_what_was_published(row: list[str]) -> None:
 
 @pytest.mark.parametrize("task", shipped_tasks().values(), ids=lambda task: task.name)
 def test_a_shipped_file_is_named_after_its_task_and_works_by_its_path(task: Task) -> None:
-    path = Path(__file__).parents[1] / "tasks" / f"{task.name}.toml"
+    path = Path(__file__).parents[2] / "tasks" / f"{task.name}.toml"
     assert load_task(path) == task
     assert named_tasks([str(path)]) == [task]
 

@@ -24,7 +24,7 @@ from http_faults import Fault, Zenodo, serving
 from xares_onnx.download.download import download
 from xares_onnx.version import __version__
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = 300_000
 
 

@@ -16,7 +16,7 @@ from xares_onnx.data.audio import READABLE_EXTENSIONS
 from xares_onnx.packing.columns import _CAPTIONS, _SPLIT_OF, _TARGETS, PATHS
 from xares_onnx.packing.labels import KINDS
 
-PAGE = (Path(__file__).parents[1] / "docs/your-own-task.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/your-own-task.md").read_text()
 EXAMPLE = PAGE.split("\n## From end to end")[1].split("\n## ")[0]
 
 

@@ -384,4 +384,4 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_importing_the_modules_imports_no_transformers() -> None:
     check = "import sys, xares_onnx.probes.llm, xares_onnx.models.llm; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2])

@@ -23,7 +23,7 @@ from xares_onnx.encoder.contract.declarations import declared_on_command_line
 from xares_onnx.encoder.contract.frontend import KEYS, make_frontend
 from xares_onnx.encoder.encoder import load_encoder
 
-PAGE = (Path(__file__).parents[1] / "docs/vendors.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/vendors.md").read_text()
 RATE, HOP, RECEPTIVE, DIM = 16_000, 160, 400, 64
 
 

@@ -25,7 +25,7 @@ def all_of(task: str) -> list[Clip]:
 
 @cache
 def task_file(task: str) -> Task:
-    return load_task(Path(__file__).parents[1] / "tasks" / f"{task}.toml")
+    return load_task(Path(__file__).parents[2] / "tasks" / f"{task}.toml")
 
 
 def samples_of(clip: Clip) -> Array:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from xares_onnx import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Ctrl-C is ignored by what a background job starts, and the tests may be one.
 START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xares_onnx.cli import main; main()"
 

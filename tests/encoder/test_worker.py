@@ -27,7 +27,7 @@ from xares_onnx.encoder.worker import Array, Worker
 from xares_onnx.errors import MachineError, ModelError, ModelLimitError, UsageError, XaresError
 from xares_onnx.progress import Event, Note, Progress, ignore
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 20.0  # seconds: far longer than anything here takes
 
 
@@ -354,7 +354,7 @@ def test_the_child_ends_when_its_parent_is_killed(state: str, tmp_path: Path) ->
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/encoder")))}
 
 
 def run_python(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:

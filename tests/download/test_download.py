@@ -29,7 +29,7 @@ from xares_onnx.download.zenodo import Address
 from xares_onnx.errors import DataMissingError, DiskFullError, MachineError, UsageError
 from xares_onnx.progress import Progress
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

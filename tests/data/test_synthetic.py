@@ -195,7 +195,7 @@ def test_shards_hold_the_very_clips(task: str, tmp_path: Path) -> None:
 
 def test_killed_build_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
     folder = tmp_path / "synthetic_tempo"
-    script = "import pathlib, sys, xares_onnx.synthetic as s; s.build(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    script = "import pathlib, sys, xares_onnx.data.synthetic as s; s.build(sys.argv[1], pathlib.Path(sys.argv[2]))"
     process = subprocess.Popen([sys.executable, "-c", script, "synthetic_tempo", str(folder)])
     try:
         deadline = time.monotonic() + 60

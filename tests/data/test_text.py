@@ -164,5 +164,5 @@ def test_an_empty_reference_has_no_error_rate(count: type) -> None:
 
 
 def test_transcripts_need_no_torch() -> None:
-    code = "import sys, xares_onnx.text; sys.exit('torch' in sys.modules)"
+    code = "import sys, xares_onnx.data.text; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -313,7 +313,7 @@ PARENT = """
 import functools, sys, time
 from worker_calls import *
 from xares_onnx import load_encoder
-from xares_onnx.worker import Worker
+from xares_onnx.encoder.worker import Worker
 
 def ready(event):
     print("ready", flush=True)

@@ -162,7 +162,7 @@ TRAIN = """
 import random, sys
 sys.path.insert(0, {tests!r})
 from test_wordpiece import captions_with_ties
-from xares_onnx.wordpiece import WordPiece
+from xares_onnx.probes.wordpiece import WordPiece
 captions = captions_with_ties()
 random.Random({seed}).shuffle(captions)
 vocabulary = WordPiece.trained(iter(captions), size={size})

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from . import audio
+from . import audio, processor
 from .chunking import Chunk, frame_centers
 from .contract import Contract
 from .encoder import ChunkRunner, Encoder, Job, ModelSpec, open_session
@@ -67,9 +67,12 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
         contract = msgspec.structs.replace(info.taps[tap].contract, sources={}, license=None, source=None)
         # What is exposed keeps ONNX Runtime from fusing it away, which may change the last digits.
         exposed = {} if info.exposure is None else {"exposed": info.exposure}
+        # Bytes may be multiplied otherwise on another processor; a float model keeps the name that it always had.
+        products = {"pair_sums": processor.pair_sums()} if info.scan.integers else {}
         return store_key(
             {
                 **exposed,
+                **products,
                 "model": info.scan.sha256,
                 "contract": contract,
                 "batch": info.batch,

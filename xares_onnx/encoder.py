@@ -48,7 +48,7 @@ from .worker import Array, Beat, Tell, Worker, limit_memory
 
 T = TypeVar("T")
 GPU_BATCH = 16
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 
 
 class Tap(msgspec.Struct, frozen=True):

@@ -37,6 +37,7 @@ from .gates import Gates
 from .kinds import Kind, Tools, kind_of
 from .model_file import find_model
 from .planning import Plan, check_disk, make_plan
+from .processor import instruction_sets
 from .results import Clips, Predictions, Result, Seconds, Status, TaskResult, averages, prediction_file
 from .settings import METHODS, Method, Settings, checked_settings, with_heads
 from .store import Store
@@ -513,6 +514,7 @@ def environment(encoder: Encoder) -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
+            "instruction_sets": None if (held := instruction_sets()) is None else list(held),
             "threads": encoder.spec.threads,
         },
     }

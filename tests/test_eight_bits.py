@@ -19,6 +19,7 @@ from random_checkpoints import save_speech
 from xares_onnx import processor
 from xares_onnx.exporters import core, precision, speech
 from xares_onnx.integer_products import LARGEST, Product, computes_in_integers, integer_products, largest_pair_sum
+from xares_onnx.model_file import scan_model
 
 Array = NDArray[Any]
 U8, S8 = np.uint8, np.int8
@@ -274,6 +275,17 @@ def test_eight_bits_are_wrong_without_vnni_and_the_exported_seven_are_right(
     assert error(exported, vnni=False) < 0.05
     assert error(exported, vnni=False) == pytest.approx(error(exported, vnni=True), rel=1e-3)
     assert any(product.saturates for product in integer_products(onnx.load(eight), tmp_path))
+
+
+def test_a_scan_tells_a_quantised_model_from_a_float_one(hubert: tuple[torch.nn.Module, Path, Path]) -> None:
+    assert [scan_model(path).integers for path in hubert[1:]] == [False, True]
+
+
+def test_a_report_says_on_which_arithmetic_parity_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, spec = speech.build_speech("hubert", "HuBERT", str(save_speech("hubert", tmp_path / "checkpoint")))
+    monkeypatch.setattr(core, "pair_sums", lambda: "saturating")
+    assert core.export_encoder(module, spec, tmp_path / "float.onnx").pair_sums is None
+    assert core.export_encoder(module, spec, tmp_path / "m.onnx", precision="int8-dynamic").pair_sums == "saturating"
 
 
 # ---------------------------------------------------------------- what the processor has

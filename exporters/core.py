@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from xares_onnx.encoder.contract.frame_law import FrameLaw
 from xares_onnx.encoder.processor import PairSums, pair_sums
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters.precision import LOUDNESS_STEP, TOLERANCE, Precision, halve, quantize
@@ -53,9 +54,10 @@ class Spec:
     max_samples: int | None = None
     chunk_samples: int | None = None
 
-    def frames(self, samples: int) -> int:
-        """The frame law: floor((samples - receptive field) / hop) + 1."""
-        return (samples - self.receptive_field_samples) // self.hop_samples + 1
+    @property
+    def law(self) -> FrameLaw:
+        """The law of its frames."""
+        return FrameLaw(self.hop_samples, self.receptive_field_samples)
 
     def metadata(self, dim: int, precision: Precision) -> dict[str, str]:
         """The file's `metadata_props`: the contract's `xares.*` keys, and the plain ones of sherpa-onnx."""
@@ -153,7 +155,7 @@ def check_parity(encoder: nn.Module, path: Path, spec: Spec, precision: Precisio
         with _as_model_error(f"{name} or its torch module does not run {where}"):
             expected = torch.cat([encoder(clip[None]) for clip in audio]).detach().numpy()
             (found,) = session.run([OUTPUT], {INPUT: audio.numpy()})
-        law = (batch, spec.frames(samples), expected.shape[-1])
+        law = (batch, spec.law.frames(samples), expected.shape[-1])
         if not found.shape == expected.shape == law:
             raise ModelError(f"{name} gives {found.shape} {where}, torch {expected.shape}, its law {law}")
         errors = np.abs(found - expected).max(axis=(1, 2))

@@ -94,12 +94,12 @@ def _windows(waveform: npt.NDArray[np.float32], frontend: Frontend) -> npt.NDArr
     if not samples:
         return np.empty((0, length), np.float32)
     if frontend.padding == "none":
-        before, count = 0, (samples - length) // hop + 1
+        before = 0
     elif frontend.padding == "symmetric":
-        before, count = length // 2 - hop // 2, (samples + hop // 2) // hop
+        before = length // 2 - hop // 2
     else:  # the window lies in the middle of the transform's samples
-        before, count = fft // 2 - (fft - length) // 2, (samples + fft // 2 * 2 - fft) // hop + 1
-    count = max(0, count - frontend.drop_last_frame)
+        before = fft // 2 - (fft - length) // 2
+    count = frontend.window_law.frames(samples)
     if count == 0:
         return np.empty((0, length), np.float32)
     after = max(0, (count - 1) * hop + length - before - samples)

@@ -61,13 +61,18 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
         """Whether every chunk has the one length that the model takes."""
         return self.min_samples == self.max_samples
 
+    @property
+    def law(self) -> FrameLaw | None:
+        """The law of its frames; None for a clip-only encoder, and for a window whose frames follow none."""
+        if self.hop_samples is None or self.receptive_field_samples is None:
+            return None
+        return FrameLaw(int(self.hop_samples), self.receptive_field_samples)
+
     def frames_of(self, samples: int) -> int:
         """How many frames the model gives for an input; a clip-only encoder gives one vector."""
         if self.window_frames is not None:
             return self.window_frames
-        if self.hop_samples is None or self.receptive_field_samples is None:
-            return 1
-        return FrameLaw(int(self.hop_samples), self.receptive_field_samples).frames(samples)
+        return 1 if self.law is None else self.law.frames(samples)
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Each field as {"value", "source"}, for the record."""

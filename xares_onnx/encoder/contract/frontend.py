@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from ...errors import ContractError
+from .frame_law import FrameLaw
 
 Preset = Literal["whisper", "kaldi", "librosa"]
 PRESETS: tuple[str, ...] = ("whisper", "kaldi", "librosa")
@@ -81,7 +82,12 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def receptive_samples(self) -> int:
-        """The constant of the law frames(n) = floor((n - constant) / hop) + 1."""
+        """The constant of its `law`."""
+        return self.window_law.receptive_field + (self.stack_frames - 1) * self.hop_samples
+
+    @property
+    def window_law(self) -> FrameLaw:
+        """How many windows it cuts from samples: its frames before they are stacked."""
         if self.padding == "none":
             constant = self.window_samples
         elif self.padding == "symmetric":
@@ -89,7 +95,7 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
         else:
             constant = self.fft_samples % 2
         dropped = self.hop_samples if self.drop_last_frame else 0
-        return constant + dropped + (self.stack_frames - 1) * self.hop_samples
+        return FrameLaw(self.hop_samples, constant + dropped)
 
     @property
     def first_center_samples(self) -> float:
@@ -97,8 +103,13 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
         centers = {"none": self.window_samples / 2, "symmetric": self.hop_samples / 2}
         return centers.get(self.padding, 0.0) + (self.stack_frames - 1) * self.hop_samples / 2
 
+    @property
+    def law(self) -> FrameLaw:
+        """How many frames it makes of samples, once they are stacked."""
+        return FrameLaw(self.frame_samples, self.receptive_samples)
+
     def frames(self, samples: int) -> int:
-        return max(0, (samples - self.receptive_samples) // self.frame_samples + 1)
+        return self.law.frames(samples)
 
     def frames_held(self, samples: int) -> int:
         """How many frames, at least 1, belong to the first samples: of a front end that centres, those centred on one."""
@@ -108,7 +119,7 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
 
     def samples_for(self, frames: int) -> int:
         """The shortest waveform of so many frames."""
-        return max(1, self.receptive_samples + (frames - 1) * self.frame_samples)
+        return max(1, self.law.first_length_with(frames))
 
     def described(self) -> str:
         """One line for the user."""

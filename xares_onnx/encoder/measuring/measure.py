@@ -19,6 +19,7 @@ from ..contract.declarations import Declarations
 from ..contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
 from ..limits import UNTRUSTED
 from ..session import Session
+from .frame_times import WINDOW_HOP, even_hop, first_center, first_center_in_window
 from .inputs import Inputs, choose_inputs, listed
 from .layouts import batch_axis, growing_axis, output_layout
 from .probe import Probe
@@ -117,38 +118,18 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
     _choose_output(probe, low, high)
     if "T" in probe.contract.output_layout:
         law = _measure_law(probe, inputs, low, high)
+        center, center_source = first_center(law, inputs.frontend)
         probe.update(
             hop_samples=probe.agree("hop_samples", law.hop),
             receptive_field_samples=probe.agree("receptive_field_samples", law.receptive_field),
-            first_frame_center_samples=probe.choose("first_frame_center_samples", _first_center(probe, law)),
+            first_frame_center_samples=probe.choose("first_frame_center_samples", center, center_source),
         )
-        if "first_frame_center_samples" not in probe.declared:
-            probe.sources["first_frame_center_samples"] = _why_there(probe)
     else:
         _refuse_frames_of_a_clip(probe)
     probe.update(min_samples=_measure_minimum(probe, low))
     probe.update(chunk_samples=_choose_chunk(probe))
     _check_long_input(probe)
     return low
-
-
-def _first_center(probe: Probe, law: FrameLaw) -> float:
-    """Half of the law's constant; a front end may shift it, since the frame that Whisper's drops at the end moves none."""
-    if (frontend := probe.contract.frontend) is None:
-        return law.receptive_field / 2
-    return frontend.first_center_samples + (law.receptive_field - frontend.receptive_samples) / 2
-
-
-def _why_there(probe: Probe) -> str:
-    front_end = ", from the front end's first frame" if probe.contract.frontend else ""
-    return f"default (receptive field / 2{front_end})"
-
-
-def _law_in_samples(probe: Probe, hop: int, receptive: int) -> FrameLaw:
-    """A law that was found in samples, or in frames of features."""
-    if (frontend := probe.contract.frontend) is None:
-        return FrameLaw(hop, receptive)
-    return FrameLaw(hop * frontend.frame_samples, frontend.receptive_samples + (receptive - 1) * frontend.frame_samples)
 
 
 # ---------------------------------------------------------------- fixed windows
@@ -190,52 +171,29 @@ def _measure_window(probe: Probe, samples: int) -> None:
         )
     probe.update(window_frames=frames)
     assert window is not None
-    if measured := window.measure_frames():
-        law = _law_in_samples(probe, *measured)
+    frontend = probe.contract.frontend
+    (law,) = window.measure_laws([probe.contract])
+    if law is not None:
         hop: float = probe.agree("hop_samples", law.hop)
         receptive: int | None = probe.agree("receptive_field_samples", law.receptive_field)
-        center, why = _first_center(probe, law), _why_there(probe)
+        center, center_source = first_center(law, frontend)
     else:
-        even = _even_hop(probe, samples, frames)
-        hop = probe.choose("hop_samples", int(even) if even.is_integer() else even)
-        if "hop_samples" not in probe.declared:
-            probe.sources["hop_samples"] = "default (window / frames)"
+        hop = probe.choose("hop_samples", even_hop(samples, frames, frontend), WINDOW_HOP)
         receptive = probe.choose("receptive_field_samples", None)
-        in_the_middle, why = _window_center(probe, samples, frames, hop)
-        if in_the_middle < 0 or (in_the_middle == 0 and probe.contract.frontend is None):
+        center, center_source = first_center_in_window(samples, frames, hop, frontend)
+        if center < 0 or (center == 0 and frontend is None):
             raise ContradictionError(
                 f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames so far apart do not fit "
                 f"into the window of {samples} samples; correct the declaration",
                 about="hop_samples",
             )
-        center = in_the_middle
         if receptive is not None:
-            center, why = _first_center(probe, FrameLaw(1, int(receptive))), _why_there(probe)
+            center, center_source = first_center(FrameLaw(1, int(receptive)), frontend)
     probe.update(
         hop_samples=hop,
         receptive_field_samples=receptive,
-        first_frame_center_samples=probe.choose("first_frame_center_samples", center),
+        first_frame_center_samples=probe.choose("first_frame_center_samples", center, center_source),
     )
-    if "first_frame_center_samples" not in probe.declared:
-        probe.sources["first_frame_center_samples"] = why
-
-
-def _even_hop(probe: Probe, samples: int, frames: int) -> float:
-    """The hop of so many frames that are spread evenly over a window, or over the frames of features in it."""
-    frontend = probe.contract.frontend
-    return (frontend.frames(samples) * frontend.frame_samples if frontend else samples) / frames
-
-
-def _window_center(probe: Probe, samples: int, frames: int, hop: float) -> tuple[float, str]:
-    """Where the first frame of a window looks, if nothing shows it, and why."""
-    frontend = probe.contract.frontend
-    if frontend is None:
-        return (samples - (frames - 1) * hop) / 2, "default (frames in the middle of the window)"
-    features = frontend.frames(samples)
-    if frontend.preset == "whisper" and hop == 2 * frontend.hop_samples and features == 2 * frames:
-        return frontend.first_center_samples, "default (as Whisper's encoder takes every other frame of features)"
-    span = (features - 1) * frontend.frame_samples - (frames - 1) * hop
-    return frontend.first_center_samples + span / 2, "default (frames in the middle of the features)"
 
 
 # ---------------------------------------------------------------- outputs

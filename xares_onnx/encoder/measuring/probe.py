@@ -39,13 +39,13 @@ class Probe:
     def update(self, **fields: Any) -> None:
         self.contract = msgspec.structs.replace(self.contract, **fields)
 
-    def choose(self, key: str, default: Any) -> Any:
-        """A declared value, or the default; says which it was."""
+    def choose(self, key: str, default: Any, default_source: str = "default") -> Any:
+        """The declared value, or the default; records where it is from."""
         if key in self.declared:
             self.sources[key] = self.declared[key].source
             return self.declared[key].value
         if default is not None:
-            self.sources[key] = "default"
+            self.sources[key] = default_source
         return default
 
     def agree(self, key: str, measured: int) -> int:

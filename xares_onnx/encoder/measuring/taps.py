@@ -21,6 +21,7 @@ from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
 from ..exposure import ALL_LAYERS, Exposure
 from ..limits import UNTRUSTED
 from ..session import Session
+from .frame_times import WINDOW_HOP, even_hop, first_center, first_center_in_window
 from .layers import layers_of
 from .measure import batching, find_layouts, loud_pair, measure_contract
 from .probe import Probe
@@ -110,7 +111,7 @@ class _Outputs:
         self._probe = Probe(session, least, beat)
         self._probe.contract = self._main = main
         self._drafts: list[Contract] = []
-        self._laws = [] if main.clip_only or main.fixed_window else [_law_of(main)]
+        self._laws = [main.law] if main.law and not main.fixed_window else []
         self._counts: dict[int, list[int]] = {}
 
     def contracts(self, names: list[str]) -> list[Contract]:
@@ -119,7 +120,7 @@ class _Outputs:
             raise ContractError(f"output {wrong[0]!r} is no float tensor, so it cannot be scored; leave it out of --taps")
         low = main.chunk_samples if main.fixed_window else self._probe.shortest_probe()
         high = low if main.fixed_window else min(3 * low + 1, main.max_samples or 3 * low + 1)
-        layouts, problems, _ = find_layouts(self._probe, names, low, high)
+        layouts, problems, window = find_layouts(self._probe, names, low, high)
         if problems:
             raise ContractError(f"{next(iter(problems.values()))}; leave it out of --taps")
         sources = {**main.sources, "output": "--taps", "output_layout": "measured", "dim": "measured"}
@@ -127,6 +128,8 @@ class _Outputs:
             msgspec.structs.replace(main, output=name, output_layout=layouts[name], window_frames=None, sources=sources)
             for name in names
         ]
+        framed = [draft for draft in self._drafts if "T" in draft.output_layout] if window else []
+        laws = dict(zip((draft.output for draft in framed), window.measure_laws(framed) if window else (), strict=True))
         measured = []
         batched = zip(self._values(low), self._values(low, seed=1), self._batching(low), strict=True)
         for i, (draft, (values, others, batched_how)) in enumerate(zip(self._drafts, batched, strict=True)):
@@ -136,45 +139,58 @@ class _Outputs:
                 raise ContractError(f"output {draft.output!r} is the same for any input; leave it out of --taps")
             measured.append(
                 msgspec.structs.replace(
-                    draft, dim=values.shape[2], **batched_how, **self._frames(i, low, high, values.shape[1])
+                    draft,
+                    dim=values.shape[2],
+                    **batched_how,
+                    **self._frames(i, low, high, values.shape[1], laws.get(draft.output)),
                 )
             )
         return measured
 
-    def _frames(self, i: int, low: int, high: int, at_low: int) -> dict[str, Any]:
+    def _frames(self, i: int, low: int, high: int, at_low: int, window_law: FrameLaw | None) -> dict[str, Any]:
         """The contract's fields of the frames of output number `i`."""
         draft, main = self._drafts[i], self._main
         if "T" not in draft.output_layout:
             return {"hop_samples": None, "receptive_field_samples": None, "first_frame_center_samples": None}
         if main.fixed_window:
-            if at_low == main.window_frames:
-                return {"window_frames": at_low}
-            hop = low / at_low
-            why = dict.fromkeys(("hop_samples", "first_frame_center_samples"), "default (window / frames)")
-            return {
-                "window_frames": at_low,
-                "hop_samples": int(hop) if hop.is_integer() else hop,
-                "receptive_field_samples": None,
-                "first_frame_center_samples": hop / 2,
-                "sources": {**draft.sources, **why},
-            }
-        law = self._law(i, low, high)
+            return {"window_frames": at_low} | self._frames_of_window(draft, window_law, low, at_low)
+        law = self._growing_law(i, low, high)
         if self._counted(main.chunk_samples)[i] != law.frames(main.chunk_samples):
             raise ContractError(
                 f"output {draft.output!r} gives other frames for {main.chunk_samples} samples than shorter inputs foretell; "
                 "declare a shorter --contract chunk_samples=N"
             )
-        if not main.clip_only and law == _law_of(main):
+        return self._frames_of_law(draft, law)
+
+    def _frames_of_law(self, draft: Contract, law: FrameLaw) -> dict[str, Any]:
+        """An output that follows the main output's law has its declared first centre too."""
+        if law == self._main.law:
             return {}
-        why = dict.fromkeys(("hop_samples", "receptive_field_samples"), "measured")
+        center, center_source = first_center(law, self._main.frontend)
+        sources = dict.fromkeys(("hop_samples", "receptive_field_samples"), "measured")
         return {
             "hop_samples": law.hop,
             "receptive_field_samples": law.receptive_field,
-            "first_frame_center_samples": law.receptive_field / 2,
-            "sources": {**draft.sources, **why, "first_frame_center_samples": "default (receptive field / 2)"},
+            "first_frame_center_samples": center,
+            "sources": {**draft.sources, **sources, "first_frame_center_samples": center_source},
         }
 
-    def _law(self, i: int, low: int, high: int) -> FrameLaw:
+    def _frames_of_window(self, draft: Contract, law: FrameLaw | None, samples: int, frames: int) -> dict[str, Any]:
+        if law is not None:
+            return self._frames_of_law(draft, law)
+        if frames == self._main.window_frames:
+            return {}
+        frontend = self._main.frontend
+        hop = even_hop(samples, frames, frontend)
+        center, center_source = first_center_in_window(samples, frames, hop, frontend)
+        return {
+            "hop_samples": hop,
+            "receptive_field_samples": None,
+            "first_frame_center_samples": center,
+            "sources": {**draft.sources, "hop_samples": WINDOW_HOP, "first_frame_center_samples": center_source},
+        }
+
+    def _growing_law(self, i: int, low: int, high: int) -> FrameLaw:
         """The frame law of output number `i`: one that another output follows too, else found by bisection."""
 
         def counted(samples: int) -> int:
@@ -214,9 +230,3 @@ class _Outputs:
             return [{"dynamic_batch": False, "batch_coupled": self._main.batch_coupled}] * len(self._drafts)
         pair = loud_pair(self._probe, samples)
         return [batching(*both) for both in zip(self._run(pair), self._run(pair[:1]), strict=True)]
-
-
-def _law_of(contract: Contract) -> FrameLaw:
-    assert contract.hop_samples is not None
-    assert contract.receptive_field_samples is not None
-    return FrameLaw(int(contract.hop_samples), contract.receptive_field_samples)

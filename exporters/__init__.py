@@ -1,10 +1,10 @@
-"""Audio encoders as ONNX files that follow the encoder contract: one family a module, `core` shared by all.
+"""Audio encoders as ONNX files that follow the encoder contract.
 
-A family is a module with `build(checkpoint) -> (torch module, Spec)`. To add one, write that module and its
-name in `FAMILIES`; `core` exports it, writes its metadata and checks the file against the torch module.
+`FAMILIES` maps each family to a module with `build(family, checkpoint) -> (torch module, Spec)`. To add a family, write such
+a module, or a row in `speech`, and name it there. `core` exports the module, writes the metadata and checks the file against
+the torch module; `pretrained` reads checkpoints, and `precision` makes files smaller.
 
-`speech` and `pretrained` are shared by families, `precision` makes files smaller. Importing this package loads neither
-torch nor onnx nor transformers; the last comes with the `export` extra.
+Importing this package loads neither torch nor onnx nor transformers; the last comes with the `export` extra.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "export"]
 
-FAMILIES = ("dasheng", "data2vec", "hubert", "logmel", "resemblyzer", "torch", "wav2vec2", "wavlm", "whisper")
+# Family: the module that builds its encoder.
+FAMILIES = {
+    "dasheng": "dasheng",
+    "data2vec": "speech",
+    "hubert": "speech",
+    "logmel": "logmel",
+    "resemblyzer": "resemblyzer",
+    "torch": "torch",
+    "wav2vec2": "speech",
+    "wavlm": "speech",
+    "whisper": "whisper",
+}
 DTYPES = ("fp32", "fp16")
 QUANTIZATIONS = ("int8-dynamic",)
 
@@ -47,9 +58,9 @@ def export(
         raise UsageError(f"--quantize {quantize} starts from float32 weights; leave out --dtype {dtype}")
     try:
         core = import_module(f"{__name__}.core")
-        builder = import_module(f"{__name__}.{family}")
+        builder = import_module(f"{__name__}.{FAMILIES[family]}")
     except ModuleNotFoundError as error:
         raise UsageError(f"exporting needs {error.name}; run: pip install 'xares-onnx[export]'") from error
-    encoder, spec = builder.build(checkpoint)
+    encoder, spec = builder.build(family, checkpoint)
     report: ExportReport = core.export_encoder(encoder, spec, output, precision=quantize or dtype)
     return report

@@ -112,14 +112,14 @@ class DashengEncoder(nn.Module):
         return embeddings
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
     """Raises `UsageError` where the checkpoint is missing, incomplete or of another architecture."""
-    found = Checkpoint.find("dasheng", checkpoint)
+    found = Checkpoint.find(family, checkpoint)
     body = _body(found)
     positions = body.time_pos_embed.shape[-1]
     shortest = (PATCH_FRAMES - 1) * HOP_SAMPLES  # a centred STFT has samples // hop + 1 frames
     spec = Spec(
-        model_type="dasheng",
+        model_type=family,
         sample_rate=SAMPLE_RATE,
         hop_samples=PATCH_HOP,
         receptive_field_samples=shortest,

@@ -48,12 +48,12 @@ class SpeakerEncoder(nn.Module):
         return functional.normalize(self.linear(states).relu(), dim=-1)
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
     """The encoder with Resemblyzer's own weights, or those of another checkpoint in its format."""
     encoder = SpeakerEncoder()
     _load(encoder, _pretrained() if checkpoint is None else Path(checkpoint))
     spec = Spec(
-        model_type="resemblyzer",
+        model_type=family,
         sample_rate=SAMPLE_RATE,
         hop_samples=HOP_SAMPLES,
         receptive_field_samples=0,  # centred: samples // hop + 1 frames

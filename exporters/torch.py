@@ -27,14 +27,14 @@ __all__ = ["build"]
 _NUMBERS = ("min_samples", "max_samples", "chunk_samples", "first_frame_center_samples")
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
     """The module that `module:factory` gives; its frame law is measured.
 
     Raises `UsageError` where there is no such factory or it gives no usable module, `ModelError` where the module fails
     on noise or its frames follow no law.
     """
     if checkpoint is None or not all(part for part in checkpoint.partition(":")):
-        raise UsageError("torch needs module:factory, such as my_package.my_encoder:build")
+        raise UsageError(f"{family} needs module:factory, such as my_package.my_encoder:build")
     encoder = _made(checkpoint)
     declared = {name: getattr(encoder, name) for name in _NUMBERS if getattr(encoder, name, None) is not None}
     rate = getattr(encoder, "sample_rate", None)

@@ -55,9 +55,9 @@ class WhisperEncoder(nn.Module):
         return hidden[:, : (audio.shape[1] + ENCODER_HOP - 1) // ENCODER_HOP]
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
     """Raises `UsageError` where the checkpoint is missing, incomplete, or has a front end of other dimensions."""
-    found = Checkpoint.find("whisper", checkpoint)
+    found = Checkpoint.find(family, checkpoint)
     settings = found.preprocessor()
     # A checkpoint may leave them unsaid: these are the defaults of the preprocessor itself.
     fixed = {"sampling_rate": SAMPLE_RATE, "hop_length": HOP_SAMPLES, "n_fft": WINDOW_SAMPLES, "dither": 0.0}
@@ -73,7 +73,7 @@ def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
             f"{found.folder} has a preprocessor of {heard} bands and an encoder of {bands}; use what was published together"
         )
     spec = Spec(
-        model_type="whisper",
+        model_type=family,
         sample_rate=SAMPLE_RATE,
         hop_samples=ENCODER_HOP,
         receptive_field_samples=1,  # ceil(samples / hop) frames

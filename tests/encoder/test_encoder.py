@@ -17,6 +17,7 @@ from onnx_models import DIM, HOP, RECEPTIVE, noise, save, save_external
 
 import xares_onnx
 from xares_onnx.encoder import encoder as encoder_module
+from xares_onnx.encoder import resolve as resolve_module
 from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.encoder.session import cuda_may_work
 from xares_onnx.encoder.spec import ModelSpec
@@ -316,7 +317,8 @@ def test_what_is_assumed_is_said_once(tmp_path: Path, shared_process: None) -> N
     load(models.encoder(), tmp_path, observer=told.append)
     notes = [event.text for event in told if isinstance(event, Note)]
     assert notes == [
-        "assumed, because the model does not say: sample_rate=16000, amplitude=unit, normalize=none (--contract changes it)"
+        "assumed, because the model does not declare it: sample_rate=16000, amplitude=unit, normalize=none "
+        "(--contract changes it)"
     ]
     told.clear()
     load(
@@ -432,7 +434,7 @@ def test_remembered_weights_that_are_gone(tmp_path: Path, shared_process: None) 
     path, cache = save_external(tmp_path), tmp_path / "cache"
     load_encoder(path, cache=cache)
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(ModelError, match=r"keeps weights in 'weights\.bin', which is not there"):
+    with pytest.raises(ModelError, match=r"keeps weights in 'weights\.bin', which does not exist"):
         load_encoder(path, cache=cache)
 
 
@@ -501,9 +503,9 @@ def test_the_model_is_loaded_once(tmp_path: Path) -> None:
 
 def count_loads(spec: ModelSpec, *, tell: Callable[[Any], None]) -> int:
     """In the worker: how many sessions `open_session` adds."""
-    before = encoder_module._session.cache_info().misses
-    encoder_module.open_session(spec, tell)
-    return encoder_module._session.cache_info().misses - before
+    before = resolve_module._session.cache_info().misses
+    resolve_module.open_session(spec, tell)
+    return resolve_module._session.cache_info().misses - before
 
 
 def test_the_door_is_public() -> None:

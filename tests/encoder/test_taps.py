@@ -160,7 +160,7 @@ def test_the_last_layer_that_is_the_output_stands_there_once(tmp_path: Path) -> 
     onnx.save(model, tmp_path / "m.onnx")
     with load_encoder(tmp_path / "m.onnx", taps=["all-layers"]) as encoder:
         assert [tap.name for tap in encoder.info.taps] == ["embeddings", "layer.0", "layer.1", "layer.2"]
-        assert encoder.info.notes == ("layer.3 is the model's output 'embeddings', and stands under that name",)
+        assert encoder.info.notes == ("layer.3 is the model's output 'embeddings' and is listed under that name",)
 
 
 def test_a_model_without_layers_is_refused_by_a_sentence(world: World) -> None:
@@ -169,9 +169,7 @@ def test_a_model_without_layers_is_refused_by_a_sentence(world: World) -> None:
         "evaluate", model, "--taps", "all-layers", "--tasks", str(world.task), "--data", str(world.data), "--quiet"
     )
     assert (code, out) == (3, "")
-    assert said(err) == (
-        "no chain of residual layers leads to output 'embeddings', so its layers cannot be told; name tensors by --taps"
-    )
+    assert said(err) == ("no chain of residual layers leads to output 'embeddings'; name tensors by --taps instead")
 
 
 # ---------------------------------------------------------------- outputs and tensors by name
@@ -217,7 +215,7 @@ def test_outputs_of_the_graph_share_their_store_with_a_plain_run(tmp_path: Path)
         (["stream1", "single"], ContractError, "output 'single' has shape"),
         (["stream1", "constant"], ContractError, "output 'constant' is the same for any input"),
         (["stream1", "lost"], ModelError, "output 'lost' gives NaN or infinity"),
-        (["stream1", "length"], ContractError, "output 'length' is no float tensor"),
+        (["stream1", "length"], ContractError, "output 'length' is not a float tensor"),
         (["length", "stream1"], ContractError, "--taps: the model has no float output 'length'"),
     ],
 )

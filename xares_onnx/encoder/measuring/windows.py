@@ -1,6 +1,6 @@
-"""Frames of a model whose input is a fixed window: nothing grows there, so parts of the window are changed instead.
+"""Frames of a model whose input is a fixed window: nothing can grow, so parts of the window are changed instead.
 
-What changes in the output says which axis holds the frames, and of a local model exactly which samples each frame sees.
+What changes in the output shows which axis holds the frames, and for a local model exactly which samples each frame sees.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from .frame_times import law_in_samples
 from .layouts import moving_axis
 from .probe import Probe
 
-_CHANGES = 3  # noises, since one may by chance move a few values along an axis that holds no frames
+_CHANGES = 3  # noises, because one may by chance change a few values along an axis that holds no frames
 
 
 class Window:
-    """A fixed window of `samples` and what the outputs `names` are for one noise.
+    """A fixed window of noise, and the outputs `names` for it.
 
-    Of a model that takes features it is a window of so many frames of them: each is changed as a whole.
+    `length` counts its values along time: samples, or frames of features, which are changed as a whole. `plain` are the
+    outputs by name.
     """
 
     def __init__(self, probe: Probe, names: list[str], samples: int) -> None:
@@ -38,7 +39,11 @@ class Window:
         self._lasts = [self._changed(names, self.length - quarter, self.length, seed) for seed in range(1, _CHANGES + 1)]
 
     def time_axis(self, name: str, batch: int | None) -> int | None:
-        """The axis of an output that holds frames; None for one vector a window. `ContractError` where it cannot be seen."""
+        """The axis of an output that holds frames; None for one vector per window.
+
+        Raises:
+            ContractError: No measurement shows it.
+        """
         firsts, lasts = ([outputs[name] for outputs in group] for group in (self._firsts, self._lasts))
         return moving_axis(self.plain[name], firsts, lasts, batch)
 
@@ -71,7 +76,7 @@ class Window:
         return [law_of(number) for number in range(len(contracts))]
 
     def _changed(self, names: list[str], start: int, stop: int, seed: int) -> dict[str, npt.NDArray[Any]]:
-        """Outputs for other noise from `start` to `stop`, as loud as before, so that little else moves."""
+        """The outputs for other noise from `start` to `stop`, as loud as before, so that little else changes."""
         noise = self._noise.copy()
         noise[:, start:stop] = np.random.default_rng(seed).permuted(self._noise[0], axis=0)[: stop - start]
         return dict(zip(names, self._probe.run_values(names, noise), strict=True))

@@ -39,17 +39,28 @@ QUANTIZATIONS = ("int8-dynamic",)
 def export(
     family: str, checkpoint: str | None, output: Path, *, dtype: str = "fp32", quantize: str | None = None
 ) -> ExportReport:
-    """Write the encoder `family` as an ONNX file.
+    """Write an encoder as an ONNX file. After an error, the output path is as it was.
 
-    `checkpoint` is a path for the families that have weights, or the name of a model in the local cache; for `torch`
-    it is `module:factory`. `dtype` is that of weights and arithmetic; `quantize` makes linear layers smaller still.
+    Args:
+        family: One of `FAMILIES`.
+        checkpoint: For families with weights, a path or the name of a model in the local cache; for `torch`,
+            `module:factory`.
+        output: The file to write, in a folder that exists.
+        dtype: Of weights and arithmetic: `fp32` or `fp16`.
+        quantize: `int8-dynamic` makes linear layers smaller still.
 
-    Raises `UsageError` for an unknown family, an unusable checkpoint or output path, or where torch or the
-    weights are not installed; `ModelError` where the exported file does not agree with the torch module. Then
-    the output path is left as it was.
+    Returns:
+        How closely the file agrees with the torch module.
+
+    Raises:
+        UsageError: The family is unknown, the checkpoint or the output path unusable, or torch or the weights are missing.
+        ModelError: The exported file does not agree with the torch module.
+
+    Example:
+        export("wavlm", "checkpoints/wavlm-base-plus", Path("wavlm.onnx"))
     """
     if family not in FAMILIES:
-        raise UsageError(f"there is no encoder family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
+        raise UsageError(f"unknown encoder family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} must be {' or '.join(DTYPES)}")
     if quantize is not None and quantize not in QUANTIZATIONS:

@@ -1,7 +1,7 @@
 """Log-mel energies: the baseline without weights, and the mel front end that other families share.
 
-A 25 ms Hann window every 10 ms over audio at 16 kHz, 64 bands from 0 to 8 kHz. The bands are Slaney's: at the
-low end they lie 46 Hz apart, more than the DFT's 40 Hz; at HTK's 27 Hz, neighbours would share one bin.
+A 25 ms Hann window every 10 ms over audio at 16 kHz, 64 bands from 0 to 8 kHz. The bands are Slaney's: the lowest are 46 Hz
+apart, more than the DFT's 40 Hz; at HTK's 27 Hz, neighbours would share one bin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOP_SAMPLES = 160  # 10 ms
 BANDS = 64
 
 # Rounding to 16 bits alone puts 3e-10 into every band: 2**-30 / 12 a sample, x 150, the sum of the window's
-# squares, / 40, as filters have unit area in Hz and bins are 40 Hz wide. What is under the floor is no sound.
+# squares, / 40, as filters have unit area in Hz and bins are 40 Hz wide. Sound is above this floor.
 FLOOR = 1e-10
 
 
@@ -38,10 +38,10 @@ def slaney_filters(bands: int) -> NDArray[np.float64]:
 class MelPower(nn.Module):
     """Mel power spectrogram, float32 [batch, samples] -> [batch, frames, bands].
 
-    The DFT is a strided convolution with windowed cosines and sines, made in double precision: several times
-    faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does:
-    frame i is then centred on sample i * hop, else on i * hop + window / 2. `filters`, (bands, window_samples // 2 + 1),
-    replace Slaney's, which are for WINDOW_SAMPLES.
+    The DFT is a strided convolution with windowed cosines and sines, computed in double precision; it is several times
+    faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does: frame i is
+    then centred on sample i * hop, else on i * hop + window / 2. `filters`, (bands, window_samples // 2 + 1), replace
+    Slaney's, which are for WINDOW_SAMPLES.
     """
 
     dft: Tensor
@@ -63,7 +63,7 @@ class MelPower(nn.Module):
         kernels = np.concatenate([window * np.cos(phase), window * np.sin(phase)])
         filters = slaney_filters(bands) if filters is None else filters
         self.register_buffer("dft", torch.from_numpy(kernels[:, None]).float())
-        # Twice side by side: the sum over bins then also adds the squares of cosine and sine.
+        # Twice side by side, so that the sum over bins also adds the squares of cosine and sine.
         self.register_buffer("filters", torch.from_numpy(np.tile(filters, 2)[:, :, None]).float())
 
     def forward(self, audio: Tensor) -> Tensor:
@@ -84,6 +84,7 @@ class LogMel(nn.Module):
 
 
 def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    """The baseline, and what it declares. Raises `UsageError` for any checkpoint."""
     if checkpoint is not None:
         raise UsageError(f"{family} has no weights; leave out the checkpoint {checkpoint!r}")
     spec = Spec(

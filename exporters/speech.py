@@ -29,7 +29,7 @@ FAMILIES = {
 
 
 class ZeroMeanUnitVariance(nn.Module):
-    """float32 [batch, samples] -> the same, each clip less its mean and over its standard deviation."""
+    """float32 [batch, samples] -> the same, each clip minus its mean and divided by its standard deviation."""
 
     def forward(self, audio: Tensor) -> Tensor:
         centred = audio - audio.mean(dim=-1, keepdim=True)
@@ -56,17 +56,17 @@ def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
         UsageError: The checkpoint is missing, incomplete or of another family.
     """
     model_type, title = FAMILIES[family]
-    found = Checkpoint.find(model_type, checkpoint)
-    settings = found.preprocessor()
+    local = Checkpoint.find(model_type, checkpoint)
+    settings = local.preprocessor()
     normalize, rate = settings.get("do_normalize"), settings.get("sampling_rate")
     if not isinstance(normalize, bool) or not isinstance(rate, int):
         raise UsageError(
-            f"{found.folder}/preprocessor_config.json must say do_normalize (true or false) and sampling_rate (in Hz)"
+            f"{local.folder}/preprocessor_config.json must have do_normalize (true or false) and sampling_rate (in Hz)"
         )
-    model = found.load()
+    model = local.load()
     config = model.config
     if getattr(config, "add_adapter", False):
-        raise UsageError(f"{found.folder} has an adapter behind its encoder, which is not supported; use the plain encoder")
+        raise UsageError(f"{local.folder} has an adapter after its encoder, which is not supported; use the plain encoder")
     hop, receptive = 1, 1
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         receptive += (kernel - 1) * hop
@@ -78,8 +78,8 @@ def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
         receptive_field_samples=receptive,
         first_frame_center_samples=receptive / 2,
         min_samples=receptive,
-        license=found.license,
-        source=found.source,
+        license=local.license,
+        source=local.source,
         comment=f"{title}, last hidden state; normalisation of each clip {'inside' if normalize else 'not used'}",
     )
     return SpeechEncoder(model, normalize=normalize), spec

@@ -454,7 +454,7 @@ def test_a_declared_chunk_length_is_written(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no encoder family 'log-mel'.*did you mean 'logmel'\?.*known: dasheng, "):
+    with pytest.raises(UsageError, match=r"unknown encoder family 'log-mel'.*did you mean 'logmel'\?.*known: dasheng, "):
         export("log-mel", None, tmp_path / "out.onnx")
 
 

@@ -269,7 +269,7 @@ def spoil(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("no preprocessor", r"has no preprocessor_config\.json; use the checkpoint as it was published"),
-        ("no do_normalize", r"must say do_normalize \(true or false\)"),
+        ("no do_normalize", r"must have do_normalize \(true or false\)"),
         ("no config", "no model of that name|has no config"),
         ("damaged config", r"config\.json cannot be read as json"),
         ("config of another shape", r"config\.json is not a json object"),
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(how: str, message: str, copie
 
 
 def test_a_checkpoint_of_another_family_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds a model of type 'hubert', not 'wavlm'; export it as what it is"):
+    with pytest.raises(UsageError, match="holds a model of type 'hubert', not 'wavlm'; export it as its own family"):
         export("wavlm", str(made["hubert"]), tmp_path / "out.onnx")
     with pytest.raises(UsageError, match="wavlm needs a checkpoint: a local folder, or the name of a model"):
         export("wavlm", None, tmp_path / "out.onnx")

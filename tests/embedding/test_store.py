@@ -237,6 +237,7 @@ def spec() -> EmbedSpec:
 # A path into the spec, and another value there. Together they name every field: a new one must be put on one side.
 SHAPING: dict[str, Any] = {
     "model.info.scan.sha256": "c",
+    "model.info.scan.integers": True,
     "model.info.provider": CUDA,
     "model.info.exposure": Exposure(("x",)),
     "model.info.onnxruntime": "1.2.4",
@@ -317,6 +318,21 @@ def test_what_shapes_the_numbers_changes_the_name(path: str) -> None:
 @pytest.mark.parametrize("path", NOT_SHAPING)
 def test_nothing_else_changes_the_name(path: str) -> None:
     assert changed(spec(), path, NOT_SHAPING[path]).key() == spec().key()
+
+
+def test_how_the_processor_adds_bytes_names_quantised_models_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float model's name is the digest that it was before there was such a thing."""
+    quantised = changed(spec(), "model.info.scan.integers", True)
+    names = {}
+    for sums in ("exact", "saturating", "unknown"):
+        monkeypatch.setattr(embed.processor, "pair_sums", lambda sums=sums: sums)
+        names[sums] = (spec().key(), quantised.key())
+    assert len({name for name, _ in names.values()}) == 1
+    assert len({name for _, name in names.values()}) == 3
+    monkeypatch.setattr(embed.audio, "resampler_version", lambda: "soxr 1")
+    monkeypatch.setattr(embed.audio, "decoder_version", lambda: "libsndfile 1")
+    monkeypatch.setattr(store, "STORE_VERSION", 1)
+    assert spec().key() == "2994eb07ae6472b015456a49d092a174b2c592e1"
 
 
 def test_each_tap_has_a_name_of_its_own() -> None:

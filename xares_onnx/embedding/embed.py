@@ -23,6 +23,7 @@ from ..data import audio
 from ..data.audio import CropSettings
 from ..data.selection import ShardPlan
 from ..data.shards import Drop, Sample, index_shard, read_extent, read_label
+from ..encoder import processor
 from ..encoder.chunking import Chunk, frame_centers
 from ..encoder.contract.contract import Contract
 from ..encoder.encoder import Encoder
@@ -63,9 +64,12 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
         contract = msgspec.structs.replace(info.taps[tap].contract, sources={}, license=None, source=None)
         # What is exposed keeps ONNX Runtime from fusing it away, which may change the last digits.
         exposed = {} if info.exposure is None else {"exposed": info.exposure}
+        # Bytes may be multiplied otherwise on another processor; a float model keeps the name that it always had.
+        products = {"pair_sums": processor.pair_sums()} if info.scan.integers else {}
         return store_key(
             {
                 **exposed,
+                **products,
                 "model": info.scan.sha256,
                 "contract": contract,
                 "batch": info.batch,

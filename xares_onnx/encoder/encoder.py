@@ -43,7 +43,7 @@ from .spec import EncoderInfo, ModelSpec
 from .worker import Array, Worker
 
 T = TypeVar("T")
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..data.task import Task
 from ..embedding.store import Store
 from ..encoder.encoder import Encoder, load_encoder, onnxruntime_distributions
 from ..encoder.model_file import find_model
+from ..encoder.processor import instruction_sets
 from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
@@ -278,6 +279,7 @@ def environment(encoder: Encoder) -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
+            "instruction_sets": None if (held := instruction_sets()) is None else list(held),
             "threads": encoder.spec.threads,
         },
     }

@@ -24,6 +24,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
     dim: int | None
     provider: str | None
+    instruction_sets: list[str] | None
+    """Of the processor, those by which ONNX Runtime chooses its kernels; null where they were not recorded."""
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):

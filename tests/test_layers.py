@@ -24,7 +24,7 @@ from xares_onnx.errors import ContractError
 from xares_onnx.exporters import export
 from xares_onnx.layers import Exposure, exposing, layers_of, residual_layers
 
-pytestmark = [pytest.mark.usefixtures("shared_process"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("shared_process")
 
 DIM, FRAMES, DEPTH = 8, 20, 3
 

@@ -42,9 +42,6 @@ from xares_onnx.scoring import score
 from xares_onnx.targets import ClassTarget, NumberTarget, TagsTarget
 from xares_onnx.task import Data, Score, Task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---------------------------------------------------------------- statistics of numbers
 
 

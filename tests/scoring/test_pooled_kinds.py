@@ -43,9 +43,6 @@ from xares_onnx.scoring.kinds import Kept, Kind, Outcome, Tools, kind_of
 from xares_onnx.scoring.protocol import Protocol
 from xares_onnx.scoring.scoring import score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---------------------------------------------------------------- statistics of numbers
 
 

@@ -295,7 +295,9 @@ class _Run:
     def averages(self, tap: int) -> results.Averages:
         """The averages by tap number `tap`."""
         name = self._name(tap)
-        return averages([r for r in self.results if r.tap == name], self._replicates[tap], self._tasks)
+        return averages(
+            [r for r in self.results if r.tap == name], self._replicates[tap], self._tasks, self._settings.protocol
+        )
 
     def _name(self, tap: int) -> str | None:
         """What a record calls tap number `tap`: nothing the first, which is the model's output or stands in for it."""
@@ -368,7 +370,10 @@ class _Run:
             losses = [f"{len(dataset.clips.dropped)} of {dataset.clips.expected} clips were dropped", *dataset.damage]
         common["comparable"] = self._settings.limit is None and not losses
         strata = kind_of_task.strata(dataset.labels)
-        folds, notes = make_folds(self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, strata)
+        shards = data.shard_digests()
+        folds, notes = make_folds(self._protocol, task, dataset.parts, shards, dataset.keys, strata, dataset.groups)
+        if dataset.group_note:
+            notes = [*notes, dataset.group_note]
         if outside := dataset.clips.events_outside:
             notes = [*notes, f"{outside} events are of no class of the vocabulary, and are left out"]
         common["notes"] = [*losses, *notes]
@@ -423,6 +428,7 @@ class _Run:
             _task_result(
                 task,
                 method,
+                self._settings.protocol,
                 status="ok",
                 score=scored.score,
                 ci95=scored.ci95,
@@ -437,7 +443,10 @@ class _Run:
 
     def _undefined(self, task: Task, methods: Sequence[Method], reason: str, common: dict[str, Any]) -> None:
         self.errors.append(ScoreUndefinedError(f"{task.name} has no score: {reason}"))
-        self.results += [_task_result(task, method, status="undefined", reason=reason, **common) for method in methods]
+        protocol = self._settings.protocol
+        self.results += [
+            _task_result(task, method, protocol, status="undefined", reason=reason, **common) for method in methods
+        ]
 
     def _methods(self, task: Task) -> list[Method]:
         return [method for method in self._settings.methods if method == "head" or task.knn]
@@ -447,7 +456,8 @@ class _Run:
         several = [common] if common else [{"tap": self._name(tap)} for tap in range(len(self._encoder.info.taps))]
         for fields in several:
             self.results += [
-                _task_result(task, method, status=status, reason=reason, **fields) for method in self._methods(task)
+                _task_result(task, method, self._settings.protocol, status=status, reason=reason, **fields)
+                for method in self._methods(task)
             ]
 
 
@@ -530,7 +540,7 @@ def _encoder_record(encoder: Encoder) -> results.Encoder:
     )
 
 
-def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
+def _task_result(task: Task, method: Method, protocol: ProtocolName, **fields: Any) -> TaskResult:
     base: dict[str, Any] = {
         "task": task.name,
         "title": task.title,
@@ -538,8 +548,8 @@ def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
         "method": task.head.kind if method == "head" else "knn",
         "metric": task.score.metric,
         "higher_is_better": task.score.higher_is_better,
-        "published": {} if task.published is None else getattr(task.published, "linear" if method == "head" else "knn"),
-        "weight": task.weight,
+        "published": task.published_scores(method),
+        "weight": task.weight_under(protocol),
         "definition_digest": task.digest(),
         "clips": Clips(expected=0, read=0, dropped=[]),
         "seconds": Seconds(embed=0, train=0, score=0),

@@ -26,7 +26,7 @@ from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageEr
 from ..events import Note, Observer, Progress, ignore
 from ..shards import Drop, parse_label
 from ..targets import Target
-from ..task import Data, Domain, Score, Task, load_task
+from ..task import MAX_GROUP, Data, Domain, Score, Task, load_task
 from .archive import Member, key_of, write_shards
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
@@ -42,6 +42,7 @@ LEAKS: tuple[Leaks, ...] = get_args(Leaks)
 DOMAINS = tuple(domain for domain in get_args(Domain) if domain != "synthetic")
 
 _SHOWN = 3
+_GROUP = "group"  # the key of a clip's json that names its group, which no kind of label uses
 
 
 class Packed(msgspec.Struct, frozen=True):
@@ -156,6 +157,7 @@ def pack(
             numbers=numbers,
             crop_seconds=crop_seconds,
             segment_seconds=segment_seconds,
+            group=_GROUP if columns.group else None,
         )
         task = load_task(Path(f"{name}.toml"), text)
         index.rename(lambda path: f"-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
@@ -218,7 +220,7 @@ def _read_rows(run: _Run) -> None:
         if not isinstance(name, str) or not name.strip():
             raise UsageError(f"{where} names no file in its column {columns.path!r}")
         path = place(run.root, name, where)
-        part, team = columns.part(cells, where), _team(cells.get(columns.group or ""))
+        part, team = columns.part(cells, where), _team(cells.get(columns.group or ""), where)
         known = index.find(path)
         if known is None:
             clip = index.add(path, key_of(path), line, part, team)
@@ -244,9 +246,11 @@ def _read_rows(run: _Run) -> None:
         raise DataError(f"{empty}, so there is nothing to pack")
 
 
-def _team(value: Any) -> str | None:
+def _team(value: Any, where: str) -> str | None:
     """A group's name; None, a group of its own, where the cell is empty."""
     text = "" if value is None else str(value).strip()
+    if len(text) > MAX_GROUP:
+        raise DataError(f"{where} names a group of {len(text)} characters; a name has at most {MAX_GROUP}")
     return text or None
 
 
@@ -495,5 +499,7 @@ def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
 
 
 def _member(run: _Run, clip: Clip) -> Member:
-    label = json.dumps(json.loads(clip.label or ""), ensure_ascii=False).encode()
-    return Member(clip.key, run.root / clip.path, clip.size or 0, label)
+    label = json.loads(clip.label or "")
+    if run.columns.group:  # a clip of no group is one of its own
+        label = {**parse_label(clip.label or ""), _GROUP: clip.team or clip.path}
+    return Member(clip.key, run.root / clip.path, clip.size or 0, json.dumps(label, ensure_ascii=False).encode())

@@ -392,6 +392,12 @@ def test_an_integer_is_the_index(value: Any, index: int) -> None:
     assert IntegerTarget("label", 10).encode({"label": value}) == index
 
 
+def test_of_two_classes_true_is_1() -> None:
+    target = shipped_tasks()["subway_broadcast"].target
+    values = [True, False, 1, 0, "1"]
+    assert [target.encode({"broadcasting": value}) for value in values] == [1, 0, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     "value",
     [

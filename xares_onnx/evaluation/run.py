@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..data.catalog import Digests, find_parts, missing_data, synthetic_data
+from ..data.catalog import Digests, has_data, missing_data
 from ..data.selection import TaskData, prepare
 from ..data.shards import Clips
 from ..data.task import Task
@@ -45,7 +45,6 @@ class Run:
         self._tools = tools
         self._settings = settings
         self._protocol = Protocol(settings.protocol)
-        self._cache = cache
         self._store = Store(cache / "store")
         self._digests = Digests(cache)
         self._output = output
@@ -70,7 +69,7 @@ class Run:
     def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
         self._tasks = [task for task, _ in selection]
         for number, (task, folder) in enumerate(selection):
-            if task.domain != "synthetic" and not find_parts(task, folder):  # of a suite: a named task was looked for before
+            if not has_data(task, folder):  # of a suite: a named task was looked for before
                 self._without_score(task, "skipped", missing_data(task, folder))
                 continue
             try:
@@ -87,8 +86,6 @@ class Run:
 
     def _evaluate(self, task: Task, folder: Path) -> None:
         started = time.perf_counter()
-        if task.domain == "synthetic":
-            folder = synthetic_data(task, self._cache, self._observer)
         taps = self._encoder.info.taps
         frames = kind_of(task).needs_frames
         if frames and all(tap.contract.clip_only for tap in taps):

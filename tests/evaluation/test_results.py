@@ -350,3 +350,16 @@ def test_a_drop_is_written_with_its_reason(schema: Record) -> None:
     written = json.loads(indented(scored(shipped_tasks()["esc50"], 0.5, clips=clips)))
     assert written["clips"]["dropped"] == [{"key": "a.tar/é\x1b[31m", "reason": "audio cannot be decoded"}]
     jsonschema.validate(written, {**schema, "$ref": "#/$defs/TaskResult"})
+
+
+def test_tasks_that_xares_skips_are_in_no_average_of_its_protocol() -> None:
+    tasks = shipped_tasks()
+    assert {name for name, task in tasks.items() if task.disabled} == {"finger_snap", "key_scratching", "liveenv"}
+    records = [scored(tasks["finger_snap"], 0.5), scored(tasks["inside_outside_car"], 0.9)]
+    assert averages(records, {})["all"]["head"].weighted == pytest.approx(0.7)
+    found = averages(records, {}, protocol="xares")["all"]["head"]
+    assert (found.weighted, found.mean, found.tasks) == (0.9, 0.9, 1)
+    assert "liveenv" not in found.missing
+    assert "liveenv" in averages(records, {})["all"]["head"].missing
+    assert averages(records[:1], {}, protocol="xares") == {}
+    assert [tasks["liveenv"].weight_under(name) for name in ("corrected", "xares")] == [5000, None]

@@ -333,6 +333,15 @@ def test_selection_cuts_to_the_reference_and_lowers_case(
         assert scores_by(otherwise, clips)[1] < result.valid_score - 0.1
 
 
+def test_xares_counts_errors_beyond_every_word_as_no_word_right(language_model: LanguageModel) -> None:
+    """Of epochs in which more is wrong than there are words, its rule knows no better one and takes the first."""
+    task, head = speech(60, 10, 2), Head(epochs=6)
+    (plain,) = task.train(language_model, head)
+    (floored,) = task.train(language_model, head, least_score=plain.valid_score + 0.1)
+    assert plain.best_epoch > 1
+    assert (floored.valid_score, floored.best_epoch) == (plain.valid_score + 0.1, 1)
+
+
 def test_without_validation_clips_the_last_epoch_is_taken(language_model: LanguageModel) -> None:
     (result,) = speech(12, 0, 4).train(language_model, Head(epochs=2))
     assert result.best_epoch == 2

@@ -225,6 +225,8 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
             raise ValueError("its columns differ in length")
         if [arrays[column].dtype.kind for column in ("key", "fold", "seed")] != ["U", "U", "i"]:
             raise ValueError("key and fold must be texts, and seed a whole number")
+        if "group" in arrays and arrays["group"].dtype.kind != "U":
+            raise ValueError("group must be a text")
     except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = f"there is no column {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{file} does not hold predictions as an evaluation writes them: {reason}") from error

@@ -185,7 +185,7 @@ def make_board(sides: Sequence[Side]) -> Board:
     rows = tuple(_rows(models, draws))
     averages = tuple(_averages(models, draws))
     published = dict.fromkeys(name for row in rows for name in row.published)
-    notes = (*_missing_notes(models), *draws.notes())
+    notes = (*_missing_notes(models), *_published_notes(rows), *draws.notes())
     return Board(models, rows, averages, tuple(_curves(models)), tuple(published), notes)
 
 
@@ -353,14 +353,15 @@ def _averages(models: Sequence[Model], draws: _Draws) -> Iterator[AverageRow]:
                 mine, other = intervals[best], intervals[i]
                 same = scores[i][0] == scores[best][0]
                 verdicts[i] = Verdict("best") if same else _verdict(behind, mine, other, True)
-        shipped = [t for t in shipped_tasks().values() if in_group(t, group) and t.weight is not None]
+        protocol = models[0].result.settings.get("protocol", "corrected")
+        shipped = [t for t in shipped_tasks().values() if in_group(t, group) and t.weight_under(protocol) is not None]
         yield AverageRow(
             group=group,
             method=method,
             tasks=tasks,
             of=len([t for t in shipped if method == "head" or t.knn]) or len(tasks),
             cells=tuple(AverageCell(*s, ci, v) for s, ci, v in zip(scores, intervals, verdicts, strict=True)),
-            published=published_averages(records[0], method),
+            published=published_averages(records[0], method) if all(r.published for r in records[0]) else {},
         )
 
 
@@ -442,6 +443,15 @@ def _missing_notes(models: Sequence[Model]) -> Iterator[str]:
             if lacking := [task for task in everything if task not in mine]:
                 few = ", ".join(map(printable, lacking[:6])) + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
                 yield f"{model.label} has no {method} score of {few}, so the averages here leave out what others have there"
+
+
+def _published_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """What must be known of X-ARES's scores where they are shown."""
+    tasks = shipped_tasks()
+    for name in dict.fromkeys(row.task for row in rows if row.published and row.task in tasks):
+        of_task = tasks[name].published
+        if of_task and of_task.note:
+            yield f"{name}, published {of_task.note}"
 
 
 def _curves(models: Sequence[Model]) -> Iterator[Curve]:

@@ -80,7 +80,7 @@ def scorers_of(
     Raises `KeyError`, `ValueError`, `TypeError` or `IndexError` where the arrays are not those of the metric.
     """
     kind = kind_scored_by(metric)
-    columns = {name: array for name, array in predictions.items() if name not in ("key", "fold", "seed")}
+    columns = {name: array for name, array in predictions.items() if name not in ("key", "fold", "seed", "group")}
     scorers = []
     for fold, keys in (clips_of(predictions) if clips is None else clips).items():
         positions = {key: position for position, key in enumerate(keys)}
@@ -99,14 +99,17 @@ def scorers_of(
 
 def _predictions(kind: Kind, by_fold: Sequence[Sequence[Outcome]]) -> Predictions:
     keys = np.array(kind.dataset.keys)
+    groups = None if kind.dataset.groups is None else np.array(kind.dataset.groups)
     rows = []
     for fold, outcomes in zip(kind.folds, by_fold, strict=True):
         for outcome in outcomes:
             n = len(outcome.examples)
+            clips = kind.clips_of(outcome.examples)
             about = {
-                "key": keys[kind.clips_of(outcome.examples)],
+                "key": keys[clips],
                 "fold": np.array([fold.name] * n),
                 "seed": np.full(n, outcome.seed),
+                **({} if groups is None else {"group": groups[clips]}),
             }
             rows.append({**about, **kind.columns(outcome)})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

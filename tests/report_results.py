@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from xares_onnx.catalog import shipped_tasks
 from xares_onnx.folds import Protocol
-from xares_onnx.metrics import bootstrap, interval, point
+from xares_onnx.intervals import estimates, interval
+from xares_onnx.metrics import point
 from xares_onnx.results import (
     Clips,
     Encoder,
@@ -54,6 +55,8 @@ def record(task: str, arrays: Predictions, method: str = "linear", tap: str | No
     shipped = shipped_tasks()[task]
     scorers = scorers_of(arrays, shipped.score.metric, CORRECTED)
     scores = point(scorers)
+    by = "knn" if method == "knn" else "head"
+    (estimate,) = estimates([scorers], generator(task, by), None, "share" if shipped.score.higher_is_better else "error")
     published = shipped.published.linear if shipped.published and method != "knn" else {}
     made = TaskResult(
         task=task,
@@ -65,7 +68,7 @@ def record(task: str, arrays: Predictions, method: str = "linear", tap: str | No
         metric=shipped.score.metric,
         higher_is_better=shipped.score.higher_is_better,
         score=float(scores.mean()),
-        ci95=interval(bootstrap(scorers, generator(task, "knn" if method == "knn" else "head"))),
+        ci95=interval(estimate),
         per_seed=[float(score) for score in scores.mean(axis=0)],
         n_test=scorers[0].clips,
         weight=shipped.weight,

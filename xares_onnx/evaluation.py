@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from . import audio, results, scoring, synthetic
 from .catalog import Digests, cache_folder, data_folder, find_parts, missing_data, named_tasks, shipped_tasks, suite_tasks
@@ -34,6 +32,7 @@ from .errors import (
 from .events import Event, Note, Observer, Progress, ignore
 from .folds import Protocol, ProtocolName, make_folds
 from .gates import Gates
+from .intervals import Estimate
 from .kinds import Kind, Tools, kind_of
 from .model_file import find_model
 from .planning import Plan, check_disk, make_plan
@@ -290,12 +289,12 @@ class _Run:
         self.predictions: dict[tuple[str, str], Predictions] = {}
         self.errors: list[XaresError] = []
         self._tasks: list[Task] = []
-        self._replicates: list[dict[tuple[str, str], npt.NDArray[np.float64]]] = [{} for _ in encoder.info.taps]
+        self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in encoder.info.taps]
 
     def averages(self, tap: int) -> results.Averages:
         """The averages by tap number `tap`."""
         name = self._name(tap)
-        return averages([r for r in self.results if r.tap == name], self._replicates[tap], self._tasks)
+        return averages([r for r in self.results if r.tap == name], self._estimates[tap], self._tasks)
 
     def _name(self, tap: int) -> str | None:
         """What a record calls tap number `tap`: nothing the first, which is the model's output or stands in for it."""
@@ -417,7 +416,7 @@ class _Run:
             common = {**common, "comparable": False, "notes": notes}
         by = method_by_tap(name, tap)
         self.predictions[task.name, by] = scored.predictions
-        self._replicates[tap][task.name, name] = scored.replicates
+        self._estimates[tap][task.name, name] = scored.estimate
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
         self.results.append(
             _task_result(
@@ -426,6 +425,7 @@ class _Run:
                 status="ok",
                 score=scored.score,
                 ci95=scored.ci95,
+                test_groups=scored.test_groups,
                 metrics=scored.metrics,
                 per_fold=scored.per_fold,
                 per_seed=scored.per_seed,

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from .catalog import in_group, shipped_tasks
 from .errors import DataError, DataMissingError, MachineError, UsageError
 from .files import disk_error, write_aside
-from .metrics import interval
+from .intervals import Estimate, average, interval
 from .shards import Drop
 from .task import Task
 
@@ -82,7 +82,9 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     score: float | None = None
     """Mean over folds, then over seeds."""
     ci95: Interval | None = None
-    """2,000 bootstrap resamples of the test clips within each fold."""
+    """95 % interval over test clips (or groups of them) and, for heads that draw, seeds."""
+    test_groups: int | None = None
+    """Groups of test clips (speakers, recordings) that the interval resamples whole; null where it resamples clips."""
     metrics: dict[str, float] = {}
     per_fold: list[float] = []
     per_seed: list[float] = []
@@ -167,13 +169,13 @@ def schema() -> dict[str, Any]:
 
 def averages(
     results: Iterable[TaskResult],
-    replicates: Mapping[tuple[str, str], npt.NDArray[np.float64]],
+    estimates: Mapping[tuple[str, str], Estimate],
     own_tasks: Sequence[Task] = (),
 ) -> Averages:
     """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
 
-    `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
-    comes from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
+    `estimates` holds each score with its spread by (task, method): tasks are independent, so an average's interval comes
+    from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
     may hold a user's: they make a group `own`, and are in no other, so that the others mean the same for everybody.
     """
     shipped = shipped_tasks()
@@ -196,14 +198,14 @@ def averages(
             scores = np.array([r.score for r in mine], dtype=np.float64)
             total = weights.sum()
             share = weights / total if total else np.full(len(mine), 1 / len(mine))
-            drawn = [replicates.get((r.task, r.method)) for r in mine]
-            spread = sum(w * d for w, d in zip(share, drawn, strict=True) if d is not None)
+            drawn = [estimates.get((r.task, r.method)) for r in mine]
+            known = [estimate for estimate in drawn if estimate is not None]
             has = {r.task for r in mine}
             missing = [t.name for t in members if t.name not in has and (method == "head" or t.knn)]
             found.setdefault(group, {})[method] = Average(
                 weighted=float(share @ scores),
                 mean=float(scores.mean()),
-                ci95=interval(np.asarray(spread)) if all(d is not None for d in drawn) else None,
+                ci95=interval(average(share, known)) if len(known) == len(drawn) else None,
                 tasks=len(mine),
                 complete=not missing,
                 missing=missing,

@@ -130,9 +130,9 @@ def _remarks(found: Comparison) -> list[str]:
     seeds, protocol = found.settings["seeds"], found.settings["protocol"]
     remarks = [
         f"protocol {protocol}, {seeds} seed{'' if seeds == 1 else 's'}; {_DIRECTION}; 95 %: paired bootstrap over the test "
-        "clips, and what seeds differ by; could show: the smallest difference that these clips find in four cases of five; better, "
-        "worse: also after Benjamini and Hochberg's correction for all scores; p: McNemar's exact test; same: within "
-        f"{found.tolerance:g}, of an error that share"
+        "clips, and what seeds differ by; could show: the smallest difference that these clips find in four cases of "
+        "five; better, worse: also after Benjamini and Hochberg's correction for all scores; p: McNemar's exact test; "
+        f"same: within {found.tolerance:g}, of an error that share"
     ]
     if found.drift and all(drift.cosine_mean is None for drift in found.drift):
         remarks.append(f"no cosine: A has {found.a.dim} dimensions and B {found.b.dim}")

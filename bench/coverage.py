@@ -1,7 +1,7 @@
 """How often the 95 % interval of a score holds the truth, and how often two runs of one model are told apart.
 
-    python bench/coverage.py            # all, about 10 minutes on 2 cores
-    python bench/coverage.py --quick    # a minute: fewer data sets, no 1,000 clips
+    python bench/coverage.py            # all
+    python bench/coverage.py --quick    # fewer data sets, none of 1,000 clips
 
 Data sets are drawn from a law whose score is known, each is scored by the scorers that an evaluation uses, and its interval
 made by `intervals`. The truth is the mean score of test sets of this size: F1 and average precision give another score of
@@ -157,7 +157,7 @@ def told_apart(runs: Runs) -> tuple[Runs, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute: 100 data sets a line, none of 1,000 clips")
+    parser.add_argument("--quick", action="store_true", help="100 data sets a line, none of 1,000 clips")
     parser.add_argument("--metric", choices=METRICS, help="one metric alone")
     arguments = parser.parse_args()
     few, many = (100, 0) if arguments.quick else (500, 200)

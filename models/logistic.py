@@ -30,10 +30,14 @@ _LEAST_CURVATURE = 1e-12
 
 
 class Loss(Protocol):
-    """`groups` (outputs,) which outputs depend on each other: each group is a problem of its own."""
+    """`groups` (outputs,) which outputs depend on each other: each group is a problem of its own.
+
+    `taught` (outputs,) is the class of each output; a class that the rows cannot teach has none.
+    """
 
     outputs: int
     groups: Indices
+    taught: Indices
 
     def start(self, design: Design) -> Floats:
         """(outputs,) biases that are best where the weights are 0."""
@@ -47,12 +51,17 @@ class Loss(Protocol):
 
 
 class Multinomial:
-    """Cross-entropy of `classes`; targets are (rows,) class indices, and every class has a row."""
+    """Cross-entropy of the classes that have a row; targets are (rows,) class indices.
+
+    `counts` (classes,) is how many rows each class has; the outputs are the classes `taught`.
+    """
 
     def __init__(self, counts: Indices) -> None:
-        self.outputs = len(counts)
+        self.taught = np.flatnonzero(counts)
+        self.outputs = len(self.taught)
         self.groups = np.zeros(self.outputs, np.int64)
-        self._counts = counts
+        self._counts = counts[self.taught]
+        self._output_of = np.cumsum(counts > 0) - 1
 
     def start(self, design: Design) -> Floats:
         logs = np.log(self._counts / self._counts.sum())
@@ -60,6 +69,7 @@ class Multinomial:
 
     def step(self, logits: Singles, targets: Indices, columns: Indices) -> tuple[Singles, Floats]:
         rows = np.arange(len(logits))
+        targets = self._output_of[targets]
         logits -= logits.max(axis=1, keepdims=True)
         true = logits[rows, targets].astype(np.float64)
         weights = np.exp(logits, out=logits)
@@ -82,20 +92,23 @@ class Multinomial:
 class OneVersusRest:
     """Binary cross-entropy of each output by itself, that of a positive times `positive_weight`.
 
-    Targets are (rows, outputs) bool. Every output has a row that is positive and one that is not.
+    Targets are (rows, classes) bool. `positives` (classes,) is how many of the `rows` have each class; the outputs are the
+    classes `taught`, which some rows have and some do not.
     """
 
     def __init__(self, positives: Indices, rows: int, positive_weight: float) -> None:
-        self.outputs = len(positives)
+        self.taught = np.flatnonzero((positives > 0) & (positives < rows))
+        self.outputs = len(self.taught)
         self.groups = np.arange(self.outputs)
         self._positive_weight = positive_weight
+        positives = positives[self.taught]
         self._start = np.log(positives * positive_weight / (rows - positives))
 
     def start(self, design: Design) -> Floats:
         return np.asarray(self._start)
 
     def step(self, logits: Singles, targets: npt.NDArray[np.bool_], columns: Indices) -> tuple[Singles, Floats]:
-        positive = targets[:, columns]
+        positive = targets[:, self.taught[columns]]
         distance = np.where(positive, logits, -logits)  # from the boundary, on the right side
         small = np.exp(-np.abs(distance))
         weight = np.where(positive, np.float32(self._positive_weight), np.float32(1))

@@ -51,22 +51,16 @@ class MatrixRows:
     def __init__(self, matrix: Singles, index: Indices, targets: npt.NDArray[Any]) -> None:
         self.count, self.dim = len(index), matrix.shape[1]
         self.blocks = -(-self.count // ROWS_AT_ONCE)
-        self._matrix, self._index = matrix, index
-        self._targets = targets[index]
+        self._matrix, self._index, self._targets = matrix, index, targets
 
-    def own_targets(self) -> npt.NDArray[Any]:
-        """(count, …)"""
-        return self._targets
-
-    def set_targets(self, targets: npt.NDArray[Any]) -> None:
-        """(count, …) in the place of its own."""
-        self._targets = targets
+    def _rows(self, number: int) -> Indices:
+        return self._index[number * ROWS_AT_ONCE : (number + 1) * ROWS_AT_ONCE]
 
     def block(self, number: int) -> Singles:
-        return self._matrix[self._index[number * ROWS_AT_ONCE : (number + 1) * ROWS_AT_ONCE]]
+        return self._matrix[self._rows(number)]
 
     def targets(self, number: int) -> npt.NDArray[Any]:
-        return np.asarray(self._targets[number * ROWS_AT_ONCE : (number + 1) * ROWS_AT_ONCE])
+        return np.asarray(self._targets[self._rows(number)])
 
 
 class Standardisation:

@@ -255,12 +255,12 @@ def tried(selection: float, log_loss: float, strength: float = 1.0) -> convex.Tr
 
 
 def test_ties_go_to_the_lower_log_loss_and_then_to_the_stronger() -> None:
-    assert convex._better(tried(0.6, 2.0), tried(0.5, 1.0), None)
-    assert not convex._better(tried(0.4, 0.5), tried(0.5, 1.0), None)
-    assert convex._better(tried(0.5, 0.9), tried(0.5, 1.0), None)
-    assert not convex._better(tried(0.5, 1.0), tried(0.5, 1.0), None)
-    assert convex._better(tried(0.1, 9.0), tried(math.nan, 1.0), None)
-    assert convex._better(tried(math.nan, 0.9), tried(math.nan, 1.0), None)
+    assert convex.better(tried(0.6, 2.0), tried(0.5, 1.0), None)
+    assert not convex.better(tried(0.4, 0.5), tried(0.5, 1.0), None)
+    assert convex.better(tried(0.5, 0.9), tried(0.5, 1.0), None)
+    assert not convex.better(tried(0.5, 1.0), tried(0.5, 1.0), None)
+    assert convex.better(tried(0.1, 9.0), tried(math.nan, 1.0), None)
+    assert convex.better(tried(math.nan, 0.9), tried(math.nan, 1.0), None)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -22,8 +22,9 @@ from ..errors import ScoreUndefinedError
 from ..metrics import AveragePrecisionScorer, point
 from ..models import ridge
 from ..models.logistic import MAX_ITERATIONS, Loss, Multinomial, OneVersusRest, Solution, path, solve
-from ..models.standardised import ROWS_AT_ONCE, Design, Head, MatrixRows, Pool, pool_of
-from .training import Indices, Rows
+from ..models.standardised import ROWS_AT_ONCE, Design, Head, MatrixRows, Pool, Rows, pool_of
+from .training import Indices
+from .training import Rows as RowNumbers
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,11 +37,11 @@ RIDGE_STRENGTHS = tuple(float(f"{10 ** (4 - 0.5 * step):.3g}") for step in range
 SELECTION_TOLERANCE = 3e-3
 TOLERANCE = 1e-4
 _ON_THE_WAY = 1e-2  # for the stronger fits that the last one comes from
-_LEAST_PROBABILITY = 1e-15  # in log losses
+LEAST_PROBABILITY = 1e-15  # in log losses
 
 
 @dataclass(frozen=True)
-class FoldRows(Rows):
+class FoldRows(RowNumbers):
     """Crops of one fold; `held_out` of the training clips for selection, which the last fit has too."""
 
     held_out: Indices
@@ -128,10 +129,10 @@ class Objective(Protocol):
     strengths: Sequence[float]
     without_selection: float  # the strength that is taken where no selection clip tells
 
-    def fits(self, rows: MatrixRows, pool: Pool) -> Iterator[Fit]:
+    def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
         """One for each strength, from the strongest on."""
 
-    def refit(self, rows: MatrixRows, pool: Pool, near: Fit) -> Fit:
+    def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
         """With the strength of `near`, on rows that are much the same."""
 
     def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
@@ -173,9 +174,8 @@ def fit_fold(
         for fit in objective.fits(MatrixRows(embeddings, rows.train, objective.targets), pool):
             (selection, log_loss), (test, _) = (scoring.score(fit.head, crops) for crops in (rows.valid, rows.test))
             tried.append(Tried(fit.strength, selection, log_loss, test, fit.convergence))
-            if near is None or _better(
-                tried[-1], tried[chosen], objective.without_selection if not len(rows.valid) else None
-            ):
+            wanted = objective.without_selection if not len(rows.valid) else None
+            if near is None or better(tried[-1], tried[chosen], wanted):
                 near, chosen = fit, len(tried) - 1
         assert near is not None
         all_train = np.concatenate([rows.train, rows.held_out])
@@ -202,7 +202,7 @@ def train_convex(
     return results
 
 
-def _better(new: Tried, best: Tried, wanted: float | None) -> bool:
+def better(new: Tried, best: Tried, wanted: float | None) -> bool:
     """Equal scores, undefined ones too, are told apart by the log loss; equal losses leave the stronger, which came first.
 
     Without selection clips it is the strength nearest to the `wanted` one.
@@ -242,12 +242,12 @@ class _Scoring:
             mine = crops[bounds[first] : bounds[last]]
             block = self._embeddings[mine]
             if not np.isfinite(block).all():
-                raise _undefined()
+                raise undefined()
             activation = self._objective.activation(head, block)
             means = np.add.reduceat(activation, bounds[first:last] - bounds[first], axis=0, dtype=np.float64)
             means /= np.diff(bounds[first : last + 1])[:, None]
             if not np.isfinite(means).all():
-                raise _undefined()
+                raise undefined()
             targets = self._objective.targets[crops[bounds[first:last]]]
             return self._objective.decide(means), self._objective.log_loss(means, targets)
 
@@ -255,70 +255,71 @@ class _Scoring:
         return found, np.concatenate([predictions for predictions, _ in parts]), sum(loss for _, loss in parts)
 
 
-def _undefined() -> ScoreUndefinedError:
+def undefined() -> ScoreUndefinedError:
     return ScoreUndefinedError(
         "the trained head gives NaN or infinity, so there is no score; the embeddings may be too large for it"
     )
 
 
-def _design(rows: MatrixRows, pool: Pool, axes: Floats | None = None) -> Design:
+def standardised_design(rows: Rows, pool: Pool, axes: Floats | None = None) -> Design:
     design = Design(rows, pool, axes)
     if not design.standardisation.finite:
-        raise _undefined()
+        raise undefined()
     return design
 
 
 # ---------------------------------------------------------------- what is fitted
 
 
-class _Logistic:
-    """What classes and tags share. Outputs that the rows cannot teach are left out of the fit: `_loss` says which are in."""
+class Logistic:
+    """What classes, tags and events share. Classes that the rows cannot teach are left out of the fit."""
 
     strengths = LOGISTIC_STRENGTHS
     without_selection = 1e-3
     outputs: int
 
-    def _loss(self, rows: MatrixRows) -> tuple[Loss, Indices, Floats]:
-        """The loss, the outputs that it has, and the biases (outputs,) of the others; `rows` get targets as it wants."""
+    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+        """The loss, and the biases (classes,) of the classes that it leaves out."""
         raise NotImplementedError
 
-    def fits(self, rows: MatrixRows, pool: Pool) -> Iterator[Fit]:
-        design = _design(rows, pool)
-        loss, columns, bias = self._loss(rows)
-        if not (len(columns) and design.variances.any()):
-            yield from (_constant(design, loss, columns, bias, strength) for strength in self.strengths)
+    def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
+        design = standardised_design(rows, pool)
+        loss, bias = self._loss(rows)
+        if not (loss.outputs and design.variances.any()):
+            yield from (_constant(design, loss, bias, strength) for strength in self.strengths)
             return
         for solution in path(design, loss, self.strengths, SELECTION_TOLERANCE, MAX_ITERATIONS):
-            yield self._fit(design, solution, columns, bias)
+            yield self._fit(design, loss, solution, bias)
 
-    def refit(self, rows: MatrixRows, pool: Pool, near: Fit) -> Fit:
-        design = _design(rows, pool, near.axes)
-        loss, columns, bias = self._loss(rows)
-        if not (len(columns) and design.variances.any()):
-            return _constant(design, loss, columns, bias, near.strength)
+    def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
+        design = standardised_design(rows, pool, near.axes)
+        loss, bias = self._loss(rows)
+        if not (loss.outputs and design.variances.any()):
+            return _constant(design, loss, bias, near.strength)
         # Not from the weights of `near`: the held-out rows lie far on the wrong side of some of its boundaries.
         *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], _ON_THE_WAY, MAX_ITERATIONS)
-        return self._fit(design, solve(design, loss, near.strength, start.theta, TOLERANCE, MAX_ITERATIONS), columns, bias)
+        solution = solve(design, loss, near.strength, start.theta, TOLERANCE, MAX_ITERATIONS)
+        return self._fit(design, loss, solution, bias)
 
-    def _fit(self, design: Design, solution: Solution, columns: Indices, bias: Floats) -> Fit:
+    def _fit(self, design: Design, loss: Loss, solution: Solution, bias: Floats) -> Fit:
         solved = design.head(solution.theta)
         weight = np.zeros((design.rows.dim, self.outputs))
-        weight[:, columns] = solved.weight
+        weight[:, loss.taught] = solved.weight
         bias = bias.copy()
-        bias[columns] = solved.bias
+        bias[loss.taught] = solved.bias
         convergence = Convergence(solution.relative_gradient_norm, solution.iterations, solution.converged)
         return Fit(Head(design.standardisation, weight, bias), solution.strength, convergence, design.axes)
 
 
-def _constant(design: Design, loss: Loss, columns: Indices, bias: Floats, strength: float) -> Fit:
+def _constant(design: Design, loss: Loss, bias: Floats, strength: float) -> Fit:
     """Where nothing tells the rows apart: each output as often as it is there."""
     bias = bias.copy()
-    bias[columns] = loss.start(design)
+    bias[loss.taught] = loss.start(design)
     head = Head(design.standardisation, np.zeros((design.rows.dim, len(bias))), bias)
     return Fit(head, strength, Convergence(0.0, 0, True))
 
 
-class Classes(_Logistic):
+class Classes(Logistic):
     """Multinomial; the class of the largest mean probability; accuracy. `targets` (crops,) class indices.
 
     A class without a training crop is never predicted.
@@ -327,10 +328,9 @@ class Classes(_Logistic):
     def __init__(self, targets: Indices, classes: int) -> None:
         self.targets, self.outputs = targets, classes
 
-    def _loss(self, rows: MatrixRows) -> tuple[Loss, Indices, Floats]:
-        classes, numbers, counts = np.unique(rows.own_targets(), return_inverse=True, return_counts=True)
-        rows.set_targets(numbers)
-        return Multinomial(counts), classes, np.full(self.outputs, -np.inf)
+    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+        counts = sum(np.bincount(rows.targets(number), minlength=self.outputs) for number in range(rows.blocks))
+        return Multinomial(np.asarray(counts)), np.full(self.outputs, -np.inf)
 
     def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         logits = head.logits(block)
@@ -343,30 +343,31 @@ class Classes(_Logistic):
 
     def log_loss(self, means: Floats, targets: Indices) -> float:
         true = means[np.arange(len(means)), targets]
-        return -float(np.log(np.maximum(true, _LEAST_PROBABILITY)).sum())
+        return -float(np.log(np.maximum(true, LEAST_PROBABILITY)).sum())
 
     def score(self, predictions: Indices, targets: Indices) -> float:
         return float((predictions == targets).mean())
 
 
-class Tags(_Logistic):
-    """One against the rest; probabilities; macro average precision. `targets` (crops, classes) bool.
+class OneAgainstTheRest(Logistic):
+    """What tags and events share: a class that no training row has, or every one, is given the probability 0 or 1."""
 
-    A class that no training crop has, or every one, is given the probability 0 or 1.
-    """
+    def __init__(self, classes: int, positive_weight: float) -> None:
+        self.outputs, self._positive_weight = classes, positive_weight
+
+    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+        positives = np.asarray(sum(rows.targets(number).sum(axis=0) for number in range(rows.blocks)))
+        loss = OneVersusRest(positives, rows.count, self._positive_weight)
+        return loss, np.where(positives > 0, np.inf, -np.inf)
+
+
+class Tags(OneAgainstTheRest):
+    """Probabilities; macro average precision. `targets` (crops, classes) bool."""
 
     def __init__(self, targets: npt.NDArray[np.bool_], positive_weight: float, *, present_only: bool = True) -> None:
-        self.targets, self.outputs = targets, targets.shape[1]
-        self._positive_weight = positive_weight
+        super().__init__(targets.shape[1], positive_weight)
+        self.targets = targets
         self._present_only = present_only
-
-    def _loss(self, rows: MatrixRows) -> tuple[Loss, Indices, Floats]:
-        targets = rows.own_targets()
-        positives = targets.sum(axis=0)
-        columns = np.flatnonzero((positives > 0) & (positives < rows.count))
-        rows.set_targets(targets[:, columns])
-        loss = OneVersusRest(positives[columns], rows.count, self._positive_weight)
-        return loss, columns, np.where(positives > 0, np.inf, -np.inf)
 
     def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.asarray(expit(head.logits(block)))
@@ -376,7 +377,7 @@ class Tags(_Logistic):
 
     def log_loss(self, means: Floats, targets: npt.NDArray[np.bool_]) -> float:
         true = np.where(targets, means, 1 - means)
-        return -float(np.log(np.maximum(true, _LEAST_PROBABILITY)).mean(axis=1).sum())
+        return -float(np.log(np.maximum(true, LEAST_PROBABILITY)).mean(axis=1).sum())
 
     def score(self, predictions: npt.NDArray[np.float32], targets: npt.NDArray[np.bool_]) -> float:
         examples = np.arange(len(targets))
@@ -393,14 +394,14 @@ class Numbers:
     def __init__(self, targets: Floats, bounds: tuple[float, float] | None) -> None:
         self.targets, self._bounds = targets, bounds
 
-    def fits(self, rows: MatrixRows, pool: Pool) -> Iterator[Fit]:
+    def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
         return self._fits(rows, pool, self.strengths)
 
-    def refit(self, rows: MatrixRows, pool: Pool, near: Fit) -> Fit:
+    def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
         return next(self._fits(rows, pool, [near.strength]))
 
-    def _fits(self, rows: MatrixRows, pool: Pool, strengths: Sequence[float]) -> Iterator[Fit]:
-        design = _design(rows, pool)
+    def _fits(self, rows: Rows, pool: Pool, strengths: Sequence[float]) -> Iterator[Fit]:
+        design = standardised_design(rows, pool)
         for solution in ridge.solutions(design, strengths):
             convergence = Convergence(solution.relative_gradient_norm, solution.iterations, solution.converged)
             yield Fit(design.head(solution.theta), solution.strength, convergence)

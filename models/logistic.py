@@ -221,7 +221,7 @@ class _Problem:
 
     def _curvature(self, curvature: Floats) -> Floats:
         """(rank + 1, outputs) guess of the diagonal of the Hessian."""
-        return np.maximum(curvature, _LEAST_CURVATURE) * self._variances + self._penalty
+        return np.asarray(np.maximum(curvature, _LEAST_CURVATURE) * self._variances + self._penalty)
 
     def _relative_norm(self, theta: Floats, gradient: Floats, curvature: Floats) -> Floats:
         """(groups,). A share of the bias keeps it finite where nothing can be learnt from the rows."""

@@ -16,10 +16,10 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from xares_onnx.data.task import Head
 from xares_onnx.probes.convex import Classes, FoldRows, train_convex
 from xares_onnx.probes.linear import Classification, train_linear
 from xares_onnx.probes.training import Rows
-from xares_onnx.task import Head
 
 DIM, LABEL_NOISE, SPREAD = 768, 0.1, 0.4
 

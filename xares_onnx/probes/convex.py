@@ -19,7 +19,8 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from ..errors import ScoreUndefinedError
-from ..metrics import AveragePrecisionScorer, point
+from ..metrics.average_precision import AveragePrecisionScorer
+from ..metrics.bootstrap import point
 from ..models import ridge
 from ..models.logistic import MAX_ITERATIONS, Loss, Multinomial, OneVersusRest, Solution, path, solve
 from ..models.standardised import ROWS_AT_ONCE, Design, Head, MatrixRows, Pool, Rows, pool_of

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from .. import rasters
+from ..data.sound_events import Events, Floats
+from ..metrics import segments as rasters
+from ..metrics.segments import Average, Bools
 from ..models.standardised import ROWS_AT_ONCE, Head, Pool, pool_of
-from ..rasters import Average, Bools, Events, Floats
 from .convex import LEAST_PROBABILITY, ConvexResult, Fit, FoldRows, OneAgainstTheRest, Tried, better, undefined
 from .training import Indices
 

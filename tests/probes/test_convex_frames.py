@@ -17,14 +17,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from xares_onnx import rasters
+from xares_onnx.data.sound_events import Events
 from xares_onnx.errors import ScoreUndefinedError
+from xares_onnx.metrics import segments as rasters
 from xares_onnx.models import standardised
 from xares_onnx.models.standardised import pool_of
 from xares_onnx.probes import convex_frames
 from xares_onnx.probes.convex import FoldRows, OneAgainstTheRest
 from xares_onnx.probes.convex_frames import THRESHOLDS, Clips, EventsResult, FrameRows, fit_frames
-from xares_onnx.rasters import Events
 
 DIM, CLASSES, HOP, SEGMENT, WEIGHT = 8, 3, 0.04, 0.1, 4.0
 ROWS = FoldRows(np.arange(30), np.arange(30, 50), np.arange(50, 70), held_out=np.arange(30, 50))

@@ -415,7 +415,7 @@ def test_a_batch_coupled_model_is_run_alone(tmp_path: Path, shared_process: None
     clips = [noise(RATE), 5 * noise(RATE, seed=1)]
     alone = [loaded.embed([clip], RATE)[0].frames for clip in clips]
     np.testing.assert_array_equal(np.stack([found.frames for found in loaded.embed(clips, RATE)]), np.stack(alone))
-    assert loaded.info.batch == 1
+    assert loaded.info.batching.items == 1
 
 
 # ---------------------------------------------------------------- --trust

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -19,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from . import audio
+from .batching import Batching
 from .chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
 from .contract import (
     Contract,
@@ -47,7 +49,12 @@ from .session import CPU, Session, cuda_may_work
 from .worker import Array, Beat, Tell, Worker, limit_memory
 
 T = TypeVar("T")
-GPU_BATCH = 16
+GPU_BATCH = 32  # most chunks in one call
+_CALL_SECONDS = 160  # most audio in one call of several chunks
+_WINDOW_SECONDS = 900  # of chunks, among which those of equal length are looked for
+_WINDOW_BYTES = 1 << 28  # most embedding values of a window, so that many taps are held no longer than one
+_GPU_CALLERS = 2  # one prepares a call while the device is busy with the other's; each has handles and workspace of its own
+_CUDA_SECONDS = 90.0  # longest first load: CUDA's and cuDNN's libraries are gigabytes, which may come from a cold disk
 _CACHE_VERSION = 4
 
 
@@ -71,6 +78,9 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Outputs that are scored beside the contract's, in the same pass."""
     exposure: Exposure | None = None
     """Inner tensors that were made outputs for them."""
+    batch_difference: float | None = None
+    """Largest difference of a chunk alone from the same chunk in a full call, as a share of the largest embedding value;
+    None where a chunk is always alone."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -78,10 +88,15 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
         return (Tap(self.contract.output, self.contract), *self.more_taps)
 
     @property
-    def batch(self) -> int:
-        """Most equal-length chunks in one call. On the CPU one: as fast, and no clip then meets another."""
-        coupled = self.contract.batch_coupled or not self.contract.dynamic_batch
-        return 1 if self.provider == CPU or coupled else GPU_BATCH
+    def batching(self) -> Batching:
+        """Which chunks share a call. On the CPU none do: that is as fast, and no clip then meets another."""
+        if self.provider == CPU or self.contract.batch_coupled or not self.contract.dynamic_batch:
+            return Batching()
+        rate = self.contract.sample_rate
+        framed = [tap.contract for tap in self.taps if tap.contract.hop_samples]
+        bytes_a_sample = sum(4 * contract.dim / (contract.hop_samples or 1) for contract in framed)
+        window = min(_WINDOW_SECONDS * rate, int(_WINDOW_BYTES / bytes_a_sample) if bytes_a_sample else sys.maxsize)
+        return Batching(GPU_BATCH, _CALL_SECONDS * rate, window)
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
@@ -92,6 +107,11 @@ class ModelSpec(msgspec.Struct, frozen=True):
     threads: int
     stamp: Stamp | None = None  # of the model file as it was measured
     trust: bool = False  # lifts limits on size, memory and time (`limits`)
+
+    @property
+    def callers(self) -> int:
+        """Threads that call the model at once; clips are decoded on `threads`."""
+        return self.threads if self.info.provider == CPU else min(self.threads, _GPU_CALLERS)
 
 
 @dataclass(frozen=True)
@@ -198,7 +218,9 @@ def load_encoder(
                     silence_limit=silence_seconds(model.stat().st_size, trust),
                     observer=observer,
                 )
-            if remembered:
+            if device == "auto" and info.provider == CPU and cuda_may_work():
+                worker.close()  # what CUDA has mapped there would count against the limit on memory
+            elif remembered:  # not that CUDA did not start: the next run may find it mended
                 remembered.save(info)
         except BaseException:
             worker.close()
@@ -291,6 +313,7 @@ def _resolve(
     if on_cpu:
         limit_memory(memory_bytes(scan.bytes, trust))
     patience = silence_seconds(scan.bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
+    patience += 0.0 if on_cpu else _CUDA_SECONDS
     tell(Doing("loading the model", patience))
     session = _session(model, device, None)
     if any(stamp(file) != then for file, then in stamps.items()):
@@ -298,10 +321,11 @@ def _resolve(
     tell(Doing("measuring the model", patience))
     heard = merge(declared, declared_in_metadata(scan.metadata), beside)
     heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
-    beat = _Budget(measuring_seconds(scan.bytes, trust) * (2 if taps else 1), tell).beat
+    budget = measuring_seconds(scan.bytes, trust) * (2 if taps else 1) + (0.0 if on_cpu else _CUDA_SECONDS)
+    beat = _Budget(budget, tell).beat
     open_exposing = functools.partial(_session, model, device)
     found = measure_taps(path, open_exposing, heard, taps, beat, max_dim=limits(trust).dim)
-    return EncoderInfo(
+    info = EncoderInfo(
         path=model,
         scan=scan,
         contract=found.contract,
@@ -311,6 +335,29 @@ def _resolve(
         more_taps=tuple(Tap(name, contract) for name, contract in found.more.items()),
         exposure=found.exposure,
     )
+    return _with_batch_difference(info, lambda: open_exposing(found.exposure), beat)
+
+
+def _with_batch_difference(info: EncoderInfo, open_measured: Callable[[], Session], beat: Callable[[], None]) -> EncoderInfo:
+    """`info` with what sharing a call changes in an embedding, if calls are shared: measured on a full call of noise."""
+    contract = info.contract
+    items = len(info.batching.groups([contract.chunk_samples] * info.batching.items)[0])
+    if items == 1:
+        return info
+    session = open_measured()
+    noise = np.random.default_rng(2).standard_normal((items, contract.chunk_samples)).astype(np.float32) * np.float32(0.1)
+    together = session.run(noise, contract)
+    beat()
+    worst = 0.0
+    for number in (0, items - 1):
+        alone = session.run(noise[number : number + 1], contract)[0]
+        beat()
+        worst = max(worst, float(np.abs(together[number] - alone).max()) / (float(np.abs(alone).max()) or 1.0))
+    note = (
+        f"up to {items} chunks of equal length share a call; an embedding then differs from that of a chunk alone by up to "
+        f"{worst:.1e} of the largest value"
+    )
+    return msgspec.structs.replace(info, batch_difference=worst, notes=(*info.notes, note))
 
 
 class _Budget:
@@ -338,12 +385,13 @@ def open_session(spec: ModelSpec, tell: Tell) -> Session:
         limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
     if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
         raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
-    tell(Doing("loading the model"))
+    tell(Doing("loading the model", 0.0 if spec.info.provider == CPU else _CUDA_SECONDS))
     # A spec measured on the CPU must not meet a GPU that came since.
     device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
     session = _session(spec.info.path, device, spec.info.exposure)
     if session.provider != spec.info.provider:
-        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; run again")
+        why = session.note or "run again"
+        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; {why}")
     tell(Doing("running the model"))
     return session
 
@@ -356,11 +404,22 @@ class Job:
     waveform: npt.NDArray[np.float32]
 
 
+class _Piece(NamedTuple):
+    """A chunk of a job, and whether it is the job's last."""
+
+    job: Job
+    chunk: Chunk
+    is_last: bool
+
+
+_Frames = npt.NDArray[np.float32]
+
+
 class ChunkRunner:
     """Runs waveforms through a session, chunk by chunk, from several threads, and gives results in order.
 
-    Chunks of equal length that follow each other share a call, up to the batch of the encoder. Every call gives the outputs
-    of `taps`, the contract's alone if they are not given.
+    Which chunks share a call is the encoder's `batching`, if none is given. Every call gives the outputs of `taps`, the
+    contract's alone if they are not given.
     """
 
     def __init__(
@@ -371,44 +430,65 @@ class ChunkRunner:
         *,
         pad_short_clips: bool = True,
         keep_padding: bool = False,
+        batching: Batching | None = None,
+        callers: int | None = None,
     ) -> None:
         self._session = session
         self._contract = spec.info.contract
         self._taps = [self._contract] if taps is None else list(taps)
-        self._batch = spec.info.batch
-        self._threads = spec.threads
+        self._batching = batching or spec.info.batching
+        self._callers = callers or spec.callers
         self._pad_short_clips = pad_short_clips
         self._keep_padding = keep_padding
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[_Frames], bool]]:
         """(job, chunk, kept frames (frames, dim) of each tap, whether it is its last chunk), in the order of the jobs."""
-        waiting: deque[tuple[Future[list[list[npt.NDArray[np.float32]]]], list[tuple[Job, Chunk, bool]]]] = deque()
-        with ThreadPoolExecutor(self._threads) as pool:
-            for group in self._groups(jobs):
-                waiting.append((pool.submit(self._run_group, group), group))
-                if len(waiting) > 2 * self._threads:
-                    yield from self._results(*waiting.popleft())
-            while waiting:
-                yield from self._results(*waiting.popleft())
+        # Another window is collected while one runs; where a window is one chunk, every thread has the next at hand.
+        ahead = 1 if self._batching.window_samples else 2 * self._callers
+        waiting: deque[list[tuple[_Piece, Future[list[list[_Frames]]], int]]] = deque()
+        with ThreadPoolExecutor(self._callers) as pool:
+            try:
+                for window in self._windows(jobs):
+                    waiting.append(self._submit(pool, window))
+                    if len(waiting) > ahead:
+                        yield from self._results(waiting.popleft())
+                while waiting:
+                    yield from self._results(waiting.popleft())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def _groups(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Chunk, bool]]]:
-        group: list[tuple[Job, Chunk, bool]] = []
+    def _windows(self, jobs: Iterable[Job]) -> Iterator[list[_Piece]]:
+        """Consecutive chunks, as many as the batching's window holds: one at a time where it holds none."""
+        window: list[_Piece] = []
+        samples = 0
         for job in jobs:
             if self._contract.normalize == "zscore":
                 job = Job(job.tag, zscore(job.waveform))
             chunks = plan_chunks(len(job.waveform), self._contract, pad_short_clips=self._pad_short_clips)
             for chunk in chunks:
-                if group and (len(group) == self._batch or group[0][1].length != chunk.length):
-                    yield group
-                    group = []
-                group.append((job, chunk, chunk is chunks[-1]))
-        if group:
-            yield group
+                window.append(_Piece(job, chunk, chunk is chunks[-1]))
+                samples += chunk.length
+                if samples >= self._batching.window_samples:
+                    yield window
+                    window, samples = [], 0
+        if window:
+            yield window
 
-    def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[list[npt.NDArray[np.float32]]]:
+    def _submit(
+        self, pool: ThreadPoolExecutor, window: list[_Piece]
+    ) -> list[tuple[_Piece, Future[list[list[_Frames]]], int]]:
+        """Each chunk with the call that it is in, and its number there."""
+        calls: dict[int, tuple[Future[list[list[_Frames]]], int]] = {}
+        for group in self._batching.groups([piece.chunk.length for piece in window]):
+            future = pool.submit(self._run_group, [window[number] for number in group])
+            calls.update((number, (future, place)) for place, number in enumerate(group))
+        return [(piece, *calls[number]) for number, piece in enumerate(window)]
+
+    def _run_group(self, group: list[_Piece]) -> list[list[_Frames]]:
         batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
         held = [chunk.stop - chunk.start for _, chunk, _ in group]
-        kept: list[list[npt.NDArray[np.float32]]] = [[] for _ in group]
+        kept: list[list[_Frames]] = [[] for _ in group]
         for contract, output in zip(self._taps, self._session.run_taps(batch, self._taps, held), strict=True):
             self._check(contract, output, len(group), batch.shape[1])
             for parts, frames, (job, chunk, _) in zip(kept, output, group, strict=True):
@@ -433,10 +513,10 @@ class ChunkRunner:
 
     @staticmethod
     def _results(
-        future: Future[list[list[npt.NDArray[np.float32]]]], group: list[tuple[Job, Chunk, bool]]
-    ) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
-        for frames, (job, chunk, last) in zip(future.result(), group, strict=True):
-            yield job, chunk, frames, last
+        window: list[tuple[_Piece, Future[list[list[_Frames]]], int]],
+    ) -> Iterator[tuple[Job, Chunk, list[_Frames], bool]]:
+        for (job, chunk, is_last), future, place in window:
+            yield job, chunk, future.result()[place], is_last
 
 
 def zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

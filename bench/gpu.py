@@ -444,7 +444,9 @@ def run_section(name: str, bench: Bench) -> dict[str, Any]:
     begun = time.time()
     command = [sys.executable, __file__, "--section", name, "--folder", str(bench.folder), "--device", bench.device]
     process = subprocess.Popen(
-        command + ["--dry"] * bench.dry, env={**os.environ, "GPU_BENCH_STARTED": str(STARTED)}, start_new_session=True
+        command + ["--dry"] * bench.dry,
+        env={**os.environ, "GPU_BENCH_STARTED": str(STARTED), **({"OMP_NUM_THREADS": "1"} if bench.dry else {})},
+        start_new_session=True,
     )
     try:
         ended = f"exit code {process.wait(LIMITS[name])}"

@@ -62,7 +62,8 @@ def knn(x: Matrix, labels: Indices, test: Mask, classes: int, device: str | None
 def logistic_regression(x: Matrix, labels: Indices, test: Mask, classes: int, device: str, *, double: bool = False) -> str:
     """Multinomial, all clips in one batch, L2 on the weights, features standardised; until the gradient is small.
 
-    In single precision the line search may find no descent before that. L-BFGS with a strong Wolfe line search (Nocedal and Wright, Numerical Optimization, 2006, chapter 7.2).
+    In single precision the line search may find no descent before that. L-BFGS with a strong Wolfe line search: Nocedal and
+    Wright, Numerical Optimization, 2006, chapter 7.2.
     """
     torch.zeros(1, device=device)
     begun = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,23 +107,28 @@ def test_calls_depend_on_the_shard_alone(lengths: list[int], batching: Batching)
     assert calls[0] == calls[1] == calls[2]
 
 
-@given(st.lists(st.integers(1, 10 * RATE), max_size=12), BATCHINGS)
-def test_no_more_than_two_windows_are_read_ahead(lengths: list[int], batching: Batching) -> None:
-    """What waits for the model is bounded in samples; a window ends with the chunk that fills it, in the midst of a clip."""
-    taken = given_back = 0.0
-    most = 0.0
+@given(st.integers(1, 12), st.integers(1, 3))
+def test_no_more_than_two_windows_are_read_ahead(clips: int, callers: int) -> None:
+    """What waits for the model is bounded; every window of clips of a second is the same number of clips."""
+    taken: list[int] = []
 
-    def counted() -> Any:
-        nonlocal taken, most
-        for job in jobs(lengths):
-            most = max(most, taken - given_back)
-            taken += len(job.waveform)
+    def read() -> Iterator[Job]:
+        for job in jobs([RATE] * 50):
+            taken.append(job.tag)
             yield job
 
-    for _, chunk, _, _ in runner(Recorded(), batching, 1).run(counted()):
-        given_back += chunk.stop - chunk.start
-    ahead = 2 * batching.window_samples if batching.window_samples else 2 * 4 * RATE
-    assert most <= ahead + 2 * 4 * RATE + 10 * RATE
+    window = Batching(items=4, call_samples=40 * RATE, window_samples=clips * RATE)
+    for number, (job, *_) in enumerate(runner(Recorded(), window, callers).run(read())):
+        assert job.tag == number
+        assert len(taken) == min(50, (number // clips + 2) * clips)
+
+
+def test_a_window_ends_in_the_midst_of_a_clip() -> None:
+    """A recording of hours is held no longer than many clips."""
+    session = Recorded()
+    window = Batching(items=8, call_samples=400 * RATE, window_samples=12 * RATE)
+    list(runner(session, window, 1).run(jobs([40 * RATE])))
+    assert [len(items) for _, items in session.calls] == [3, 3, 3, 1]
 
 
 def test_a_failure_ends_the_calls_that_wait() -> None:

@@ -271,6 +271,7 @@ def environment(encoder: Encoder) -> dict[str, Any]:
             **{name: metadata.version(name) for name in packages},
         },
         "provider": encoder.info.provider,
+        **({} if encoder.info.batch_difference is None else {"batch_difference": encoder.info.batch_difference}),
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),

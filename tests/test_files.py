@@ -134,10 +134,12 @@ def test_a_stamp_of_nothing(tmp_path: Path) -> None:
         stamp(tmp_path / "nothing.bin")
 
 
-def test_a_stamp_is_plain_text(tmp_path: Path) -> None:
+def test_a_stamp_names_any_path_in_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "caf\udce9.bin"  # a name that is not UTF-8
     path.touch()
-    stamp(path)[0].encode()
+    name = stamp(path)[0]
+    assert name == f"{tmp_path.resolve()}/caf\\udce9.bin"
+    assert name.encode().decode() == name
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

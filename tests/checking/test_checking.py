@@ -64,9 +64,7 @@ def test_frames_of_a_local_model_are_the_same_in_chunks_and_before_zeros(
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), [("fp32", None), ("fp16", None), ("fp32", "int8-dynamic")])
-def test_an_exported_transformer_passes_all(
-    dtype: str, quantize: str | None, tmp_path: Path, shared_process: None, one_thread: None
-) -> None:
+def test_an_exported_transformer_passes_all(dtype: str, quantize: str | None, tmp_path: Path, shared_process: None) -> None:
     from random_checkpoints import save_speech
 
     from xares_onnx.exporters import export

@@ -26,6 +26,7 @@ from xares_onnx.data.catalog import (
     shipped_tasks,
     suite_tasks,
 )
+from xares_onnx.data.selection import prepare
 from xares_onnx.data.task import Task, load_task
 from xares_onnx.errors import DataMissingError, UnknownTaskError, UsageError
 from xares_onnx.progress import ignore
@@ -263,3 +264,25 @@ def test_digests_of_parts_name_every_file_once(tmp_path: Path) -> None:
     assert [(event.done, event.total) for event in seen] == [(0, 2), (1, 2), (2, 2)]
     with pytest.raises(DataMissingError, match=r"none\.tar cannot be read"):
         Digests(tmp_path / "cache").of_parts("mine", {"train": [tmp_path / "none.tar"]}, ignore)
+
+
+def test_chosen_tasks_come_with_the_folder_of_their_data(tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    fill(data, *(f"esc50/wds-audio-fold-{fold}-0.tar" for fold in range(1, 6)))
+    timbre, esc50 = (shipped_tasks()[name] for name in ("synthetic_timbre", "esc50"))
+    chosen = catalog.choose_tasks(["synthetic_timbre", "esc50"], None, data, cache, ignore)
+    assert chosen == [(timbre, catalog.synthetic_folder(cache)), (esc50, data)]
+    assert not cache.exists()  # a synthetic task is built when it is prepared
+
+
+def test_a_synthetic_task_is_built_once_when_it_is_prepared(tmp_path: Path) -> None:
+    ((task, folder),) = catalog.choose_tasks(["synthetic_timbre"], None, None, tmp_path, ignore)
+    events: list[Any] = []
+    prepared = prepare(task, folder, Digests(tmp_path), None, events.append)
+    assert {part: [path.name for path in paths] for part, paths in prepared.parts.items()} == {
+        part: [f"{part}-000000.tar"] for part in ("train", "valid", "test")
+    }
+    assert [(event.done, event.total) for event in events[:2]] == [(0, 1), (1, 1)]
+    again: list[Any] = []
+    assert prepare(task, folder, Digests(tmp_path), None, again.append).digest() == prepared.digest()
+    assert [event.total for event in again] == [3] * 4  # shards to digest only

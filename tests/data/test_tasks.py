@@ -95,6 +95,22 @@ def test_a_shipped_task_states_what_was_published(row: list[str]) -> None:
     assert published.knn == (dict(zip(ENCODERS, knn, strict=True)) if knn else {})
 
 
+def test_published_scores_are_those_of_the_same_method_only() -> None:
+    """X-ARES transcribes with a language model, which CTC heads do not stand beside."""
+    asr, esc50 = shipped_tasks()["librispeech"], shipped_tasks()["esc50"]
+    assert asr.published is not None
+    assert esc50.published is not None
+    assert asr.published_scores("head") == {}
+    assert asr.with_head("llm").published_scores("head") == asr.published.linear
+    assert esc50.published_scores("head") == esc50.published.linear
+    assert esc50.published_scores("knn") == esc50.published.knn
+    assert load_task(Path("mine.toml"), task_toml()).published_scores("head") == {}
+    for name in ("desed", "maestro"):
+        published = shipped_tasks()[name].published
+        assert published is not None
+        assert "whisper cannot be reproduced" in (published.note or "")
+
+
 @pytest.mark.parametrize("task", shipped_tasks().values(), ids=lambda task: task.name)
 def test_a_shipped_file_is_named_after_its_task_and_works_by_its_path(task: Task) -> None:
     path = Path(__file__).parents[2] / "tasks" / f"{task.name}.toml"
@@ -368,6 +384,12 @@ def test_no_class_is_a_reason(label: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(("value", "index"), [(0, 0), (9, 9), (3.0, 3), ("7", 7), (" 7 ", 7), (-0.0, 0)])
 def test_an_integer_is_the_index(value: Any, index: int) -> None:
     assert IntegerTarget("label", 10).encode({"label": value}) == index
+
+
+def test_of_two_classes_true_is_1() -> None:
+    target = shipped_tasks()["subway_broadcast"].target
+    values = [True, False, 1, 0, "1"]
+    assert [target.encode({"broadcasting": value}) for value in values] == [1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

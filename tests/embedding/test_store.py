@@ -26,7 +26,7 @@ from xares_onnx.data.shards import Drop
 from xares_onnx.embedding import embed, store
 from xares_onnx.embedding.embed import EmbedSpec
 from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, prune, store_key
-from xares_onnx.encoder import encoder
+from xares_onnx.encoder import spec as encoder_spec
 from xares_onnx.encoder.contract.contract import Contract
 from xares_onnx.encoder.contract.frontend import make_frontend
 from xares_onnx.encoder.exposure import Exposure
@@ -273,6 +273,7 @@ SHAPING: dict[str, Any] = {
 NOT_SHAPING: dict[str, Any] = {
     "model.info.path": "elsewhere/n.onnx",
     "model.info.notes": ("said",),
+    "model.info.batch_difference": 1e-6,
     "model.info.more_taps": (Tap("x", spec().model.info.contract),),
     "model.info.scan.bytes": 2,
     "model.info.scan.parameters": 2,
@@ -351,11 +352,15 @@ def test_all_clips_by_name_are_not_all_clips() -> None:
 def test_providers_and_batches_change_the_name_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda = changed(spec(), "model.info.provider", CUDA)
     on_another = changed(spec(), "model.info.provider", "ROCMExecutionProvider")
-    assert on_cuda.model.info.batch == on_another.model.info.batch > spec().model.info.batch
+    assert on_cuda.model.info.batching == on_another.model.info.batching != spec().model.info.batching
     assert on_cuda.key() != on_another.key()
-    before = on_cuda.key()
-    monkeypatch.setattr(encoder, "GPU_BATCH", 8)
-    assert on_cuda.key() != before
+    on_the_cpu = spec().key()
+    for constant in ("GPU_BATCH", "_CALL_SECONDS", "_WINDOW_SECONDS"):
+        before = on_cuda.key()
+        with monkeypatch.context() as patched:
+            patched.setattr(encoder_spec, constant, 8)
+            assert on_cuda.key() != before
+            assert spec().key() == on_the_cpu
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from corpus import CLASSES, TRIGGER, Clips, tone, tones, wav, write_encoder, write_task, write_tones
 from shard_makers import write_shard
 
+from xares_onnx.data import catalog
 from xares_onnx.data.catalog import choose_tasks, shipped_tasks, suite_tasks
 from xares_onnx.data.task import Task
 from xares_onnx.errors import (
@@ -23,7 +24,7 @@ from xares_onnx.errors import (
     UsageError,
     worst_exit_code,
 )
-from xares_onnx.evaluation import evaluation
+from xares_onnx.evaluation import evaluation, run
 from xares_onnx.evaluation.evaluation import Evaluation, evaluate
 from xares_onnx.evaluation.record import TaskResult
 from xares_onnx.progress import Event, Note, Progress, ignore
@@ -261,7 +262,7 @@ def test_a_suite_without_any_data_is_refused(world: World) -> None:
 def test_without_a_choice_every_task_on_disk(world: World, tmp_path: Path) -> None:
     (tmp_path / "subway_broadcast").mkdir()
     write_shard(tmp_path / "subway_broadcast" / "subway_broadcast-0.tar", {})
-    assert choose_tasks([], None, tmp_path, ignore) == [(shipped_tasks()["subway_broadcast"], tmp_path)]
+    assert choose_tasks([], None, tmp_path, tmp_path / "cache", ignore) == [(shipped_tasks()["subway_broadcast"], tmp_path)]
 
 
 def test_without_data_the_synthetic_suite_and_it_is_said(
@@ -271,19 +272,17 @@ def test_without_data_the_synthetic_suite_and_it_is_said(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "env").mkdir()
     said: list[Event] = []
-    chosen = [task.name for task, _ in choose_tasks([], None, None, said.append)]
+    chosen = [task.name for task, _ in choose_tasks([], None, None, tmp_path / "cache", said.append)]
     assert chosen == [task.name for task in shipped_tasks().values() if task.domain == "synthetic"]
     assert [event.text for event in said if isinstance(event, Note)] == [
         "no data in env, so the built-in synthetic suite is scored; --data names another folder"
     ]
-    monkeypatch.setattr(
-        evaluation, "suite_tasks", lambda suite: [shipped_tasks()["synthetic_timbre"]]
-    )  # building six is slow
+    monkeypatch.setattr(catalog, "suite_tasks", lambda suite: [shipped_tasks()["synthetic_timbre"]])  # building all is slow
     done = evaluate(world.model, cache=world.cache, limit=20, methods=["knn"])
     assert [r.task for r in records(done, status="ok")] == ["synthetic_timbre"]
     assert any("the built-in synthetic suite is scored" in note for note in done.result.notes)
     with pytest.raises(DataMissingError, match="holds no task's data"):  # a folder that was named should have some
-        choose_tasks([], None, tmp_path, ignore)
+        choose_tasks([], None, tmp_path, tmp_path / "cache", ignore)
 
 
 # ---------------------------------------------------------------- lost clips
@@ -356,7 +355,7 @@ def test_data_that_vanish_after_the_choice_are_an_error_and_not_a_skip(
     def vanished(*_: Any) -> None:
         raise DataMissingError("train-0.tar is not there any more")
 
-    monkeypatch.setattr(evaluation, "prepare", vanished)
+    monkeypatch.setattr(run, "prepare", vanished)
     done = world.run(world.tones)
     assert {r.status for r in done.result.tasks} == {"failed"}
     assert worst_exit_code(error.exit_code for error in done.errors) == 4
@@ -494,5 +493,7 @@ def test_settings_are_kept(world: World) -> None:
 
 
 def test_a_task_by_name_and_by_file_are_one(world: World) -> None:
-    tasks: list[tuple[Task, Path]] = choose_tasks([str(world.tones), str(world.tones)], None, world.data, ignore)
+    tasks: list[tuple[Task, Path]] = choose_tasks(
+        [str(world.tones), str(world.tones)], None, world.data, world.cache, ignore
+    )
     assert [task.name for task, _ in tasks] == ["tones"]

@@ -180,8 +180,23 @@ class Digests:
         return digests
 
 
-def choose_tasks(names: Sequence[str], suite: str | None, data: Path | None, observer: Observer) -> list[tuple[Task, Path]]:
-    """The tasks to score, each with the folder that holds its data. A named task without data is an error at once."""
+def choose_tasks(
+    names: Sequence[str], suite: str | None, data: Path | None, cache: Path, observer: Observer
+) -> list[tuple[Task, Path]]:
+    """The tasks to score, each with the folder that `prepare` finds its data in.
+
+    Args:
+        names: Names, patterns or task files. Their data must be there.
+        suite: One of `SUITES` instead of names; its tasks without data are returned too. With neither names nor suite,
+            every task whose data are there, or else the synthetic suite.
+        data: The data folder, None for the default (see `data_folder`).
+        cache: The cache folder, where synthetic tasks lie.
+        observer: Receives a note if the synthetic suite is chosen for want of data.
+
+    Raises:
+        UsageError: Both names and a suite, an unknown name or suite, or an unusable task file.
+        DataMissingError: A named task, or every task of the suite, has no data.
+    """
     if names and suite:
         raise UsageError("--tasks and --suite exclude each other")
     if names:
@@ -191,10 +206,10 @@ def choose_tasks(names: Sequence[str], suite: str | None, data: Path | None, obs
     else:
         chosen = [task for task in shipped_tasks().values() if task.domain != "synthetic"]
     if all(task.domain == "synthetic" for task in chosen):
-        return [(task, Path()) for task in chosen]
+        return [(task, synthetic_folder(cache)) for task in chosen]
     folder = data_folder(data)
-    missing = [task for task in chosen if task.domain != "synthetic" and not find_parts(task, folder)]
-    present = [task for task in chosen if task not in missing]
+    present = [task for task in chosen if has_data(task, folder)]
+    missing = [task for task in chosen if task not in present]
     if names and missing:
         raise DataMissingError(missing_data(missing[0], folder))
     if suite and not present:
@@ -203,15 +218,28 @@ def choose_tasks(names: Sequence[str], suite: str | None, data: Path | None, obs
         raise DataMissingError(f"{folder} holds no task's data; `xares-onnx tasks --data {folder}` shows what is looked for")
     if not present:
         observer(Note(f"no data in {folder}, so the built-in synthetic suite is scored; --data names another folder"))
-        return [(task, Path()) for task in suite_tasks("synthetic")]
-    return [(task, folder) for task in (chosen if suite or names else present)]
+        return [(task, synthetic_folder(cache)) for task in suite_tasks("synthetic")]
+    return [(task, task_folder(task, folder, cache)) for task in (chosen if suite or names else present)]
 
 
-def synthetic_data(task: Task, cache: Path, observer: Observer) -> Path:
-    """The folder that holds a synthetic task's shards, built where it is not there yet."""
-    folder = cache / f"synthetic-{synthetic.VERSION}"
+def has_data(task: Task, folder: Path) -> bool:
+    """Whether `prepare` can find a task's data. A synthetic task's always: it builds them."""
+    return task.domain == "synthetic" or find_parts(task, folder) is not None
+
+
+def task_folder(task: Task, data: Path, cache: Path) -> Path:
+    """The folder that holds `<task name>/`: of a synthetic task in the cache, of any other the data folder."""
+    return synthetic_folder(cache) if task.domain == "synthetic" else data
+
+
+def synthetic_folder(cache: Path) -> Path:
+    """Where this version's synthetic tasks lie."""
+    return cache / f"synthetic-{synthetic.VERSION}"
+
+
+def build_synthetic(task: Task, folder: Path, observer: Observer) -> None:
+    """Build a synthetic task's shards in `folder/<task name>`, unless they are there."""
     if not synthetic.is_built(task.name, folder / task.name):
         observer(Progress("prepare", task.name, 0, 1))
         synthetic.build(task.name, folder / task.name)
         observer(Progress("prepare", task.name, 1, 1))
-    return folder

@@ -11,7 +11,7 @@ import msgspec
 from ..errors import DataMissingError, printable
 from ..files import Stamp
 from ..progress import Observer
-from .catalog import Digests, Parts, find_parts, missing_data
+from .catalog import Digests, Parts, build_synthetic, find_parts, missing_data
 from .shards import index_shard
 from .task import Task
 
@@ -57,7 +57,22 @@ class TaskData:
 
 
 def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, observer: Observer) -> TaskData:
-    """Find a task's shards, digest them, and choose `limit` clips a part by key hash."""
+    """Find a task's shards, digest them, and choose which of their clips to use.
+
+    Args:
+        task: A synthetic task's shards are built if they are not there.
+        folder: Holds `<task name>/`, as `choose_tasks` returns it.
+        digests: Of shards read before.
+        limit: Clips per part, chosen by key hash; None for all.
+        observer: Receives progress of stage `prepare`.
+
+    Raises:
+        DataMissingError: A part has no shard.
+        DataError: A shard cannot be read.
+        MachineError: A synthetic task or a digest cannot be written.
+    """
+    if task.domain == "synthetic":
+        build_synthetic(task, folder, observer)
     parts = find_parts(task, folder)
     if parts is None:
         raise DataMissingError(missing_data(task, folder))

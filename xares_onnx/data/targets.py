@@ -49,7 +49,7 @@ class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
 
 
 class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="integer", tag_field="kind"):
-    """The class index itself, 0 <= index < `classes`."""
+    """The class index itself, 0 <= index < `classes`. Of two classes, false is 0 and true is 1."""
 
     key: str
     classes: int
@@ -65,7 +65,7 @@ class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
     def encode(self, label: Mapping[str, Any]) -> int:
         """Class index of a clip's json; `LabelError` where it is no integer of the range."""
         value = _field(label, self.key)
-        number = _whole_number(value)
+        number = int(value) if isinstance(value, bool) and self.classes == 2 else _whole_number(value)
         if number is None or not 0 <= number < self.classes:
             raise LabelError(f"label {self.key}={_shown(value)} is not one of 0..{self.classes - 1}")
         return number

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
 
-from ..errors import TaskFileError, UsageError, nearest
-from .targets import Target
+from ..errors import TaskFileError, UsageError, nearest, printable
+from .targets import CaptionsTarget, Target
 
 Domain = Literal["speech", "environment", "music", "synthetic"]
 HeadKind = Literal["linear", "retrieval", "ctc", "llm"]
@@ -46,11 +48,20 @@ class Folds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.pattern.format(fold=number)
 
 
+MAX_GROUP = 200  # characters of a group's name, and of a template for it
+
+
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`group` names what must not be split, such as a speaker: a key of the clips' json, or a template over clip keys.
+
+    A template is a text with `{group}` in it once, and any number of `*`: see `group_of`.
+    """
+
     splits: dict[Literal["train", "valid", "test"], str] | None = None
     folds: Folds | None = None
     crop_seconds: float | None = None
     zenodo: str | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if (self.splits is None) == (self.folds is None):
@@ -64,6 +75,48 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("`zenodo` is the number of a record, such as 14614287")
         if self.crop_seconds is not None and not 0.1 <= self.crop_seconds <= 3600:
             raise ValueError("`crop_seconds` must lie between 0.1 and 3600")
+        if self.group is not None:
+            if not 0 < len(self.group) <= MAX_GROUP or not self.group.isprintable():
+                raise ValueError(f"`group` is a text of 1 to {MAX_GROUP} printable characters")
+            if set(self.group) & set("*{}"):
+                _template(self.group)
+
+    def group_of(self, key: str, label: Mapping[str, Any]) -> str | None:
+        """The group of a clip by its key in the shard and its json; None if they name none.
+
+        A json value is a text or a whole number. A template is compared with as many last parts of the key's path as it has
+        itself. Each `*`, and `{group}`, stands for one or more characters that hold neither `/` nor one of the two texts
+        beside it in the template, so that `{group}_*_*` fits keys of exactly three parts.
+        """
+        value: Any = None
+        if self.group is not None and "{group}" in self.group:
+            parts = key.split("/")[-1 - self.group.count("/") :]
+            match = _template(self.group).fullmatch("/".join(parts))
+            value = match["group"] if match else None
+        elif self.group is not None:
+            value = label.get(self.group)
+            if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+                value = str(value)
+        return printable(value) if isinstance(value, str) and 0 < len(value) <= MAX_GROUP else None
+
+
+@functools.cache
+def _template(text: str) -> re.Pattern[str]:
+    """A template as a pattern that never goes back, so that matching takes time in proportion to the key.
+
+    A regular expression in a stranger's task file could take for ever on one key; a template cannot.
+    """
+    literals, wildcards = re.split(r"\*|\{group\}", text), re.findall(r"\*|\{group\}", text)
+    if wildcards.count("{group}") != 1 or set("".join(literals)) & set("{}"):
+        raise ValueError(f"`group` {text!r} must hold {{group}} once, and no other braces; a json key has no `*` or braces")
+    if not all(literals[1:-1]):
+        raise ValueError(f"`group` {text!r} must have a text between `*` and {{group}}, or nothing tells where one ends")
+    pattern = re.escape(literals[0])
+    for before, wildcard, after in zip(literals, wildcards, literals[1:], strict=False):
+        ends = "|".join(re.escape(literal) for literal in (before, after, "/") if literal)
+        # "++" keeps what it has taken; that is the only way to match, since no text beside a wildcard is part of it.
+        pattern += f"({'?P<group>' if wildcard == '{group}' else '?:'}(?:(?!{ends}).)++){re.escape(after)}"
+    return re.compile(pattern, re.DOTALL)
 
 
 _MAX_BYTES = 4 << 20  # of a task file
@@ -123,19 +176,24 @@ class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Scores from X-ARES's README, by encoder."""
+    """Scores from X-ARES's README, by encoder: `linear` has those of the trained head, which is of kind `head` where that
+    is not the task's own."""
 
     linear: dict[str, float] = {}
     knn: dict[str, float] = {}
+    head: HeadKind | None = None
     note: str | None = None
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`disabled`: X-ARES's own runs skip the task, so that its averages are without it."""
+
     name: str
     title: str
     domain: Domain
     weight: float | None = None
     private: bool = False
+    disabled: bool = False
     data: Data
     target: Target
     head: Head = Head()
@@ -191,10 +249,29 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             )
         return msgspec.structs.replace(self, head=msgspec.structs.replace(self.head, kind=kind))
 
+    def weight_under(self, protocol: str) -> float | None:
+        """Its weight in averages, None if it is in none."""
+        return None if protocol == "xares" and self.disabled else self.weight
+
+    def published_scores(self, method: Literal["head", "knn"]) -> dict[str, float]:
+        """What others have by the same method: nothing if they trained another kind of head."""
+        if self.published is None or (method == "head" and self.published.head not in (None, self.head.kind)):
+            return {}
+        return self.published.knn if method == "knn" else self.published.linear
+
+    def encode(self, label: Mapping[str, Any]) -> Any:
+        """What the target makes of a clip's json; `LabelError` if that is nothing. A group's name is no caption."""
+        if isinstance(self.target, CaptionsTarget) and self.target.keys is None and self.data.group in label:
+            label = {key: value for key, value in label.items() if key != self.data.group}
+        return self.target.encode(label)
+
     def digest(self) -> str:
         """Hex digest of everything in the file that shapes a score: not the title, not what others published."""
-        shaping = msgspec.structs.replace(self, title="", published=None)
-        return hashlib.sha256(msgspec.json.encode(shaping, order="deterministic")).hexdigest()
+        shaping = msgspec.to_builtins(msgspec.structs.replace(self, title="", published=None), order="deterministic")
+        del shaping["disabled"]  # which shapes averages only
+        if self.data.group is None:  # as before there were groups, so that results of before compare
+            del shaping["data"]["group"]
+        return hashlib.sha256(msgspec.json.encode(shaping)).hexdigest()
 
 
 def load_task(path: Path, text: str | None = None) -> Task:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ..data.catalog import Digests, cache_folder, choose_tasks, find_parts, shipped_tasks, synthetic_data
+from ..data.catalog import Digests, cache_folder, choose_tasks, has_data, shipped_tasks
 from ..data.selection import prepare
 from ..data.task import Task, load_task
 from ..embedding.drift import Drift, find_drift
@@ -106,7 +106,7 @@ def compare(
         more: dict[str, Any] = {}
         if all(encoders) and not any(failure.exit_code in (3, 5) for failure in failures):
             one, other = (encoder for encoder in encoders if encoder)
-            selection = choose_tasks(names, suite, data, ignore)
+            selection = choose_tasks(names, suite, data, machine["cache"], ignore)
             more["drift"] = list(_drifts(one, other, selection, scoring, machine["cache"]))
             more |= _measured(one, other, observe)
     return _comparison(sides[0].result, sides[1].result, found, tolerance, notes, failures, **more)
@@ -237,9 +237,7 @@ def _drifts(
     """Of every task that both encoders have embedded."""
     store, protocol = Store(cache / "store"), Protocol(scoring["protocol"])
     for task, folder in selection:
-        if task.domain == "synthetic":
-            folder = synthetic_data(task, cache, ignore)
-        if not find_parts(task, folder):
+        if not has_data(task, folder):
             continue
         try:
             plans = list(prepare(task, folder, Digests(cache), scoring["limit"], ignore).plans.values())

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..data import audio
-from ..data.catalog import Digests, cache_folder, choose_tasks, find_parts, synthetic_data
+from ..data.catalog import Digests, cache_folder, choose_tasks, has_data
 from ..data.selection import prepare
 from ..data.task import Task
 from ..embedding.store import Store
@@ -111,7 +111,7 @@ def evaluate(
             notes.append(event.text)
         observer(event)
 
-    selection = with_heads(choose_tasks(tasks, suite, data, observe), settings)
+    selection = with_heads(choose_tasks(tasks, suite, data, cache, observe), settings)
     _check_gates(gates, selection, settings, cache, observe)
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
@@ -179,11 +179,8 @@ def _check_gates(
         return
     scored = {record.task for record in gates.baseline.scored().values()}
     for task, folder in selection:
-        if task.name in scored:
-            if task.domain == "synthetic":
-                folder = synthetic_data(task, cache, observer)
-            if find_parts(task, folder):
-                gates.check_data(task, prepare(task, folder, Digests(cache), None, observer).digest())
+        if task.name in scored and has_data(task, folder):
+            gates.check_data(task, prepare(task, folder, Digests(cache), None, observer).digest())
 
 
 def plan(
@@ -220,13 +217,11 @@ def plan(
         observer=observer,
     ) as encoder:
         found = []
-        for task, folder in with_heads(choose_tasks(tasks, suite, data, observer), settings):
+        for task, folder in with_heads(choose_tasks(tasks, suite, data, cache, observer), settings):
             if kind_of(task).needs_frames and all(tap.contract.clip_only for tap in encoder.info.taps):
                 observer(Note(f"{task.name} is not planned: it needs frames, and this encoder gives one vector a clip"))
                 continue
-            if task.domain == "synthetic":
-                folder = synthetic_data(task, cache, observer)
-            if find_parts(task, folder):
+            if has_data(task, folder):
                 crops = Protocol(protocol).crops(task)
                 found.append((prepare(task, folder, Digests(cache), limit, observer), crops))
         return make_plan(encoder, found, Store(cache / "store"), seeds=settings.seeds, observer=observer)
@@ -276,6 +271,7 @@ def environment(encoder: Encoder) -> dict[str, Any]:
             **{name: metadata.version(name) for name in packages},
         },
         "provider": encoder.info.provider,
+        **({} if encoder.info.batch_difference is None else {"batch_difference": encoder.info.batch_difference}),
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),

@@ -146,7 +146,8 @@ def _check_floor(floor: Floor, tasks: Sequence[Task], settings: Mapping[str, Any
             raise UsageError(f"{text} asks for an average, and under --limit no score enters one; name a task")
         if floor.method not in ("head", "knn"):
             raise UsageError(f"{text}: an average is over heads of every kind; write {floor.task}:head")
-        if not any(floor.task in groups_of(task.name) and task.weight is not None for task in tasks):
+        weighed = [task for task in tasks if task.weight_under(settings["protocol"]) is not None]
+        if not any(floor.task in groups_of(task.name) for task in weighed):
             raise UsageError(f"{text}: no task of {floor.task} is to be scored")
     else:
         named = {task.name: task for task in tasks}

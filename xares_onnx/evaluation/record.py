@@ -69,7 +69,9 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     score: float | None = None
     """Mean over folds, then over seeds."""
     ci95: Interval | None = None
-    """2,000 bootstrap resamples of the test clips within each fold."""
+    """95 % interval over test clips (or groups of them) and, for heads that draw, seeds."""
+    test_groups: int | None = None
+    """Groups of test clips (speakers, recordings) that the interval resamples whole; null where it resamples clips."""
     metrics: dict[str, float] = {}
     per_fold: list[float] = []
     per_seed: list[float] = []
@@ -225,6 +227,8 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
             raise ValueError("its columns differ in length")
         if [arrays[column].dtype.kind for column in ("key", "fold", "seed")] != ["U", "U", "i"]:
             raise ValueError("key and fold must be texts, and seed a whole number")
+        if "group" in arrays and arrays["group"].dtype.kind != "U":
+            raise ValueError("group must be a text")
     except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = f"there is no column {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{file} does not hold predictions as an evaluation writes them: {reason}") from error

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from ..data.catalog import Digests, find_parts, missing_data, synthetic_data
+from ..data.catalog import Digests, has_data, missing_data
 from ..data.selection import TaskData, prepare
 from ..data.shards import Clips
 from ..data.task import Task
@@ -21,12 +19,13 @@ from ..embedding.embed import EmbedSpec, embed_shards, shard_specs, shards_of_ta
 from ..embedding.store import Store
 from ..encoder.encoder import Encoder
 from ..errors import DataError, MachineError, ModelError, ScoreUndefinedError, XaresError
+from ..metrics.intervals import Estimate
 from ..progress import Note, Observer, Progress
 from ..scoring import scoring
 from ..scoring.dataset import Dataset, assemble, check_drops
 from ..scoring.folds import make_folds
 from ..scoring.kinds import Kind, Tools, kind_of
-from ..scoring.protocol import Protocol
+from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.scoring import Predictions
 from . import record as results
 from .averages import averages
@@ -45,7 +44,6 @@ class Run:
         self._tools = tools
         self._settings = settings
         self._protocol = Protocol(settings.protocol)
-        self._cache = cache
         self._store = Store(cache / "store")
         self._digests = Digests(cache)
         self._output = output
@@ -54,12 +52,14 @@ class Run:
         self.predictions: dict[tuple[str, str], Predictions] = {}
         self.errors: list[XaresError] = []
         self._tasks: list[Task] = []
-        self._replicates: list[dict[tuple[str, str], npt.NDArray[np.float64]]] = [{} for _ in encoder.info.taps]
+        self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in encoder.info.taps]
 
     def averages(self, tap: int) -> results.Averages:
         """The averages by tap number `tap`."""
         name = self._name(tap)
-        return averages([r for r in self.results if r.tap == name], self._replicates[tap], self._tasks)
+        return averages(
+            [r for r in self.results if r.tap == name], self._estimates[tap], self._tasks, self._settings.protocol
+        )
 
     def _name(self, tap: int) -> str | None:
         """What a record calls tap number `tap`: nothing the first, which is the model's output or stands in for it."""
@@ -68,7 +68,7 @@ class Run:
     def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
         self._tasks = [task for task, _ in selection]
         for number, (task, folder) in enumerate(selection):
-            if task.domain != "synthetic" and not find_parts(task, folder):  # of a suite: a named task was looked for before
+            if not has_data(task, folder):  # of a suite: a named task was looked for before
                 self._without_score(task, "skipped", missing_data(task, folder))
                 continue
             try:
@@ -85,8 +85,6 @@ class Run:
 
     def _evaluate(self, task: Task, folder: Path) -> None:
         started = time.perf_counter()
-        if task.domain == "synthetic":
-            folder = synthetic_data(task, self._cache, self._observer)
         taps = self._encoder.info.taps
         frames = kind_of(task).needs_frames
         if frames and all(tap.contract.clip_only for tap in taps):
@@ -132,7 +130,10 @@ class Run:
             losses = [f"{len(dataset.clips.dropped)} of {dataset.clips.expected} clips were dropped", *dataset.damage]
         common["comparable"] = self._settings.limit is None and not losses
         strata = kind_of_task.strata(dataset.labels)
-        folds, notes = make_folds(self._protocol, task, dataset.parts, data.shard_digests(), dataset.keys, strata)
+        shards = data.shard_digests()
+        folds, notes = make_folds(self._protocol, task, dataset.parts, shards, dataset.keys, strata, dataset.groups)
+        if dataset.group_note:
+            notes = [*notes, dataset.group_note]
         if outside := dataset.clips.events_outside:
             notes = [*notes, f"{outside} events are of no class of the vocabulary, and are left out"]
         common["notes"] = [*losses, *notes]
@@ -181,15 +182,17 @@ class Run:
             common = {**common, "comparable": False, "notes": notes}
         by = method_by_tap(name, tap)
         self.predictions[task.name, by] = scored.predictions
-        self._replicates[tap][task.name, name] = scored.replicates
+        self._estimates[tap][task.name, name] = scored.estimate
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
         self.results.append(
             _task_result(
                 task,
                 method,
+                self._settings.protocol,
                 status="ok",
                 score=scored.score,
                 ci95=scored.ci95,
+                test_groups=scored.test_groups,
                 metrics=scored.metrics,
                 per_fold=scored.per_fold,
                 per_seed=scored.per_seed,
@@ -201,7 +204,10 @@ class Run:
 
     def _undefined(self, task: Task, methods: Sequence[Method], reason: str, common: dict[str, Any]) -> None:
         self.errors.append(ScoreUndefinedError(f"{task.name} has no score: {reason}"))
-        self.results += [_task_result(task, method, status="undefined", reason=reason, **common) for method in methods]
+        protocol = self._settings.protocol
+        self.results += [
+            _task_result(task, method, protocol, status="undefined", reason=reason, **common) for method in methods
+        ]
 
     def _methods(self, task: Task) -> list[Method]:
         return [method for method in self._settings.methods if method == "head" or task.knn]
@@ -211,7 +217,8 @@ class Run:
         several = [common] if common else [{"tap": self._name(tap)} for tap in range(len(self._encoder.info.taps))]
         for fields in several:
             self.results += [
-                _task_result(task, method, status=status, reason=reason, **fields) for method in self._methods(task)
+                _task_result(task, method, self._settings.protocol, status=status, reason=reason, **fields)
+                for method in self._methods(task)
             ]
 
 
@@ -224,7 +231,7 @@ def _no_frames(task: Task) -> str:
     return f"{task.kind} are learnt from frames, and this encoder gives one vector a clip"
 
 
-def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
+def _task_result(task: Task, method: Method, protocol: ProtocolName, **fields: Any) -> TaskResult:
     base: dict[str, Any] = {
         "task": task.name,
         "title": task.title,
@@ -232,8 +239,8 @@ def _task_result(task: Task, method: Method, **fields: Any) -> TaskResult:
         "method": task.head.kind if method == "head" else "knn",
         "metric": task.score.metric,
         "higher_is_better": task.score.higher_is_better,
-        "published": {} if task.published is None else getattr(task.published, "linear" if method == "head" else "knn"),
-        "weight": task.weight,
+        "published": task.published_scores(method),
+        "weight": task.weight_under(protocol),
         "definition_digest": task.digest(),
         "clips": Clips(expected=0, read=0, dropped=[]),
         "seconds": Seconds(embed=0, train=0, score=0),

@@ -23,7 +23,7 @@ import numpy as np
 from ..data.catalog import shipped_tasks
 from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, Drop, parse_label
 from ..data.targets import Target
-from ..data.task import Data, Domain, Score, Task, load_task
+from ..data.task import MAX_GROUP, Data, Domain, Score, Task, load_task
 from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest
 from ..progress import Note, Observer, Progress, ignore
 from .balance import Balance, check_balance
@@ -41,6 +41,7 @@ LEAKS: tuple[Leaks, ...] = get_args(Leaks)
 DOMAINS = tuple(domain for domain in get_args(Domain) if domain != "synthetic")
 
 _SHOWN = 3
+_GROUP = "group"  # the key of a clip's json that names its group, which no kind of label uses
 
 
 class Packed(msgspec.Struct, frozen=True):
@@ -155,6 +156,7 @@ def pack(
             numbers=numbers,
             crop_seconds=crop_seconds,
             segment_seconds=segment_seconds,
+            group=_GROUP if columns.group else None,
         )
         task = load_task(Path(f"{name}.toml"), text)
         index.rename(lambda path: f"-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
@@ -217,7 +219,7 @@ def _read_rows(run: _Run) -> None:
         if not isinstance(name, str) or not name.strip():
             raise UsageError(f"{where} names no file in its column {columns.path!r}")
         path = place(run.root, name, where)
-        part, team = columns.part(cells, where), _team(cells.get(columns.group or ""))
+        part, team = columns.part(cells, where), _team(cells.get(columns.group or ""), where)
         known = index.find(path)
         if known is None:
             clip = index.add(path, key_of(path), line, part, team)
@@ -243,9 +245,11 @@ def _read_rows(run: _Run) -> None:
         raise DataError(f"{empty}, so there is nothing to pack")
 
 
-def _team(value: Any) -> str | None:
+def _team(value: Any, where: str) -> str | None:
     """A group's name; None, a group of its own, where the cell is empty."""
     text = "" if value is None else str(value).strip()
+    if len(text) > MAX_GROUP:
+        raise DataError(f"{where} names a group of {len(text)} characters; a name has at most {MAX_GROUP}")
     return text or None
 
 
@@ -494,5 +498,7 @@ def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
 
 
 def _member(run: _Run, clip: Clip) -> Member:
-    label = json.dumps(json.loads(clip.label or ""), ensure_ascii=False).encode()
-    return Member(clip.key, run.root / clip.path, clip.size or 0, label)
+    label = json.loads(clip.label or "")
+    if run.columns.group:  # a clip of no group is one of its own
+        label = {**parse_label(clip.label or ""), _GROUP: clip.team or clip.path}
+    return Member(clip.key, run.root / clip.path, clip.size or 0, json.dumps(label, ensure_ascii=False).encode())

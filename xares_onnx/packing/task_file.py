@@ -46,8 +46,9 @@ def write_task(
     numbers: tuple[float, float],
     crop_seconds: float | None,
     segment_seconds: float,
+    group: str | None = None,
 ) -> str:
-    """The TOML. `parts` has the clips of each split or, by its number, each fold."""
+    """The TOML. `parts` has the clips of each split or, by its number, each fold; `group` is a key of each clip's json."""
     tested = sum(parts.values()) if folds else parts["test"]
     trained = tested - max(parts.values()) if folds else parts["train"]
     head = _head(labels.kind, trained)
@@ -64,6 +65,7 @@ def write_task(
         "[data]",
         shards,
         *_pairs({"crop_seconds": crop_seconds} if crop_seconds is not None else {}),
+        *_pairs({"group": group} if group is not None else {}),
         "",
         "[target]",
         *_pairs({"kind": labels.kind, **labels.target(classes, numbers)}),

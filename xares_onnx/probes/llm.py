@@ -48,13 +48,14 @@ def train_llm(
     language_model: LanguageModel,
     checkpoints: Path | None,
     name: str,
+    least_score: float = -math.inf,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> list[HeadResult]:
     """Train an adapter for every fold and seed, one after the other; results sorted by (fold, seed).
 
     `frames`: one (frames, dim) array a clip, float16 or float32, at least one frame; read a batch at a time. `transcripts`:
     one a clip, as it is to be written; no validation transcript is empty. `folds`: clip numbers. A result's `predictions` is
-    a list of str, as generated.
+    a list of str, as generated. The epoch is chosen by 1 - WER, which counts as `least_score` if it is lower: 0 in X-ARES.
 
     With a folder `checkpoints` the training is kept there after each epoch, before `on_epoch` is called, and a later call
     with the same arguments goes on from there to the same result, bit for bit on the CPU; `on_epoch` hears only of epochs
@@ -69,7 +70,7 @@ def train_llm(
     results = []
     for number, rows in enumerate(folds):
         for seed in sorted(seeds):
-            training = _Training(frames, transcripts, rows, settings, language_model, number, seed)
+            training = _Training(frames, transcripts, rows, settings, language_model, number, seed, least_score)
             path = checkpoints / f"{training.digest(name)}.safetensors" if checkpoints is not None else None
             results.append(training.run(path, on_epoch))
     return results
@@ -87,10 +88,11 @@ class _Training:
         language_model: LanguageModel,
         fold: int,
         seed: int,
+        least_score: float,
     ) -> None:
         self._frames, self._transcripts, self._rows = frames, transcripts, rows
         self._settings, self._language_model = settings, language_model
-        self._fold, self._seed = fold, seed
+        self._fold, self._seed, self._least_score = fold, seed, least_score
         self._adapter: Adapter = language_model.adapter(frames[rows.train[0]].shape[1], generator(seed, fold))
         self._adam = torch.optim.Adam(self._adapter.parameters(), lr=settings.learning_rate)
         self._best = _copied(self._adapter)
@@ -143,14 +145,14 @@ class _Training:
         return [np.array(part) for part in parts]
 
     def _valid_score(self) -> float:
-        """1 - WER, teacher-forced; nan where there are no validation clips."""
+        """1 - WER, teacher-forced, not below `least_score`; nan where there are no validation clips."""
         clips = np.unique(self._rows.valid)
         if not len(clips):
             return math.nan
         references = self._texts(clips)
         written = self._in_blocks(clips, self._language_model.teacher_forced)
         cut = [text[: len(reference)].lower() for text, reference in zip(written, references, strict=True)]
-        return 1 - jiwer.wer([reference.lower() for reference in references], cut)
+        return max(self._least_score, 1 - jiwer.wer([reference.lower() for reference in references], cut))
 
     def _in_blocks(self, clips: Indices, write: Callable[[Sequence[Tensor], Sequence[str]], list[str]]) -> list[str]:
         """What `write` makes of each clip, in the order of `clips`."""
@@ -182,6 +184,7 @@ class _Training:
             "seed": self._seed,
             "fold": self._fold,
             "settings": [self._settings.epochs, self._settings.batch_size, self._settings.learning_rate],
+            **({"least score": self._least_score} if math.isfinite(self._least_score) else {}),
             "language model": {key: text for key, text in self._language_model.described().items() if key != "name"},
             "torch": torch.__version__,
             "train": [(int(clip), self._frames[clip].shape, self._transcripts[clip]) for clip in rows.train],

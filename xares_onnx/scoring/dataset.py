@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import numpy.typing as npt
 from ..data.selection import TaskData
 from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, Clips, Drop, parse_label
 from ..data.sound_events import Events
+from ..data.task import Task
 from ..embedding.store import EmbeddedShard
 from ..errors import DataError, LabelError, printable
 from .folds import Indices
+
+MIN_GROUPED_SHARE = 0.9  # of the clips; where fewer tell their group, the keys are not those that the task means
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,9 @@ class Dataset:
     """The usable clips of a task. `keys` are unique over all shards; `parts` are clip indices.
 
     `labels` has what the task's target makes of each clip's json. `frames` and `times` hold, for a task that needs them,
-    each clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds.
+    each clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds. `groups` names for each
+    clip what must not be split, such as its speaker, if the task says so and at least 90 % of the clips tell; those that do
+    not tell are groups of their own. `group_note` says if too few tell.
     """
 
     embeddings: npt.NDArray[np.float32]  # (crops, dim)
@@ -38,6 +44,15 @@ class Dataset:
     seconds: list[float] = field(default_factory=list)
     frames: list[npt.NDArray[Any]] = field(default_factory=list)
     times: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    groups: list[str] | None = None
+    group_note: str | None = None
+
+    @cached_property
+    def group_of_clip(self) -> Indices | None:
+        """(clips,) the number of each clip's group, in the order of the groups' names."""
+        if self.groups is None:
+            return None
+        return np.unique(self.groups, return_inverse=True)[1].astype(np.int64)
 
     def crops_of(self, clips: Indices) -> Indices:
         wanted = np.zeros(len(self.keys), bool)
@@ -54,6 +69,7 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
     frames: list[npt.NDArray[Any]] = []
     times: list[npt.NDArray[np.float64]] = []
     keys: list[str] = []
+    groups: list[str | None] = []
     drops: list[Drop] = []
     damage: list[str] = []
     members: dict[str, list[int]] = {part: [] for part in data.parts}
@@ -68,7 +84,8 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
         for i, clip in enumerate(shard.clips):
             key = data.key(path, clip.key)
             try:
-                encoded = data.task.target.encode(parse_label(clip.label))
+                label = parse_label(clip.label)
+                encoded = data.task.encode(label)
             except LabelError as error:
                 drops.append(Drop(key, str(error)))
                 continue
@@ -81,6 +98,7 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
             labels.append(encoded)
             seconds.append(clip.seconds)
             keys.append(key)
+            groups.append(data.task.data.group_of(clip.key, label))
         owner = new_index[shard.clip_of_crop]
         matrices.append(shard.pooled[owner >= 0])
         owners.append(owner[owner >= 0])
@@ -89,6 +107,7 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
                 rows = slice(shard.frames.offsets[crop], shard.frames.offsets[crop + 1])
                 frames.append(shard.frames.values[rows])
                 times.append(shard.frames.times[rows])
+    named, group_note = _usable_groups(data.task, keys, groups)
     return Dataset(
         embeddings=np.concatenate(matrices),
         clip_of_crop=np.concatenate(owners),
@@ -102,7 +121,23 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
         seconds=seconds,
         frames=frames,
         times=times,
+        groups=named,
+        group_note=group_note,
     )
+
+
+def _usable_groups(task: Task, keys: list[str], groups: list[str | None]) -> tuple[list[str] | None, str | None]:
+    """The group of each clip, or why the task's are not used."""
+    if task.data.group is None:
+        return None, None
+    grouped = len(groups) - groups.count(None)
+    if grouped < MIN_GROUPED_SHARE * len(groups):
+        named = repr(task.data.group)
+        what = f"a key of the form {named}" if "{group}" in task.data.group else f"{named} in their json"
+        return None, (
+            f"only {grouped} of {len(groups)} clips have {what}, which names their group, so clips are taken one by one"
+        )
+    return [key if group is None else group for key, group in zip(keys, groups, strict=True)], None
 
 
 def check_drops(dataset: Dataset) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import soundfile
 
 from ...data.audio import decode, resample
-from ...data.catalog import Digests, cache_folder, data_folder, shipped_tasks, synthetic_data
+from ...data.catalog import Digests, cache_folder, data_folder, shipped_tasks, task_folder
 from ...data.selection import TaskData, prepare
 from ...data.shards import index_shard, read_extent
 from ...errors import ClipError, DataError, DataMissingError
@@ -65,8 +65,7 @@ def _scored_data(record: TaskResult, folder: Path, cache: Path) -> TaskData:
     task = shipped_tasks().get(record.task)
     if task is None:
         raise DataMissingError("only tasks that come with the program are looked for")
-    folder = synthetic_data(task, cache, ignore) if task.domain == "synthetic" else folder
-    found = prepare(task, folder, Digests(cache), None, ignore)
+    found = prepare(task, task_folder(task, folder, cache), Digests(cache), None, ignore)
     if found.digest() != record.data_digest:
         raise DataError(f"the shards in {found.folder} are not those that were scored")
     return found

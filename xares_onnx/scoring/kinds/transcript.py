@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -69,6 +70,7 @@ class Transcript(Kind):
             language_model=self.tools.language_model,
             checkpoints=self.tools.checkpoints,
             name=self.tools.identity,
+            least_score=-math.inf if self.protocol.corrected else 0.0,
             on_epoch=on_epoch,
         )
         return outcomes_of(results)

@@ -87,20 +87,20 @@ def replaced(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (replaced(links={"self": "http://[::1/x"}), "which is not on 127"),
         (
             replaced(key="train/../../../evil.tar"),
-            r"a file named 'train/\.\./\.\./\.\./evil\.tar', which is no plain file name",
+            r"a file named 'train/\.\./\.\./\.\./evil\.tar', which is not a plain file name",
         ),
-        (replaced(key="train\\..\\evil.tar"), "which is no plain file name"),
-        (replaced(key="train\x1b[2J.tar"), "which is no plain file name"),
-        (replaced(key="train" + "x" * 300 + ".tar"), "which is no plain file name"),
+        (replaced(key="train\\..\\evil.tar"), "which is not a plain file name"),
+        (replaced(key="train\x1b[2J.tar"), "which is not a plain file name"),
+        (replaced(key="train" + "x" * 300 + ".tar"), "which is not a plain file name"),
         (replaced(key="train1.tar"), r"has two files named 'train1\.tar'"),
         (replaced(size=-1), "with a size of -1 bytes"),
         (replaced(size=1 << 50), "with a size of 1125899906842624 bytes, which no shard has"),
-        (replaced(size="many"), "does not describe record 101 in a way that this program knows"),
+        (replaced(size="many"), "does not describe record 101 in a known format"),
         (replaced(size=None), "does not describe record 101"),
-        (replaced(checksum="md5:xyz"), "with 'md5:xyz', which is no checksum"),
+        (replaced(checksum="md5:xyz"), "with 'md5:xyz', which is not a checksum"),
         (lambda answer: answer.update(files=None), "does not describe record 101"),
-        (lambda answer: answer.update(id=102), "answers with record 102 where 101 was asked for"),
-        (lambda answer: answer.update(files=[]), r"record 101 holds nothing that matches test\*\.tar, for mine"),
+        (lambda answer: answer.update(id=102), "sent record 102 instead of 101"),
+        (lambda answer: answer.update(files=[]), r"record 101 has no file that matches test\*\.tar, for mine"),
         (lambda answer: [1, 2, 3], "does not describe record 101"),
     ],
 )
@@ -118,13 +118,16 @@ def test_an_answer_that_nobody_should_follow(edit: Callable[[dict[str, Any]], An
     ("fault", "says"),
     [
         (faults.html, "does not describe record 101 .* in '<!doctype html><title>"),
-        (faults.endless, "with more than any record's description"),
-        (faults.stalled(5), r"record 101: nothing came for 0\.3 s, 4 times in a row"),
-        (faults.dripping, r"its answer took more than 0\.5 s, 4 times in a row"),
-        (faults.status(503), "record 101: 127.* answers 503 Service Unavailable, 4 times in a row"),
-        (faults.status(404), r"cannot be had from 127\S+: 127\S+ answers 404 Not Found, not there: http://.*; 127.* 404"),
-        (faults.status(403), "answers 403 Forbidden, not open to everyone"),
-        (faults.status(302, Location="http://elsewhere.example/"), "sends us on to http://elsewhere.example/, which is not"),
+        (faults.endless, "sent more than any record's description"),
+        (faults.stalled(5), r"record 101: nothing arrived for 0\.3 s, 4 times in a row"),
+        (faults.dripping, r"its reply took more than 0\.5 s, 4 times in a row"),
+        (faults.status(503), "record 101: 127.* answered 503 Service Unavailable, 4 times in a row"),
+        (
+            faults.status(404),
+            r"cannot be fetched from 127\S+: 127\S+ answered 404 Not Found, not there: http://.*; 127.* 404",
+        ),
+        (faults.status(403), "answered 403 Forbidden, not open to everyone"),
+        (faults.status(302, Location="http://elsewhere.example/"), "redirects to http://elsewhere.example/, which is not"),
         (faults.garbage, "4 times in a row"),
     ],
 )
@@ -155,7 +158,7 @@ def test_without_a_checksum_the_size_is_checked_and_that_is_said(checksum: str |
     assert place.fetch().errors == []
     assert place.there() == place.files
     assert [note for note in place.notes if "trying" not in note] == [
-        "record 101 gives no checksum of train0.tar that is known here: only its size is checked"
+        "record 101 gives no checksum of a known kind for train0.tar: only its size is checked"
     ]
     held = json.loads((place.home / ".xares-onnx.json").read_text())["files"]["train0.tar"]["checksum"]
     assert held == f"md5:{hashlib.md5(place.files['train0.tar']).hexdigest()}"
@@ -189,12 +192,12 @@ def test_other_checksums(place: Place) -> None:
     ],
 )
 def test_a_mirror_is_an_address(mirror: str, place: Place) -> None:
-    with pytest.raises(UsageError, match=r"is no address; give one such as https://mirror\.example/zenodo"):
+    with pytest.raises(UsageError, match=r"is not an address; give one such as https://mirror\.example/zenodo"):
         place.fetch(mirror=mirror)
 
 
 def test_a_mirror_with_a_password_is_not_printed(place: Place) -> None:
-    with pytest.raises(UsageError, match="would be printed; give one without"):
+    with pytest.raises(UsageError, match="would be printed; leave them out"):
         place.fetch(mirror="https://me:secret@mirror.example/")
 
 
@@ -215,7 +218,7 @@ def test_http_is_for_this_machine_or_said(mirror: str, encrypted: bool) -> None:
 def test_plain_http_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xares_onnx.download.zenodo._is_loopback", lambda host: False)
     assert place.fetch().errors == []
-    assert place.notes[0].endswith("is asked over plain http: checksums too can be changed on the way")
+    assert place.notes[0].endswith("is reached over plain http: data and checksums can be changed on the way")
 
 
 def test_the_least_that_a_plain_folder_needs(place: Place) -> None:
@@ -270,7 +273,7 @@ def test_a_suite_leaves_out_what_has_no_record(place: Place) -> None:
 def test_a_pattern_with_a_folder_is_refused(place: Place) -> None:
     task = place.write_task("deep", splits='splits = { train = "sub/train*.tar", test = "test*.tar" }')
     with pytest.raises(
-        UsageError, match=r"deep has its shards at 'sub/train\*\.tar', and files of a record lie in no folders"
+        UsageError, match=r"deep has its shards at 'sub/train\*\.tar', but files of a record lie in no folders"
     ):
         place.fetch([task])
 
@@ -319,7 +322,7 @@ def test_files_put_there_by_hand_are_taken_if_they_are_the_record_s(place: Place
     assert place.fetch().errors == []
     assert place.zenodo.starts("train0.tar") == []
     assert place.there() == place.files
-    assert place.notes == ["record 101: files already here, to be read before they are taken for the record's: 1"]
+    assert place.notes == ["record 101: verifying files that are already here: 1"]
 
 
 @pytest.mark.parametrize("data", [b"mine", b"x" * 300_000])
@@ -473,7 +476,7 @@ def test_a_folder_that_cannot_be_locked(place: Place) -> None:
 def test_space_is_looked_at_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = archives.shutil.disk_usage(place.folder)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=308_999))
-    with pytest.raises(DiskFullError, match=r"what is missing needs 0\.00 GB in .*, where 0\.00 GB are free; free some"):
+    with pytest.raises(DiskFullError, match=r"what is missing needs 0\.00 GB in .*, but 0\.00 GB are free; free some"):
         place.fetch()
     assert [asked.name for asked in place.zenodo.asked] == [RECORD]
     place.home.mkdir(parents=True)
@@ -532,7 +535,7 @@ def test_the_command(place: Place) -> None:
         ([], 2, "name tasks, or a suite by --suite public"),
         (["esc51"], 2, "there is no task 'esc51'; did you mean 'esc50'"),
         (["--suite", "musik"], 2, "there is no suite 'musik'"),
-        (["esc50", "--mirror", "file:///x"], 2, "mirror 'file:///x' is no address"),
+        (["esc50", "--mirror", "file:///x"], 2, "mirror 'file:///x' is not an address"),
         (["liveenv"], 4, "liveenv has no record to download: its data were never published"),
         (["esc50", "--data", "nowhere", "--offline"], 4, "data folder nowhere does not exist"),
         (["esc50", "--mirror", "http://127.0.0.1:9", "--data", "pyproject.toml"], 4, "data folder pyproject.toml does not"),
@@ -568,7 +571,7 @@ def test_offline_says_what_is_missing_or_damaged(by: str, place: Place, monkeypa
     path.write_bytes(b"wrong" + place.files["train0.tar"][5:])
     code, out, err = run(*arguments)
     assert code == 4
-    assert "xares-onnx: mine: 1 damaged, first train0.tar: its checksum is not md5:" in err
+    assert "xares-onnx: mine: 1 damaged, first train0.tar: its checksum is no longer md5:" in err
     path.unlink()
     code, out, err = run(*arguments, "--quiet")
     assert code == 4

@@ -131,34 +131,34 @@ def test_a_server_that_says_it_has_another_version_is_not_continued_from(place: 
 @pytest.mark.parametrize(
     ("fault", "requests", "says"),
     [
-        (faults.status(503), 4, r"train0\.tar: 127\.0\.0\.1:\d+ answers 503 Service Unavailable, 4 times in a row"),
-        (faults.status(429), 4, r"answers 429 Too Many Requests, 4 times in a row"),
-        (faults.status(404), 1, r"answers 404 Not Found, not there: http://"),
-        (faults.status(403), 1, r"answers 403 Forbidden, not open to everyone"),
+        (faults.status(503), 4, r"train0\.tar: 127\.0\.0\.1:\d+ answered 503 Service Unavailable, 4 times in a row"),
+        (faults.status(429), 4, r"answered 429 Too Many Requests, 4 times in a row"),
+        (faults.status(404), 1, r"answered 404 Not Found, not there: http://"),
+        (faults.status(403), 1, r"answered 403 Forbidden, not open to everyone"),
         (faults.reset(0), 4, "4 times in a row"),
-        (faults.stalled(0), 4, r"nothing came for 0\.3 s, 4 times in a row"),
-        (faults.wrong_bytes, 2, r"came twice with another content than 127.* says it has \(md5:[0-9a-f]{32}\)"),
-        (faults.announced(5), 4, "announced with 300005 bytes, where the record says 300000"),
-        (faults.too_much, 4, "more bytes come than the 300000 that the record says"),
+        (faults.stalled(0), 4, r"nothing arrived for 0\.3 s, 4 times in a row"),
+        (faults.wrong_bytes, 2, r"arrived twice with another checksum than 127.* lists \(md5:[0-9a-f]{32}\)"),
+        (faults.announced(5), 4, "announced 300005 bytes, but the record lists 300000"),
+        (faults.too_much, 4, "more bytes arrived than the 300000 that the record lists"),
         (
             faults.status(302, Location="http://localhost.example/train0.tar"),
             1,
-            r"sends us on to http://localhost\.example/",
+            r"redirects to http://localhost\.example/",
         ),
         (
             faults.status(302, Location="file:///etc/passwd"),
             1,
-            r"sends us on to file://\S*/etc/passwd, which is not followed",
+            r"redirects to file://\S*/etc/passwd, which is not followed",
         ),
-        (faults.status(301, Location="/api/records/101/files/train0.tar/content"), 6, "answers 301 Moved Permanently"),
+        (faults.status(301, Location="/api/records/101/files/train0.tar/content"), 6, "answered 301 Moved Permanently"),
     ],
 )
 def test_what_stays_ends_with_a_sentence_and_the_other_files(fault: Fault, requests: int, says: str, place: Place) -> None:
     place.zenodo.faults["train0.tar"] = fault
-    done = place.fetch(patience=IMPATIENT if "nothing came" in says else QUICK)
+    done = place.fetch(patience=IMPATIENT if "nothing arrived" in says else QUICK)
     sentence = said(done)
     assert sentence.startswith("mine: 1 of 4 files of record 101 could not be fetched, first train0.tar: ")
-    assert sentence.endswith("; the rest is kept, and the same command goes on")
+    assert sentence.endswith("; the rest is kept, and the same command run again goes on")
     assert re.search(says, sentence), sentence
     assert done.errors[0].exit_code == 4
     assert len(place.zenodo.starts("train0.tar")) == requests
@@ -237,7 +237,7 @@ def test_a_pause_that_is_too_long_ends_it_for_all(place: Place) -> None:
     place.zenodo.records[RECORD] |= {f"train{number:02}.tar": b"x" for number in range(30)}
     place.zenodo.faults["train0.tar"] = [faults.status(429, Retry_After="3600")]
     done = place.fetch()
-    assert "asks to be left alone for 3600 s; run again then" in said(done)
+    assert "asked for a pause of 3600 s; run again after it" in said(done)
     assert len(place.zenodo.asked) < 8
 
 

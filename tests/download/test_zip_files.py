@@ -138,7 +138,9 @@ def test_a_shard_of_an_archive_that_is_gone_or_damaged_comes_again(place: Place)
 def test_another_file_in_the_way_is_not_ours_to_replace(place: Place) -> None:
     place.home.mkdir(parents=True)
     (place.home / "train1.tar").write_bytes(b"mine")
-    assert "data/mine/train1.tar is in the way of one in all.zip; move it away, and try again" in said(place.fetch())
+    assert "data/mine/train1.tar is in the way of a file of that name in all.zip; move it away, and try again" in said(
+        place.fetch()
+    )
     assert (place.home / "train1.tar").read_bytes() == b"mine"
     assert not (place.home / "train0.tar").exists()
     (place.home / "train1.tar").unlink()
@@ -185,7 +187,7 @@ HARM: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
         lambda files: zipped({"train0.tar": bytes(30_000_000)}, zipfile.ZIP_DEFLATED),
         "claims to unpack to more than 100 times its size",
     ),
-    "members that overlap": (overlapping, "claims to hold more than 100 times its size"),
+    "members that overlap": (overlapping, "claims to contain more than 100 times its size"),
     "two of a name": (lambda files: zipped({"a/train0.tar": b"x", "b/train0.tar": b"y"}), "has the name of another"),
     "encrypted": (lambda files: encrypted(zipped({"train0.tar": b"x" * 99})), "is encrypted"),
     "more than it says": (lying, "cannot be unpacked"),
@@ -232,7 +234,7 @@ def test_what_an_archive_claims_must_fit(place: Place, monkeypatch: pytest.Monke
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=500_000))
     done = place.fetch()
     assert isinstance(done.errors[0], DiskFullError)
-    assert "what is in all.zip needs 0.00 GB in" in said(done)
+    assert "unpacking all.zip needs 0.00 GB in" in said(done)
     assert set(place.there()) == {"all.zip"}
 
 

@@ -212,7 +212,7 @@ def test_a_link_to_nothing_is_no_shard(tmp_path: Path) -> None:
     ("task", "how"),
     [
         ("esc50", "`xares-onnx download esc50` fetches Zenodo record 14614287, or name another folder by --data"),
-        ("finger_snap", "its data were never published; who has them puts the tars there"),
+        ("finger_snap", "its data were never published; if you have them, put the tars there"),
         ("mine", "put its shards there, or name another folder by --data"),
     ],
 )

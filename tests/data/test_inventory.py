@@ -60,10 +60,10 @@ def test_a_good_download_is_verified_by_checksum(place: Place) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda path: path.write_bytes(b"wrong" + path.read_bytes()[5:]), "its checksum is not md5:"),
+        (lambda path: path.write_bytes(b"wrong" + path.read_bytes()[5:]), "its checksum is no longer md5:"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:-7]),
-            "it has 299993 bytes, and had 300000 when it was downloaded",
+            "it has 299993 bytes, but had 300000 when it was downloaded",
         ),
         (lambda path: path.unlink(), "it was downloaded and is gone"),
     ],
@@ -107,7 +107,7 @@ def test_a_shard_by_hand_that_is_cut(by_hand: str, place: Place) -> None:
     assert code == 4
     assert "hand/test-0.tar: the shard ends inside member" in out
     assert "hand: 1 damaged, first test-0.tar: the shard ends inside member" in err
-    assert err.endswith("; replace them by good ones\n")
+    assert err.endswith("; replace them by intact ones\n")
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_a_shard_is_in_a_table_with_what_is_known_of_it(place: Place, monkeypatc
         "mine": ["309 kB", "cc-by-4.0", "4 shards, 0.00 GB", "1 damaged"],
         "other": ["", "", "no", ""],
     }
-    assert "mine/valid0.tar: it has 7 bytes, and had 3000 when it was downloaded\n" in out
+    assert "mine/valid0.tar: it has 7 bytes, but had 3000 when it was downloaded\n" in out
     records = json.loads(run("tasks", "--verify", "--json")[1])
     assert records[0]["holding"]["check"]["damaged"] == [
-        {"shard": "valid0.tar", "reason": "it has 7 bytes, and had 3000 when it was downloaded"}
+        {"shard": "valid0.tar", "reason": "it has 7 bytes, but had 3000 when it was downloaded"}
     ]
     assert records[1]["holding"]["license"] is None
 

@@ -254,7 +254,7 @@ def test_folder_of_another_making_is_left_alone(tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "recording.wav"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
-    with pytest.raises(DataError, match="mine holds files of another making"):
+    with pytest.raises(DataError, match="mine contains files that were not built here"):
         build("synthetic_pitch", mine.parent)
     with pytest.raises(MachineError):
         build("synthetic_pitch", mine)

@@ -159,12 +159,12 @@ def test_events_have_keys_and_a_separator_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ({}, "its json is no list of events"),
-        ({"events": None}, "its json is no list of events"),
-        ({"events": {"0": event()}}, "its json is no list of events"),
-        ({"label": "Speech", "onset": 0, "offset": 1}, "its json is no list of events"),
-        ({"events": ["Speech"]}, "event 'Speech' is no object"),
-        ({"events": [event(), [1, 2]]}, "event [1, 2] is no object"),
+        ({}, "its json is not a list of events"),
+        ({"events": None}, "its json is not a list of events"),
+        ({"events": {"0": event()}}, "its json is not a list of events"),
+        ({"label": "Speech", "onset": 0, "offset": 1}, "its json is not a list of events"),
+        ({"events": ["Speech"]}, "event 'Speech' is not an object"),
+        ({"events": [event(), [1, 2]]}, "event [1, 2] is not an object"),
         ({"events": [{"onset": 0, "offset": 1}]}, "its json has no 'label'"),
         ({"events": [{"onset": 0, "label": "Speech"}]}, "its json has no 'offset'"),
         ({"events": [{"offset": 0, "label": "Speech"}]}, "its json has no 'onset'"),
@@ -286,7 +286,7 @@ def test_a_number_is_a_float_of_the_range(value: float) -> None:
 
 @pytest.mark.parametrize("value", [-1.01, 10.5, math.nan, math.inf, -math.inf, True, "3", None, [3], {}, HUGE, -HUGE])
 def test_no_number_is_a_reason(value: Any) -> None:
-    with pytest.raises(LabelError, match=r"^label score=.* is no number from -1 to 10\.25$") as caught:
+    with pytest.raises(LabelError, match=r"^label score=.* is not a number from -1 to 10\.25$") as caught:
         NumberTarget("score", -1, 10.25).encode({"score": value})
     assert len(str(caught.value)) < 120
 

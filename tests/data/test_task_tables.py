@@ -157,7 +157,7 @@ CLASSED = {
     "tags": 'key = "labels"\nclasses = {}',
     "events": 'start = "onset"\nend = "offset"\nlabel = "label"\nclasses = {}',
 }
-NEVER = "can never be read: it is empty, holds the separator, or begins or ends in white space"
+NEVER = "can never be read: it is empty, contains the separator, or begins or ends with white space"
 
 
 @pytest.mark.parametrize("kind", CLASSED)
@@ -332,7 +332,7 @@ def test_a_weight_of_positives_is_for_tags_and_events(kind: str) -> None:
         assert parsed(toml(kind)).head.positive_weight == 1
         assert parsed(toml(kind, head="positive_weight = 10")).head.positive_weight == 10
         for weight in ("0", "-1", "nan", "inf", "1e7"):
-            with pytest.raises(TaskFileError, match="`positive_weight` lies above 0 and at most at 1000000"):
+            with pytest.raises(TaskFileError, match="`positive_weight` must lie above 0 and not above 1000000"):
                 parsed(toml(kind, head=f"positive_weight = {weight}"))
         return
     assert parsed(toml(kind, head="positive_weight = 1")).head.positive_weight == 1
@@ -362,7 +362,9 @@ def test_a_number_is_averaged_with_nothing(kind: str) -> None:
         assert parsed(text).weight == 100
         return
     for weight in (100, 0):
-        with pytest.raises(TaskFileError, match="the error of a number is averaged with no other score; leave out `weight`"):
+        with pytest.raises(
+            TaskFileError, match="the error of a number cannot be averaged with other scores; leave out `weight`"
+        ):
             parsed(toml(kind, top=f"weight = {weight}"))
 
 

@@ -178,7 +178,7 @@ def test_a_users_own_file_works_like_a_shipped_one(tmp_path: Path) -> None:
         ({"title": 'title = "Mine"\nweight = nan'}, "`weight` must not be negative"),
         ({"crop_seconds": "crop_seconds = 0"}, "`crop_seconds` must lie between 0.1 and 3600"),
         ({"crop_seconds": "crop_seconds = nan"}, "`crop_seconds` must lie between 0.1 and 3600"),
-        ({"classes": 'classes = ["a", "b"]\n[head]\nepochs = 0'}, "`epochs` lies in"),
+        ({"classes": 'classes = ["a", "b"]\n[head]\nepochs = 0'}, "`epochs` must lie in"),
         ({"classes": 'classes = ["a", "b"]\n[head]\nlearning_rate = inf'}, "`learning_rate` above 0 and below 10"),
         ({"splits": 'folds = { pattern = "fold.tar", numbers = [1, 2] }'}, r"`pattern` 'fold\.tar' must hold \{fold\}"),
         ({"splits": 'folds = { pattern = "{fold}{0}", numbers = [1, 2] }'}, r"must hold \{fold\}"),

@@ -425,7 +425,7 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
     table = write_table(tmp_path / "labels.csv", write_tones(tmp_path / "audio", 8))
     for options, said in (
         ({"name": "a/b"}, "may hold letters"),
-        ({"name": "esc50"}, "is that of a task"),
+        ({"name": "esc50"}, "is already a task of"),
         ({"domain": "spech"}, "did you mean 'speech'"),
         ({"leaks": "dropp"}, "did you mean 'drop'"),
         ({"separator": ";"}, "--separator is for tags, not for class"),
@@ -435,7 +435,7 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         ({"group": "speaker"}, "no column 'speaker' to group by"),
         ({"crop_seconds": 0.0}, "`crop_seconds` must lie"),
         ({"segment_seconds": 0.0}, "`segment_seconds` must lie"),
-        ({"title": "a\ud800"}, "holds what cannot be printed"),
+        ({"title": "a\ud800"}, "contains characters that cannot be printed"),
     ):
         with pytest.raises(UsageError, match=said):
             pack(tmp_path / "audio", table, tmp_path / "out", **options)  # type: ignore[arg-type]

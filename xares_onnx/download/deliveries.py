@@ -209,9 +209,7 @@ def deliver(
                 culprit = "the machine" if isinstance(outcome, MachineError) else client.address.host
                 while not waiting.empty():
                     left -= 1
-                    finished(
-                        waiting.get().wanted, DownloadError(f"it was not tried, since {culprit} failed the others")
-                    )
+                    finished(waiting.get().wanted, DownloadError(f"it was not tried, since {culprit} failed the others"))
     except BaseException:
         client.stop.set()
         for thread in threads:

@@ -343,7 +343,7 @@ def _check_head(response: httpx2.Response, file: RemoteFile, part: Part, start: 
 def _write(
     client: Client, response: httpx2.Response, file: RemoteFile, part: Part, start: int, tell: Callable[[int], None]
 ) -> None:
-    window_start, arrived, told = time.monotonic(), 0, 0.0
+    window_start, arrived, last_told = time.monotonic(), 0, 0.0
     with part.path.open("rb+" if start else "wb", buffering=0) as out:
         out.seek(start)
         for chunk in response.iter_raw():
@@ -357,8 +357,8 @@ def _write(
             start += len(chunk)
             arrived += len(chunk)
             now = time.monotonic()
-            if now - told >= _TELL_SECONDS:
-                told = now
+            if now - last_told >= _TELL_SECONDS:
+                last_told = now
                 tell(start)
             if now - window_start >= client.patience.stall_seconds:
                 if arrived < client.patience.slowest_bytes_per_second * (now - window_start):

@@ -239,7 +239,7 @@ FITTING_METRICS = {
 
 @pytest.mark.parametrize("kind", TARGET_TOML)
 @pytest.mark.parametrize("head", ALL_HEADS)
-def test_a_head_fits_its_kind_or_what_fits_is_said(kind: str, head: str) -> None:
+def test_a_head_that_does_not_fit_names_those_that_do(kind: str, head: str) -> None:
     fitting = FITTING_HEADS.get(kind, ("linear",))
     choices = " or ".join(f"'{name}'" for name in fitting)
     text = toml(kind, head=f'kind = "{head}"')
@@ -259,7 +259,7 @@ def test_a_head_fits_its_kind_or_what_fits_is_said(kind: str, head: str) -> None
 
 @pytest.mark.parametrize("kind", TARGET_TOML)
 @pytest.mark.parametrize("metric", ALL_METRICS)
-def test_a_metric_fits_its_kind_or_what_fits_is_said(kind: str, metric: str) -> None:
+def test_a_metric_that_does_not_fit_names_those_that_do(kind: str, metric: str) -> None:
     text = toml(kind, score=f'metric = "{metric}"')
     if metric in FITTING_METRICS[kind]:
         task = parsed(text)
@@ -281,7 +281,7 @@ def test_a_kind_says_which_metric_it_needs(kind: str) -> None:
         parsed(text)
 
 
-def test_a_head_or_metric_that_there_is_not() -> None:
+def test_an_unknown_head_or_metric_is_refused() -> None:
     with pytest.raises(TaskFileError, match=r"head\.kind is 'lstm', but must be one of 'linear', 'retrieval', 'ctc', 'llm'"):
         parsed(toml("tags", head='kind = "lstm"'))
     with pytest.raises(
@@ -355,7 +355,7 @@ def test_a_crop_cuts_no_events_and_no_transcript(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TARGET_TOML)
-def test_a_number_is_averaged_with_nothing(kind: str) -> None:
+def test_a_number_has_no_weight(kind: str) -> None:
     assert parsed(toml(kind)).weight is None
     text = toml(kind, top="weight = 100")
     if kind != "number":

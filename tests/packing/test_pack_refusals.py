@@ -177,7 +177,7 @@ def test_a_line_without_end(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "name", ["../secret.wav", "a/../../secret.wav", "/etc/hostname", "link.wav", "linked/secret.wav", "zero\0.wav"]
 )
-def test_a_path_that_leads_out(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_path_that_leads_out_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     write_files(tmp_path, {"secret.wav": short(0)})
     (folder / "link.wav").symlink_to(tmp_path / "secret.wav")
     (folder / "linked").symlink_to(tmp_path)
@@ -245,7 +245,7 @@ def test_unusable_audio_is_left_out_by_name_and_too_much_of_it_is_an_error(folde
         assert why in next(drop.reason for drop in pack(folder, table, None, allow_drops=True).dropped if drop.key == name)
 
 
-def test_a_few_unusable_clips_are_said_and_no_error(folder: Path, tmp_path: Path) -> None:
+def test_a_few_unusable_clips_are_reported_and_no_error(folder: Path, tmp_path: Path) -> None:
     write_files(folder, {"bad.wav": b"", "worse.wav": b""})
     rows = [*rows_of(), {"path": "bad.wav", "label": "a"}, {"path": "worse.wav", "label": "never else"}]
     done = pack(folder, write_table(tmp_path / "labels.csv", rows), None)
@@ -340,7 +340,7 @@ def test_copies_in_folds_are_kept_in_the_first(folder: Path, tmp_path: Path) -> 
     assert [drop.key for drop in pack(folder, table, None, leaks="drop").dropped] == ["copy.wav"]
 
 
-def test_a_group_in_two_given_splits(folder: Path, tmp_path: Path) -> None:
+def test_a_group_in_two_splits_of_the_table_is_refused(folder: Path, tmp_path: Path) -> None:
     rows = rows_of(split=lambda i: "train" if i < 6 else "test", speaker=lambda i: f"s{i // 4}" if i else "")
     table = write_table(tmp_path / "labels.csv", rows)
     for leaks in ("refuse", "drop"):
@@ -351,7 +351,7 @@ def test_a_group_in_two_given_splits(folder: Path, tmp_path: Path) -> None:
     assert pack(folder, table, None).parts["test"].clips == 4  # no column was named, so there are no groups
 
 
-def test_the_same_row_twice_is_said(folder: Path, tmp_path: Path) -> None:
+def test_a_repeated_row_is_noted(folder: Path, tmp_path: Path) -> None:
     done = pack(folder, write_table(tmp_path / "labels.csv", [*rows_of(), *rows_of(2)]), None)
     assert "2 rows repeat what another row says about the same clip" in done.notes
     assert sum(part.clips for part in done.parts.values()) == 10
@@ -360,7 +360,7 @@ def test_the_same_row_twice_is_said(folder: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the output
 
 
-def test_what_another_wrote_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_files_that_pack_did_not_write_are_not_replaced(folder: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path / "labels.csv", rows_of())
     for files in ({"mine/train-000000.tar": b"theirs"}, {"mine.toml": b"theirs"}, {"mine/packed.json": b"{}"}):
         out = write_files(tmp_path / f"out{len(next(iter(files)))}", files)

@@ -9,7 +9,7 @@ BROWSED = 'synthetic_vowel,synthetic_number,synthetic_events,synthetic_tags'
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test check docs wheel-demo realdata families bench browser fuzz chaos lock clean
+.PHONY: demo test check docs wheel-demo realdata families bench browser gpu fuzz chaos lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -62,6 +62,9 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 	$(BIN)/python bench/rerun.py logmel.onnx
 	$(BIN)/python bench/memory.py resemblyzer.onnx
 	$(BIN)/python bench/packing.py logmel.onnx
+
+gpu: .venv/installed-resemblyzer  ## what a CUDA device does: agreement with the CPU, scores, throughput, heads
+	$(BIN)/python bench/gpu.py --folder build/gpu --output build/gpu/gpu.json
 
 fuzz: .venv/installed  ## look for bytes that break a reader, guided by coverage; FUZZ_SECONDS for each of six readers
 	$(BIN)/pip install --quiet atheris

@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from xares_onnx.encoder.processor import PairSums, pair_sums
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters.precision import LOUDNESS_STEP, TOLERANCE, Precision, halve, quantize
 from xares_onnx.files import disk_error
@@ -79,13 +80,16 @@ class Spec:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """A file that was written, and how closely it agrees with the torch module at which lengths, batches."""
+    """A file that was written, and how closely it agrees with the torch module at which lengths, batches.
+
+    `pair_sums` is how the processor that measured it adds products of bytes, None where the file has none."""
 
     path: Path
     parameters: int
     max_abs_error: float
     lengths: tuple[int, ...]
     batches: tuple[int, ...]
+    pair_sums: PairSums | None = None
 
 
 def export_encoder(
@@ -120,7 +124,8 @@ def export_encoder(
     except OSError as error:
         raise disk_error(error, output) from error
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    return ExportReport(output, parameters, max_abs_error, probe_lengths(spec), PROBE_BATCHES)
+    sums = pair_sums() if precision == "int8-dynamic" else None
+    return ExportReport(output, parameters, max_abs_error, probe_lengths(spec), PROBE_BATCHES, sums)
 
 
 def check_dynamic(path: Path) -> None:

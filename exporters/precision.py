@@ -51,7 +51,12 @@ def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 
 def quantize(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """`model` with the constant matrices of its products in 8 bits, and its activations quantised as they come.
+    """`model` with the constant matrices of its products in 7 of 8 bits, and its activations quantised as they come.
+
+    Signed weights use -64 to 64: CPUs with AVX2 or AVX-512 and without VNNI add two neighbouring products with activations
+    of 0 to 255 in 16 bits that saturate at 32,767, and 2 * 64 * 255 is 32,640. A scale per output channel costs no time and
+    gains about what the lost bit costs. Unsigned weights of all 8 bits would be right everywhere too and about half as far
+    from float32, but take 2.3 times as long with VNNI.
 
     Convolutions stay as they are: a front end would suffer, and the CPU gains nothing. `folder` takes large
     temporary files. Raises `UsageError` where no product has a constant matrix.
@@ -63,7 +68,13 @@ def quantize(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
     onnx.save(model, before, save_as_external_data=True, location=f"{before.name}.data")
     quantize_dynamic(
-        before, after, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, use_external_data_format=True
+        before,
+        after,
+        op_types_to_quantize=["MatMul"],
+        weight_type=QuantType.QInt8,
+        reduce_range=True,
+        per_channel=True,
+        use_external_data_format=True,
     )
     quantized = onnx.load(after)
     if not any(node.op_type == "MatMulInteger" for node in quantized.graph.node):

@@ -60,7 +60,9 @@ class LanguageModel:
     Only safetensors are read, never a pickle, and no code that comes with the model is run.
 
     Padding stands to the left, is masked, and counts no position: what is made of an utterance does not depend on what
-    shares its batch (but for rounding: products of another shape may be summed in another order).
+    shares its batch, up to rounding, since products of another shape may be summed in another order. So logits agree to some
+    1e-5 of their size in float32, and a text is the same alone and in any batch unless two tokens are that nearly equally
+    likely: then either may be written. With one batch, one machine and one version of torch it is always the same.
     """
 
     def __init__(self, source: str | Path, device: str = "auto") -> None:
@@ -142,6 +144,8 @@ class LanguageModel:
     @torch.no_grad()
     def generate(self, adapted: Sequence[Tensor]) -> list[str]:
         """What the model writes after the separator: its likeliest token each time, at most 200, up to the end token.
+
+        A text depends on its batch only where two tokens are equally likely up to rounding (see the class).
 
         Before each choice the logits of the tokens that the utterance already has are divided by 1.1 where positive and
         multiplied by it where negative.

@@ -1,14 +1,22 @@
 """Settings and fixtures of every test."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
-from xares_onnx.encoder import encoder
-from xares_onnx.encoder.worker import Worker
+if TYPE_CHECKING:
+    from xares_onnx.encoder.worker import Worker
+
+# One thread per process, in processes that tests start as well: pytest-xdist runs a process per core, and threads of torch
+# or a BLAS that wait for each other made a test of 13 s take 300. Set before anything imports numpy, which reads it once.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 # The same examples in every run, and no limit on the time of one: other work may share the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -17,6 +25,8 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="module")
 def _shared_worker() -> Iterator[Worker]:
+    from xares_onnx.encoder.worker import Worker
+
     with Worker() as worker:
         yield worker
 
@@ -27,6 +37,8 @@ def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> N
 
     The process keeps the last model that it loaded from a path.
     """
+    from xares_onnx.encoder import encoder
+    from xares_onnx.encoder.worker import Worker
 
     class Borrowed(Worker):
         def call(self, *arguments: Any, **options: Any) -> Any:
@@ -35,20 +47,9 @@ def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(encoder, "Worker", Borrowed)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products on a busy machine are much slower with several threads of torch."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def taught_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny language model that writes what it is told, one for all tests: it takes seconds to teach."""
+    """The folder of a tiny language model that writes what it is told, one for all tests."""
     from tiny_lm import make_folder
 
     return make_folder(tmp_path_factory.mktemp("models") / "tiny-lm")

@@ -20,7 +20,7 @@ from xares_onnx.errors import MachineError, UsageError
 FIGURES = ("size", "latency", "real-time-factor", "memory")
 # What a model of one length, of no batch, or without frames cannot be asked.
 LENGTHS = {"min-length", "max-length", "padding", "chunking", "dynamic-time", "frame-law"}
-ALWAYS_SKIPPED = {"parity", "devices", "placement"}
+ALWAYS_SKIPPED = {"parity", "devices", "int8-saturation", "placement"}
 
 
 def checked(model: object, folder: Path, **options: object) -> CheckReport:
@@ -45,7 +45,8 @@ def test_a_sound_encoder_passes_all(name: str, tmp_path: Path, shared_process: N
         "fixed batch of one": {"dynamic-batch", "batch-invariance"},
         "no batch axis": {"dynamic-batch", "batch-invariance"},
     }
-    assert set(report.named("skip")) == expected.get(name, set()) | ALWAYS_SKIPPED
+    always = ALWAYS_SKIPPED - {"int8-saturation"} if name.startswith("bytes") else ALWAYS_SKIPPED
+    assert set(report.named("skip")) == expected.get(name, set()) | always
     assert report.model is not None
     assert report.model.precision == ("fp16" if name.startswith("half") else "fp32")
 
@@ -63,9 +64,7 @@ def test_frames_of_a_local_model_are_the_same_in_chunks_and_before_zeros(
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), [("fp32", None), ("fp16", None), ("fp32", "int8-dynamic")])
-def test_an_exported_transformer_passes_all(
-    dtype: str, quantize: str | None, tmp_path: Path, shared_process: None, one_thread: None
-) -> None:
+def test_an_exported_transformer_passes_all(dtype: str, quantize: str | None, tmp_path: Path, shared_process: None) -> None:
     from random_checkpoints import save_speech
 
     from xares_onnx.exporters import export
@@ -147,6 +146,20 @@ def test_a_collapsed_layer_in_8_bits_is_far_from_the_original(tmp_path: Path, sh
     original = save(in_8_bits(collapsed=False), tmp_path / "original.onnx")
     assert checked(in_8_bits(collapsed=False), tmp_path, reference=original).named("fail") == []
     assert checked(in_8_bits(collapsed=True), tmp_path, reference=original).named("fail") == ["rank", "parity"]
+
+
+def test_products_that_saturate_without_vnni_are_named(tmp_path: Path, shared_process: None) -> None:
+    report = checked(check_models.quantised_on_one_scale(85), tmp_path)
+    (finding,) = [finding for finding in report.findings if finding.property == "int8-saturation"]
+    assert (finding.status, finding.measured, finding.unit, report.exit_code) == ("warn", 1, "of 1 products", 0)
+    assert "MatMulInteger 'the layer' up to 32,895, 12 % of its pairs of weights" in finding.says
+    assert "reduce_range=True" in finding.remedy
+    assert found(checked(check_models.quantised_on_one_scale(84), tmp_path), "int8-saturation").endswith("32,640 of 32,767")
+    settings = {"int8-saturation": {"severity": "error", "tolerance": 1}}
+    report = checked(check_models.quantised_on_one_scale(85), tmp_path, settings=settings)
+    assert (report.named("fail"), report.exit_code) == ([], 0)
+    report = checked(check_models.quantised_on_one_scale(85), tmp_path, settings={"int8-saturation": "error"})
+    assert (report.named("fail"), report.exit_code) == (["int8-saturation"], 1)
 
 
 def test_the_frozen_length_is_named(tmp_path: Path, shared_process: None) -> None:

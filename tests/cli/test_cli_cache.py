@@ -104,6 +104,29 @@ def test_export_takes_a_factory_and_a_precision(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".onnx"] == []
 
 
+def test_an_export_in_8_bits_says_on_which_arithmetic_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["import torch", "class Build(torch.nn.Module):", "    sample_rate = 16_000", "    def __init__(self):"]
+    lines += [
+        "        super().__init__()",
+        "        torch.manual_seed(1)",
+        "        self.convolution, self.linear = torch.nn.Conv1d(1, 8, 400, 160), torch.nn.Linear(8, 4)",
+        "    def forward(self, audio):",
+        "        return self.linear(self.convolution(audio[:, None]).transpose(1, 2))",
+    ]
+    (tmp_path / "small.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    words = {"exact": "adds 8-bit products in 32 bits", "saturating": "in 16 bits (no VNNI)", "unknown": "does not tell"}
+    for sums, said in words.items():
+        monkeypatch.setattr("xares_onnx.exporters.core.pair_sums", lambda sums=sums: sums)
+        code, out, err = run("export", "torch", "small:Build", "-o", "small.onnx", "--quantize", "int8-dynamic")
+        assert (code, err) == (0, "")
+        assert "batch sizes, measured on a processor that" in out
+        assert said in out
+    assert "measured on" not in run("export", "torch", "small:Build", "-o", "float.onnx")[1]
+
+
 def test_export_then_evaluate(world: World, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     code, out, err = run("export", "logmel", "-o", str(tmp_path / "logmel.onnx"))

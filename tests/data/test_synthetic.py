@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -24,7 +24,6 @@ from scipy.linalg import solve_toeplitz
 from scipy.stats import binom
 from shard_makers import small_disk
 from synthetic_clips import Array, all_of, decibels, frames, log_mel, samples_of, split_of, task_file
-from threadpoolctl import threadpool_limits
 
 from xares_onnx.data import synthetic
 from xares_onnx.data.audio import decode
@@ -40,13 +39,6 @@ SHARDS = [f"{split}-000000.tar" for split in SPLITS]
 
 each_task = pytest.mark.parametrize("task", TASKS)
 each_task_of_classes = pytest.mark.parametrize("task", LABELS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of small products are slower on many threads, and far slower where the machine is shared."""
-    with threadpool_limits(1):
-        yield
 
 
 # --- What a score means ---

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import combinations, pairwise
 from json import dumps
@@ -34,7 +34,6 @@ from synthetic_ears import (
     residue,
     texture_of,
 )
-from threadpoolctl import threadpool_limits
 
 from xares_onnx.data.synthetic import LABELS, SAMPLE_RATE, SPLITS, TASKS, Clip
 
@@ -64,12 +63,6 @@ HIGH, LOW, RAIN, SILENCE = ("high", "shrill"), ("low", "deep"), ("rain",), ("sil
 LETTERS = "AEIOURHFXS"
 
 each_task = pytest.mark.parametrize("task", KINDS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 # --- The task files and the labels ---

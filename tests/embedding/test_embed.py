@@ -400,7 +400,7 @@ def test_decoding_is_a_sign_of_life_for_a_while(encoder: Encoder, tmp_path: Path
         beats[0] += 1
 
     assert len(decoding(encoder, tmp_path, monkeypatch, slow, beat)[0]) == 6
-    assert beats[0] == 2
+    assert 2 <= beats[0] <= 3  # two while it is waited for, and one when it has come after all
 
 
 # ---------------------------------------------------------------- what is stored is not embedded again

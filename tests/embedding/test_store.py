@@ -26,7 +26,7 @@ from xares_onnx.data.shards import Drop
 from xares_onnx.embedding import embed, store
 from xares_onnx.embedding.embed import EmbedSpec
 from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, prune, store_key
-from xares_onnx.encoder import encoder
+from xares_onnx.encoder import spec as encoder_spec
 from xares_onnx.encoder.contract.contract import Contract
 from xares_onnx.encoder.contract.frontend import make_frontend
 from xares_onnx.encoder.exposure import Exposure
@@ -237,6 +237,7 @@ def spec() -> EmbedSpec:
 # A path into the spec, and another value there. Together they name every field: a new one must be put on one side.
 SHAPING: dict[str, Any] = {
     "model.info.scan.sha256": "c",
+    "model.info.scan.integers": True,
     "model.info.provider": CUDA,
     "model.info.exposure": Exposure(("x",)),
     "model.info.onnxruntime": "1.2.4",
@@ -272,6 +273,7 @@ SHAPING: dict[str, Any] = {
 NOT_SHAPING: dict[str, Any] = {
     "model.info.path": "elsewhere/n.onnx",
     "model.info.notes": ("said",),
+    "model.info.batch_difference": 1e-6,
     "model.info.more_taps": (Tap("x", spec().model.info.contract),),
     "model.info.scan.bytes": 2,
     "model.info.scan.parameters": 2,
@@ -319,6 +321,21 @@ def test_nothing_else_changes_the_name(path: str) -> None:
     assert changed(spec(), path, NOT_SHAPING[path]).key() == spec().key()
 
 
+def test_how_the_processor_adds_bytes_names_quantised_models_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float model's name is the digest that it was before there was such a thing."""
+    quantised = changed(spec(), "model.info.scan.integers", True)
+    names = {}
+    for sums in ("exact", "saturating", "unknown"):
+        monkeypatch.setattr(embed.processor, "pair_sums", lambda sums=sums: sums)
+        names[sums] = (spec().key(), quantised.key())
+    assert len({name for name, _ in names.values()}) == 1
+    assert len({name for _, name in names.values()}) == 3
+    monkeypatch.setattr(embed.audio, "resampler_version", lambda: "soxr 1")
+    monkeypatch.setattr(embed.audio, "decoder_version", lambda: "libsndfile 1")
+    monkeypatch.setattr(store, "STORE_VERSION", 1)
+    assert spec().key() == "2994eb07ae6472b015456a49d092a174b2c592e1"
+
+
 def test_each_tap_has_a_name_of_its_own() -> None:
     layer = Tap("layer", changed(spec().model.info.contract, "output", "inside"))
     tapped = changed(spec(), "model.info.more_taps", (layer,))
@@ -335,11 +352,15 @@ def test_all_clips_by_name_are_not_all_clips() -> None:
 def test_providers_and_batches_change_the_name_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda = changed(spec(), "model.info.provider", CUDA)
     on_another = changed(spec(), "model.info.provider", "ROCMExecutionProvider")
-    assert on_cuda.model.info.batch == on_another.model.info.batch > spec().model.info.batch
+    assert on_cuda.model.info.batching == on_another.model.info.batching != spec().model.info.batching
     assert on_cuda.key() != on_another.key()
-    before = on_cuda.key()
-    monkeypatch.setattr(encoder, "GPU_BATCH", 8)
-    assert on_cuda.key() != before
+    on_the_cpu = spec().key()
+    for constant in ("GPU_BATCH", "_CALL_SECONDS", "_WINDOW_SECONDS"):
+        before = on_cuda.key()
+        with monkeypatch.context() as patched:
+            patched.setattr(encoder_spec, constant, 8)
+            assert on_cuda.key() != before
+            assert spec().key() == on_the_cpu
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from onnx_models import DIM, HOP, RECEPTIVE, noise, save, save_external
 
 import xares_onnx
 from xares_onnx.encoder import encoder as encoder_module
+from xares_onnx.encoder import resolve
+from xares_onnx.encoder.batching import Batching
 from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.encoder.session import cuda_may_work
 from xares_onnx.encoder.spec import ModelSpec
@@ -88,17 +90,19 @@ def test_threads_change_no_bit_and_no_order(plain: Encoder) -> None:
             np.testing.assert_array_equal(embedding.frames, other.frames)
 
 
-def test_the_batch_of_a_gpu_changes_no_clip(plain: Encoder) -> None:
-    """Chunks share a call only where they are equally long; results then find back to their clips."""
+def test_the_batches_of_a_gpu_change_no_clip(plain: Encoder) -> None:
+    """Chunks of a window share a call where they are equally long; results then find back to their clips, in order."""
     clips = [noise(samples, seed) for seed, samples in enumerate([16_000, 16_000, 20_000, 16_000, 330_000, 5, 16_000])]
     sizes, counts = plain.worker.call(
-        run_in_batches, plain.spec, clips, 3, returns=list[list[int]], silence_limit=60, observer=ignore
+        run_in_batches, plain.spec, clips, returns=list[list[int]], silence_limit=60, observer=ignore
     )
-    assert sizes == [2, 1, 1, 2, 3]  # 16,000 twice; 20,000; 16,000; 160,000 twice; its tail, a short clip and 16,000
+    # The first window ends with the second chunk of 160,000: both of those; 20,000; 16,000 three times.
+    # The second holds the tail of 10,000, padded to a second, a short clip and 16,000: three times 16,000.
+    assert sizes == [2, 1, 3, 3]
     assert counts == [len(embedding.frames) for embedding in plain.embed(clips, RATE)]
 
 
-def run_in_batches(spec: ModelSpec, clips: list[np.ndarray], batch: int, *, tell: Any) -> list[list[int]]:
+def run_in_batches(spec: ModelSpec, clips: list[np.ndarray], *, tell: Any) -> list[list[int]]:
     """In the worker: sizes of the calls, and the frames of each clip; every frame is compared with batch 1."""
     from xares_onnx.encoder.resolve import open_session
     from xares_onnx.encoder.runner import ChunkRunner, Job
@@ -110,8 +114,7 @@ def run_in_batches(spec: ModelSpec, clips: list[np.ndarray], batch: int, *, tell
     ]
     session.run_taps = lambda waveforms, *rest: (sizes.append(len(waveforms)), run(waveforms, *rest))[1]  # type: ignore
     try:
-        runner = ChunkRunner(session, ModelSpec(spec.info, spec.device, 1))
-        runner._batch = batch
+        runner = ChunkRunner(session, spec, batching=Batching(3, 480_000, 388_000), callers=1)
         parts: list[list[np.ndarray]] = [[] for _ in clips]
         for job, _, (frames,), _ in runner.run(Job(i, clip) for i, clip in enumerate(clips)):
             parts[job.tag].append(frames)
@@ -328,7 +331,7 @@ def test_what_is_assumed_is_said_once(tmp_path: Path, shared_process: None) -> N
 def test_a_batch_coupled_model_runs_alone_and_says_so(tmp_path: Path, shared_process: None) -> None:
     encoder = load(models.batch_coupled(), tmp_path)
     assert encoder.contract.batch_coupled
-    assert encoder.info.batch == 1
+    assert encoder.info.batching.items == 1
     assert any("depends on its neighbours" in note for note in encoder.info.notes)
     quiet, loud = noise(16_000) * 0.1, noise(16_000, 1)
     np.testing.assert_array_equal(encoder.embed([quiet, loud], RATE)[0].frames, encoder.embed([quiet], RATE)[0].frames)
@@ -501,9 +504,9 @@ def test_the_model_is_loaded_once(tmp_path: Path) -> None:
 
 def count_loads(spec: ModelSpec, *, tell: Callable[[Any], None]) -> int:
     """In the worker: how many sessions `open_session` adds."""
-    before = encoder_module._session.cache_info().misses
-    encoder_module.open_session(spec, tell)
-    return encoder_module._session.cache_info().misses - before
+    before = resolve._session.cache_info().misses
+    resolve.open_session(spec, tell)
+    return resolve._session.cache_info().misses - before
 
 
 def test_the_door_is_public() -> None:

@@ -27,7 +27,7 @@ from xares_onnx.errors import ContractError, ModelError
 from xares_onnx.exporters import export
 
 RATE = 16_000
-pytestmark = pytest.mark.usefixtures("shared_process", "one_thread")
+pytestmark = pytest.mark.usefixtures("shared_process")
 
 
 def swelling(samples: int, seed: int = 0) -> NDArray[np.float32]:

@@ -24,8 +24,7 @@ from onnx import ModelProto
 from onnx_models import noise, save
 
 from xares_onnx import load_encoder
-from xares_onnx.encoder import encoder as encoder_module
-from xares_onnx.encoder import limits
+from xares_onnx.encoder import limits, resolve
 from xares_onnx.encoder.model_file import scan_model
 from xares_onnx.encoder.spec import EncoderInfo
 from xares_onnx.encoder.worker import Tell, Worker
@@ -305,15 +304,15 @@ def test_a_model_that_is_replaced_between_scan_and_load(tmp_path: Path) -> None:
 
 def resolve_while_replaced(model: str, other: str, *, tell: Tell) -> EncoderInfo:
     """In the worker: the model's file becomes another one once it was scanned, and the same again once it was loaded."""
-    load = encoder_module._session
+    load = resolve._session
 
     def replace_and_load(path: str, *how: Any) -> Any:
         session = load(path, *how)
         os.replace(other, path)
         return session
 
-    encoder_module._session = replace_and_load  # type: ignore[assignment]
-    return encoder_module._resolve(model, "cpu", {}, {}, tell=tell)
+    resolve._session = replace_and_load  # type: ignore[assignment]
+    return resolve.resolve(model, "cpu", {}, {}, tell=tell)
 
 
 # ---------------------------------------------------------------- bombs while loading and running
@@ -354,7 +353,7 @@ def test_a_model_that_is_slow_in_every_call_ends_too(tmp_path: Path) -> None:
 def resolve_in_a_second(model: str, *, tell: Tell) -> EncoderInfo:
     """In the worker: with less time for measuring than a stranger has."""
     limits._MEASURING_SECONDS = 1.0
-    return encoder_module._resolve(model, "cpu", {}, {}, tell=tell)
+    return resolve.resolve(model, "cpu", {}, {}, tell=tell)
 
 
 def test_a_bomb_that_waits_for_the_data(tmp_path: Path) -> None:
@@ -416,7 +415,7 @@ def test_a_batch_coupled_model_is_run_alone(tmp_path: Path, shared_process: None
     clips = [noise(RATE), 5 * noise(RATE, seed=1)]
     alone = [loaded.embed([clip], RATE)[0].frames for clip in clips]
     np.testing.assert_array_equal(np.stack([found.frames for found in loaded.embed(clips, RATE)]), np.stack(alone))
-    assert loaded.info.batch == 1
+    assert loaded.info.batching.items == 1
 
 
 # ---------------------------------------------------------------- --trust

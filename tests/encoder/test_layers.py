@@ -25,7 +25,7 @@ from xares_onnx.encoder.measuring.layers import layers_of, residual_layers
 from xares_onnx.errors import ContractError
 from xares_onnx.exporters import export
 
-pytestmark = [pytest.mark.usefixtures("shared_process"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("shared_process")
 
 DIM, FRAMES, DEPTH = 8, 20, 3
 

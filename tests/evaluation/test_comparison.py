@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ from made_results import classes, rng, saved
 from onnx import numpy_helper
 
 import xares_onnx
-from xares_onnx.encoder import speed
+from xares_onnx.encoder import processor, speed
 from xares_onnx.errors import DataError, ModelError, UsageError
 from xares_onnx.evaluation.comparison import compare
 from xares_onnx.evaluation.differences import AverageDifference
@@ -284,3 +285,28 @@ def test_other_data_end_in_exit_code_4(world: World, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="other data of tones"):
         compare(world.results[0], other)
     assert run("compare", str(world.results[0]), str(other))[0] == 4
+
+
+def test_the_processor_is_recorded_beside_the_provider(world: World, of_models: Comparison) -> None:
+    sets = processor.instruction_sets()
+    recorded = None if sets is None else list(sets)
+    assert of_models.a.instruction_sets == of_models.b.instruction_sets == recorded
+    assert json.loads(world.results[0].read_text())["environment"]["machine"]["instruction_sets"] == recorded
+
+
+def test_another_processor_is_said(world: World) -> None:
+    """And one that was not recorded, or is no list, is none."""
+    raw = json.loads(world.results[0].read_text())
+    paths = []
+    for name, sets in {"old": ["avx2", "fma"], "new": ["avx2", "fma", "avx512_vnni"], "none": None, "odd": "avx2"}.items():
+        raw["environment"]["machine"]["instruction_sets"] = sets
+        paths.append(world.folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(raw))
+        folder = world.folder / f"{name}.predictions"
+        shutil.copytree(world.folder / "full.predictions", folder, dirs_exist_ok=True)
+    old, new, none, odd = paths
+    said = "the processors differ, on which the numbers of a model in 8 bits may depend: only {}'s has avx512_vnni"
+    assert said.format("B") in compare(old, new).notes
+    assert said.format("A") in compare(new, old).notes
+    for one, other in ((old, old), (old, none), (odd, new), (none, none)):
+        assert not [note for note in compare(one, other).notes if "processors" in note]

@@ -24,7 +24,6 @@ from xares_onnx.evaluation.differences import (
     signed,
     verdict_of,
 )
-from xares_onnx.metrics.bootstrap import interval
 from xares_onnx.scoring.scoring import Predictions, clips_of
 
 Bools = NDArray[np.bool_]
@@ -57,7 +56,9 @@ def pair(generator: np.random.Generator, clips: int, lost: float = 0.1, won: flo
 def test_identical_results_differ_by_exactly_nothing() -> None:
     kept = classes({"x": outcomes(1, 40), "y": outcomes(2, 20)})
     found = compared(kept, kept)
-    assert (found.difference, found.ci95, found.verdict, found.per_seed) == (0, (0, 0), "same", [0, 0, 0])
+    assert (found.difference, found.alike, found.verdict, found.per_seed) == (0, True, "unclear", [0, 0, 0])
+    low, high = found.ci95  # type: ignore[misc]
+    assert (-low, high) == pytest.approx((3 * (1 / 40 + 1 / 20) / 4,) * 2, rel=0.03)  # as of one fold of 53 clips
     assert found.mcnemar is not None
     assert (found.mcnemar.only_a, found.mcnemar.only_b, found.mcnemar.p) == (0, 0, 1)
 
@@ -75,7 +76,7 @@ def test_a_difference_is_the_mean_over_folds_then_seeds() -> None:
 
 def test_rows_are_paired_by_key_and_fold_whatever_their_order() -> None:
     a = classes({"x": outcomes(1, 60), "y": outcomes(2, 30)})
-    b = classes({"x": outcomes(1, 60) & outcomes(5, 60, 0.9), "y": outcomes(2, 30)})
+    b = classes({"x": outcomes(1, 60) & outcomes(5, 60, 0.7), "y": outcomes(2, 30)})
     order = np.concatenate([rng(3 + seed).permutation(np.flatnonzero(b["seed"] == seed)) for seed in range(3)])
     shuffled = {name: column[order] for name, column in b.items()}
     # Clips in another order, and the same within every seed.
@@ -133,7 +134,7 @@ def test_paired_interval_is_that_of_the_clips_differences() -> None:
     found = compared(classes({"t": a}), classes({"t": b}))
     each = b[0].astype(float) - a[0]
     reference = stats.bootstrap((each,), np.mean, method="percentile", n_resamples=20_000, rng=rng(2)).confidence_interval
-    assert found.ci95 == pytest.approx(tuple(reference), abs=0.006)
+    assert found.ci95 == pytest.approx(tuple(reference), abs=0.01)
     unpaired = 2 * 1.96 * np.sqrt(a.var() / 200 + b.var() / 200)
     assert found.ci95[1] - found.ci95[0] < 0.65 * unpaired  # type: ignore[index]
 
@@ -143,7 +144,10 @@ def test_clips_are_resampled_within_folds() -> None:
     small, large = np.array([[1, 1]]), np.ones((1, 40), int)
     found = compared(classes({"s": small, "l": large}), classes({"s": np.array([[1, 0]]), "l": large}))
     assert found.difference == pytest.approx(-0.25)
-    assert found.ci95 == pytest.approx((-0.5, 0))  # 2, 1 or 0 of the fold's two draws are the lost clip
+    # 2, 1 or 0 of the fold's two draws are the lost clip; beside that, all that 7.6 clips of equal weight cannot show.
+    variance = (0.5 * 0.5 / 2 / 4) * (1 + 1 / 39) / (1 / 2 + 1 / 40) + (3 / 1.96 * (1 / 2 + 1 / 40) / 4) ** 2
+    half = 2.02 * np.sqrt(variance)
+    assert found.ci95 == pytest.approx((-0.25 - half, -0.25 + half), rel=0.05)
 
 
 def test_a_clip_may_be_tested_in_several_folds() -> None:
@@ -168,7 +172,7 @@ def test_seeds_share_a_resample() -> None:
     a[1], b[0] = 0, 0  # with every clip: +1 and -1
     found = compared(classes({"t": a}), classes({"t": b}))
     assert found.per_seed == [-1, 1]
-    assert found.ci95 == (0, 0)
+    assert found.ci95 == (-1, 1)  # whatever the clips: two seeds that say the opposite tell nothing
 
 
 def test_average_precision_is_paired_and_moved_to_its_score() -> None:
@@ -193,7 +197,7 @@ def test_average_precision_is_paired_and_moved_to_its_score() -> None:
     found = only(find_differences(*sides))
     low, high = found.ci95  # type: ignore[misc]
     assert low < found.difference < high < 0
-    assert only(find_differences(sides[0], sides[0])).ci95 == (0, 0)
+    assert only(find_differences(sides[0], sides[0])).alike
 
 
 # ---------------------------------------------------------------- McNemar
@@ -273,7 +277,7 @@ def test_averages_are_of_independent_tasks() -> None:
     assert average.difference == pytest.approx((400 * first.difference + 300 * second.difference) / 700)
     widths = [d.ci95[1] - d.ci95[0] for d in found.tasks]  # type: ignore[index]
     expected = np.hypot(4 * widths[0], 3 * widths[1]) / 7
-    assert average.ci95[1] - average.ci95[0] == pytest.approx(expected, rel=0.1)  # type: ignore[index]
+    assert average.ci95[1] - average.ci95[0] == pytest.approx(expected, rel=0.15)  # type: ignore[index]
     limited = [msgspec.structs.replace(r, comparable=False) for r in made["a"].result.tasks]
     partial = Side("a", result(limited), made["a"].predictions_of)
     assert find_differences(partial, made["b"]).averages == []
@@ -295,7 +299,6 @@ def test_verdicts_and_gates() -> None:
     for ci95, expected in cases.items():
         assert (verdict_of(ci95, 0.01), gate_of(ci95, 0.01)) == expected, ci95
     assert (verdict_of(None, 0.01), gate_of(None, 0.01)) == ("unclear", "warn")
-    assert interval(np.full(2000, np.nan)) is None
     assert [signed(value) for value in (-1e-17, -0.0004, 0.0126, -0.0126)] == ["+0.000", "+0.000", "+0.013", "-0.013"]
 
 

@@ -24,6 +24,7 @@ from xares_onnx.evaluation.averages import averages, published_averages
 from xares_onnx.evaluation.evaluation import evaluate
 from xares_onnx.evaluation.record import Seconds, TaskResult, make_room
 from xares_onnx.files import indented
+from xares_onnx.metrics.intervals import Estimate
 
 Record = dict[str, Any]
 
@@ -337,7 +338,11 @@ def test_a_users_own_tasks_have_an_average_of_their_own(tmp_path: Path) -> None:
 def test_interval_of_an_average_is_that_of_independent_tasks() -> None:
     esc50, gtzan = shipped_tasks()["esc50"], shipped_tasks()["gtzan_genre"]
     rng = np.random.default_rng(0)
-    drawn = {("esc50", "linear"): rng.normal(0.9, 0.01, 2000), ("gtzan_genre", "linear"): rng.normal(0.4, 0.08, 2000)}
+
+    def estimate(score: float, spread: float) -> Estimate:
+        return Estimate(score, rng.normal(score, spread, 2000), (), 1e4, 1e4, "share")
+
+    drawn = {("esc50", "linear"): estimate(0.9, 0.01), ("gtzan_genre", "linear"): estimate(0.4, 0.08)}
     found = averages([scored(esc50, 0.9), scored(gtzan, 0.4)], drawn)["public"]["head"]
     spread = np.sqrt((0.8 * 0.01) ** 2 + (0.2 * 0.08) ** 2)
     assert found.ci95 == pytest.approx((0.8 - 1.96 * spread, 0.8 + 1.96 * spread), abs=0.003)

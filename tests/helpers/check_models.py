@@ -92,13 +92,30 @@ def recurrent(size: int = 8) -> ModelProto:
 
 def in_8_bits(*, collapsed: bool) -> ModelProto:
     """A linear layer over the frames in 8 bits, quantised as they come; its rows are all alike where it collapsed."""
-    weights = np.array([[90, -40, 7, 12], [-20, 100, 30, -9], [11, 25, -80, 44], [3, -35, 21, 110]], np.int8)
+    weights = np.array([[90, -40, 7, 12], [-20, 100, 30, -9], [11, 25, -80, 14], [3, -35, 21, 110]], np.int8)
     if collapsed:
         weights[:] = weights[:1]
     model = computed(
         [
             node("DynamicQuantizeLinear", ["frames_first"], ["whole", "scale", "zero"]),
             node("MatMulInteger", ["whole", "layer", "zero"], ["product"]),
+            node("Cast", ["product"], ["single_product"], to=FLOAT),
+            node("Mul", ["single_product", "scale"], ["embeddings"]),
+        ]
+    )
+    model.graph.initializer.append(numpy_helper.from_array(weights, "layer"))
+    return model
+
+
+def quantised_on_one_scale(most: int) -> ModelProto:
+    """A linear layer over the frames in 8 bits, whose activations have one scale for good; `most` is its largest weight."""
+    weights = np.array([[90, -40, 7, 12], [-20, 100, 30, -9], [11, 25, -80, 44], [3, -35, 21, most]], np.int8)
+    model = computed(
+        [
+            number("scale", 0.01),
+            node("Constant", [], ["zero"], value=numpy_helper.from_array(np.array(128, np.uint8), "zero_value")),
+            node("QuantizeLinear", ["frames_first", "scale", "zero"], ["whole"]),
+            node("MatMulInteger", ["whole", "layer", "zero"], ["product"], name="the layer"),
             node("Cast", ["product"], ["single_product"], to=FLOAT),
             node("Mul", ["single_product", "scale"], ["embeddings"]),
         ]
@@ -315,6 +332,7 @@ SOUND: dict[str, Callable[[], ModelProto]] = {
     "half precision in and out": lambda: declared(encoder(kind=models.FLOAT16)),
     "lengths": lambda: declared(models.with_lengths()),
     "normalised clips": lambda: declared(encoder(), xares__normalize="zscore"),
+    "bytes that stay in 16 bits": lambda: quantised_on_one_scale(84),
 }
 MUTANTS: dict[str, tuple[str, str, Callable[[], ModelProto]]] = {
     "an unknown operator": ("loads", "fail", lambda: declared(models.unknown_operator())),
@@ -362,5 +380,6 @@ MUTANTS: dict[str, tuple[str, str, Callable[[], ModelProto]]] = {
     "a mask that counts": ("padding", "warn", counts_its_mask),
     "flips after two seconds": ("chunking", "warn", flips_after_two_seconds),
     "flips when quiet": ("gain", "warn", flips_when_quiet),
+    "bytes past 16 bits": ("int8-saturation", "warn", lambda: quantised_on_one_scale(85)),
 }
 __all__ = ["MUTANTS", "SOUND", "declared", "in_8_bits", "never_ends_on_dc", "sound", "unlike"]

@@ -1,5 +1,10 @@
-"""A tiny causal language model on disk, speech for it, and the plainest way to train and ask it."""
+"""A tiny causal language model on disk, speech for it, and the plainest way to train and ask it.
 
+`python tests/helpers/tiny_lm.py` teaches the language model anew and writes its weights beside this file. They are kept, and
+not taught in each run, because 4,000 steps of Adam end in other weights on another kind of CPU.
+"""
+
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xares_onnx.models.llm import LanguageModel
@@ -18,6 +24,8 @@ from xares_onnx.probes.training import HeadResult, Rows
 
 LETTERS = "ABCDEFGHIJK"
 DIM, HIDDEN, INNER = 16, 32, 48
+TAUGHT = Path(__file__).with_suffix(".safetensors")  # in half precision
+NEAR = 1e-3  # two logits as near as this may change places where another kernel sums a product in another order
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,24 @@ class Head:
     learning_rate: float = 1e-2
 
 
-def make_folder(folder: Path, *, separator: bool = True, steps: int = 600, **special: str) -> Path:
+def make_folder(folder: Path, *, separator: bool = True, taught: bool = True, **special: str) -> Path:
+    """`taught`: with the weights in `TAUGHT`, which copy what stands before the separator; else with those drawn."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer, model = fresh_model(separator=separator, **special)
+    if taught:
+        weights = {key: tensor.float() for key, tensor in load_file(TAUGHT).items()}
+        model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    # What a model brings along for sampling must not reach the head.
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=3, max_new_tokens=3, repetition_penalty=2.0)
+    transformers.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformers.logging.enable_progress_bar()
+    return folder
+
+
+def fresh_model(*, separator: bool = True, **special: str) -> tuple[Any, Any]:
+    """(tokenizer, model), the weights drawn."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     bytes_alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -61,19 +86,10 @@ def make_folder(folder: Path, *, separator: bool = True, steps: int = 600, **spe
         attention_dropout=0.2,  # which no encoder's score may meet
         tie_word_embeddings=True,
     )
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    if steps:
-        teach_to_copy(model, fast, steps)
-    # What a model brings along for sampling must not reach the head.
-    model.generation_config.update(do_sample=True, temperature=0.7, top_k=3, max_new_tokens=3, repetition_penalty=2.0)
-    transformers.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    transformers.logging.enable_progress_bar()
-    return folder
+    return fast, transformers.Qwen2ForCausalLM(config).eval()
 
 
-def teach_to_copy(model: Any, tokenizer: Any, steps: int) -> None:
+def teach_to_copy(model: Any, tokenizer: Any, steps: int = 4000) -> None:
     rng = np.random.default_rng(0)
     adam = torch.optim.Adam(model.parameters())
     rates = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-2, total_steps=steps)
@@ -160,26 +176,39 @@ class Plain:
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def teacher_forced(self, adapted: Tensor, text: str) -> str:
+    def teacher_forced(self, adapted: Tensor, text: str) -> set[str]:
+        """Every text of likeliest tokens: more than one where two tokens are equally likely, up to rounding."""
         logits = self.logits(adapted, self.ids(text))[len(adapted) : -1]
-        return self.tokenizer.decode([int(row.argmax()) for row in logits], skip_special_tokens=True)
+        return {self.decoded(tokens) for tokens in itertools.product(*(likeliest(row.tolist()) for row in logits))}
 
     @torch.no_grad()
-    def tokens(self, adapted: Tensor, penalty: float) -> list[int]:
+    def tokens(self, adapted: Tensor, penalty: float) -> list[list[int]]:
+        """Every sequence of likeliest tokens, one unless two tokens are equally likely, up to rounding."""
         start = self.ids("")[:1]
-        written: list[int] = []
-        while len(written) < 200:
+        unfinished: list[list[int]] = [[]]
+        finished = []
+        while unfinished:
+            written = unfinished.pop()
             logits = self.logits(adapted, start + written)[-1].tolist()
             for token in set(written):
                 logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
-            token = max(range(len(logits)), key=logits.__getitem__)
-            if token == self.tokenizer.eos_token_id:
-                break
-            written.append(token)
-        return written
+            for token in likeliest(logits):
+                if token == self.tokenizer.eos_token_id:
+                    finished.append(written)
+                else:
+                    (finished if len(written) == 199 else unfinished).append([*written, token])
+        return finished
 
-    def generate(self, adapted: Tensor) -> str:
-        return self.tokenizer.decode(self.tokens(adapted, 1.1), skip_special_tokens=True)
+    def generate(self, adapted: Tensor) -> set[str]:
+        return {self.decoded(tokens) for tokens in self.tokens(adapted, 1.1)}
+
+    def decoded(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def likeliest(logits: Sequence[float]) -> list[int]:
+    best = max(logits)
+    return [token for token, logit in enumerate(logits) if logit >= best - NEAR]
 
 
 def plain_from(folder: Path) -> Plain:
@@ -230,3 +259,10 @@ def same(one: Sequence[HeadResult], other: Sequence[HeadResult]) -> bool:
     return [(r.fold, r.seed, r.examples.tolist(), r.predictions, r.best_epoch, r.valid_score) for r in one] == [
         (r.fold, r.seed, r.examples.tolist(), r.predictions, r.best_epoch, r.valid_score) for r in other
     ]
+
+
+if __name__ == "__main__":
+    tokenizer, model = fresh_model()
+    torch.set_num_threads(1)
+    teach_to_copy(model, tokenizer)
+    save_file({key: tensor.half() for key, tensor in model.state_dict().items() if key != "lm_head.weight"}, TAUGHT)

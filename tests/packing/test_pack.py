@@ -56,7 +56,7 @@ def split_of(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.usefixtures("shared_process", "one_thread")
+@pytest.mark.usefixtures("shared_process")
 def test_every_kind_is_packed_and_then_scored(kind: str, model: Path, tmp_path: Path) -> None:
     rows = write_kind(tmp_path / "audio", kind)
     ending = {"tags": "csv", "events": "tsv", "captions": "csv", "transcript": "jsonl", "number": "parquet"}[kind]
@@ -72,7 +72,6 @@ def test_every_kind_is_packed_and_then_scored(kind: str, model: Path, tmp_path: 
     assert record.score > ENOUGH[kind] if record.higher_is_better else record.score < ENOUGH[kind]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_classes_go_from_the_command_line_to_a_score(model: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path / "labels.csv", write_tones(tmp_path / "audio", 120))
     code, out, err = run("pack", str(tmp_path / "audio"), str(table), "-o", str(tmp_path / "my data"))
@@ -92,7 +91,7 @@ def test_classes_go_from_the_command_line_to_a_score(model: Path, tmp_path: Path
         assert record["score"] > 0.6  # by chance 0.25
 
 
-@pytest.mark.usefixtures("shared_process", "one_thread")
+@pytest.mark.usefixtures("shared_process")
 def test_folds_are_cross_validated(model: Path, tmp_path: Path) -> None:
     rows = [{**row, "fold": i % 3 + 1} for i, row in enumerate(write_tones(tmp_path / "audio", 60))]
     done = pack(tmp_path / "audio", write_table(tmp_path / "labels.csv", rows), tmp_path / "out")

@@ -20,7 +20,6 @@ PAGE = (Path(__file__).parents[2] / "docs/your-own-task.md").read_text()
 EXAMPLE = PAGE.split("\n## From end to end")[1].split("\n## ")[0]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_page_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XARES_ONNX_CACHE", str(tmp_path / "cache"))

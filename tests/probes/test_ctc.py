@@ -29,9 +29,6 @@ SILENCE = "_"  # the sound of no character
 ALPHABET = "abcd "
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @dataclass(frozen=True)
 class Settings:
     epochs: int

@@ -27,9 +27,6 @@ Parameters = dict[str, NDArray[np.float32]]  # of one head
 Bools = NDArray[np.bool_]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @dataclass(frozen=True)
 class Settings:
     epochs: int = 5

@@ -1,12 +1,14 @@
 """The llm head against the plainest way to do the same: one utterance at a time, no padding, no cache, torch's own layers.
 
-The language model is a real one, only tiny: a Qwen2 of two layers that was taught, here, to copy what stands before the
-separator. Speech is made of one vector a character, and some noise.
+The language model is a real one, only tiny: a Qwen2 of two layers that was taught to copy what stands before the separator.
+Speech is made of one vector per character, and some noise. Where two tokens are equally likely up to rounding, either is
+right: the plain way gives every text that may be written, nearly always one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from tiny_lm import (
     make_folder,
     plain_from,
     same,
+    sentences,
     speech,
     word_error_rate,
 )
@@ -37,8 +40,6 @@ from torch import Tensor, nn
 from xares_onnx.errors import ScoreUndefinedError
 from xares_onnx.models.llm import Adapter, LanguageModel
 from xares_onnx.probes import llm
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def folder(taught_lm: Path) -> Path:
 @pytest.fixture(scope="module")
 def untaught_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, its weights as they were drawn: it babbles on and on."""
-    return make_folder(tmp_path_factory.mktemp("models") / "untaught-lm", steps=0)
+    return make_folder(tmp_path_factory.mktemp("models") / "untaught-lm", taught=False)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,9 @@ def test_teacher_forcing_reads_the_likeliest_token_after_each_true_one(
     language_model: LanguageModel, plain: Plain, batch: list[tuple[int, str]], seed: int
 ) -> None:
     adapted, texts = adapted_noise([length for length, _ in batch], seed), [text for _, text in batch]
-    expected = [plain.teacher_forced(frames, text) for frames, text in zip(adapted, texts, strict=True)]
-    assert language_model.teacher_forced(adapted, texts) == expected
+    written = language_model.teacher_forced(adapted, texts)
+    for frames, text, one in zip(adapted, texts, written, strict=True):
+        assert one in plain.teacher_forced(frames, text)
 
 
 def spoken(plain: Plain, text: str) -> Tensor:
@@ -133,14 +135,27 @@ def spoken(plain: Plain, text: str) -> Tensor:
     return plain.model.get_input_embeddings()(torch.tensor(plain.tokenizer(text).input_ids)).detach()
 
 
+def test_the_language_model_is_sure_of_what_it_copies(plain: Plain) -> None:
+    """So that no kernel's rounding decides a test: the right token leads by 3 even where the penalty is held against it."""
+    for text in sentences(np.random.default_rng(7), 60):
+        ids = plain.ids(text)
+        logits = plain.logits(spoken(plain, text), ids)[len(text) : -1]
+        right = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        others = logits.scatter(1, torch.tensor(ids[1:])[:, None], -torch.inf).amax(dim=1)
+        assert (right / 1.1 - others).min() > 3
+
+
 def test_generation_is_the_plain_loop_alone_and_in_a_batch(language_model: LanguageModel, plain: Plain) -> None:
     texts = ["AB", "DC E", "GH KA"]
     adapted = [spoken(plain, text) for text in texts] + adapted_noise([1, 5, 14], scale=0.5)
     expected = [plain.generate(frames) for frames in adapted]
-    assert expected[:3] == texts
-    assert language_model.generate(adapted) == expected
-    assert [language_model.generate([frames])[0] for frames in adapted] == expected
-    assert language_model.generate(adapted[::-1]) == expected[::-1]
+    assert expected[:3] == [{text} for text in texts]
+    together = language_model.generate(adapted)
+    reversed_order = language_model.generate(adapted[::-1])[::-1]
+    alone = [language_model.generate([frames])[0] for frames in adapted]
+    for written in zip(together, reversed_order, alone, strict=True):
+        may_be_written = expected.pop(0)
+        assert set(written) <= may_be_written
 
 
 @pytest.mark.parametrize("shift", [0.0, -8.0])
@@ -150,10 +165,10 @@ def test_the_repetition_penalty_and_the_limit_of_tokens_matter(untaught_folder: 
     for model in (plain.model, language_model.model):
         model.lm_head.register_forward_hook(lambda _, __, logits: logits + shift)
     (adapted,) = adapted_noise([9], scale=2.0)
-    tokens = plain.tokens(adapted, 1.1)
-    assert len(tokens) == 200
-    assert tokens not in [plain.tokens(adapted, penalty) for penalty in (1.0, 1.2)]
-    assert language_model.generate([adapted]) == [plain.tokenizer.decode(tokens, skip_special_tokens=True)]
+    written = {penalty: plain.tokens(adapted, penalty) for penalty in (1.0, 1.1, 1.2)}
+    assert {len(tokens) for tokens in written[1.1]} == {200}
+    (text,) = language_model.generate([adapted])
+    assert [text in map(plain.decoded, tokens) for tokens in written.values()] == [False, True, False]
 
 
 def test_padding_goes_to_the_longest_and_logits_are_those_of_the_text(language_model: LanguageModel) -> None:
@@ -242,40 +257,60 @@ def adapter_of(weights: dict[str, Tensor]) -> PlainAdapter:
     return adapter.requires_grad_(False)
 
 
-def teacher_forced(task: Speech, plain: Plain, weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """(references, what is written) of the validation clips."""
+def teacher_forced(task: Speech, plain: Plain, weights: dict[str, Tensor]) -> list[tuple[str, set[str]]]:
+    """(reference, what may be written) of each validation clip."""
     references = [task.transcripts[clip] for clip in task.folds[0].valid]
     adapted = [adapter_of(weights)(torch.from_numpy(task.frames[clip])) for clip in task.folds[0].valid]
-    return references, [plain.teacher_forced(x, text) for x, text in zip(adapted, references, strict=True)]
+    return [(text, plain.teacher_forced(x, text)) for x, text in zip(adapted, references, strict=True)]
+
+
+def cut_and_lower(reference: str, text: str) -> tuple[str, str]:
+    return reference.lower(), text[: len(reference)].lower()
+
+
+def scores_by(compared: Callable[[str, str], tuple[str, str]], clips: list[tuple[str, set[str]]]) -> tuple[float, float]:
+    """The lowest and the highest 1 - WER over `clips`: the same unless two tokens are equally likely, up to rounding."""
+    ends = []
+    for pick in (max, min):
+        pairs = [
+            pick((compared(reference, text) for text in texts), key=lambda pair: word_error_rate([pair[0]], [pair[1]]))
+            for reference, texts in clips
+        ]
+        ends.append(1 - word_error_rate([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+    return ends[0] - 1e-9, ends[1] + 1e-9
 
 
 def test_the_first_best_epoch_by_teacher_forcing_is_chosen(
     language_model: LanguageModel, plain: Plain, tmp_path: Path
 ) -> None:
-    """Scores of every epoch recomputed from the weights kept after it."""
-    task = speech(100, 12, 30)
+    """Scores of every epoch recomputed from the weights kept after it. Two epochs at least make no error: the first counts.
+
+    The test clips are noise, of which adapters of different epochs make different texts.
+    """
+    task = speech(300, 12, 30)
+    for clip in task.folds[0].test:
+        task.frames[clip] = np.random.default_rng(clip).standard_normal((6, DIM)).astype(np.float32)
     adapters: list[dict[str, Tensor]] = []
 
     def note(_: int) -> None:
         adapters.append(kept_weights(*tmp_path.iterdir()))
 
-    (result,) = task.train(language_model, Head(epochs=6, learning_rate=2e-2), checkpoints=tmp_path, on_epoch=note)
-    scores = []
-    for weights in adapters:
-        references, written = teacher_forced(task, plain, weights)
-        cut = [text[: len(reference)].lower() for reference, text in zip(references, written, strict=True)]
-        scores.append(1 - word_error_rate([reference.lower() for reference in references], cut))
-    assert result.best_epoch == scores.index(max(scores)) + 1
-    assert 1 < result.best_epoch < 6
-    assert result.valid_score == pytest.approx(max(scores))
-    best = kept_weights(*tmp_path.iterdir(), "best.")
-    assert all(torch.equal(best[key], adapters[result.best_epoch - 1][key]) for key in best)
-    expected, last = (
+    (result,) = task.train(language_model, Head(epochs=4), checkpoints=tmp_path, on_epoch=note)
+    scores = [scores_by(cut_and_lower, teacher_forced(task, plain, weights)) for weights in adapters]
+    best = result.best_epoch - 1
+    assert 0 < best < 3
+    assert scores[best][0] <= result.valid_score <= scores[best][1]
+    assert all(lowest < result.valid_score for lowest, _ in scores[:best])
+    assert all(lowest <= result.valid_score for lowest, _ in scores[best:])
+    assert scores[-1][1] >= 1
+    kept = kept_weights(*tmp_path.iterdir(), "best.")
+    assert all(torch.equal(kept[key], adapters[best][key]) for key in kept)
+    of_the_best, of_the_last = (
         [plain.generate(adapter_of(weights)(torch.from_numpy(task.frames[clip]))) for clip in result.examples]
-        for weights in (best, adapters[-1])
+        for weights in (kept, adapters[-1])
     )
-    assert expected != last
-    assert result.predictions == expected
+    assert all(text in texts for text, texts in zip(result.predictions, of_the_best, strict=True))
+    assert not all(text in texts for text, texts in zip(result.predictions, of_the_last, strict=True))
 
 
 def test_selection_cuts_to_the_reference_and_lowers_case(
@@ -285,18 +320,17 @@ def test_selection_cuts_to_the_reference_and_lowers_case(
     task = speech(300, 30, 2)
     texts = task.transcripts.copy()
     for clip in task.folds[0].valid:
-        texts[clip] = texts[clip][0].lower() + texts[clip][1:-1]
+        texts[clip] = texts[clip][:-2] + texts[clip][-2].lower()
     task = replace(task, transcripts=texts)
     (result,) = task.train(language_model, Head(epochs=2), checkpoints=tmp_path)
-    references, written = teacher_forced(task, plain, kept_weights(*tmp_path.iterdir(), "best."))
-    cut = [text[: len(reference)] for reference, text in zip(references, written, strict=True)]
-    lower = [reference.lower() for reference in references]
-    expected = 1 - word_error_rate(lower, [text.lower() for text in cut])
-    assert result.valid_score == pytest.approx(expected)
-    assert expected not in (
-        pytest.approx(1 - word_error_rate(references, cut)),
-        pytest.approx(1 - word_error_rate(lower, [text.lower() for text in written])),
-    )
+    clips = teacher_forced(task, plain, kept_weights(*tmp_path.iterdir(), "best."))
+    lowest, highest = scores_by(cut_and_lower, clips)
+    assert lowest <= result.valid_score <= highest
+    for otherwise in (
+        lambda reference, text: (reference, text[: len(reference)]),
+        lambda reference, text: (reference.lower(), text.lower()),
+    ):
+        assert scores_by(otherwise, clips)[1] < result.valid_score - 0.1
 
 
 def test_xares_counts_errors_beyond_every_word_as_no_word_right(language_model: LanguageModel) -> None:

@@ -34,8 +34,6 @@ from tiny_lm import (
 from xares_onnx.errors import MachineError, UsageError
 from xares_onnx.models.llm import LanguageModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(taught_lm: Path) -> Path:
@@ -223,7 +221,7 @@ def test_the_digest_is_of_every_file_that_is_read(
 
 @pytest.mark.parametrize(("special", "separator"), [({}, "<|endoftext|>"), ({"bos_token": "<|begin|>"}, "<|begin|>")])
 def test_the_separator_where_the_tokenizer_has_not_qwens(tmp_path: Path, special: dict[str, str], separator: str) -> None:
-    model = LanguageModel(make_folder(tmp_path / "lm", separator=False, steps=0, **special), "cpu")
+    model = LanguageModel(make_folder(tmp_path / "lm", separator=False, taught=False, **special), "cpu")
     assert model.described()["separator"] == separator
     assert len(model.tokenizer("AB").input_ids) == 2 + ("bos_token" in special)
     assert model.losses(adapted_noise([3]), ["AB"]).shape == (4,)

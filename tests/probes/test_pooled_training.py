@@ -36,9 +36,6 @@ from xares_onnx.probes import linear
 from xares_onnx.probes.linear import Classification, Regression, Tagging, train_linear
 from xares_onnx.probes.training import HeadResult, Rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---------------------------------------------------------------- training
 
 

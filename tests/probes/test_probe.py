@@ -22,9 +22,6 @@ DIM, CLASSES = 10, 5
 Parameters = dict[str, NDArray[np.float32]]  # of one head
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @dataclass(frozen=True)
 class Problem:
     """Embeddings whose classes overlap, so that accuracies lie between chance and 1."""

@@ -29,9 +29,6 @@ ANIMALS = ["dog", "cat", "bird", "horse", "frog"]
 SOUNDS = ["barking", "singing", "walking", "eating", "snoring"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @dataclass(frozen=True)
 class Settings:
     epochs: int = 3

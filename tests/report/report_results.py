@@ -14,7 +14,8 @@ from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.data.shards import Clips
 from xares_onnx.evaluation.averages import averages
 from xares_onnx.evaluation.record import Encoder, Result, Seconds, TaskResult, prediction_file, write_result
-from xares_onnx.metrics.bootstrap import bootstrap, interval, point
+from xares_onnx.metrics.bootstrap import point
+from xares_onnx.metrics.intervals import estimates, interval
 from xares_onnx.scoring.protocol import Protocol
 from xares_onnx.scoring.scoring import Predictions, generator, scorers_of
 
@@ -46,6 +47,8 @@ def record(task: str, arrays: Predictions, method: str = "linear", tap: str | No
     shipped = shipped_tasks()[task]
     scorers = scorers_of(arrays, shipped.score.metric, CORRECTED)
     scores = point(scorers)
+    by = "knn" if method == "knn" else "head"
+    (estimate,) = estimates([scorers], generator(task, by), None, "share" if shipped.score.higher_is_better else "error")
     published = shipped.published.linear if shipped.published and method != "knn" else {}
     made = TaskResult(
         task=task,
@@ -57,7 +60,7 @@ def record(task: str, arrays: Predictions, method: str = "linear", tap: str | No
         metric=shipped.score.metric,
         higher_is_better=shipped.score.higher_is_better,
         score=float(scores.mean()),
-        ci95=interval(bootstrap(scorers, generator(task, "knn" if method == "knn" else "head"))),
+        ci95=interval(estimate),
         per_seed=[float(score) for score in scores.mean(axis=0)],
         n_test=scorers[0].clips,
         weight=shipped.weight,

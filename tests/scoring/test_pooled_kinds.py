@@ -43,9 +43,6 @@ from xares_onnx.scoring.kinds import Kept, Kind, Outcome, Tools, kind_of
 from xares_onnx.scoring.protocol import Protocol
 from xares_onnx.scoring.scoring import score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---------------------------------------------------------------- statistics of numbers
 
 
@@ -201,7 +198,7 @@ def test_tags_from_embeddings_to_a_score(protocol: str) -> None:
     assert scored.n_test == 30 + 20
     assert scored.ci95 is not None
     assert scored.ci95[0] < scored.score < scored.ci95[1]
-    assert scored.replicates.mean() == pytest.approx(scored.score, abs=0.003)
+    assert scored.estimate.replicates.mean() == pytest.approx(scored.score, abs=0.003)
     rows = scored.predictions
     for fold, name in enumerate("ab"):
         for seed in range(2):
@@ -303,7 +300,7 @@ def test_an_error_of_crops_is_resampled_by_clips() -> None:
         method="percentile",
         rng=rng(3),
     )
-    assert scored.replicates.std() == pytest.approx(reference.standard_error, rel=0.06)
+    assert scored.estimate.replicates.std() == pytest.approx(reference.standard_error, rel=0.06)
     assert scored.ci95 == pytest.approx(tuple(reference.confidence_interval), rel=0.03)
 
 

@@ -102,7 +102,7 @@ class Bench:
             except ModelError:
                 pass  # whoever embeds it meets the error again
 
-        with ThreadPoolExecutor(self.subject.spec.threads) as pool:
+        with ThreadPoolExecutor(self.subject.spec.callers) as pool:
             list(pool.map(asked, batches))
 
     def embed_all(self, waveforms: Iterable[Signal]) -> list[Frames | ModelError]:

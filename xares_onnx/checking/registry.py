@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import batches, contracts, figures, lengths, providers, values
+from . import batches, contracts, figures, lengths, providers, saturation, values
 from .findings import Outcome
 from .model_under_test import Bench
 
@@ -52,6 +52,13 @@ PROPERTIES: dict[str, Property] = {
         Property("gain", _VALUES, "quieter and louder", values.check_gain, tolerance=True),
         Property(PARITY, _AGREES, "as the reference", None, tolerance=True),
         Property("devices", _AGREES, "CPU and GPU agree", providers.check_devices, tolerance=True),
+        Property(
+            "int8-saturation",
+            _AGREES,
+            "8-bit weights that saturate without VNNI",
+            saturation.check_saturation,
+            tolerance=True,
+        ),
         Property("placement", _COST, "nodes that fell to the CPU", providers.check_placement, tolerance=True),
         Property("size", _COST, "size", figures.check_size, tolerance=True),
         Property("latency", _COST, "latency", figures.check_latency, tolerance=True),

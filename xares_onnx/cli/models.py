@@ -12,6 +12,12 @@ from ..errors import printable
 from .app import app, put, reported
 from .options import DebugOption, TrustOption
 
+_ARITHMETIC = {
+    "exact": "measured on a processor that adds 8-bit products in 32 bits",
+    "saturating": "measured on a processor that adds pairs of 8-bit products in 16 bits (no VNNI)",
+    "unknown": "measured on a processor that does not tell how it adds 8-bit products",
+}
+
 
 @app.command()
 @reported
@@ -29,7 +35,7 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: <family>.onnx]")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or fp16: of weights and arithmetic behind the front end.")] = "fp32",
     quantize: Annotated[
-        str | None, typer.Option(help="int8-dynamic: linear layers in 8 bits; for the CPU, a clip at a time.")
+        str | None, typer.Option(help="int8-dynamic: linear layers in 8 bits, right on every CPU; a clip at a time.")
     ] = None,
     debug: DebugOption = False,
 ) -> None:
@@ -41,6 +47,8 @@ def export(
         f"{report.path}: {report.parameters / 1e6:.1f} M parameters, at most {report.max_abs_error:.1e} from PyTorch "
         f"over {len(report.lengths)} lengths x {len(report.batches)} batch sizes"
     )
+    if report.pair_sums is not None:
+        text += f", {_ARITHMETIC[report.pair_sums]}"
     put(f"{printable(text)}\n", sys.stdout)
 
 

@@ -23,6 +23,7 @@ from ..data import audio
 from ..data.audio import CropSettings
 from ..data.selection import ShardPlan
 from ..data.shards import Drop, Sample, index_shard, read_extent, read_label
+from ..encoder import processor
 from ..encoder.chunking import Chunk, frame_centers
 from ..encoder.contract.contract import Contract
 from ..encoder.encoder import Encoder
@@ -63,12 +64,16 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
         contract = msgspec.structs.replace(info.taps[tap].contract, sources={}, license=None, source=None)
         # What is exposed keeps ONNX Runtime from fusing it away, which may change the last digits.
         exposed = {} if info.exposure is None else {"exposed": info.exposure}
+        # Bytes may be multiplied otherwise on another processor; a float model keeps the name that it always had.
+        products = {"pair_sums": processor.pair_sums()} if info.scan.integers else {}
         return store_key(
             {
                 **exposed,
+                **products,
                 "model": info.scan.sha256,
                 "contract": contract,
-                "batch": info.batch,
+                # A chunk that shares no call is the same whatever the rule is: 1, as it was before there was one.
+                "batch": 1 if info.batching.items == 1 else info.batching,
                 "provider": info.provider,
                 "onnxruntime": info.onnxruntime,
                 "resampler": audio.resampler_version(),
@@ -316,6 +321,7 @@ class _Decoded:
         self._samples = samples
         self._rate = rate
         self._longest = 0.0  # seconds, of the clips so far
+        self._last_beat = time.perf_counter()
         self.drops: list[Drop] = []
 
     def __iter__(self) -> Iterator[Job]:
@@ -342,11 +348,19 @@ class _Decoded:
         crops = audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule)
         return crops, len(samples) / rate, label
 
+    def _beat_sometimes(self) -> None:
+        """A window of many clips is collected before the first of them has a result."""
+        if (now := time.perf_counter()) - self._last_beat > 1.0:
+            self._last_beat = now
+            self._beat()
+
     def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
         for _ in range(_DECODING_SECONDS):
             if wait([future], timeout=1.0).done:
                 break
+            self._last_beat = time.perf_counter()
             self._beat()
+        self._beat_sometimes()
         try:
             crops, seconds, label = future.result()
         except ClipError as error:

@@ -38,12 +38,12 @@ from .limits import LIFTED, silence_seconds
 from .model_file import PREPROCESSOR_CONFIG, find_model
 from .resolve import resolve
 from .runner import embed_waveforms
-from .session import cuda_may_work
+from .session import CPU, cuda_may_work
 from .spec import EncoderInfo, ModelSpec
 from .worker import Array, Worker
 
 T = TypeVar("T")
-_CACHE_VERSION = 4
+_CACHE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,9 @@ def load_encoder(
                     silence_limit=silence_seconds(model.stat().st_size, trust),
                     observer=observer,
                 )
-            if remembered:
+            if device == "auto" and info.provider == CPU and cuda_may_work():
+                worker.close()  # what CUDA has mapped there would count against the limit on memory
+            elif remembered:  # not that CUDA did not start: the next run may find it mended
                 remembered.save(info)
         except BaseException:
             worker.close()

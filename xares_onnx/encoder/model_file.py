@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import ModelError
+from .integer_products import computes_in_integers
 from .limits import Limits, limits
 from .model_guard import check_model
 
@@ -28,6 +29,8 @@ class ModelScan(msgspec.Struct, frozen=True):
     metadata: dict[str, str]
     producer: str
     opset: int
+    integers: bool = False
+    """Whether activations are quantised, so that numbers depend on how the processor multiplies bytes."""
 
 
 def find_model(path: Path) -> Path:
@@ -96,6 +99,7 @@ def scan_model(path: Path, beat: Callable[[], None] = lambda: None, *, trust: bo
         metadata={entry.key: entry.value for entry in model.metadata_props},
         producer=f"{model.producer_name} {model.producer_version}".strip()[:200],
         opset=max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0),
+        integers=computes_in_integers(model),
     )
 
 

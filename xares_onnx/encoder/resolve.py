@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import msgspec
+import numpy as np
 
 from ..errors import ContractError, ModelError, ModelLimitError
 from ..files import stamp
@@ -18,6 +21,8 @@ from .model_file import scan_model
 from .session import CPU, Session, cuda_may_work
 from .spec import EncoderInfo, ModelSpec, Tap
 from .worker import Beat, Tell, limit_memory
+
+_CUDA_SECONDS = 90.0  # longest first load: CUDA's and cuDNN's libraries are gigabytes, which may come from a cold disk
 
 
 def resolve(
@@ -46,6 +51,7 @@ def resolve(
     if on_cpu:
         limit_memory(memory_bytes(scan.bytes, trust))
     patience = silence_seconds(scan.bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
+    patience += 0.0 if on_cpu else _CUDA_SECONDS
     tell(Doing("loading the model", patience))
     session = _session(model, device, None)
     if any(stamp(file) != then for file, then in stamps.items()):
@@ -53,10 +59,11 @@ def resolve(
     tell(Doing("measuring the model", patience))
     heard = merge(declared, declared_in_metadata(scan.metadata), beside)
     heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
-    beat = _Budget(measuring_seconds(scan.bytes, trust) * (2 if taps else 1), tell).beat
+    budget = measuring_seconds(scan.bytes, trust) * (2 if taps else 1) + (0.0 if on_cpu else _CUDA_SECONDS)
+    beat = _Budget(budget, tell).beat
     open_exposing = functools.partial(_session, model, device)
     found = measure_taps(path, open_exposing, heard, taps, beat, max_dim=limits(trust).dim)
-    return EncoderInfo(
+    info = EncoderInfo(
         path=model,
         scan=scan,
         contract=found.contract,
@@ -66,6 +73,29 @@ def resolve(
         more_taps=tuple(Tap(name, contract) for name, contract in found.more.items()),
         exposure=found.exposure,
     )
+    return _with_batch_difference(info, lambda: open_exposing(found.exposure), beat)
+
+
+def _with_batch_difference(info: EncoderInfo, open_measured: Callable[[], Session], beat: Callable[[], None]) -> EncoderInfo:
+    """`info` with what sharing a call changes in an embedding, if calls are shared: measured on a full call of noise."""
+    contract = info.contract
+    items = len(info.batching.groups([contract.chunk_samples] * info.batching.items)[0])
+    if items == 1:
+        return info
+    session = open_measured()
+    noise = np.random.default_rng(2).standard_normal((items, contract.chunk_samples)).astype(np.float32) * np.float32(0.1)
+    together = session.run(noise, contract)
+    beat()
+    worst = 0.0
+    for number in (0, items - 1):
+        alone = session.run(noise[number : number + 1], contract)[0]
+        beat()
+        worst = max(worst, float(np.abs(together[number] - alone).max()) / (float(np.abs(alone).max()) or 1.0))
+    note = (
+        f"up to {items} chunks of equal length share a call; an embedding then differs from that of a chunk alone by up to "
+        f"{worst:.1e} of the largest value"
+    )
+    return msgspec.structs.replace(info, batch_difference=worst, notes=(*info.notes, note))
 
 
 class _Budget:
@@ -93,12 +123,13 @@ def open_session(spec: ModelSpec, tell: Tell) -> Session:
         limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
     if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
         raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
-    tell(Doing("loading the model"))
+    tell(Doing("loading the model", 0.0 if spec.info.provider == CPU else _CUDA_SECONDS))
     # A spec measured on the CPU must not meet a GPU that came since.
     device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
     session = _session(spec.info.path, device, spec.info.exposure)
     if session.provider != spec.info.provider:
-        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; run again")
+        why = session.note or "run again"
+        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; {why}")
     tell(Doing("running the model"))
     return session
 

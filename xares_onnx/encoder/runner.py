@@ -6,19 +6,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..data import audio
 from ..errors import ClipError, ContractError, UsageError
+from .batching import Batching
 from .chunking import Chunk, cut, frame_centers, frames_inside, plan_chunks
 from .contract.contract import Contract
 from .resolve import open_session
 from .session import Session
 from .spec import ModelSpec
 from .worker import Array, Beat, Tell
+
+_Frames = npt.NDArray[np.float32]
 
 
 @dataclass
@@ -29,11 +32,19 @@ class Job:
     waveform: npt.NDArray[np.float32]
 
 
+class _Piece(NamedTuple):
+    """A chunk of a job, and whether it is the job's last."""
+
+    job: Job
+    chunk: Chunk
+    is_last: bool
+
+
 class ChunkRunner:
     """Runs waveforms through a session, chunk by chunk, from several threads, and gives results in order.
 
-    Chunks of equal length that follow each other share a call, up to the batch of the encoder. Every call gives the outputs
-    of `taps`, the contract's alone if they are not given.
+    Which chunks share a call is the encoder's `batching`, if none is given. Every call gives the outputs of `taps`, the
+    contract's alone if they are not given.
     """
 
     def __init__(
@@ -44,44 +55,65 @@ class ChunkRunner:
         *,
         pad_short_clips: bool = True,
         keep_padding: bool = False,
+        batching: Batching | None = None,
+        callers: int | None = None,
     ) -> None:
         self._session = session
         self._contract = spec.info.contract
         self._taps = [self._contract] if taps is None else list(taps)
-        self._batch = spec.info.batch
-        self._threads = spec.threads
+        self._batching = batching or spec.info.batching
+        self._callers = callers or spec.callers
         self._pad_short_clips = pad_short_clips
         self._keep_padding = keep_padding
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[_Frames], bool]]:
         """(job, chunk, kept frames (frames, dim) of each tap, whether it is its last chunk), in the order of the jobs."""
-        waiting: deque[tuple[Future[list[list[npt.NDArray[np.float32]]]], list[tuple[Job, Chunk, bool]]]] = deque()
-        with ThreadPoolExecutor(self._threads) as pool:
-            for group in self._groups(jobs):
-                waiting.append((pool.submit(self._run_group, group), group))
-                if len(waiting) > 2 * self._threads:
-                    yield from self._results(*waiting.popleft())
-            while waiting:
-                yield from self._results(*waiting.popleft())
+        # Another window is collected while one runs; where a window is one chunk, every thread has the next at hand.
+        ahead = 1 if self._batching.window_samples else 2 * self._callers
+        waiting: deque[list[tuple[_Piece, Future[list[list[_Frames]]], int]]] = deque()
+        with ThreadPoolExecutor(self._callers) as pool:
+            try:
+                for window in self._windows(jobs):
+                    waiting.append(self._submit(pool, window))
+                    if len(waiting) > ahead:
+                        yield from self._results(waiting.popleft())
+                while waiting:
+                    yield from self._results(waiting.popleft())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def _groups(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Chunk, bool]]]:
-        group: list[tuple[Job, Chunk, bool]] = []
+    def _windows(self, jobs: Iterable[Job]) -> Iterator[list[_Piece]]:
+        """Consecutive chunks, as many as the batching's window holds: one at a time where it holds none."""
+        window: list[_Piece] = []
+        samples = 0
         for job in jobs:
             if self._contract.normalize == "zscore":
                 job = Job(job.tag, zscore(job.waveform))
             chunks = plan_chunks(len(job.waveform), self._contract, pad_short_clips=self._pad_short_clips)
             for chunk in chunks:
-                if group and (len(group) == self._batch or group[0][1].length != chunk.length):
-                    yield group
-                    group = []
-                group.append((job, chunk, chunk is chunks[-1]))
-        if group:
-            yield group
+                window.append(_Piece(job, chunk, chunk is chunks[-1]))
+                samples += chunk.length
+                if samples >= self._batching.window_samples:
+                    yield window
+                    window, samples = [], 0
+        if window:
+            yield window
 
-    def _run_group(self, group: list[tuple[Job, Chunk, bool]]) -> list[list[npt.NDArray[np.float32]]]:
+    def _submit(
+        self, pool: ThreadPoolExecutor, window: list[_Piece]
+    ) -> list[tuple[_Piece, Future[list[list[_Frames]]], int]]:
+        """Each chunk with the call that it is in, and its number there."""
+        calls: dict[int, tuple[Future[list[list[_Frames]]], int]] = {}
+        for group in self._batching.groups([piece.chunk.length for piece in window]):
+            future = pool.submit(self._run_group, [window[number] for number in group])
+            calls.update((number, (future, place)) for place, number in enumerate(group))
+        return [(piece, *calls[number]) for number, piece in enumerate(window)]
+
+    def _run_group(self, group: list[_Piece]) -> list[list[_Frames]]:
         batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
         held = [chunk.stop - chunk.start for _, chunk, _ in group]
-        kept: list[list[npt.NDArray[np.float32]]] = [[] for _ in group]
+        kept: list[list[_Frames]] = [[] for _ in group]
         for contract, output in zip(self._taps, self._session.run_taps(batch, self._taps, held), strict=True):
             self._check(contract, output, len(group), batch.shape[1])
             for parts, frames, (job, chunk, _) in zip(kept, output, group, strict=True):
@@ -106,10 +138,10 @@ class ChunkRunner:
 
     @staticmethod
     def _results(
-        future: Future[list[list[npt.NDArray[np.float32]]]], group: list[tuple[Job, Chunk, bool]]
-    ) -> Iterator[tuple[Job, Chunk, list[npt.NDArray[np.float32]], bool]]:
-        for frames, (job, chunk, last) in zip(future.result(), group, strict=True):
-            yield job, chunk, frames, last
+        window: list[tuple[_Piece, Future[list[list[_Frames]]], int]],
+    ) -> Iterator[tuple[Job, Chunk, list[_Frames], bool]]:
+        for (job, chunk, is_last), future, place in window:
+            yield job, chunk, future.result()[place], is_last
 
 
 def zscore(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,12 +1,15 @@
 """One ONNX Runtime session, fed and read through the contract's layouts. Runs in the worker process.
 
 On the CPU a session has one intra-op thread and is called from several threads: measured at 0.86-0.88x the time of one
-caller with as many threads. On CUDA, `HEURISTIC` keeps cuDNN from re-tuning at every new shape.
+caller with as many threads. On CUDA, `HEURISTIC` keeps cuDNN from re-tuning at every new shape, and the arena grows by what
+is asked for, not by doubling, so that several processes share a GPU; it has no limit of its own, since only the models that
+run there know how they share it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy.typing as npt
 from ..errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError, concerning
 from .adapter import Adapter
 from .contract.contract import Contract
+from .cuda import load_libraries, why_no_cuda
 from .exposure import Exposure, exposing
 
 if TYPE_CHECKING:
@@ -25,6 +29,13 @@ if TYPE_CHECKING:
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+_NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "Available memory of")
+_CUDA_FAILURE = re.compile(r"CUDA failure|CUDA error|CUDNN failure|CUDNN_STATUS|CUBLAS failure|libcu\w*\.so|no CUDA-capable")
+CUDA_OPTIONS = {
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "use_tf32": "0",  # it rounds a convolution to 10 bits: a DFT in the front end would suffer
+    "arena_extend_strategy": "kSameAsRequested",
+}
 
 
 class Session:
@@ -69,8 +80,8 @@ class Session:
         if self._record_placement:
             session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider == CUDA:
-            # TF32 rounds a convolution to 10 bits: a DFT in the front end would suffer.
-            options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", **options}
+            load_libraries(runtime)
+            options = {**CUDA_OPTIONS, **options}
         content: str | bytes = str(self._path)
         if self._exposure is not None:
             content = self._exposing(self._exposure)
@@ -78,12 +89,17 @@ class Session:
             session_options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             session: onnxruntime.InferenceSession = runtime.InferenceSession(
-                content, session_options, providers=[(provider, options), CPU] if provider != CPU else [CPU]
+                content,
+                session_options,
+                providers=[(provider, options), CPU] if provider != CPU else [CPU],
+                enable_fallback=0,  # it would print what failed, and go on on the CPU
             )
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            raise _explained(error, f"{self._path} cannot be loaded") from error
+            raise _explained(error, f"{self._path} cannot be loaded", provider, loading=True) from error
         session.disable_fallback()
         if session.get_providers()[0] != provider:  # onnxruntime only warns
+            if provider == CUDA:
+                raise MachineError(f"CUDA does not start: {why_no_cuda(runtime, driver=cuda_may_work())}")
             raise MachineError(f"ONNX Runtime could not start {provider} on this machine; check its driver and libraries")
         return session
 
@@ -117,7 +133,7 @@ class Session:
             results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, self._run_options)
         except Exception as error:
             with concerning("run"):
-                raise _explained(error, f"{self._path.name} failed on an input") from error
+                raise _explained(error, f"{self._path.name} failed on an input", self.provider) from error
         for name, result in zip(outputs, results, strict=True):
             if not isinstance(result, np.ndarray):
                 raise ContractError(
@@ -164,10 +180,19 @@ def cuda_may_work() -> bool:
     return True
 
 
-def _explained(error: Exception, what: str) -> ModelError | MachineError:
+def _explained(error: Exception, what: str, provider: str, *, loading: bool = False) -> ModelError | MachineError:
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate memory" in text:
-        return ModelLimitError(f"{what}: it needs more memory than it may use")
     if isinstance(error, ModelError | MachineError):
         return error
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
+        if provider == CUDA:
+            return MachineError(
+                f"{what}: the GPU's memory is full; run fewer workers on it, or declare a shorter chunk by --contract "
+                "chunk_samples=N"
+            )
+        return ModelLimitError(f"{what}: it needs more memory than it may use")
+    if provider == CUDA and (sign := _CUDA_FAILURE.search(text)) and (loading or load_libraries(sys.modules["onnxruntime"])):
+        # Of the device or its libraries. In a run with all of them it may be the model's: an input too short for a kernel.
+        why = why_no_cuda(sys.modules["onnxruntime"], driver=cuda_may_work())
+        return MachineError(f"CUDA failed: {text[sign.start() : sign.start() + 200]}; {why}")
     return ModelError(f"{what}: {text[:300]}")

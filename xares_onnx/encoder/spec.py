@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 
 from ..files import Stamp
+from .batching import Batching
 from .contract.contract import Contract
 from .exposure import Exposure
 from .model_file import ModelScan
 from .session import CPU
 
-GPU_BATCH = 16
+GPU_BATCH = 32  # most chunks in one call
+_CALL_SECONDS = 160  # most audio in one call of several chunks
+_WINDOW_SECONDS = 900  # of chunks, among which those of equal length are looked for
+_WINDOW_BYTES = 1 << 28  # most embedding values of a window, so that many taps are held no longer than one
+_GPU_CALLERS = 2  # one prepares a call while the device is busy with the other's; each has handles and workspace of its own
 
 
 class Tap(msgspec.Struct, frozen=True):
@@ -33,6 +40,9 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Outputs that are scored beside the contract's, in the same pass."""
     exposure: Exposure | None = None
     """Inner tensors that were made outputs for them."""
+    batch_difference: float | None = None
+    """Largest difference of a chunk alone from the same chunk in a full call, as a share of the largest embedding value;
+    None where a chunk is always alone."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -40,10 +50,15 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
         return (Tap(self.contract.output, self.contract), *self.more_taps)
 
     @property
-    def batch(self) -> int:
-        """Most equal-length chunks in one call. On the CPU one: as fast, and no clip then meets another."""
-        coupled = self.contract.batch_coupled or not self.contract.dynamic_batch
-        return 1 if self.provider == CPU or coupled else GPU_BATCH
+    def batching(self) -> Batching:
+        """Which chunks share a call. On the CPU none do: that is as fast, and no clip then meets another."""
+        if self.provider == CPU or self.contract.batch_coupled or not self.contract.dynamic_batch:
+            return Batching()
+        rate = self.contract.sample_rate
+        framed = [tap.contract for tap in self.taps if tap.contract.hop_samples]
+        bytes_a_sample = sum(4 * contract.dim / (contract.hop_samples or 1) for contract in framed)
+        window = min(_WINDOW_SECONDS * rate, int(_WINDOW_BYTES / bytes_a_sample) if bytes_a_sample else sys.maxsize)
+        return Batching(GPU_BATCH, _CALL_SECONDS * rate, window)
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
@@ -54,3 +69,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     threads: int
     stamp: Stamp | None = None  # of the model file as it was measured
     trust: bool = False  # lifts limits on size, memory and time (`limits`)
+
+    @property
+    def callers(self) -> int:
+        """Threads that call the model at once; clips are decoded on `threads`."""
+        return self.threads if self.info.provider == CPU else min(self.threads, _GPU_CALLERS)

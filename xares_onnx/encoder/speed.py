@@ -98,9 +98,10 @@ def run_chunks(spec: ModelSpec, chunks: int, *, tell: Tell) -> Burst:
     session = open_session(spec, tell)
     contract = spec.info.contract
     noise = np.random.default_rng(0).standard_normal((1, contract.chunk_samples)).astype(np.float32) * np.float32(0.1)
+    calls = [len(group) for group in spec.info.batching.groups([contract.chunk_samples] * chunks)]
     started = time.perf_counter()
-    with ThreadPoolExecutor(spec.threads) as pool:
-        for _ in pool.map(lambda _: session.run(noise, contract), range(chunks)):
+    with ThreadPoolExecutor(spec.callers) as pool:
+        for _ in pool.map(lambda items: session.run(np.repeat(noise, items, axis=0), contract), calls):
             tell(Beat())
     seconds = time.perf_counter() - started
     return Burst(seconds, chunks * contract.chunk_samples / contract.sample_rate, _peak_bytes())

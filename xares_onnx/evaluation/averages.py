@@ -6,24 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ..data.catalog import in_group, shipped_tasks
 from ..data.task import Task
-from ..metrics.bootstrap import interval
+from ..metrics.intervals import Estimate, average, interval
 from .record import GROUPS, Average, Averages, TaskResult
 
 
 def averages(
     results: Iterable[TaskResult],
-    replicates: Mapping[tuple[str, str], npt.NDArray[np.float64]],
+    estimates: Mapping[tuple[str, str], Estimate],
     own_tasks: Sequence[Task] = (),
     protocol: str = "corrected",
 ) -> Averages:
     """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
 
-    `replicates` holds each score's bootstrap replicates by (task, method): tasks are independent, so an average's interval
-    comes from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
+    `estimates` holds each score with its spread by (task, method): tasks are independent, so an average's interval comes
+    from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
     may hold a user's: they make a group `own`, and are in no other, so that the others mean the same for everybody. Under
     the protocol `xares` tasks that X-ARES's runs skip are in none.
     """
@@ -44,14 +43,14 @@ def averages(
             scores = np.array([r.score for r in mine], dtype=np.float64)
             total = weights.sum()
             share = weights / total if total else np.full(len(mine), 1 / len(mine))
-            drawn = [replicates.get((r.task, r.method)) for r in mine]
-            spread = sum(w * d for w, d in zip(share, drawn, strict=True) if d is not None)
+            drawn = [estimates.get((r.task, r.method)) for r in mine]
+            known = [estimate for estimate in drawn if estimate is not None]
             has = {r.task for r in mine}
             missing = [t.name for t in members if t.name not in has and (method == "head" or t.knn)]
             found.setdefault(group, {})[method] = Average(
                 weighted=float(share @ scores),
                 mean=float(scores.mean()),
-                ci95=interval(np.asarray(spread)) if all(d is not None for d in drawn) else None,
+                ci95=interval(average(share, known)) if len(known) == len(drawn) else None,
                 tasks=len(mine),
                 complete=not missing,
                 missing=missing,

@@ -19,7 +19,7 @@ from ..embedding.store import EmbeddedShard, Store
 from ..encoder.encoder import Encoder, load_encoder
 from ..encoder.model_file import find_model
 from ..encoder.speed import measure_together
-from ..errors import DataError, UsageError, XaresError
+from ..errors import DataError, UsageError, XaresError, printable
 from ..progress import Event, Note, Observer, Progress, ignore
 from ..scoring.kinds import kind_of
 from ..scoring.protocol import Protocol, ProtocolName
@@ -132,6 +132,13 @@ def _comparison(
         speed = _recorded_speed(a, b)
     if a.environment.get("provider") != b.environment.get("provider"):
         said.append(f"A ran on {a.environment.get('provider')} and B on {b.environment.get('provider')}")
+    held = [_instruction_sets(result) for result in (a, b)]
+    if None not in held and held[0] != held[1]:
+        only = [sorted(set(one or ()) - set(other or ())) for one, other in (held, held[::-1])]
+        said.append(
+            "the processors differ, on which the numbers of a model in 8 bits may depend: "
+            + "; ".join(f"only {side}'s has {', '.join(names)}" for side, names in zip("AB", only, strict=True) if names)
+        )
     versions = [dict(result.environment.get("versions") or {}) for result in (a, b)]
     if differ := sorted(name for name in versions[0] if versions[0][name] != versions[1].get(name)):
         said.append(f"A and B were scored with other versions of {', '.join(differ)}")
@@ -163,7 +170,14 @@ def _model(result: Result) -> Model:
         parameters=encoder.parameters,
         dim=encoder.contract.get("dim", {}).get("value"),
         provider=result.environment.get("provider"),
+        instruction_sets=_instruction_sets(result),
     )
+
+
+def _instruction_sets(result: Result) -> list[str] | None:
+    machine = result.environment.get("machine")
+    listed = machine.get("instruction_sets") if isinstance(machine, dict) else None
+    return [printable(name) for name in listed if isinstance(name, str)] if isinstance(listed, list) else None
 
 
 def _chosen(side: Side, names: Sequence[str]) -> Side:

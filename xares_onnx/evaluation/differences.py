@@ -1,8 +1,10 @@
 """Two results of the same clips, clip by clip: how far apart their scores are, and how sure that is.
 
 A difference is always in the direction of better: positive where B is better than A, also where the score is an error. Its
-interval is that of a paired bootstrap: each resample of the clips serves both models, so that what both find hard does not
-widen it. McNemar's test (exact, two-sided) asks the clips of which one model alone is right.
+interval is of a paired bootstrap: each resample of the clips serves both models, so that what both find hard does not
+widen it; the spread between seeds does. Of many tasks some differ by chance alone: `better` and `worse` are said of those
+that Benjamini and Hochberg's correction leaves. McNemar's test (exact, two-sided) asks the clips of which one model alone is
+right.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import numpy.typing as npt
 
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataError, DataMissingError, ScoreUndefinedError, UsageError
-from ..metrics.bootstrap import Array, Scorer, bootstrap_together, interval, point
+from ..metrics.bootstrap import Scorer, point
+from ..metrics.intervals import Estimate, Scale, adjusted, average, detectable, estimates, interval, p_value
 from ..scoring.protocol import Protocol
-from ..scoring.scoring import Predictions, clips_of, generator, scorers_of
+from ..scoring.scoring import Predictions, clips_of, generator, groups_of_clips, scorers_of
 from .record import GROUPS, Interval, Result, TaskResult, read_predictions, read_result
 
 TOLERANCE = 0.01
+SIGNIFICANT = 0.05
 _SAME_SCORE = 1e-9  # sums of one order, and at most the last digits of a decimal text
 _ROUNDING = 1e-9  # shares of few clips often lie exactly at a tolerance, or at 0
 
@@ -81,7 +85,13 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     difference: float
     """Positive where B is better."""
     ci95: Interval | None
-    """Of a paired bootstrap over the test clips within folds."""
+    """Over test clips (or groups of them) within folds and, for heads that draw, seeds. Of this score alone."""
+    p_adjusted: float
+    """Corrected for all scores that are compared (Benjamini and Hochberg)."""
+    detectable: float | None
+    """The smallest true difference that these clips and seeds would find for certain in four cases of five."""
+    alike: bool
+    """Whether both models score every clip alike."""
     per_seed: list[float]
     tolerance: float
     """What counts as the same: as given, or where the score is an error that share of A's."""
@@ -104,6 +114,7 @@ class AverageDifference(msgspec.Struct, frozen=True, kw_only=True):
     b: float
     difference: float
     ci95: Interval | None
+    detectable: float | None
     tolerance: float
     verdict: Verdict
     tasks: list[str]
@@ -127,15 +138,19 @@ def identity(record: TaskResult) -> Identity:
     return record.task, record.method, record.tap
 
 
-def verdict_of(ci95: Interval | None, tolerance: float) -> Verdict:
-    """`better` and `worse` for certain, by however little; `same` within the tolerance; `unclear`: too few clips to tell."""
+def verdict_of(ci95: Interval | None, tolerance: float, p_adjusted: float = 0.0) -> Verdict:
+    """`better` and `worse` for certain, by however little; `same` within the tolerance; `unclear`: too few clips to tell.
+
+    A difference that may be chance among those of many tasks, by `p_adjusted`, is not certain.
+    """
     if ci95 is None:
         return "unclear"
     low, high = ci95
-    if low > _ROUNDING:
-        return "better"
-    if high < -_ROUNDING:
-        return "worse"
+    if p_adjusted <= SIGNIFICANT:
+        if low > _ROUNDING:
+            return "better"
+        if high < -_ROUNDING:
+            return "worse"
     return "same" if max(-low, high) <= tolerance + _ROUNDING else "unclear"
 
 
@@ -164,16 +179,21 @@ def find_differences(a: Side, b: Side, tolerance: float = TOLERANCE) -> Differen
     check_settings(a, b.name, b.result.settings, {method for _, method, _ in common})
     for name in common:
         check_alike(a, ours[name], b.name, theirs[name].definition_digest, theirs[name].data_digest)
-    found, drawn, unpaired = [], [], list(_unpaired(a, b))
+    drawn, unpaired = [], list(_unpaired(a, b))
     for name in common:
         try:
-            difference, replicates = _difference(a, ours[name], b, theirs[name], tolerance)
+            difference, estimate = _difference(a, ours[name], b, theirs[name], tolerance)
         except ScoreUndefinedError as error:
             unpaired.append(Unpaired(task=name[0], method=name[1], tap=name[2], reason=str(error)))
             continue
-        found.append(difference)
-        drawn.append((ours[name], theirs[name], difference, replicates))
-    return Differences(found, _averages(drawn, tolerance), unpaired)
+        drawn.append((ours[name], theirs[name], difference, estimate))
+    return Differences(_corrected([row[2] for row in drawn]), _averages(drawn, tolerance), unpaired)
+
+
+def _corrected(alone: Sequence[Difference]) -> list[Difference]:
+    """The differences of which each was judged alone, judged as one of many."""
+    corrected = zip(alone, adjusted([difference.p_adjusted for difference in alone]), strict=True)
+    return [msgspec.structs.replace(d, p_adjusted=p, verdict=verdict_of(d.ci95, d.tolerance, p)) for d, p in corrected]
 
 
 def check_tolerance(tolerance: float) -> None:
@@ -229,8 +249,16 @@ def verified(side: Side, record: TaskResult) -> tuple[Predictions, list[Scorer]]
     return predictions, scorers
 
 
-def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, tolerance: float) -> tuple[Difference, Array]:
-    """Also the paired replicates (2000,) of the difference."""
+def paired(a: Side, ours: TaskResult, b: Side, theirs: TaskResult) -> Estimate | None:
+    """How much better B is, with its spread, on the clips that both have; None where that has no score."""
+    try:
+        return _difference(a, ours, b, theirs, TOLERANCE)[1]
+    except ScoreUndefinedError:
+        return None
+
+
+def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, tolerance: float) -> tuple[Difference, Estimate]:
+    """Judged alone; also with its spread."""
     (mine, scorers_a), (other, scorers_b) = verified(a, ours), verified(b, theirs)
     clips_a, clips_b = clips_of(mine), clips_of(other)
     common = {fold: [key for key in keys if key in set_b] for fold, keys, set_b in _by_fold(clips_a, clips_b)}
@@ -246,12 +274,14 @@ def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, toleranc
         raise ScoreUndefinedError(f"the {ours.metric} of the clips that both have is not defined")
     sign = 1.0 if ours.higher_is_better else -1.0
     method = "knn" if ours.method == "knn" else "head"
-    drawn = bootstrap_together([scorers_a, scorers_b], generator(ours.task, method))
-    replicates: Array = sign * (drawn[1] - drawn[0])
+    groups = groups_of_clips(mine, common) or groups_of_clips(other, common)
+    scale: Scale = "share" if ours.higher_is_better else "error"
+    estimate_a, estimate_b = estimates([scorers_a, scorers_b], generator(ours.task, method), groups, scale)
+    estimate = estimate_b.minus(estimate_a) if ours.higher_is_better else estimate_a.minus(estimate_b)
     mean_a, mean_b = (float(value) for value in scores.mean(axis=(1, 2)))
     per_seed = sign * (scores[1] - scores[0]).mean(axis=0)
     same_within = tolerance if ours.higher_is_better else tolerance * mean_a
-    ci95 = interval(replicates)
+    ci95 = interval(estimate)
     difference = Difference(
         task=ours.task,
         title=ours.title,
@@ -263,6 +293,9 @@ def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, toleranc
         b=mean_b,
         difference=sign * (mean_b - mean_a),
         ci95=ci95,
+        p_adjusted=p_value(estimate),
+        detectable=detectable(estimate),
+        alike=estimate.unvaried,
         per_seed=[float(value) for value in per_seed],
         tolerance=same_within,
         verdict=verdict_of(ci95, same_within),
@@ -271,7 +304,7 @@ def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, toleranc
         only_in_a=only_a - clips,
         only_in_b=only_b - clips,
     )
-    return difference, replicates
+    return difference, estimate
 
 
 def right_clips(predictions: Predictions, clips: Clips) -> npt.NDArray[np.bool_]:
@@ -316,11 +349,11 @@ def _unpaired(a: Side, b: Side) -> Iterator[Unpaired]:
                 yield Unpaired(task=name[0], method=name[1], tap=name[2], reason=f"no score in {other.name}: {why}")
 
 
-_Drawn = Sequence[tuple[TaskResult, TaskResult, Difference, Array]]
+_Drawn = Sequence[tuple[TaskResult, TaskResult, Difference, Estimate]]
 
 
 def _averages(drawn: _Drawn, tolerance: float) -> list[AverageDifference]:
-    """Tasks are independent: an average's replicates are averages of theirs. Groups of the same tasks are told once."""
+    """Tasks are independent: an average's spread is that of averages of theirs. Groups of the same tasks are told once."""
     found: list[AverageDifference] = []
     told: set[tuple[Any, ...]] = set()
     usable = [row for row in drawn if row[0].weight is not None and row[0].comparable and row[1].comparable]
@@ -336,7 +369,8 @@ def _averages(drawn: _Drawn, tolerance: float) -> list[AverageDifference]:
                 weights = np.array([row[0].weight for row in rows], np.float64)
                 share = weights / weights.sum() if weights.any() else np.full(len(rows), 1 / len(rows))
                 a, b = (float(share @ [getattr(row[2], side) for row in rows]) for side in ("a", "b"))
-                ci95 = interval(share @ np.stack([row[3] for row in rows]))
+                estimate = average(share, [row[3] for row in rows])
+                ci95 = interval(estimate)
                 found.append(
                     AverageDifference(
                         group=group,
@@ -346,6 +380,7 @@ def _averages(drawn: _Drawn, tolerance: float) -> list[AverageDifference]:
                         b=b,
                         difference=b - a,
                         ci95=ci95,
+                        detectable=detectable(estimate),
                         tolerance=tolerance,
                         verdict=verdict_of(ci95, tolerance),
                         tasks=tasks,

@@ -19,6 +19,7 @@ from ..data.task import Task
 from ..embedding.store import Store
 from ..encoder.encoder import Encoder, load_encoder, onnxruntime_distributions
 from ..encoder.model_file import find_model
+from ..encoder.processor import instruction_sets
 from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
@@ -270,9 +271,11 @@ def environment(encoder: Encoder) -> dict[str, Any]:
             **{name: metadata.version(name) for name in packages},
         },
         "provider": encoder.info.provider,
+        **({} if encoder.info.batch_difference is None else {"batch_difference": encoder.info.batch_difference}),
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
+            "instruction_sets": None if (held := instruction_sets()) is None else list(held),
             "threads": encoder.spec.threads,
         },
     }

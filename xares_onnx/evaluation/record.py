@@ -69,7 +69,9 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     score: float | None = None
     """Mean over folds, then over seeds."""
     ci95: Interval | None = None
-    """2,000 bootstrap resamples of the test clips within each fold."""
+    """95 % interval over test clips (or groups of them) and, for heads that draw, seeds."""
+    test_groups: int | None = None
+    """Groups of test clips (speakers, recordings) that the interval resamples whole; null where it resamples clips."""
     metrics: dict[str, float] = {}
     per_fold: list[float] = []
     per_seed: list[float] = []

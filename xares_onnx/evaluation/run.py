@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from ..data.catalog import Digests, has_data, missing_data
 from ..data.selection import TaskData, prepare
@@ -21,6 +19,7 @@ from ..embedding.embed import EmbedSpec, embed_shards, shard_specs, shards_of_ta
 from ..embedding.store import Store
 from ..encoder.encoder import Encoder
 from ..errors import DataError, MachineError, ModelError, ScoreUndefinedError, XaresError
+from ..metrics.intervals import Estimate
 from ..progress import Note, Observer, Progress
 from ..scoring import scoring
 from ..scoring.dataset import Dataset, assemble, check_drops
@@ -53,13 +52,13 @@ class Run:
         self.predictions: dict[tuple[str, str], Predictions] = {}
         self.errors: list[XaresError] = []
         self._tasks: list[Task] = []
-        self._replicates: list[dict[tuple[str, str], npt.NDArray[np.float64]]] = [{} for _ in encoder.info.taps]
+        self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in encoder.info.taps]
 
     def averages(self, tap: int) -> results.Averages:
         """The averages by tap number `tap`."""
         name = self._name(tap)
         return averages(
-            [r for r in self.results if r.tap == name], self._replicates[tap], self._tasks, self._settings.protocol
+            [r for r in self.results if r.tap == name], self._estimates[tap], self._tasks, self._settings.protocol
         )
 
     def _name(self, tap: int) -> str | None:
@@ -183,7 +182,7 @@ class Run:
             common = {**common, "comparable": False, "notes": notes}
         by = method_by_tap(name, tap)
         self.predictions[task.name, by] = scored.predictions
-        self._replicates[tap][task.name, name] = scored.replicates
+        self._estimates[tap][task.name, name] = scored.estimate
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
         self.results.append(
             _task_result(
@@ -193,6 +192,7 @@ class Run:
                 status="ok",
                 score=scored.score,
                 ci95=scored.ci95,
+                test_groups=scored.test_groups,
                 metrics=scored.metrics,
                 per_fold=scored.per_fold,
                 per_seed=scored.per_seed,

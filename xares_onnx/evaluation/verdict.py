@@ -24,6 +24,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
     dim: int | None
     provider: str | None
+    instruction_sets: list[str] | None
+    """Of the processor, those by which ONNX Runtime chooses its kernels; null where they were not recorded."""
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,9 +105,9 @@ def verdict(found: Comparison) -> str:
             parts.append(f"{verb} {named}{more}")
     same = [d for d in found.tasks if d.verdict == "same"]
     unclear = [d for d in found.tasks if d.verdict == "unclear"]
-    if found.tasks and all(d.ci95 == (0, 0) for d in found.tasks):
+    if found.tasks and all(d.alike for d in found.tasks):
         parts.append("every clip is scored alike")
-    elif same:
+    if same:
         parts.append(f"the same within {100 * found.tolerance:g} {_points(found.tolerance)} on {_count(same, found)}")
     if unclear:
         parts.append(f"no difference beyond noise, but too few clips to exclude one, on {_count(unclear, found)}")

@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..threads import one_thread
+
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 FromSums = Callable[[Array], Array]
@@ -57,44 +59,54 @@ def point(scorers: Sequence[Scorer]) -> Array:
     return np.stack([scorer(np.ones((1, scorer.clips)))[0] for scorer in scorers])
 
 
-def bootstrap(scorers: Sequence[Scorer], rng: np.random.Generator) -> Array:
+def bootstrap(
+    scorers: Sequence[Scorer], rng: np.random.Generator, groups: Sequence[Indices] | None = None, resamples: int = RESAMPLES
+) -> Array:
     """(2000,) replicates of a score: clips resampled within each fold, the mean over folds, then over seeds.
+
+    If `groups` (clips,) are given by fold, whole groups of clips are resampled: clips of a speaker are right together.
 
     All seeds of a fold share a resample. Where a metric favours repeated clips (with few positives, average precision may be
     higher in every resample than in the sample), the replicates are moved so that their mean is the score.
     """
-    replicates: Array = bootstrap_together([scorers], rng)[0]
+    replicates: Array = bootstrap_together([scorers], rng, groups, resamples)[0]
     return replicates
 
 
-def bootstrap_together(models: Sequence[Sequence[Scorer]], rng: np.random.Generator) -> Array:
+def bootstrap_together(
+    models: Sequence[Sequence[Scorer]],
+    rng: np.random.Generator,
+    groups: Sequence[Indices] | None = None,
+    resamples: int = RESAMPLES,
+) -> Array:
     """(models, 2000) replicates, as `bootstrap` makes them, of several models' scores of the same clips.
 
     Every resample serves all models, so that their replicates differ by what the models do and not by what was drawn.
     """
-    total = np.zeros((len(models), RESAMPLES))
-    for fold in zip(*models, strict=True):
-        (clips,) = {scorer.clips for scorer in fold}
-        rows = max(1, _DRAWS_AT_ONCE // clips)
-        replicates = np.empty((len(models), RESAMPLES))
-        for start in range(0, RESAMPLES, rows):
-            n = min(rows, RESAMPLES - start)
-            drawn = rng.integers(0, clips, (n, clips)) + clips * np.arange(n)[:, None]
-            counts = np.bincount(drawn.ravel(), minlength=n * clips).reshape(n, clips).astype(np.float64)
-            for mine, scorer in zip(replicates, fold, strict=True):
-                mine[start : start + n] = scorer(counts).mean(axis=1)
-        for mine, scorer in zip(replicates, fold, strict=True):
-            if scorer.limits:
-                mine += scorer(np.ones((1, clips))).mean() - np.nanmean(mine)
-                mine.clip(*scorer.limits, out=mine)
-        total += replicates
+    total = np.zeros((len(models), resamples))
+    with one_thread():
+        for number, fold in enumerate(zip(*models, strict=True)):
+            total += _of_fold(fold, rng, None if groups is None else groups[number], resamples)
     return total / len(models[0])
 
 
-def interval(replicates: Array) -> tuple[float, float] | None:
-    """The central 95 % of bootstrap replicates (percentile method), of those that are defined; None where most are not."""
-    defined = replicates[np.isfinite(replicates)]
-    if 2 * len(defined) < len(replicates):
-        return None
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def _of_fold(fold: Sequence[Scorer], rng: np.random.Generator, groups: Indices | None, resamples: int) -> Array:
+    """(models, resamples) replicates of one fold's score."""
+    (clips,) = {scorer.clips for scorer in fold}
+    names, group_of_clip = (None, None) if groups is None else np.unique(groups, return_inverse=True)
+    units = clips if names is None else len(names)
+    replicates = np.empty((len(fold), resamples))
+    rows = max(1, _DRAWS_AT_ONCE // clips)
+    for start in range(0, resamples, rows):
+        n = min(rows, resamples - start)
+        drawn = rng.integers(0, units, (n, units)) + units * np.arange(n)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=n * units).reshape(n, units).astype(np.float64)
+        if group_of_clip is not None:
+            counts = counts[:, group_of_clip]
+        for of_model, scorer in zip(replicates, fold, strict=True):
+            of_model[start : start + n] = scorer(counts).mean(axis=1)
+    for of_model, scorer in zip(replicates, fold, strict=True):
+        if scorer.limits:
+            of_model += scorer(np.ones((1, clips))).mean() - np.nanmean(of_model)
+            of_model.clip(*scorer.limits, out=of_model)
+    return replicates

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.neighbors import KNeighborsClassifier
 
+from ..threads import one_thread
+
 NEIGHBOURS = 10
 TEMPERATURE = 0.07
 
@@ -23,8 +25,9 @@ def knn_cosine(train: Matrix, labels: Indices, test: Matrix, examples: Indices) 
     classifier = KNeighborsClassifier(
         n_neighbors=min(NEIGHBOURS, len(train)), weights=_vote_weights, metric="cosine", algorithm="brute"
     )
-    classifier.fit(train, labels)
-    votes = classifier.predict_proba(test)
+    with one_thread():
+        classifier.fit(train, labels)
+        votes = classifier.predict_proba(test)
     found, positions = np.unique(examples, return_inverse=True)
     totals = np.zeros((len(found), votes.shape[1]))
     np.add.at(totals, positions, votes)
@@ -42,7 +45,8 @@ def knn_xares(train: Matrix, labels: Indices, test: Matrix, examples: Indices) -
     classes = int(labels.max()) + 1
     predictions = []
     for start in range(0, len(rows), 1024):
-        similarity = rows[start : start + 1024] @ columns.T
+        with one_thread():
+            similarity = rows[start : start + 1024] @ columns.T
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         near = np.take_along_axis(similarity, nearest, axis=1).astype(np.float64) / TEMPERATURE
         weights = np.exp(near - near.max(axis=1, keepdims=True))

@@ -1,14 +1,15 @@
 """One or many results side by side: a row a task and method, a column a model, who is best, and what is within noise.
 
 This is all that a page, a Markdown file or a table knows of results. Where taps were scored, a model stands for its first
-tap, and `curves` has the others. A difference is within noise where its paired bootstrap interval (the same resamples of the
-same clips for both) holds zero; where predictions are not at hand, where two intervals overlap, which says less.
+tap, and `curves` has the others. A difference is within noise if its paired interval (the same resamples of the same clips
+for both) holds zero, or if it may be chance among so many differences (Benjamini and Hochberg); without predictions, if two
+intervals overlap, which says less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -18,10 +19,11 @@ import numpy as np
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataMissingError, UsageError, printable
 from ..evaluation.averages import published_averages
-from ..evaluation.differences import Side, check_alike, check_settings, find_differences, groups_of, verified
+from ..evaluation.differences import SIGNIFICANT, Side, check_alike, check_settings, groups_of, paired, verified
 from ..evaluation.record import GROUPS, Interval, Result, TaskResult
-from ..metrics.bootstrap import Array, bootstrap, interval
-from ..scoring.scoring import clips_of, generator
+from ..metrics.bootstrap import Array, Indices
+from ..metrics.intervals import Estimate, Scale, adjusted, average, estimates, interval, p_value
+from ..scoring.scoring import clips_of, generator, groups_of_clips
 from .tables import METRIC_NAMES
 from .taps import ordered_taps
 
@@ -37,11 +39,15 @@ _METHODS: tuple[Method, ...] = ("head", "knn")
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a score stands beside the best of its row. `behind` is the paired interval of what it lacks, 0 or more at best."""
+    """How a score stands beside the best of its row. `behind` is the paired interval of what it lacks, 0 or more at best.
+
+    `p` is corrected for all differences of the board's rows.
+    """
 
     standing: Standing
     basis: Basis | None = None
     behind: Interval | None = None
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def make_board(sides: Sequence[Side]) -> Board:
     check_comparable(sides)
     models = _ranked([Model(label, _main(side), side.result) for label, side in zip(_labels(sides), sides, strict=True)])
     draws = _Draws(models)
-    rows = tuple(_rows(models, draws))
+    rows = tuple(_corrected(list(_rows(models, draws))))
     averages = tuple(_averages(models, draws))
     published = dict.fromkeys(name for row in rows for name in row.published)
     notes = (*_missing_notes(models), *_published_notes(rows), *draws.notes())
@@ -271,6 +277,22 @@ def _rows(models: Sequence[Model], draws: _Draws) -> Iterator[Row]:
         )
 
 
+def _corrected(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows of which each was judged alone, judged together: a paired difference that may be chance is within noise."""
+    paired = [cell.verdict for row in rows for cell in row.cells if cell and cell.verdict and cell.verdict.p is not None]
+    corrected = iter(adjusted([verdict.p for verdict in paired if verdict.p is not None]))
+    for row in rows:
+        cells: list[Cell | None] = []
+        for cell in row.cells:
+            verdict = cell.verdict if cell else None
+            if cell and verdict and verdict.p is not None:
+                p = next(corrected)
+                standing: Standing = verdict.standing if p <= SIGNIFICANT else "within_noise"
+                cell = replace(cell, verdict=replace(verdict, standing=standing, p=p))
+            cells.append(cell)
+        yield replace(row, cells=tuple(cells))
+
+
 def _verdicts(draws: _Draws, records: Sequence[TaskResult | None], higher_is_better: bool) -> list[Verdict | None]:
     sign = 1.0 if higher_is_better else -1.0
     scored = {i: sign * r.score for i, r in enumerate(records) if r is not None and r.score is not None}
@@ -291,10 +313,11 @@ def _verdicts(draws: _Draws, records: Sequence[TaskResult | None], higher_is_bet
     return verdicts
 
 
-def _verdict(behind: Interval | None, best: Interval | None, other: Interval | None, higher_is_better: bool) -> Verdict:
-    """`behind` is the paired interval of what the other lacks, None where there is none."""
-    if behind is not None:
-        return Verdict("behind" if behind[0] > _ROUNDING else "within_noise", "paired", behind)
+def _verdict(lacking: Estimate | None, best: Interval | None, other: Interval | None, higher_is_better: bool) -> Verdict:
+    """`lacking` is what the other lacks of the best, clips paired; None where that is not known."""
+    behind = interval(lacking) if lacking is not None else None
+    if lacking is not None and behind is not None:
+        return Verdict("behind" if behind[0] > _ROUNDING else "within_noise", "paired", behind, p_value(lacking))
     if best is None or other is None:
         return Verdict("unclear")
     apart = other[1] < best[0] if higher_is_better else best[1] < other[0]
@@ -342,8 +365,8 @@ def _averages(models: Sequence[Model], draws: _Draws) -> Iterator[AverageRow]:
         shares = _shares(records[0])
         drawn = [draws.average(i, of_model, shares) for i, of_model in enumerate(records)]
         intervals = [
-            interval(replicates) if replicates is not None else _recorded(model, group, method, len(tasks), weighted)
-            for replicates, model, (weighted, _) in zip(drawn, models, scores, strict=True)
+            interval(estimate) if estimate is not None else _recorded(model, group, method, len(tasks), weighted)
+            for estimate, model, (weighted, _) in zip(drawn, models, scores, strict=True)
         ]
         best = max(range(len(models)), key=lambda i: scores[i][0])
         verdicts: list[Verdict | None] = [None] * len(models)
@@ -372,8 +395,27 @@ def _recorded(model: Model, group: str, method: Method, tasks: int, weighted: fl
     return average.ci95 if average is not None and same else None
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """Keys of the test clips and their groups by fold, and the score with its spread."""
+
+    clips: dict[str, list[str]]
+    groups: list[Indices] | None
+    estimate: Estimate
+
+    def pairs_with(self, other: _Draw) -> bool:
+        """Whether the same clips, or groups of them, were resampled."""
+        if self.clips != other.clips or (self.groups is None) != (other.groups is None):
+            return False
+        return all(np.array_equal(a, b) for a, b in zip(self.groups or (), other.groups or (), strict=True))
+
+
+def _lacking(best: Estimate, other: Estimate, higher_is_better: bool) -> Estimate:
+    return best.minus(other) if higher_is_better else other.minus(best)
+
+
 class _Draws:
-    """Bootstrap replicates of scores, from the predictions beside each result.
+    """Scores with their spread, from the predictions beside each result.
 
     What resamples the clips of a task and method is seeded by their names, so that replicates of two models on the same
     clips are paired, whoever draws them.
@@ -381,7 +423,7 @@ class _Draws:
 
     def __init__(self, models: Sequence[Model]) -> None:
         self._models = models
-        self._drawn: dict[tuple[int, str, Method], tuple[dict[str, list[str]], Array] | None] = {}
+        self._drawn: dict[tuple[int, str, Method], _Draw | None] = {}
         self._lacking: dict[str, str] = {}
 
     def notes(self) -> list[str]:
@@ -390,37 +432,39 @@ class _Draws:
             for label, why in self._lacking.items()
         ]
 
-    def behind(self, best: int, first: TaskResult, other: int, record: TaskResult) -> Interval | None:
-        """The interval of what the other lacks of the best, None where predictions are not at hand."""
+    def behind(self, best: int, first: TaskResult, other: int, record: TaskResult) -> Estimate | None:
+        """What the other lacks of the best, None where predictions are not at hand."""
         a, b = self._draw(best, first), self._draw(other, record)
         if a is None or b is None:
             return None
-        if a[0] == b[0]:
-            return interval((1.0 if first.higher_is_better else -1.0) * (a[1] - b[1]))
-        ours, theirs = (self._alone(i, r) for i, r in ((other, record), (best, first)))
-        return next((found.ci95 for found in find_differences(ours, theirs).tasks), None)  # of the clips that both have
+        if a.pairs_with(b):
+            return _lacking(a.estimate, b.estimate, first.higher_is_better)
+        return paired(self._alone(other, record), record, self._alone(best, first), first)  # of the clips that both have
 
-    def average(self, model: int, records: Sequence[TaskResult], shares: Array) -> Array | None:
-        """(2000,) replicates of a weighted average; None for a model alone, whose result has its interval."""
+    def average(self, model: int, records: Sequence[TaskResult], shares: Array) -> Estimate | None:
+        """A weighted average; None for a model alone, whose result has its interval."""
         if len(self._models) < 2:
             return None
         drawn = [self._draw(model, record) for record in records]
-        return None if any(d is None for d in drawn) else shares @ np.stack([d[1] for d in drawn if d is not None])
+        known = [d.estimate for d in drawn if d is not None]
+        return average(shares, known) if len(known) == len(drawn) else None
 
     def average_behind(
         self, best: int, other: int, records: Sequence[Sequence[TaskResult]], shares: Array
-    ) -> Interval | None:
+    ) -> Estimate | None:
         pairs = [(self._draw(best, a), self._draw(other, b)) for a, b in zip(records[best], records[other], strict=True)]
-        if any(a is None or b is None or a[0] != b[0] for a, b in pairs):
-            return None
-        return interval(shares @ np.stack([a[1] - b[1] for a, b in pairs if a is not None and b is not None]))
+        lacking = [
+            _lacking(a.estimate, b.estimate, record.higher_is_better)
+            for (a, b), record in zip(pairs, records[best], strict=True)
+            if a is not None and b is not None and a.pairs_with(b)
+        ]
+        return average(shares, lacking) if len(lacking) == len(pairs) else None
 
     def _alone(self, model: int, record: TaskResult) -> Side:
         side = self._models[model].side
         return Side(side.name, msgspec.structs.replace(side.result, tasks=[record]), side.predictions_of)
 
-    def _draw(self, model: int, record: TaskResult) -> tuple[dict[str, list[str]], Array] | None:
-        """Keys of the test clips by fold, and the replicates (2000,) of the score."""
+    def _draw(self, model: int, record: TaskResult) -> _Draw | None:
         name = model, record.task, _method(record)
         if name not in self._drawn:
             side = self._models[model].side
@@ -430,7 +474,10 @@ class _Draws:
                 self._lacking.setdefault(self._models[model].label, str(error))
                 self._drawn[name] = None
             else:
-                self._drawn[name] = clips_of(predictions), bootstrap(scorers, generator(record.task, name[2]))
+                groups = groups_of_clips(predictions)
+                scale: Scale = "share" if record.higher_is_better else "error"
+                (estimate,) = estimates([scorers], generator(record.task, name[2]), groups, scale)
+                self._drawn[name] = _Draw(clips_of(predictions), groups, estimate)
         return self._drawn[name]
 
 

@@ -21,7 +21,7 @@ from .units import data_size
 _WORDS = {"better": "better", "worse": "worse", "same": "same", "unclear": "too few clips"}
 _STYLES = {"better": "green", "worse": "red", "fail": "red", "warn": "yellow", "unclear": "yellow"}
 _DIRECTION = "B - A is positive where B is better, also where the score is an error"
-_SCORES = ("score", "metric"), ("clips", "A", "B", "B - A", "95 %", "only A : B right", "p"), ("verdict",)
+_SCORES = ("score", "metric"), ("clips", "A", "B", "B - A", "95 %", "could show", "only A : B right", "p"), ("verdict",)
 _DRIFT = ("task",), ("clips", "mean cosine", "5 % below", "least", "CKA"), ()
 _COSTS = ("cost",), ("A", "B", "B / A"), ()
 
@@ -97,7 +97,8 @@ def _score_cells(found: Difference | AverageDifference) -> tuple[str, ...]:
         if found.mcnemar is not None:
             discordant, p = f"{found.mcnemar.only_a} : {found.mcnemar.only_b}", _p(found.mcnemar.p)
     scores = f"{found.a:.3f}", f"{found.b:.3f}", signed(found.difference), _signed(found.ci95)
-    return score_name(found), metric, clips, *scores, discordant, p, _WORDS[found.verdict]
+    shows = "" if found.detectable is None else f"{found.detectable:.3f}"
+    return score_name(found), metric, clips, *scores, shows, discordant, p, _WORDS[found.verdict]
 
 
 def score_name(found: Difference | AverageDifference) -> str:
@@ -129,7 +130,9 @@ def _remarks(found: Comparison) -> list[str]:
     seeds, protocol = found.settings["seeds"], found.settings["protocol"]
     remarks = [
         f"protocol {protocol}, {seeds} seed{'' if seeds == 1 else 's'}; {_DIRECTION}; 95 %: paired bootstrap over the test "
-        f"clips; p: McNemar's exact test; same: within {found.tolerance:g}, of an error that share"
+        "clips, and what seeds differ by; could show: the smallest difference that these clips find in four cases of "
+        "five; better, worse: also after Benjamini and Hochberg's correction for all scores; p: McNemar's exact test; "
+        f"same: within {found.tolerance:g}, of an error that share"
     ]
     if found.drift and all(drift.cosine_mean is None for drift in found.drift):
         remarks.append(f"no cosine: A has {found.a.dim} dimensions and B {found.b.dim}")

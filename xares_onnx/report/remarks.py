@@ -66,9 +66,9 @@ def noise(board: Board) -> str:
     said = []
     if "paired" in bases:
         said.append(
-            "A score is within noise of the best where the 95 % interval of their difference holds zero: a paired bootstrap "
-            "over the same test clips, which is finer than to see whether two intervals overlap. It knows of other "
-            "clips that might have been drawn, not of other training runs."
+            "A score is within noise of the best if the 95 % interval of their difference holds zero (a paired bootstrap "
+            "over the same test clips, which is finer than to see whether two intervals overlap, with what seeds differ "
+            "by), or if among all differences shown it may be chance (Benjamini and Hochberg's correction)."
         )
     if "intervals" in bases:
         said.append(

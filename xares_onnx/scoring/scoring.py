@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from ..data.task import Metric
 from ..errors import ScoreUndefinedError
-from ..metrics.bootstrap import Array, Scorer, bootstrap, interval, point
+from ..metrics.bootstrap import Indices, Scorer, point
+from ..metrics.intervals import Estimate, Scale, estimates, interval
 from .kinds import Kept, Kind, Outcome, kind_scored_by
 from .protocol import Protocol
 
@@ -29,12 +30,13 @@ class Scored:
     per_fold: list[float]
     per_seed: list[float]
     n_test: int
-    replicates: Array  # (2000,) bootstrap scores
+    estimate: Estimate
+    test_groups: int | None  # that are resampled whole; None where clips are
     predictions: Predictions  # one row an example and seed
 
 
 def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
-    """Mean over folds, then over seeds; the interval resamples test clips within folds, the same for every seed.
+    """Mean over folds, then over seeds; the interval resamples test clips, or groups of them, within folds.
 
     Raises `ScoreUndefinedError` where a fold has no score.
     """
@@ -44,17 +46,20 @@ def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
     scores = point(scorers)  # (folds, seeds)
     if not np.isfinite(scores).all():
         raise ScoreUndefinedError(f"the {kind.task.score.metric} of its test clips is not defined")
-    replicates = bootstrap(scorers, generator(kind.task.name, method))
+    groups = groups_of_clips(predictions)
+    scale: Scale = "share" if kind.task.score.higher_is_better else "error"
+    (estimate,) = estimates([scorers], generator(kind.task.name, method), groups, scale)
     more = [kind.more(fold, mine) for fold, mine in zip(kind.folds, by_fold, strict=True)]
     metrics = {key: float(np.mean([values[key] for values in more])) for key in more[0]}
     return Scored(
         score=float(scores.mean()),
-        ci95=interval(replicates),
+        ci95=interval(estimate),
         metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
         per_fold=[float(value) for value in scores.mean(axis=1)],
         per_seed=[float(value) for value in scores.mean(axis=0)],
         n_test=int(sum(len(fold.test) for fold in kind.folds)),
-        replicates=replicates,
+        estimate=estimate,
+        test_groups=None if groups is None else sum(len(np.unique(of_fold)) for of_fold in groups),
         predictions=predictions,
     )
 
@@ -72,6 +77,22 @@ def clips_of(predictions: Predictions) -> dict[str, list[str]]:
     return {fold: list(keys) for fold, keys in found.items()}
 
 
+def groups_of_clips(predictions: Predictions, clips: Mapping[str, Sequence[str]] | None = None) -> list[Indices] | None:
+    """(clips,) by fold, the number of each clip's group, for clips as in `scorers_of`.
+
+    None where no groups were kept, or a fold has fewer than two, which tell nothing of how groups differ.
+    """
+    if "group" not in predictions:
+        return None
+    rows = zip(*(predictions[name].tolist() for name in ("fold", "key", "group")), strict=True)
+    named = {(fold, key): group for fold, key, group in rows}
+    by_fold = [
+        np.unique([named[fold, key] for key in keys], return_inverse=True)[1].astype(np.int64)
+        for fold, keys in (clips_of(predictions) if clips is None else clips).items()
+    ]
+    return by_fold if all(of_fold.max(initial=0) >= 1 for of_fold in by_fold) else None
+
+
 def scorers_of(
     predictions: Predictions, metric: Metric, protocol: Protocol, clips: Mapping[str, Sequence[str]] | None = None
 ) -> list[Scorer]:
@@ -87,7 +108,7 @@ def scorers_of(
         of_fold = np.flatnonzero(predictions["fold"] == fold)
         clip = np.array([positions.get(key, -1) for key in predictions["key"][of_fold].tolist()], np.int64)
         seeds = []
-        for seed in dict.fromkeys(predictions["seed"][of_fold].tolist()):
+        for seed in sorted(set(predictions["seed"][of_fold].tolist())):
             mine = (predictions["seed"][of_fold] == seed) & (clip >= 0)
             rows = of_fold[mine]
             seeds.append(Kept({name: array[rows] for name, array in columns.items()}, clip[mine]))

@@ -1,0 +1,230 @@
+"""Rows of numbers seen through their own mean and deviation, and turned to the axes of their covariance.
+
+A linear head with an unpenalised bias, learnt on standardised rows, is the same whatever constant is added to a dimension
+and whatever factor it is multiplied by. Along the axes of the covariance the curvature of its loss is nearly diagonal, which
+is what makes `logistic.path` short.
+
+The products are numpy's: on an AMD core its OpenBLAS multiplied these shapes at 75 GFLOP/s in float32, torch's MKL at 45.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits
+
+Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+Result = TypeVar("Result")
+
+ROWS_AT_ONCE = 2048
+# A dimension whose deviation is a smaller share of its mean holds little but the rounding of float32 (6e-8): it is left out.
+LEAST_DEVIATION = 1e-6
+_SMALLEST = 1e-37  # below it the inverse leaves float32
+_LEAST_VARIANCE = 1e-12  # of the largest along an axis; what lies below is rounding
+_VALUES_KEPT = 1 << 24  # of standardised rows, 64 MiB; larger sets are standardised anew in every pass
+
+
+class Rows(Protocol):
+    """Rows with what they are to be mapped to, read in blocks; a block is the same whenever it is read."""
+
+    count: int
+    dim: int
+    blocks: int
+
+    def block(self, number: int) -> Singles:
+        """(rows, dim) float32, which the caller may overwrite."""
+
+    def targets(self, number: int) -> npt.NDArray[Any]:
+        """What the rows of a block are to be mapped to, a row each."""
+
+
+class MatrixRows:
+    """Some rows of a matrix (…, dim); `targets` has a row for each row of the matrix."""
+
+    def __init__(self, matrix: Singles, index: Indices, targets: npt.NDArray[Any]) -> None:
+        self.count, self.dim = len(index), matrix.shape[1]
+        self.blocks = -(-self.count // ROWS_AT_ONCE)
+        self._matrix, self._index, self._targets = matrix, index, targets
+
+    def _rows(self, number: int) -> Indices:
+        return self._index[number * ROWS_AT_ONCE : (number + 1) * ROWS_AT_ONCE]
+
+    def block(self, number: int) -> Singles:
+        return self._matrix[self._rows(number)]
+
+    def targets(self, number: int) -> npt.NDArray[Any]:
+        return np.asarray(self._targets[self._rows(number)])
+
+
+class Standardisation:
+    """Mean and inverse deviation of rows, (dim,) float64; the inverse is 0 for a dimension that does not vary."""
+
+    def __init__(self, mean: Floats, inverse: Floats) -> None:
+        self.mean, self.inverse = mean, inverse
+        self._mean, self._inverse = mean.astype(np.float32), inverse.astype(np.float32)
+
+    @classmethod
+    def of(cls, rows: Rows, pool: Pool) -> Standardisation:
+        """Two passes, in float64. NaN and infinity pass through: `finite` tells."""
+        mean = sum(pool.map(lambda n: rows.block(n).sum(axis=0, dtype=np.float64), rows.blocks)) / rows.count
+
+        def squares(number: int) -> Floats:
+            distance = rows.block(number) - mean
+            return np.asarray(np.einsum("ij,ij->j", distance, distance))
+
+        deviation = np.sqrt(sum(pool.map(squares, rows.blocks)) / rows.count)
+        varies = deviation > np.maximum(LEAST_DEVIATION * np.abs(mean), _SMALLEST)
+        inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=varies | ~np.isfinite(deviation))
+        return cls(np.asarray(mean), inverse)
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.mean).all() and np.isfinite(self.inverse).all())
+
+    def apply(self, block: Singles) -> Singles:
+        """In place."""
+        block -= self._mean
+        block *= self._inverse
+        return block
+
+
+class Head:
+    """Weight (dim, outputs) and bias (outputs,), float64, of standardised rows."""
+
+    def __init__(self, standardisation: Standardisation, weight: Floats, bias: Floats) -> None:
+        self.standardisation, self.weight, self.bias = standardisation, weight, bias
+
+    def logits(self, block: Singles) -> Singles:
+        """Rows (rows, dim), which are overwritten, to (rows, outputs)."""
+        return self.standardisation.apply(block) @ self.weight.astype(np.float32) + self.bias.astype(np.float32)
+
+
+class Design:
+    """Standardised rows in the coordinates of the axes of their covariance.
+
+    `variances` (rank,) float64 of the rows along each axis. With fewer rows than dimensions there are no more axes than
+    rows. A small set is kept in these coordinates; a large one is read and standardised anew in every pass, block by block,
+    and it is the weights that are turned.
+    """
+
+    def __init__(self, rows: Rows, pool: Pool, axes: Floats | None = None) -> None:
+        """`axes` are those of a similar set, to save finding them; used only where they span every dimension."""
+        self.rows, self.pool = rows, pool
+        self.standardisation = Standardisation.of(rows, pool)
+        self._kept: Singles | None = None
+        self._starts = [0]
+        if not self.standardisation.finite:
+            self.axes, self.variances = np.zeros((rows.dim, 0)), np.zeros(0)
+            return
+        if rows.count * min(rows.count, rows.dim) <= _VALUES_KEPT:
+            parts = list(pool.map(self._standardised, rows.blocks))
+            self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
+            whole = np.concatenate(parts)
+            if axes is None or axes.shape[1] < rows.dim:
+                axes, variances = _axes_of(whole)
+                self._kept = whole @ axes.astype(np.float32)
+            else:
+                self._kept = whole @ axes.astype(np.float32)
+                variances = np.einsum("ij,ij->j", self._kept, self._kept, dtype=np.float64) / rows.count
+            self.axes, self.variances = axes, variances
+        else:
+            self.axes, self.variances = _main_axes(np.asarray(sum(pool.map(self._moment, rows.blocks))) / rows.count)
+
+    def _standardised(self, number: int) -> Singles:
+        return self.standardisation.apply(self.rows.block(number))
+
+    def _moment(self, number: int) -> Floats:
+        block = self._standardised(number).astype(np.float64)
+        return block.T @ block
+
+    @property
+    def rank(self) -> int:
+        return len(self.variances)
+
+    def head(self, theta: Floats) -> Head:
+        """`theta` (rank + 1, outputs), the bias last."""
+        return Head(self.standardisation, self.axes @ theta[:-1], theta[-1].copy())
+
+    def moments(
+        self, step: Callable[[Singles, npt.NDArray[Any]], tuple[Singles, Floats]], theta: Floats
+    ) -> tuple[Floats, Floats]:
+        """One pass over the rows: (rank + 1, outputs) and (…).
+
+        `step` is given the outputs of a block and its targets, makes a value R of each output, which it may overwrite, and
+        sums of its own. What comes back is the sum over all rows of x^T R, with that of R as the last row, and that
+        of its sums.
+        """
+        turned = theta[:-1] if self._kept is not None else self.axes @ theta[:-1]
+        weight, bias = turned.astype(np.float32), theta[-1].astype(np.float32)
+        starts = self._starts
+
+        def part(number: int) -> tuple[Singles, Floats, Floats]:
+            block = self._standardised(number) if self._kept is None else self._kept[starts[number] : starts[number + 1]]
+            outputs = block @ weight
+            outputs += bias
+            values, sums = step(outputs, self.rows.targets(number))
+            return block.T @ values, values.sum(axis=0, dtype=np.float64), sums
+
+        parts = self.pool.map(part, self.rows.blocks)
+        product, total, sums = next(parts)
+        moment = product.astype(np.float64)
+        for product, more, more_sums in parts:
+            moment += product
+            total += more
+            sums += more_sums
+        if self._kept is None:
+            moment = self.axes.T @ moment
+        return np.concatenate([moment, total[None]]), sums
+
+
+def _axes_of(rows: Singles) -> tuple[Floats, Floats]:
+    """Axes (dim, rank) and variances (rank,) of standardised rows."""
+    count, dim = rows.shape
+    exact = rows.astype(np.float64)
+    if count > dim:
+        return _main_axes(exact.T @ exact / count)
+    variances, left = np.linalg.eigh(exact @ exact.T / count)
+    kept = variances > _LEAST_VARIANCE * max(variances[-1], 0)
+    variances, left = variances[kept], left[:, kept]
+    return exact.T @ left / np.sqrt(count * variances), variances
+
+
+def _main_axes(covariance: Floats) -> tuple[Floats, Floats]:
+    """All axes, so that turning loses nothing."""
+    variances, axes = np.linalg.eigh(covariance)
+    return axes, np.maximum(variances, 0)
+
+
+class Pool:
+    """Applies a function to numbers, results in order, so that a sum of them is the same with any number of threads."""
+
+    def __init__(self, executor: ThreadPoolExecutor | None, threads: int) -> None:
+        self._executor, self._threads = executor, threads
+
+    def map(self, function: Callable[[int], Result], count: int) -> Iterator[Result]:
+        if self._executor is None:
+            yield from map(function, range(count))
+            return
+        waiting = [self._executor.submit(function, number) for number in range(min(count, 2 * self._threads))]
+        for number in range(count):
+            yield waiting.pop(0).result()
+            if number + 2 * self._threads < count:
+                waiting.append(self._executor.submit(function, number + 2 * self._threads))
+
+
+@contextmanager
+def pool_of(threads: int) -> Iterator[Pool]:
+    """Threads that each multiply alone: a product's bytes may depend on how many share it."""
+    with threadpool_limits(1, user_api="blas"):
+        if threads == 1:
+            yield Pool(None, 1)
+        else:
+            with ThreadPoolExecutor(threads) as executor:
+                yield Pool(executor, threads)

@@ -1,0 +1,71 @@
+"""CUDA for ONNX Runtime: its libraries in NVIDIA's wheels, wherever those are installed, and why it may not start.
+
+`pip install` of PyTorch with CUDA, or of onnxruntime-gpu[cuda,cudnn], brings the libraries into folders that no loader
+searches. ONNX Runtime looks into those beside itself; here every folder of `sys.path` is offered to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_CUDNN = "libcudnn.so.9"  # optional to ONNX Runtime: a model without convolutions runs without it
+
+
+@functools.cache
+def load_libraries(runtime: Any) -> tuple[str, ...]:
+    """Load CUDA's and cuDNN's libraries into this process for `runtime`, the module onnxruntime: names of the missing ones.
+
+    An ONNX Runtime before 1.21 loads them by itself alone; nothing is then known to be missing.
+    """
+    preload = getattr(runtime, "preload_dlls", None)
+    if preload is None:
+        return ()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for folder in _wheel_folders():
+            preload(directory=str(folder))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it tells what it lacks on stdout, and nowhere else
+        preload()
+    missing = re.findall(r"^Failed to load (?:.*[/\\])?([^\s:/\\]+):", said.getvalue(), re.MULTILINE)
+    if sys.platform == "linux" and not _loads(_CUDNN):
+        missing.append(_CUDNN)
+    return tuple(dict.fromkeys(missing))
+
+
+def _wheel_folders() -> list[Path]:
+    """Folders of libraries in NVIDIA's wheels, as nvidia/cu13/lib and nvidia/cudnn/lib; cuDNN comes after what it needs."""
+    return [folder for entry in sys.path for folder in sorted(Path(entry, "nvidia").glob("*/lib")) if folder.is_dir()]
+
+
+def why_no_cuda(runtime: Any, *, driver: bool) -> str:
+    """What is missing where CUDA does not start, and what to do about it."""
+    if not driver:
+        return "this machine has no NVIDIA driver (libcuda.so.1); install it, or run with --device cpu"
+    if missing := load_libraries(runtime):
+        return (
+            f"{', '.join(missing)} cannot be loaded; run: pip install 'onnxruntime-gpu[cuda,cudnn]', or install PyTorch for "
+            f"{_cuda_version(runtime)}"
+        )
+    return (
+        f"driver and libraries are there; check with nvidia-smi that the driver is new enough for {_cuda_version(runtime)}"
+    )
+
+
+def _cuda_version(runtime: Any) -> str:
+    """The version that this ONNX Runtime was built for, as far as it tells."""
+    return f"CUDA {getattr(runtime, 'cuda_version', '') or 'of the version that ONNX Runtime was built for'}"
+
+
+def _loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True

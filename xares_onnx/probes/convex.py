@@ -1,0 +1,423 @@
+"""Heads on pooled embeddings that belong to the embeddings: convex, converged, and drawn from nothing.
+
+One fold is one call, a pure function of its arrays, so that folds may run in processes of their own. Rows are standardised
+by the mean and deviation of the crops that a head is fitted on. A head is fitted for every strength of a grid on the
+training crops; the strength with the best score on the selection clips wins (of equal ones the lower log loss, then the
+stronger), and with it the head is fitted anew on training and held-out crops, standardised by those. What each strength
+would have scored on the test clips, by its fit on the training crops, is reported and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit
+
+from ..errors import ScoreUndefinedError
+from ..metrics.average_precision import AveragePrecisionScorer
+from ..metrics.bootstrap import point
+from ..models import ridge
+from ..models.logistic import MAX_ITERATIONS, Loss, Multinomial, OneVersusRest, Solution, path, solve
+from ..models.standardised import ROWS_AT_ONCE, Design, Head, MatrixRows, Pool, Rows, pool_of
+from .training import Indices
+from .training import Rows as RowNumbers
+
+Floats = npt.NDArray[np.float64]
+
+# Of the mean loss on standardised rows: scikit-learn's C is 1 / (strength x crops). Eleven values over eight decades.
+LOGISTIC_STRENGTHS = tuple(float(f"{10 ** (1 - 0.8 * step):.3g}") for step in range(11))
+# Of the mean squared error: scikit-learn's alpha is strength x crops. They cost next to nothing: 21 values over ten decades.
+RIDGE_STRENGTHS = tuple(float(f"{10 ** (4 - 0.5 * step):.3g}") for step in range(21))
+# Of the relative gradient norm. Probabilities are right within about ten times as much at worst, and once on the average: of
+# the fits that are compared, at most 4 of 1,000 clips were decided otherwise; of the fit whose predictions count, none.
+SELECTION_TOLERANCE = 3e-3
+TOLERANCE = 1e-4
+_ON_THE_WAY = 1e-2  # for the stronger fits that the last one comes from
+LEAST_PROBABILITY = 1e-15  # in log losses
+
+
+@dataclass(frozen=True)
+class FoldRows(RowNumbers):
+    """Crops of one fold; `held_out` of the training clips for selection, which the last fit has too."""
+
+    held_out: Indices
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """See `logistic.Solution`."""
+
+    relative_gradient_norm: float
+    iterations: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A head, how strong its penalty was, and how well it converged; `axes` are of use to the next fit on similar rows."""
+
+    head: Head
+    strength: float
+    convergence: Convergence
+    axes: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A strength with its scores and its mean log loss on the selection examples; nan where they are not defined."""
+
+    strength: float
+    selection: float
+    log_loss: float
+    test: float
+    convergence: Convergence
+
+
+@dataclass(frozen=True)
+class ConvexResult:
+    """Predictions for the fold's test `examples` (sorted, unique), a row each, and how the head came about.
+
+    `chosen` is the index in `tried`, `convergence` and the `train` score are of the last fit, whose predictions these are.
+    """
+
+    fold: int
+    examples: Indices
+    predictions: Any
+    tried: Sequence[Tried]
+    chosen: int
+    convergence: Convergence
+    train: float
+    seed: int = 0
+
+    @property
+    def valid_score(self) -> float:
+        return self.tried[self.chosen].selection
+
+    @property
+    def at_the_end_of_the_grid(self) -> bool:
+        return self.chosen in (0, len(self.tried) - 1)
+
+    def tuning(self) -> dict[str, Any]:
+        """For the record: plain values, None for a score that is not defined."""
+        return {
+            "tried": [
+                {"setting": tried.strength, "selection": _plain(tried.selection), "test": _plain(tried.test)}
+                for tried in self.tried
+            ],
+            "chosen": self.tried[self.chosen].strength,
+            "convergence": {
+                "relative_gradient_norm": self.convergence.relative_gradient_norm,
+                "iterations": self.convergence.iterations,
+                "limit_reached": not all(c.converged for c in (self.convergence, *(t.convergence for t in self.tried))),
+            },
+            "train": _plain(self.train),
+        }
+
+
+def _plain(score: float) -> float | None:
+    return float(score) if np.isfinite(score) else None
+
+
+class Objective(Protocol):
+    """What a convex head is fitted for. `targets` has a row a crop."""
+
+    targets: npt.NDArray[Any]
+    strengths: Sequence[float]
+    without_selection: float  # the strength that is taken where no selection clip tells
+
+    def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
+        """One for each strength, from the strongest on."""
+
+    def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
+        """With the strength of `near`, on rows that are much the same."""
+
+    def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """What is averaged over an example's crops, (crops, outputs); the crops may be overwritten."""
+
+    def decide(self, means: Floats) -> npt.NDArray[Any]:
+        """Predictions from the means of some examples' activations, (examples, outputs) to a row each."""
+
+    def log_loss(self, means: Floats, targets: npt.NDArray[Any]) -> float:
+        """Sum over examples."""
+
+    def score(self, predictions: npt.NDArray[Any], targets: npt.NDArray[Any]) -> float:
+        """Higher is better; nan where it is not defined."""
+
+
+# ---------------------------------------------------------------- one fold
+
+
+def fit_fold(
+    embeddings: npt.NDArray[np.float32],
+    objective: Objective,
+    examples: Indices,
+    rows: FoldRows,
+    *,
+    fold: int = 0,
+    threads: int = 1,
+) -> ConvexResult:
+    """Choose the strength, fit, and predict the test examples of one fold.
+
+    `embeddings` (crops, dim), `examples` (crops,) the example that a crop is scored with: an example's prediction is made of
+    the mean over its crops. `threads` share the passes over the rows without changing a byte. Raises `ScoreUndefinedError`
+    where an embedding or a prediction is not finite.
+    """
+    with np.errstate(all="ignore"), pool_of(threads) as pool:
+        scoring = _Scoring(embeddings, objective, examples, pool)
+        tried: list[Tried] = []
+        near: Fit | None = None
+        chosen = 0
+        for fit in objective.fits(MatrixRows(embeddings, rows.train, objective.targets), pool):
+            (selection, log_loss), (test, _) = (scoring.score(fit.head, crops) for crops in (rows.valid, rows.test))
+            tried.append(Tried(fit.strength, selection, log_loss, test, fit.convergence))
+            wanted = objective.without_selection if not len(rows.valid) else None
+            if near is None or better(tried[-1], tried[chosen], wanted):
+                near, chosen = fit, len(tried) - 1
+        assert near is not None
+        all_train = np.concatenate([rows.train, rows.held_out])
+        last = objective.refit(MatrixRows(embeddings, all_train, objective.targets), pool, near)
+        found, predictions, _ = scoring.predict(last.head, rows.test)
+        train, _ = scoring.score(last.head, all_train)
+        return ConvexResult(fold, found, predictions, tried, chosen, last.convergence, train)
+
+
+def train_convex(
+    embeddings: npt.NDArray[np.float32],
+    objective: Objective,
+    examples: Indices,
+    folds: Sequence[FoldRows],
+    *,
+    threads: int = 1,
+    on_fold: Callable[[int], None] = lambda fold: None,
+) -> list[ConvexResult]:
+    """`fit_fold` for one fold after another."""
+    results = []
+    for number, rows in enumerate(folds):
+        results.append(fit_fold(embeddings, objective, examples, rows, fold=number, threads=threads))
+        on_fold(number + 1)
+    return results
+
+
+def better(new: Tried, best: Tried, wanted: float | None) -> bool:
+    """Equal scores, undefined ones too, are told apart by the log loss; equal losses leave the stronger, which came first.
+
+    Without selection clips it is the strength nearest to the `wanted` one.
+    """
+    if wanted is not None:
+        return abs(math.log(new.strength / wanted)) < abs(math.log(best.strength / wanted))
+    scores = [-np.inf if np.isnan(tried.selection) else tried.selection for tried in (new, best)]
+    return scores[0] > scores[1] or (scores[0] == scores[1] and new.log_loss < best.log_loss)
+
+
+class _Scoring:
+    """Predicts examples from their crops and scores them, some at a time, so that no matrix of all outputs is held."""
+
+    def __init__(self, embeddings: npt.NDArray[np.float32], objective: Objective, examples: Indices, pool: Pool) -> None:
+        self._embeddings, self._objective, self._examples, self._pool = embeddings, objective, examples, pool
+
+    def score(self, head: Head, crops: Indices) -> tuple[float, float]:
+        """(score, mean log loss); nan without crops."""
+        if not len(crops):
+            return math.nan, math.nan
+        found, predictions, log_loss = self.predict(head, crops)
+        targets = np.empty((len(found), *self._objective.targets.shape[1:]), self._objective.targets.dtype)
+        targets[np.searchsorted(found, self._examples[crops])] = self._objective.targets[crops]
+        return self._objective.score(predictions, targets), log_loss / len(found)
+
+    def predict(self, head: Head, crops: Indices) -> tuple[Indices, npt.NDArray[Any], float]:
+        """(examples, their predictions, the sum of their log losses)."""
+        crops = crops[np.argsort(self._examples[crops], kind="stable")]
+        found, starts = np.unique(self._examples[crops], return_index=True)
+        bounds = np.append(starts, len(crops))
+        # Each part begins with the first example that begins behind another ROWS_AT_ONCE crops.
+        firsts = np.unique(np.searchsorted(starts, np.arange(0, len(crops), ROWS_AT_ONCE)))
+        firsts = np.append(firsts[firsts < len(found)], len(found))
+
+        def part(number: int) -> tuple[npt.NDArray[Any], float]:
+            first, last = firsts[number : number + 2]
+            mine = crops[bounds[first] : bounds[last]]
+            block = self._embeddings[mine]
+            if not np.isfinite(block).all():
+                raise undefined()
+            activation = self._objective.activation(head, block)
+            means = np.add.reduceat(activation, bounds[first:last] - bounds[first], axis=0, dtype=np.float64)
+            means /= np.diff(bounds[first : last + 1])[:, None]
+            if not np.isfinite(means).all():
+                raise undefined()
+            targets = self._objective.targets[crops[bounds[first:last]]]
+            return self._objective.decide(means), self._objective.log_loss(means, targets)
+
+        parts = list(self._pool.map(part, len(firsts) - 1))
+        return found, np.concatenate([predictions for predictions, _ in parts]), sum(loss for _, loss in parts)
+
+
+def undefined() -> ScoreUndefinedError:
+    return ScoreUndefinedError(
+        "the trained head gives NaN or infinity, so there is no score; the embeddings may be too large for it"
+    )
+
+
+def standardised_design(rows: Rows, pool: Pool, axes: Floats | None = None) -> Design:
+    design = Design(rows, pool, axes)
+    if not design.standardisation.finite:
+        raise undefined()
+    return design
+
+
+# ---------------------------------------------------------------- what is fitted
+
+
+class Logistic:
+    """What classes, tags and events share. Classes that the rows cannot teach are left out of the fit."""
+
+    strengths = LOGISTIC_STRENGTHS
+    without_selection = 1e-3
+    outputs: int
+
+    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+        """The loss, and the biases (classes,) of the classes that it leaves out."""
+        raise NotImplementedError
+
+    def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
+        design = standardised_design(rows, pool)
+        loss, bias = self._loss(rows)
+        if not (loss.outputs and design.variances.any()):
+            yield from (_constant(design, loss, bias, strength) for strength in self.strengths)
+            return
+        for solution in path(design, loss, self.strengths, SELECTION_TOLERANCE, MAX_ITERATIONS):
+            yield self._fit(design, loss, solution, bias)
+
+    def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
+        design = standardised_design(rows, pool, near.axes)
+        loss, bias = self._loss(rows)
+        if not (loss.outputs and design.variances.any()):
+            return _constant(design, loss, bias, near.strength)
+        # Not from the weights of `near`: the held-out rows lie far on the wrong side of some of its boundaries.
+        *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], _ON_THE_WAY, MAX_ITERATIONS)
+        solution = solve(design, loss, near.strength, start.theta, TOLERANCE, MAX_ITERATIONS)
+        return self._fit(design, loss, solution, bias)
+
+    def _fit(self, design: Design, loss: Loss, solution: Solution, bias: Floats) -> Fit:
+        solved = design.head(solution.theta)
+        weight = np.zeros((design.rows.dim, self.outputs))
+        weight[:, loss.taught] = solved.weight
+        bias = bias.copy()
+        bias[loss.taught] = solved.bias
+        convergence = Convergence(solution.relative_gradient_norm, solution.iterations, solution.converged)
+        return Fit(Head(design.standardisation, weight, bias), solution.strength, convergence, design.axes)
+
+
+def _constant(design: Design, loss: Loss, bias: Floats, strength: float) -> Fit:
+    """Where nothing tells the rows apart: each output as often as it is there."""
+    bias = bias.copy()
+    bias[loss.taught] = loss.start(design)
+    head = Head(design.standardisation, np.zeros((design.rows.dim, len(bias))), bias)
+    return Fit(head, strength, Convergence(0.0, 0, True))
+
+
+class Classes(Logistic):
+    """Multinomial; the class of the largest mean probability; accuracy. `targets` (crops,) class indices.
+
+    A class without a training crop is never predicted.
+    """
+
+    def __init__(self, targets: Indices, classes: int) -> None:
+        self.targets, self.outputs = targets, classes
+
+    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+        counts = sum(np.bincount(rows.targets(number), minlength=self.outputs) for number in range(rows.blocks))
+        return Multinomial(np.asarray(counts)), np.full(self.outputs, -np.inf)
+
+    def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        logits = head.logits(block)
+        logits -= logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits, out=logits)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+    def decide(self, means: Floats) -> Indices:
+        return np.asarray(means.argmax(axis=1))
+
+    def log_loss(self, means: Floats, targets: Indices) -> float:
+        true = means[np.arange(len(means)), targets]
+        return -float(np.log(np.maximum(true, LEAST_PROBABILITY)).sum())
+
+    def score(self, predictions: Indices, targets: Indices) -> float:
+        return float((predictions == targets).mean())
+
+
+class OneAgainstTheRest(Logistic):
+    """What tags and events share: a class that no training row has, or every one, is given the probability 0 or 1."""
+
+    def __init__(self, classes: int, positive_weight: float) -> None:
+        self.outputs, self._positive_weight = classes, positive_weight
+
+    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+        positives = np.asarray(sum(rows.targets(number).sum(axis=0) for number in range(rows.blocks)))
+        loss = OneVersusRest(positives, rows.count, self._positive_weight)
+        return loss, np.where(positives > 0, np.inf, -np.inf)
+
+
+class Tags(OneAgainstTheRest):
+    """Probabilities; macro average precision. `targets` (crops, classes) bool."""
+
+    def __init__(self, targets: npt.NDArray[np.bool_], positive_weight: float, *, present_only: bool = True) -> None:
+        super().__init__(targets.shape[1], positive_weight)
+        self.targets = targets
+        self._present_only = present_only
+
+    def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.asarray(expit(head.logits(block)))
+
+    def decide(self, means: Floats) -> npt.NDArray[np.float32]:
+        return means.astype(np.float32)
+
+    def log_loss(self, means: Floats, targets: npt.NDArray[np.bool_]) -> float:
+        true = np.where(targets, means, 1 - means)
+        return -float(np.log(np.maximum(true, LEAST_PROBABILITY)).mean(axis=1).sum())
+
+    def score(self, predictions: npt.NDArray[np.float32], targets: npt.NDArray[np.bool_]) -> float:
+        examples = np.arange(len(targets))
+        scorer = AveragePrecisionScorer(predictions[None], targets, examples, len(examples), present_only=self._present_only)
+        return float(point([scorer])[0, 0])
+
+
+class Numbers:
+    """Ridge; numbers, cut off at the `bounds`; minus the mean squared error. `targets` (crops,)."""
+
+    strengths = RIDGE_STRENGTHS
+    without_selection = 1.0
+
+    def __init__(self, targets: Floats, bounds: tuple[float, float] | None) -> None:
+        self.targets, self._bounds = targets, bounds
+
+    def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
+        return self._fits(rows, pool, self.strengths)
+
+    def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
+        return next(self._fits(rows, pool, [near.strength]))
+
+    def _fits(self, rows: Rows, pool: Pool, strengths: Sequence[float]) -> Iterator[Fit]:
+        design = standardised_design(rows, pool)
+        for solution in ridge.solutions(design, strengths):
+            convergence = Convergence(solution.relative_gradient_norm, solution.iterations, solution.converged)
+            yield Fit(design.head(solution.theta), solution.strength, convergence)
+
+    def activation(self, head: Head, block: npt.NDArray[np.float32]) -> Floats:
+        products = head.standardisation.apply(block) @ head.weight.astype(np.float32)
+        return np.asarray(products.astype(np.float64) + head.bias)
+
+    def decide(self, means: Floats) -> Floats:
+        numbers = means[:, 0]
+        return np.clip(numbers, *self._bounds) if self._bounds else numbers
+
+    def log_loss(self, means: Floats, targets: Floats) -> float:
+        """Of a number the squared error, as a normal distribution's."""
+        return float(np.square(self.decide(means) - targets).sum())
+
+    def score(self, predictions: Floats, targets: Floats) -> float:
+        return -float(((predictions - targets) ** 2).mean())

@@ -1,0 +1,172 @@
+"""Convex heads on frames: as `convex`, with a decision threshold that the selection clips choose too.
+
+Frames are read anew in every pass, block by block, so they may be mapped from a file and memory does not grow with the
+hours. They are standardised by the mean and deviation of the training frames. For every strength the threshold with the best
+F1 over segments of the selection clips is found; the strength with the best of those wins (of equal ones the lower log loss
+per frame, then the stronger), and with it the head is fitted anew on training and held-out clips and decides at its
+threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit
+
+from ..data.sound_events import Events, Floats
+from ..metrics import segments as rasters
+from ..metrics.segments import Average, Bools
+from ..models.standardised import ROWS_AT_ONCE, Head, Pool, pool_of
+from .convex import LEAST_PROBABILITY, ConvexResult, Fit, FoldRows, OneAgainstTheRest, Tried, better, undefined
+from .training import Indices
+
+THRESHOLDS = tuple(step / 20 for step in range(1, 20))
+WITHOUT_SELECTION = 0.5
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of a task, whose events are of so many `classes`.
+
+    Of every clip: `frames` (frames, dim) float16 or float32, at least one; `times` (frames,) their centres in seconds,
+    ascending; its length in `seconds`; its `events`.
+    """
+
+    frames: Sequence[npt.NDArray[Any]]
+    times: Sequence[Floats]
+    seconds: Sequence[float]
+    events: Sequence[Events]
+    classes: int
+
+    def targets(self, clip: int) -> Bools:
+        """(frames, classes)."""
+        return rasters.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
+
+
+class FrameRows:
+    """The frames of some clips one after another, as `standardised.Rows`; a block may begin and end within a clip."""
+
+    def __init__(self, clips: Clips, chosen: Indices) -> None:
+        lengths = np.array([len(clips.frames[clip]) for clip in chosen], np.int64)
+        self.count, self.dim = int(lengths.sum()), clips.frames[0].shape[1]
+        self.blocks = -(-self.count // ROWS_AT_ONCE)
+        self._clips, self._chosen = clips, chosen
+        self._bounds = np.append(0, np.cumsum(lengths))
+
+    def _pieces(self, number: int) -> list[tuple[int, slice]]:
+        start, stop = number * ROWS_AT_ONCE, min((number + 1) * ROWS_AT_ONCE, self.count)
+        first, last = np.searchsorted(self._bounds, [start, stop], side="right") - 1
+        pieces = []
+        for position in range(int(first), min(int(last), len(self._chosen) - 1) + 1):
+            offset = int(self._bounds[position])
+            rows = slice(max(start - offset, 0), min(stop, int(self._bounds[position + 1])) - offset)
+            if rows.start < rows.stop:
+                pieces.append((int(self._chosen[position]), rows))
+        return pieces
+
+    def block(self, number: int) -> npt.NDArray[np.float32]:
+        return np.concatenate([self._clips.frames[clip][rows].astype(np.float32) for clip, rows in self._pieces(number)])
+
+    def targets(self, number: int) -> Bools:
+        return np.concatenate([self._clips.targets(clip)[rows] for clip, rows in self._pieces(number)])
+
+
+@dataclass(frozen=True)
+class EventsResult(ConvexResult):
+    """`predictions` are `rasters.segment_counts` of each test clip, (clips, classes, 3) int64, at the `threshold`."""
+
+    threshold: float = WITHOUT_SELECTION
+
+    def tuning(self) -> dict[str, Any]:
+        return {**super().tuning(), "threshold": self.threshold}
+
+
+def fit_frames(
+    clips: Clips,
+    rows: FoldRows,
+    positive_weight: float,
+    *,
+    segment_seconds: float,
+    average: Average,
+    fold: int = 0,
+    threads: int = 1,
+) -> EventsResult:
+    """Choose strength and threshold, fit, and predict the test clips of one fold; `rows` are clip numbers.
+
+    Selection and scores are the `average` F1 over segments. Raises `ScoreUndefinedError` where a frame is not finite.
+    """
+    objective = OneAgainstTheRest(clips.classes, positive_weight)
+    with np.errstate(all="ignore"), pool_of(threads) as pool:
+        counting = _Counting(clips, segment_seconds, average, pool)
+        tried: list[Tried] = []
+        near: Fit | None = None
+        chosen, threshold = 0, WITHOUT_SELECTION
+        for fit in objective.fits(FrameRows(clips, rows.train), pool):
+            selection, log_loss, own = counting.choose(fit.head, rows.valid)
+            test = counting.f1(counting.counts(fit.head, rows.test, [own])[0][:, 0])
+            tried.append(Tried(fit.strength, selection, log_loss, test, fit.convergence))
+            wanted = objective.without_selection if not len(rows.valid) else None
+            if near is None or better(tried[-1], tried[chosen], wanted):
+                near, chosen, threshold = fit, len(tried) - 1, own
+        assert near is not None
+        all_train = np.concatenate([rows.train, rows.held_out])
+        last = objective.refit(FrameRows(clips, all_train), pool, near)
+        examples = np.unique(rows.test)
+        predictions = counting.counts(last.head, examples, [threshold])[0][:, 0]
+        train = counting.f1(counting.counts(last.head, all_train, [threshold])[0][:, 0])
+        return EventsResult(fold, examples, predictions, tried, chosen, last.convergence, train, threshold=threshold)
+
+
+class _Counting:
+    def __init__(self, clips: Clips, segment_seconds: float, average: Average, pool: Pool) -> None:
+        self._clips, self._segment_seconds, self._average, self._pool = clips, segment_seconds, average, pool
+
+    def f1(self, counts: Indices) -> float:
+        """Of (clips, classes, 3); nan without clips."""
+        if not len(counts):
+            return math.nan
+        return float(rasters.segment_f1(counts.sum(axis=0), self._average, present_only=True))
+
+    def choose(self, head: Head, chosen: Indices) -> tuple[float, float, float]:
+        """(best F1, mean log loss, its threshold: of equal ones the nearest to one half); nan and one half without clips."""
+        if not len(chosen):
+            return math.nan, math.nan, WITHOUT_SELECTION
+        counts, log_loss = self.counts(head, chosen, THRESHOLDS)
+        scores = [self.f1(counts[:, number]) for number in range(len(THRESHOLDS))]
+        order = sorted(range(len(THRESHOLDS)), key=lambda number: abs(THRESHOLDS[number] - 0.5))
+        best = max(order, key=lambda number: -math.inf if math.isnan(scores[number]) else scores[number])
+        return scores[best], log_loss, THRESHOLDS[best]
+
+    def counts(self, head: Head, chosen: Indices, thresholds: Sequence[float]) -> tuple[Indices, float]:
+        """Segment counts (clips, thresholds, classes, 3), and the mean log loss over frames and classes."""
+        clips = self._clips
+
+        def of_clip(position: int) -> tuple[Indices, float, int]:
+            clip = int(chosen[position])
+            frames = clips.frames[clip]
+            pieces = []
+            for start in range(0, len(frames), ROWS_AT_ONCE):
+                block = frames[start : start + ROWS_AT_ONCE].astype(np.float32)
+                if not np.isfinite(block).all():
+                    raise undefined()
+                pieces.append(expit(head.logits(block)))
+            probabilities = np.concatenate(pieces)
+            true = np.where(clips.targets(clip), probabilities, 1 - probabilities)
+            loss = -float(np.log(np.maximum(true, LEAST_PROBABILITY)).sum(dtype=np.float64))
+            times, seconds = clips.times[clip], clips.seconds[clip]
+            targets = rasters.segment_targets(clips.events[clip], seconds, self._segment_seconds, clips.classes)
+            found = [
+                rasters.segment_counts(
+                    targets, rasters.segment_predictions(probabilities > threshold, times, seconds, self._segment_seconds)
+                )
+                for threshold in thresholds
+            ]
+            return np.stack(found), loss, true.size
+
+        parts = list(self._pool.map(of_clip, len(chosen)))
+        return np.stack([counts for counts, _, _ in parts]), sum(loss for _, loss, _ in parts) / sum(n for *_, n in parts)

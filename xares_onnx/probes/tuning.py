@@ -1,0 +1,85 @@
+"""How a head's one free setting was chosen: what was tried, what was taken, and whether the fit came to its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import msgspec
+
+Setting = Literal["L2 strength", "learning rate"]
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One value of the setting, with the score of its head on the selection clips and on the test clips."""
+
+    setting: float
+    selection: float | None
+    """Null without selection clips, or if they give no score. Higher is better."""
+    test: float | None
+    """Of the head that selection saw, before any refit. Higher is better."""
+
+
+class Convergence(msgspec.Struct, frozen=True, kw_only=True):
+    """How the fit ended that gave the predictions."""
+
+    iterations: int
+    """Iterations of the solver, or the epoch that was kept."""
+    limit_reached: bool
+    """Whether this fit or a trial's ended because it had no iterations or epochs left."""
+    relative_gradient_norm: float | None = None
+    """Null for a head that is not fitted to an optimum."""
+
+
+class Tuning(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one head (a fold and seed), or of a task: means over its heads, and every head's choice."""
+
+    setting: Setting
+    tried: list[Trial]
+    chosen: list[float]
+    """One value per head, folds first, then seeds."""
+    convergence: Convergence
+    train: float | None
+    """Score on the rows that the last fit saw."""
+    thresholds: list[float] | None = None
+    """Probability from which on an event is active, one per head; null for other kinds of task."""
+
+
+def pooled(heads: Sequence[Tuning]) -> Tuning:
+    """The tuning of a task from those of its heads, which all tried the same settings.
+
+    Scores are means over heads, of those that have one; the convergence is the worst of any head.
+    """
+    first = heads[0]
+    return Tuning(
+        setting=first.setting,
+        tried=[
+            Trial(
+                setting=trial.setting,
+                selection=_mean(head.tried[number].selection for head in heads),
+                test=_mean(head.tried[number].test for head in heads),
+            )
+            for number, trial in enumerate(first.tried)
+        ],
+        chosen=[value for head in heads for value in head.chosen],
+        convergence=Convergence(
+            iterations=max(head.convergence.iterations for head in heads),
+            limit_reached=any(head.convergence.limit_reached for head in heads),
+            relative_gradient_norm=max(
+                (
+                    head.convergence.relative_gradient_norm
+                    for head in heads
+                    if head.convergence.relative_gradient_norm is not None
+                ),
+                default=None,
+            ),
+        ),
+        train=_mean(head.train for head in heads),
+        thresholds=[value for head in heads for value in head.thresholds or []] or None,
+    )
+
+
+def _mean(scores: Iterable[float | None]) -> float | None:
+    known = [score for score in scores if score is not None and math.isfinite(score)]
+    return sum(known) / len(known) if known else None

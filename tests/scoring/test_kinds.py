@@ -187,7 +187,7 @@ def relabelled(kind: str, change: Callable[[Any], Any] = lambda label: label) ->
     [
         ("captions", relabelled("captions", lambda label: {"one": " ", "two": 5}), "failed", "its json holds no caption"),
         ("transcript", relabelled("transcript", lambda label: {"trans": " . "}), "failed", "its transcript trans is empty"),
-        ("number", relabelled("number", lambda label: {"score": 11}), "failed", "no number from 0 to 10"),
+        ("number", relabelled("number", lambda label: {"score": 11}), "failed", "not a number from 0 to 10"),
         ("tags", relabelled("tags", lambda label: {"tags": ""}), "undefined", "have no tags"),
         ("events", relabelled("events", lambda label: []), "undefined", "have no events"),
         *((kind, {"test": {}}, "undefined", "there are no test clips") for kind in KINDS),

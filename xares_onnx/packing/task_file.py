@@ -1,4 +1,4 @@
-"""The task file of a packed data set, written as a person would write it."""
+"""Write the task file of a packed data set, as a person would."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .labels import Labels
 
 _WIDTH = 120
 
-# Heads are trained as those of a shipped task of the kind are: of the built-in suite, which has few clips, or of X-ARES.
+# Heads are trained like those of a shipped task: one of the built-in suite for few clips, one of X-ARES for many.
 _MODELS = {
     "class": ("synthetic_pitch", "esc50"),
     "tags": ("synthetic_tags", "fsd50k"),
@@ -48,7 +48,19 @@ def write_task(
     segment_seconds: float,
     group: str | None = None,
 ) -> str:
-    """The TOML. `parts` has the clips of each split or, by its number, each fold; `group` is a key of each clip's json."""
+    """The TOML of a task.
+
+    Args:
+        heading: Name, title and domain.
+        labels: The kind of label.
+        parts: Clips of each split, or of each fold by its number.
+        folds: Whether the parts are folds.
+        classes: The vocabulary.
+        numbers: Lowest and highest number of the labels.
+        crop_seconds: None for whole clips.
+        segment_seconds: For events.
+        group: The key of a clip's json that names its group; None if there are no groups.
+    """
     tested = sum(parts.values()) if folds else parts["test"]
     trained = tested - max(parts.values()) if folds else parts["train"]
     head = _head(labels.kind, trained)
@@ -82,7 +94,7 @@ def write_task(
 
 
 def _head(kind: str, trained: int) -> Head:
-    """How to train on so many clips. On fewer than the built-in suite has, for more epochs: as many steps."""
+    """How to train on so many clips. With fewer clips than the built-in suite, more epochs give as many steps."""
     small, large = (shipped_tasks()[name].head for name in _MODELS[kind])
     if trained >= _MANY_CLIPS:
         return large
@@ -106,7 +118,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """TOML's texts are json's, except that DEL must be escaped; its numbers and booleans are too."""
+    """TOML writes texts, numbers and booleans as json does, except that it escapes DEL."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -162,10 +162,10 @@ class Run:
         task = kind.task
         try:
             if method == "head":
-                epochs = task.head.epochs
-                self._observer(Progress("train", task.name, 0, epochs))
+                steps = kind.steps()
+                self._observer(Progress("train", task.name, 0, steps))
                 outcomes = kind.train(
-                    self._settings.seeds, lambda epoch: self._observer(Progress("train", task.name, epoch, epochs))
+                    self._settings.seeds, lambda step: self._observer(Progress("train", task.name, step, steps))
                 )
             else:
                 outcomes = kind.search()
@@ -198,6 +198,7 @@ class Run:
                 per_seed=scored.per_seed,
                 n_test=scored.n_test,
                 predictions=prediction_file(self._output, task.name, by) if self._output else None,
+                tuning=scored.tuning,
                 **{**common, "seconds": seconds},
             )
         )

@@ -18,6 +18,7 @@ from ..data.task import Metric
 from ..errors import ScoreUndefinedError
 from ..metrics.bootstrap import Indices, Scorer, point
 from ..metrics.intervals import Estimate, Scale, estimates, interval
+from ..probes.tuning import Tuning, pooled
 from .kinds import Kept, Kind, Outcome, kind_scored_by
 from .protocol import Protocol
 
@@ -33,6 +34,7 @@ class Scored:
     estimate: Estimate
     test_groups: int | None  # that are resampled whole; None where clips are
     predictions: Predictions  # one row an example and seed
+    tuning: Tuning | None  # of the heads of all folds and seeds together; a kNN has none
 
 
 def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
@@ -61,6 +63,7 @@ def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
         estimate=estimate,
         test_groups=None if groups is None else sum(len(np.unique(of_fold)) for of_fold in groups),
         predictions=predictions,
+        tuning=pooled(tunings) if len(tunings := [o.tuning for o in outcomes if o.tuning is not None]) else None,
     )
 
 

@@ -67,6 +67,20 @@ def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
     )
 
 
+def below_neighbours(kind: Kind, head: Predictions, knn: Predictions) -> str | None:
+    """What to say of a head that does worse than a kNN on the same test clips by more than chance; None of others."""
+    clips, metric = clips_of(head), kind.task.score.metric
+    scorers = [scorers_of(predictions, metric, kind.protocol, clips) for predictions in (knn, head)]
+    nearest, trained = estimates(scorers, generator(kind.task.name, "head"), groups_of_clips(head))
+    ci95 = interval(nearest.minus(trained))
+    if ci95 is None or ci95[0] <= 0:
+        return None
+    return (
+        f"the head scores {nearest.score - trained.score:.3f} (95 %: {ci95[0]:.3f} to {ci95[1]:.3f}) below the kNN on the "
+        "same clips, so these embeddings hold more than a linear head tells"
+    )
+
+
 def generator(task: str, method: str) -> np.random.Generator:
     """What resamples the clips of a task and method: named by them, so that an interval depends on no other task."""
     return np.random.default_rng(list(hashlib.sha256(f"{task}/{method}".encode()).digest()))

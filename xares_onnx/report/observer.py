@@ -33,7 +33,7 @@ _NOT_COMPARABLE = "*"
 _STAGES = {
     "prepare": ("preparing", "files"),
     "embed": ("embedding", "clips"),
-    "train": ("training", "epochs"),
+    "train": ("training", "steps"),
     "measure": ("measuring", "rounds"),
     "check": ("checking", "properties"),
     "inspect": ("inspecting", "files"),

@@ -21,6 +21,7 @@ from ...errors import printable
 from ...version import __version__
 from ..board import Board, Curve, Model, Row
 from ..remarks import costs, headline, noise, remarks, short, summary
+from ..tables import grid_range
 from ..units import data_size
 from . import plots
 from .listening import Listening, load_sounds
@@ -76,6 +77,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "remarks": remarked,
         "signs": plots.legend(board.models),
         "sounds": listening.sounds,
+        "tuned": any(cell and grid_range(cell.record) for row in board.rows for cell in row.cells),
         "title": f"X-ARES scores of {_names(board)}",
         "version": __version__,
     }
@@ -106,6 +108,7 @@ def _environment() -> jinja2.Environment:
         "score": lambda value: "" if value is None else f"{value:.3f}",
         "span": lambda ci95: f"{ci95[0]:.3f}{_DASH}{ci95[1]:.3f}" if ci95 else "",
         "size": data_size,
+        "grid": grid_range,
     }
     return environment
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ...data.task import Metric, Task
 from ...metrics.bootstrap import Scorer
+from ...probes.tuning import Tuning
 from ..dataset import Dataset
 from ..folds import Fold, Indices
 from ..protocol import Protocol
@@ -31,6 +32,7 @@ class Outcome:
     seed: int
     examples: Indices
     predictions: Any
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,16 @@ class Kind(ABC):
         """What this head does otherwise than the protocol says, or None."""
         return None
 
+    def steps(self) -> int:
+        """How many steps `train` counts: fits of a head that converges, epochs of one that is trained."""
+        return self.task.head.epochs
+
     @abstractmethod
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
-        """Train the head in every fold with every seed, and predict the test examples. May raise `ScoreUndefinedError`."""
+    def train(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
+        """Train the head in every fold, and predict the test examples; with every seed, if the head draws.
+
+        `on_step` is called with the number of steps done. Raises `ScoreUndefinedError` if a head gives NaN or infinity.
+        """
 
     def search(self) -> list[Outcome]:
         """The same by a kNN, for kinds that know one."""
@@ -137,4 +146,4 @@ class Kind(ABC):
 
 
 def outcomes_of(results: Sequence[HeadResult]) -> list[Outcome]:
-    return [Outcome(result.fold, result.seed, result.examples, result.predictions) for result in results]
+    return [Outcome(result.fold, result.seed, result.examples, result.predictions, result.tuning) for result in results]

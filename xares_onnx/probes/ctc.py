@@ -1,7 +1,8 @@
 """Train transcript heads on stored frames, by connectionist temporal classification, and decode greedily.
 
-Heads are trained each in its own loop: every head sees other clips at a step, so they have nothing to share, and what one learns cannot depend on the others, to the last bit. Frames are read clip by clip
-as they are needed, so memory holds one batch.
+Heads are trained each in its own loop: every head sees other clips at a step, so they have nothing to share, and what one
+learns cannot depend on the others, to the last bit. Frames are read clip by clip as they are needed, so memory holds one
+batch.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def train_ctc(
     nothing to it. The chosen epoch is the first with the least character error rate of the validation clips: the word
     error rate stays at 1 for many epochs, while words are nearly right.
 
-    With `Settings`, every head is trained at one rate for so many epochs. With a `Sweep`, frames are standardised by the mean
-    and deviation of those that the fold trains on, and rates and epochs are chosen on the validation clips.
+    With `Settings`, every head is trained at one rate for so many epochs. With a `Sweep`, frames are standardised by
+    the mean and deviation of those that the fold trains on, and rates and epochs are chosen on the validation clips.
 
     `predictions` is a list of hypotheses, exactly as decoded. `ScoreUndefinedError` where a head gives NaN or infinity.
     """
@@ -149,7 +150,7 @@ class _Clips:
 
 
 class _Learner:
-    """One head, while it is trained. `affine` is what frames are standardised by, if they are: mean and inverse deviation."""
+    """One head, while it is trained. `affine`: mean and inverse deviation that frames are standardised by, if they are."""
 
     def __init__(
         self,

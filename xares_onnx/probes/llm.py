@@ -1,7 +1,8 @@
 """Train the adapter of the `llm` head: frames into a frozen language model that writes the transcript.
 
 Batches of whole clips, in an order drawn anew each epoch; Adam on the adapter alone, at `training.learning_rate` or at the
-constant rates of a sweep; X-ARES's arithmetic otherwise, but that neither padding nor the neighbours of a clip have any influence.
+constant rates of a sweep; X-ARES's arithmetic otherwise, but that neither padding nor the neighbours of a clip have any
+influence.
 
 The epoch is chosen as X-ARES chooses it: the likeliest token at every position of the text given the true text before it,
 decoded, cut to the characters of the reference, lower-cased, and 1 - WER over all validation clips (lower-cased too). That
@@ -64,9 +65,9 @@ def train_llm(
 
     With a folder `checkpoints` each training is kept there after each epoch, before `on_epoch` is called, and a later call
     with the same arguments goes on from there to the same result, bit for bit on the CPU; `on_epoch` hears only of epochs
-    that are trained, and of a sweep's trainings as they end. `name` names the encoder, the data and the task: it stands for the content of `frames`. A file which is
-    damaged, or not of this training, is ignored and written anew. A checkpoint holds the adapter, and nothing of the
-    language model.
+    that are trained, and of a sweep's trainings as they end. `name` names the encoder, the data and the task: it stands for
+    the content of `frames`. A file which is damaged, or not of this training, is ignored and written anew. A checkpoint
+    holds the adapter, and nothing of the language model.
 
     Raises `ScoreUndefinedError` where an adapter gives NaN or infinity, or where the longest clip leaves the language model
     no positions to write in; `DiskFullError` or `MachineError` where a checkpoint cannot be written.

@@ -1,7 +1,7 @@
 """What the training of every head shares: who trains, the learning rate, the choice of the epoch, what comes out.
 
-The arithmetic by `Settings` is X-ARES's: Adam without weight decay, epoch e of N at lr x (0.55 + 0.45 cos(pi (e-1)/N)), the last short
-batch kept, and the first strict maximum of the validation score chosen.
+The arithmetic by `Settings` is X-ARES's: Adam without weight decay, epoch e of N at lr x (0.55 + 0.45 cos(pi (e-1)/N)), the
+last short batch kept, and the first strict maximum of the validation score chosen. `sweep` has the other one.
 """
 
 from __future__ import annotations

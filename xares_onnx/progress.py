@@ -7,12 +7,12 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train", "measure", "check", "inspect", "write", "download", "verify"]
+Stage = Literal["prepare", "embed", "train", "shots", "measure", "check", "inspect", "write", "download", "verify"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare, properties to check,
-    clips to inspect and to write into shards, bytes to download or verify.
+    """`done` of `total` units of a stage of one task: clips to embed, training steps, heads on few clips, files to prepare,
+    properties to check, clips to inspect and to write into shards, bytes to download or verify.
     """
 
     stage: Stage

@@ -24,6 +24,7 @@ from ..data.shards import Clips
 from ..errors import DataError, DataMissingError, MachineError, UsageError
 from ..files import disk_error, indented, write_aside
 from ..scoring.scoring import Predictions
+from ..scoring.shots import Shots
 
 SCHEMA_VERSION = 1
 GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
@@ -76,6 +77,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     per_fold: list[float] = []
     per_seed: list[float] = []
     n_test: int = 0
+    shots: list[Shots] = []
+    """The head's score with few training clips per class, if `--shots` asked for it."""
     weight: float | None = None
     comparable: bool = True
     """Whether this is the task's score by its protocol: not after `--limit`, nor when too many clips were lost, nor

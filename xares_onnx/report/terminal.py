@@ -21,6 +21,7 @@ from ..errors import printable
 from ..evaluation.averages import published_averages
 from ..evaluation.planning import Plan, PlanRow
 from ..evaluation.record import Average, Result, TaskResult
+from .curves import shot_curves
 from .tables import METRIC_NAMES, empty_table, is_narrow
 from .taps import print_taps
 from .units import data_size, duration
@@ -85,6 +86,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     if result.averages:
         console.print(_averages_table(result, console), soft_wrap=False)
     print_taps(result, console)
+    _print_shots(result, console)
     _print_published(main, console)
     settings = result.settings
     incomparable = [record for record in main if not record.comparable and record.status == "ok"]
@@ -101,6 +103,24 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better{but}{spread_note}")
     if saved:
         console.print(f"saved {printable(saved)}")
+
+
+def _print_shots(result: Result, console: Console) -> None:
+    """Scores by training clips per class."""
+    curves = list(shot_curves([result]))
+    if not curves:
+        return
+    counts = sorted({step for curve in curves for step in curve.steps}, key=int)
+    headings = [cell for count in counts for cell in ((count,) if is_narrow(console) else (count, "95 %"))]
+    table = empty_table(console, ("training clips per class",), headings)
+    for curve in curves:
+        cells = dict(zip(curve.steps, zip(curve.scores, curve.ci95, strict=True), strict=True))
+        row = []
+        for score, ci95 in (cells.get(count, (None, None)) for count in counts):
+            row += ["" if score is None else f"{score:.3f}", *([] if is_narrow(console) else [_interval(ci95)])]
+        table.add_row(printable(curve.title), *row)
+    console.print(table, soft_wrap=False)
+    console.print("few clips: the mean of 10 draws of training clips, scored on the task's test clips")
 
 
 def _print_published(records: Iterable[TaskResult], console: Console) -> None:

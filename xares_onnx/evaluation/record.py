@@ -28,6 +28,8 @@ from ..scoring.shots import Shots
 
 SCHEMA_VERSION = 1
 GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
+# The synthetic suite is a profile: its average is in the record for a gate that names it, and is neither shown nor compared.
+SHOWN_GROUPS = tuple(group for group in GROUPS if group != "synthetic")
 
 Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
 Interval = tuple[float, float]
@@ -138,7 +140,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     created: str
     tasks: list[TaskResult]
     averages: Averages
-    """Of the model's output; where taps were named, of the first."""
+    """Of the model's output; where taps were named, of the first. That of `synthetic` ranks no encoders."""
     averages_by_tap: dict[str, Averages] = {}
     """The same for every tap, where taps were asked for."""
     gates: list[Gate] = []

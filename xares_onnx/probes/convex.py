@@ -275,7 +275,7 @@ def standardised_design(rows: Rows, pool: Pool, axes: Floats | None = None) -> D
 class Logistic:
     """What classes, tags and events share. Classes that the rows cannot teach are left out of the fit."""
 
-    strengths = LOGISTIC_STRENGTHS
+    strengths: Sequence[float] = LOGISTIC_STRENGTHS
     without_selection = 1e-3
     outputs: int
 
@@ -389,7 +389,7 @@ class Tags(OneAgainstTheRest):
 class Numbers:
     """Ridge; numbers, cut off at the `bounds`; minus the mean squared error. `targets` (crops,)."""
 
-    strengths = RIDGE_STRENGTHS
+    strengths: Sequence[float] = RIDGE_STRENGTHS
     without_selection = 1.0
 
     def __init__(self, targets: Floats, bounds: tuple[float, float] | None) -> None:

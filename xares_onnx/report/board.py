@@ -20,7 +20,7 @@ from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataMissingError, UsageError, printable
 from ..evaluation.averages import published_averages
 from ..evaluation.differences import SIGNIFICANT, Side, check_alike, check_settings, groups_of, paired, verified
-from ..evaluation.record import GROUPS, Interval, Result, TaskResult
+from ..evaluation.record import SHOWN_GROUPS, Interval, Result, TaskResult
 from ..metrics.bootstrap import Array, Indices
 from ..metrics.intervals import Estimate, Scale, adjusted, average, estimates, interval, p_value
 from ..scoring.scoring import clips_of, generator, groups_of_clips
@@ -327,7 +327,7 @@ def _groups(models: Sequence[Model]) -> Iterator[tuple[str, Method, tuple[str, .
             for model in models
         ]
         common = [task for task in usable[0] if all(task in tasks for tasks in usable)]
-        for group in GROUPS:
+        for group in SHOWN_GROUPS:
             tasks = tuple(task for task in common if group in groups_of(task))
             if tasks and (method, *tasks) not in told:
                 told.add((method, *tasks))

@@ -120,7 +120,7 @@ def _fitted(kind: Classes, train: Indices, test: Indices) -> ConvexResult:
     from ..probes import convex
 
     class FewClips(convex.Classes):
-        strengths = (convex.Classes.without_selection,)
+        strengths: Sequence[float] = (convex.Classes.without_selection,)
 
     dataset = kind.dataset
     none = train[:0]

@@ -21,6 +21,7 @@ from ...errors import printable
 from ...version import __version__
 from ..board import Board, Model, Row
 from ..curves import Curve
+from ..profile import NOTE, Aspect, aspects
 from ..remarks import costs, headline, noise, remarks, short, summary
 from ..taps import best_note
 from ..units import data_size
@@ -76,6 +77,8 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "noise": noise(board),
         "notes": board.notes,
         "policy": _policy(css, js),
+        "profile": list(_profile(board)),
+        "profile_note": NOTE,
         "remarks": remarked,
         "shots": list(_shots(board)),
         "signs": plots.legend(board.models),
@@ -86,6 +89,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
     shown = {
         "headline": ("Averages", True),
         "tasks": ("Tasks", True),
+        "profile": ("Profile", page["profile"]),
         "domains": ("By domain", page["domains"]),
         "costs": ("Score and cost", True),
         "layers": ("Layer by layer", page["layers"]),
@@ -144,6 +148,11 @@ def _domains(board: Board) -> Iterator[tuple[str, Markup]]:
     for domain in dict.fromkeys(row.domain for row in rows):
         mine = [row for row in rows if row.domain == domain]
         yield domain, plots.dumbbells(board, mine, f"Scores of the {printable(domain)} tasks")
+
+
+def _profile(board: Board) -> Iterator[tuple[Aspect, Row]]:
+    rows = {row.task: row for row in board.rows if row.method == "head"}
+    return ((aspect, rows[aspect.task]) for aspect in aspects(rows))
 
 
 def _has_score(row: Row) -> bool:

@@ -269,27 +269,29 @@ def test_without_selection_clips_a_stated_strength_is_taken(name: str) -> None:
     none = p.rows.valid[:0]
     found = replace(p, rows=replace(p.rows, valid=none, held_out=none)).fit(OBJECTIVES[name](p))
     assert found.tried[found.chosen].strength == OBJECTIVES[name](p).without_selection
-    assert found.tuning()["tried"][0]["selection"] is None
+    assert found.tuning.tried[0].selection is None
 
 
 def test_the_grid_and_the_record() -> None:
     assert len(convex.LOGISTIC_STRENGTHS) >= 11
     assert convex.LOGISTIC_STRENGTHS[0] / convex.LOGISTIC_STRENGTHS[-1] >= 0.99e8
     p = problem(45)
-    tuning = p.fit(Classes(p.classes, 4)).tuning()
-    assert set(tuning) == {"tried", "chosen", "convergence", "train"}
-    assert set(tuning["convergence"]) == {"relative_gradient_norm", "iterations", "limit_reached"}
-    assert tuning["chosen"] in [entry["setting"] for entry in tuning["tried"]]
-    assert tuning["convergence"]["limit_reached"] is False
-    assert 0 < tuning["convergence"]["relative_gradient_norm"] <= convex.TOLERANCE
+    tuning = p.fit(Classes(p.classes, 4)).tuning
+    assert tuning.setting == "L2 strength"
+    assert [trial.setting for trial in tuning.tried] == list(convex.LOGISTIC_STRENGTHS)
+    assert set(tuning.chosen) < {trial.setting for trial in tuning.tried}
+    assert not tuning.convergence.limit_reached
+    assert tuning.convergence.relative_gradient_norm is not None
+    assert 0 < tuning.convergence.relative_gradient_norm <= convex.TOLERANCE
 
 
 def test_an_iteration_limit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(45)
     monkeypatch.setattr(convex, "MAX_ITERATIONS", 2)
-    tuning = p.fit(Classes(p.classes, 4)).tuning()
-    assert tuning["convergence"]["limit_reached"] is True
-    assert tuning["convergence"]["relative_gradient_norm"] > convex.TOLERANCE
+    tuning = p.fit(Classes(p.classes, 4)).tuning
+    assert tuning.convergence.limit_reached
+    assert tuning.convergence.relative_gradient_norm is not None
+    assert tuning.convergence.relative_gradient_norm > convex.TOLERANCE
 
 
 # ---------------------------------------------------------------- what training lacks
@@ -344,7 +346,7 @@ def test_the_same_bytes_whatever_the_threads(monkeypatch: pytest.MonkeyPatch, na
     (one,) = train_convex(p.x, OBJECTIVES[name](p), p.examples, [p.rows])
     for result in (*found, one):
         assert result.predictions.tobytes() == one.predictions.tobytes()
-        assert result.tuning() == one.tuning()
+        assert result.tuning == one.tuning
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

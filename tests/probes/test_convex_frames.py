@@ -113,7 +113,7 @@ def test_the_same_bytes_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) ->
     clips = problem(np.float16)
     one, two = fit(clips), fit(clips, threads=2)
     assert one.predictions.tobytes() == two.predictions.tobytes()
-    assert one.tuning() == two.tuning()
+    assert one.tuning == two.tuning
 
 
 def test_offsets_and_scales_of_dimensions_move_no_score() -> None:

@@ -19,13 +19,8 @@ ESC = "esc50"
 TAPS = ("embeddings", "layer.0", "layer.1")
 
 
-class Tuned(TaskResult, frozen=True, kw_only=True):
-    tuning: Tuning | None = None
-
-
 def tuned(tap: str | None, right_clips: int, selection: float | None, **options: Any) -> TaskResult:
     """The record of a head with two settings, of which the other selects worse."""
-    made = record(ESC, right(range(right_clips)), tap=tap, **options)
     lower = None if selection is None else selection - 0.1
     tuning = Tuning(
         setting="L2 strength",
@@ -34,8 +29,7 @@ def tuned(tap: str | None, right_clips: int, selection: float | None, **options:
         convergence=Convergence(iterations=1, limit_reached=False),
         train=1.0,
     )
-    fields = {name: getattr(made, name) for name in made.__struct_fields__}
-    return Tuned(**{**fields, "tuning": tuning})
+    return record(ESC, right(range(right_clips)), tap=tap, tuning=tuning, **options)
 
 
 def layers(*records: TaskResult) -> Result:

@@ -92,7 +92,7 @@ def test_otherwise_training_clips_are_held_out_and_that_is_said(shards: dict[str
     assert same(np.union1d(fold.train, fold.valid), clips["train"])
     assert same(fold.test, clips["test"])
     assert same(fold.held_out, fold.valid)  # a kNN searches them too
-    assert notes == [f"{why}, so 6 of 60 training clips select the epoch"]
+    assert notes == [f"{why}, so 6 of 60 training clips are held out for selection"]
 
 
 @pytest.mark.parametrize(

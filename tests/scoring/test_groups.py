@@ -423,7 +423,7 @@ def test_a_result_keeps_the_groups_and_is_scored_again_without_them(done: Evalua
     side = Side.read(done.path)
     for record in side.scored().values():
         assert record.notes == [
-            "there is no validation split of its own, so 4 of 50 training clips select the epoch",
+            "there is no validation split of its own, so 4 of 50 training clips are held out for selection",
             "1 of 18 groups, such as 'p12', are both in train and in test: scores may be too high",
         ]
         arrays = read_predictions(done.path, record)
@@ -495,7 +495,7 @@ def test_a_group_of_a_packed_task_is_not_split_in_selection(tmp_path: Path) -> N
     )
     record = done.result.tasks[0]
     assert record.status == "ok"
-    assert record.notes == ["there is no validation split of its own, so 8 of 56 training clips select the epoch"]
+    assert record.notes == ["there is no validation split of its own, so 8 of 56 training clips are held out for selection"]
     assert set(done.predictions["mine", "linear"]["group"].tolist()) == {"player 7", "player 8"}
 
 

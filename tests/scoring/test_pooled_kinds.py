@@ -29,7 +29,9 @@ from pooled_problems import (
     train_one,
 )
 from scipy import stats
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import f1_score
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from xares_onnx.data.shards import Clips
@@ -123,102 +125,141 @@ class Scene:
     dataset: Dataset
     folds: list[Fold]
 
-    def kind(self, task: Task, protocol: str = "corrected") -> Kind:
-        return kind_of(task)(task, Protocol(protocol), self.dataset, self.folds, Tools())  # type: ignore[arg-type]
+    def kind(self, task: Task, protocol: str = "corrected", threads: int = 1) -> Kind:
+        tools = Tools(threads=threads)
+        return kind_of(task)(task, Protocol(protocol), self.dataset, self.folds, tools)  # type: ignore[arg-type]
 
 
 def scene(task: Task, sizes: dict[str, tuple[int, int, int]] = FOLDS, *, noise: float = 1.0, crops: int = 3) -> Scene:
     p = problem(list(sizes.values()), noise=noise, crops=crops)
     labels: list[Any] = [tuple(np.flatnonzero(row).tolist()) for row in p.tags] if task is TAGS else p.numbers.tolist()
-    none = np.empty(0, np.int64)
     # The clips of a fold in no order: what a head is given must not depend on it.
     parts = [[rng(1).permutation(np.unique(p.examples[part])) for part in (f.train, f.valid, f.test)] for f in p.folds]
-    folds = [Fold(name, *found, none) for name, found in zip(sizes, parts, strict=True)]
+    folds = [Fold(name, *found, held_out=found[1]) for name, found in zip(sizes, parts, strict=True)]
     keys = [f"test.tar/{clip:03}" for clip in range(len(labels))]
     clips = Clips(expected=len(labels), read=len(labels), dropped=[])
     return Scene(p, Dataset(p.embeddings, p.examples, labels, keys, {}, clips, 1.0, []), folds)
 
 
-def outputs_of(s: Scene, task: Task, protocol: str, fold: int, seed: int) -> tuple[Floats, NDArray[Any], Indices]:
-    """(outputs, targets, clips) of the test examples by the reference: crops for X-ARES, clips otherwise.
+def trained_outputs(s: Scene, task: Task, fold: int, seed: int) -> tuple[Floats, NDArray[Any], Indices]:
+    """(outputs, targets, clips) of the test crops of X-ARES's head by the reference in plain torch.
 
-    X-ARES ranks and selects by logits over all classes, and learns numbers as they are.
+    It ranks and selects by logits over all classes, and learns numbers as they are.
     """
-    p, rows, theirs = s.problem, s.problem.folds[fold], protocol == "xares"
-    examples = np.arange(len(p.examples)) if theirs else p.examples
-    clip_of = p.examples if theirs else np.arange(len(p.tags))
-    tested = clip_of[np.unique(examples[rows.test])]
+    p, rows = s.problem, s.problem.folds[fold]
+    crops = np.arange(len(p.examples))
+    tested = p.examples[np.unique(rows.test)]
     if task is TAGS:
-        scored_by = precision_of_all if theirs else precision_of_present
         reference = train_one(
             p.embeddings,
             p.tags[p.examples],
             nn.BCEWithLogitsLoss(pos_weight=torch.full((len(NAMES),), task.head.positive_weight)),
-            examples,
+            crops,
             rows,
-            lambda outputs, found: scored_by(outputs, p.tags[clip_of[found]]),
+            lambda outputs, found: precision_of_all(outputs, p.tags[p.examples[found]]),
             task.head,
             (seed, fold),
-            (lambda logits: logits) if theirs else torch.sigmoid,
         )
         return reference.outputs, p.tags[tested], tested
-    low, width = (0.0, 1.0) if theirs else (LOW, HIGH - LOW)
-
-    def decided(outputs: NDArray[Any]) -> Floats:
-        numbers = outputs[:, 0].astype(np.float64) * width + low
-        return numbers if theirs else numbers.clip(LOW, HIGH)
-
     reference = train_one(
         p.embeddings,
-        (p.numbers[p.examples, None] - low) / width,
+        p.numbers[p.examples, None],
         nn.MSELoss(),
-        examples,
+        crops,
         rows,
-        lambda outputs, found: minus_squared_error(decided(outputs), p.numbers[clip_of[found]]),
+        lambda outputs, found: minus_squared_error(outputs[:, 0].astype(np.float64), p.numbers[p.examples[found]]),
         task.head,
         (seed, fold),
     )
-    return decided(reference.outputs), p.numbers[tested], tested
+    return reference.outputs[:, 0].astype(np.float64), p.numbers[tested], tested
 
 
-@pytest.mark.parametrize("protocol", ["corrected", "xares"])
-def test_tags_from_embeddings_to_a_score(protocol: str) -> None:
+def fitted_outputs(s: Scene, task: Task, crops: Indices, strength: float, asked: Indices) -> tuple[Floats, Indices]:
+    """(outputs, clips): scikit-learn's head, fitted on some crops, of the clips of others: means over a clip's crops."""
+    p = s.problem
+    scaler = StandardScaler().fit(p.embeddings[crops].astype(float))
+    x = scaler.transform(p.embeddings.astype(float))
+    if task is TAGS:
+        settings: dict[str, Any] = {"C": 1 / (strength * len(crops)), "tol": 1e-9, "max_iter": 1000}
+        outputs = np.zeros((len(asked), len(NAMES)))
+        for c in np.flatnonzero(p.tags[p.examples[crops]].any(axis=0)):
+            model = LogisticRegression(
+                **settings, solver="newton-cholesky", class_weight={False: 1, True: task.head.positive_weight}
+            )
+            outputs[:, c] = model.fit(x[crops], p.tags[p.examples[crops], c]).predict_proba(x[asked])[:, 1]
+    else:
+        ridge = Ridge(alpha=strength * len(crops)).fit(x[crops], p.numbers[p.examples[crops]])
+        outputs = ridge.predict(x[asked])
+    clips = np.unique(p.examples[asked])
+    means = np.stack([outputs[p.examples[asked] == clip].mean(axis=0) for clip in clips])
+    return means if task is TAGS else means.clip(LOW, HIGH), clips
+
+
+def scored_by(task: Task, outputs: NDArray[Any], targets: NDArray[Any]) -> float:
+    return precision_of_present(outputs, targets) if task is TAGS else minus_squared_error(outputs, targets)
+
+
+@pytest.mark.parametrize("task", [TAGS, NUMBER], ids=["tags", "number"])
+def test_a_converged_head_is_scikit_learns(task: Task) -> None:
+    """The strength is the best on the selection clips; with it the head has the held-out clips too. One head per fold."""
+    s = scene(task)
+    kind = s.kind(task)
+    truth = s.problem.tags if task is TAGS else s.problem.numbers
+    outcomes = kind.train(3, lambda step: None)
+    assert [(outcome.fold, outcome.seed) for outcome in outcomes] == [(0, 0), (1, 0)]
+    expected = []
+    for outcome in outcomes:
+        rows, tuning = s.problem.folds[outcome.fold], outcome.tuning
+        assert tuning is not None
+        selections = [fitted_outputs(s, task, rows.train, trial.setting, rows.valid) for trial in tuning.tried]
+        scores = [scored_by(task, outputs, truth[clips]) for outputs, clips in selections]
+        np.testing.assert_allclose([trial.selection for trial in tuning.tried], scores, rtol=0.01, atol=0.02)
+        (strength,) = tuning.chosen
+        chosen = [trial.setting for trial in tuning.tried].index(strength)
+        assert scores[chosen] > max(scores) - (0.02 if task is TAGS else 0.01 * abs(max(scores)))
+        both = np.concatenate([rows.train, rows.valid])
+        outputs, clips = fitted_outputs(s, task, both, strength, rows.test)
+        np.testing.assert_array_equal(outcome.examples, clips)
+        np.testing.assert_allclose(outcome.predictions, outputs, rtol=1e-3, atol=2e-3)
+        expected.append(scored_by(task, outputs, truth[clips]))
+    scored = score(kind, "linear", outcomes)
+    assert scored.per_fold == pytest.approx(np.abs(expected), rel=1e-3, abs=2e-3)
+    assert scored.per_seed == [scored.score]
+    assert scored.tuning is not None
+    assert scored.tuning.chosen == [value for outcome in outcomes if outcome.tuning for value in outcome.tuning.chosen]
+    assert not scored.tuning.convergence.limit_reached
+
+
+def test_tags_by_x_ares_from_embeddings_to_a_score() -> None:
     s = scene(TAGS)
-    kind = s.kind(TAGS, protocol)
+    kind = s.kind(TAGS, "xares")
     assert kind.why_undefined() is None
     scored = score(kind, "linear", kind.train(2, lambda epoch: None))
-    references = [[outputs_of(s, TAGS, protocol, fold, seed) for seed in range(2)] for fold in range(2)]
-    scored_by = precision_of_all if protocol == "xares" else precision_of_present
-    expected = np.array([[scored_by(outputs, targets) for outputs, targets, _ in row] for row in references])
+    references = [[trained_outputs(s, TAGS, fold, seed) for seed in range(2)] for fold in range(2)]
+    expected = np.array([[precision_of_all(outputs, targets) for outputs, targets, _ in row] for row in references])
     assert expected.std() > 0.01
     np.testing.assert_allclose(scored.per_fold, expected.mean(axis=1), atol=1e-6)
     np.testing.assert_allclose(scored.per_seed, expected.mean(axis=0), atol=1e-6)
     assert scored.score == pytest.approx(expected.mean(), abs=1e-6)
-    assert scored.metrics == {"classes_with_positives": 5}  # of six
-    assert scored.n_test == 30 + 20
-    assert scored.ci95 is not None
-    assert scored.ci95[0] < scored.score < scored.ci95[1]
-    assert scored.estimate.replicates.mean() == pytest.approx(scored.score, abs=0.003)
+    assert scored.tuning is None
     rows = scored.predictions
     for fold, name in enumerate("ab"):
         for seed in range(2):
             mine = (rows["fold"] == name) & (rows["seed"] == seed)
             outputs, targets, clips = references[fold][seed]
-            probabilities = 1 / (1 + np.exp(-outputs.astype(float))) if protocol == "xares" else outputs
-            np.testing.assert_allclose(rows["prediction"][mine], probabilities, atol=1e-4)
+            np.testing.assert_allclose(rows["prediction"][mine], 1 / (1 + np.exp(-outputs.astype(float))), atol=1e-4)
             np.testing.assert_array_equal(rows["target"][mine], targets)
             assert rows["key"][mine].tolist() == [s.dataset.keys[clip] for clip in clips]
     assert len(rows["key"]) == sum(len(outputs) for row in references for outputs, _, _ in row)
     assert (rows["prediction"].dtype, rows["target"].dtype) == (np.float32, np.bool_)
 
 
-@pytest.mark.parametrize("protocol", ["corrected", "xares"])
-def test_a_number_from_embeddings_to_a_score(protocol: str) -> None:
+def test_a_number_by_x_ares_from_embeddings_to_a_score() -> None:
     s = scene(NUMBER)
-    kind = s.kind(NUMBER, protocol)
+    kind = s.kind(NUMBER, "xares")
     assert kind.why_undefined() is None
     scored = score(kind, "linear", kind.train(2, lambda epoch: None))
-    references = [[outputs_of(s, NUMBER, protocol, fold, seed) for seed in range(2)] for fold in range(2)]
+    references = [[trained_outputs(s, NUMBER, fold, seed) for seed in range(2)] for fold in range(2)]
     errors = np.array([[np.mean((found - true) ** 2) for found, true, _ in row] for row in references])
     np.testing.assert_allclose(scored.per_fold, errors.mean(axis=1), rtol=1e-4)
     np.testing.assert_allclose(scored.per_seed, errors.mean(axis=0), rtol=1e-4)
@@ -228,9 +269,6 @@ def test_a_number_from_embeddings_to_a_score(protocol: str) -> None:
     assert set(scored.metrics) == {"pearson", "mean_absolute_error"}
     assert scored.metrics["pearson"] == pytest.approx(np.mean(pearson), abs=1e-4)
     assert scored.metrics["mean_absolute_error"] == pytest.approx(np.mean(absolute), rel=1e-4)
-    assert scored.n_test == 30 + 20
-    assert scored.ci95 is not None
-    assert scored.ci95[0] < scored.score < scored.ci95[1]
     rows = scored.predictions
     for fold, name in enumerate("ab"):
         for seed in range(2):
@@ -239,22 +277,66 @@ def test_a_number_from_embeddings_to_a_score(protocol: str) -> None:
             np.testing.assert_allclose(rows["prediction"][mine], numbers, rtol=1e-4)
             np.testing.assert_array_equal(rows["target"][mine], targets)
             assert rows["key"][mine].tolist() == [s.dataset.keys[clip] for clip in clips]
-    outside = (rows["prediction"] < LOW) | (rows["prediction"] > HIGH)
-    assert outside.any() == (protocol == "xares")  # a few epochs from 0 towards 40
+    assert ((rows["prediction"] < LOW) | (rows["prediction"] > HIGH)).any()  # a few epochs from 0 towards 40
 
 
 @pytest.mark.parametrize("protocol", ["corrected", "xares"])
-def test_validation_clips_without_tags_select_as_their_protocol_says(protocol: str) -> None:
-    """X-ARES's precision is 0 in every epoch, so the first; over no class it is not defined, so the last."""
+@pytest.mark.parametrize("task", [TAGS, NUMBER], ids=["tags", "number"])
+def test_what_a_score_is_made_of(task: Task, protocol: str) -> None:
+    s = scene(task)
+    kind = s.kind(task, protocol)
+    scored = score(kind, "linear", kind.train(2, lambda step: None))
+    assert set(scored.metrics) == ({"classes_with_positives"} if task is TAGS else {"pearson", "mean_absolute_error"})
+    if task is TAGS:
+        assert scored.metrics["classes_with_positives"] == 5  # of six
+        assert scored.estimate.replicates.mean() == pytest.approx(scored.score, abs=0.003)
+    assert scored.n_test == 30 + 20
+    assert scored.ci95 is not None
+    assert scored.ci95[0] < scored.score < scored.ci95[1]
+    assert len(scored.per_seed) == (1 if protocol == "corrected" else 2)
+    rows = scored.predictions
+    if protocol == "corrected":
+        assert sorted(rows["key"].tolist()) == sorted(s.dataset.keys[clip] for fold in s.folds for clip in fold.test)
+        if task is NUMBER:
+            assert (rows["prediction"] >= LOW).all()
+            assert (rows["prediction"] <= HIGH).all()
+
+
+def test_validation_clips_without_tags_select_as_their_protocol_says() -> None:
+    """X-ARES's precision is 0 in every epoch, so the first; where it is not defined, the log loss chooses."""
     s = scene(TAGS)
     for fold in s.folds:
         for clip in fold.valid:
             s.problem.tags[clip], s.dataset.labels[clip] = False, ()
-    kind = s.kind(TAGS, protocol)
-    for outcome in kind.train(1, lambda epoch: None):
-        outputs, _, _ = outputs_of(s, TAGS, protocol, outcome.fold, 0)
-        expected = 1 / (1 + np.exp(-outputs.astype(float))) if protocol == "xares" else outputs
-        np.testing.assert_allclose(outcome.predictions, expected, atol=1e-4)
+    for outcome in s.kind(TAGS, "xares").train(1, lambda epoch: None):
+        outputs, _, _ = trained_outputs(s, TAGS, outcome.fold, 0)
+        np.testing.assert_allclose(outcome.predictions, 1 / (1 + np.exp(-outputs.astype(float))), atol=1e-4)
+    for outcome in s.kind(TAGS).train(1, lambda step: None):
+        rows, tuning = s.problem.folds[outcome.fold], outcome.tuning
+        assert tuning is not None
+        assert {trial.selection for trial in tuning.tried} == {None}
+        outputs = [fitted_outputs(s, TAGS, rows.train, trial.setting, rows.valid)[0] for trial in tuning.tried]
+        losses = [-np.log(np.maximum(1 - probabilities, 1e-15)).mean() for probabilities in outputs]
+        chosen = [trial.setting for trial in tuning.tried].index(tuning.chosen[0])
+        assert losses[chosen] == pytest.approx(min(losses), rel=0.02)
+
+
+@pytest.mark.parametrize("task", [TAGS, NUMBER], ids=["tags", "number"])
+def test_several_threads_give_the_same_bytes(task: Task) -> None:
+    s = scene(task)
+    one, two = (s.kind(task, threads=threads).train(1, lambda step: None) for threads in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert (a.fold, a.predictions.tobytes(), a.tuning) == (b.fold, b.predictions.tobytes(), b.tuning)
+
+
+@pytest.mark.parametrize("task", [TAGS, NUMBER], ids=["tags", "number"])
+def test_the_first_fold_that_fails_ends_all(task: Task) -> None:
+    s = scene(task)
+    s.problem.embeddings[s.problem.folds[1].test[0]] = np.nan
+    told: list[int] = []
+    with pytest.raises(ScoreUndefinedError, match="NaN or infinity"):
+        s.kind(task, threads=2).train(1, told.append)
+    assert told == list(range(1, len(told) + 1))
 
 
 @pytest.mark.parametrize("protocol", ["corrected", "xares"])
@@ -268,7 +350,7 @@ def test_a_clip_counts_with_all_its_crops(task: Task, protocol: str) -> None:
     counts = rng(8).integers(0, 4, (3, len(tested)))
     kept = [Kept(kind.columns(outcome), np.searchsorted(tested, kind.clips_of(outcome.examples))) for outcome in outcomes]
     found = kind.scorer(kept, len(tested), task.score.metric, kind.protocol)(counts.astype(float))
-    assert found.shape == (3, 2)
+    assert found.shape == (3, 1 if protocol == "corrected" else 2)
     for row, counted in zip(found, counts, strict=True):
         times = dict(zip(tested.tolist(), counted.tolist(), strict=True))
         for value, outcome in zip(row, outcomes, strict=True):
@@ -350,11 +432,16 @@ def test_a_score_that_is_not_defined_is_said() -> None:
         score(s.kind(TAGS), "linear", outcomes)
 
 
-def test_every_epoch_is_told() -> None:
-    for task in (TAGS, NUMBER):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("protocol", "steps"), [("corrected", (2 * 12, 2 * 22)), ("xares", (HEAD.epochs, HEAD.epochs))])
+def test_every_step_is_counted(protocol: str, steps: tuple[int, int], threads: int) -> None:
+    """Fits of a converged head: of each fold one per strength and the last; epochs of X-ARES's."""
+    for task, count in zip((TAGS, NUMBER), steps, strict=True):
         told: list[int] = []
-        scene(task).kind(task).train(1, told.append)
-        assert told == list(range(1, HEAD.epochs + 1))
+        kind = scene(task).kind(task, protocol, threads)
+        kind.train(1, told.append)
+        assert told == list(range(1, count + 1))
+        assert kind.steps() == count
 
 
 def test_tags_and_numbers_know_no_neighbours() -> None:

@@ -207,7 +207,8 @@ def check_settings(a: Side, name: str, settings: Mapping[str, Any], methods: Col
     A setting that is not among them is not known yet.
     """
     compared = {"protocol": "--protocol", "limit": "--limit"}
-    if set(methods) - {"knn"}:  # a kNN has no seed
+    drawn_from_nothing = {"knn", "linear"} if a.result.settings.get("protocol") == "corrected" else {"knn"}
+    if set(methods) - drawn_from_nothing:
         compared["seeds"] = "--seeds"
     if "retrieval" in methods:
         compared["vocabulary"] = "--vocabulary"

@@ -20,6 +20,7 @@ from ..embedding.store import Store
 from ..encoder.encoder import Encoder, load_encoder, onnxruntime_distributions
 from ..encoder.model_file import find_model
 from ..encoder.processor import instruction_sets
+from ..encoder.spec import ModelSpec
 from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
@@ -132,7 +133,7 @@ def evaluate(
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
             results.make_room(output)
-        tools = _load_tools(selection, settings, _torch_device(device, encoder.info.provider), cache, observe)
+        tools = _load_tools(selection, settings, encoder.spec, device, cache, observe)
         described = {
             **msgspec.json.decode(msgspec.json.encode(settings)),  # as it will be read back
             "lm": tools.language_model and tools.language_model.described(),
@@ -234,7 +235,12 @@ def default_output(model: Path, sha256: str) -> Path:
 
 
 def _load_tools(
-    selection: Sequence[tuple[Task, Path]], settings: Settings, device: str, cache: Path, observer: Observer
+    selection: Sequence[tuple[Task, Path]],
+    settings: Settings,
+    spec: ModelSpec,
+    device: str,
+    cache: Path,
+    observer: Observer,
 ) -> Tools:
     """What some heads need, at once: a folder that holds none of it is better said before hours of embedding."""
     vocabulary, language_model = None, None
@@ -248,10 +254,12 @@ def _load_tools(
         from ..models.llm import LanguageModel
 
         assert settings.lm is not None
-        language_model = LanguageModel(settings.lm, device)
+        language_model = LanguageModel(settings.lm, _torch_device(device, spec.info.provider))
     elif settings.lm is not None:
         observer(Note("no task has the llm head, so --lm is not used; --head librispeech=llm chooses it"))
-    return Tools(vocabulary=vocabulary, language_model=language_model, checkpoints=cache / "checkpoints")
+    return Tools(
+        vocabulary=vocabulary, language_model=language_model, checkpoints=cache / "checkpoints", threads=spec.threads
+    )
 
 
 def _torch_device(device: str, provider: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from ..data.shards import Clips
 from ..errors import DataError, DataMissingError, MachineError, UsageError
 from ..files import disk_error, indented, write_aside
+from ..probes.tuning import Tuning
 from ..scoring.scoring import Predictions
 from ..scoring.shots import Shots
 
@@ -98,6 +99,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     """Scores of the same task and method in X-ARES's README, by encoder."""
     predictions: str | None = None
     """File name of the per-clip predictions, beside the result."""
+    tuning: Tuning | None = None
+    """How the head's setting was chosen, and what other settings would have given; null for heads that have none."""
 
 
 class Average(msgspec.Struct, frozen=True, kw_only=True):

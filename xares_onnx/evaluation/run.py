@@ -20,6 +20,7 @@ from ..embedding.store import Store
 from ..encoder.encoder import Encoder
 from ..errors import DataError, MachineError, ModelError, ScoreUndefinedError, XaresError
 from ..metrics.intervals import Estimate
+from ..probes.tuning import remarks
 from ..progress import Note, Observer, Progress
 from ..scoring import scoring
 from ..scoring.dataset import Dataset, assemble, check_drops
@@ -149,6 +150,7 @@ class Run:
         else:
             for method in self._methods(task):
                 self._score(kind, method, number, common)
+            self._compare_methods(kind, number)
 
     def _tools_of(self, task: Task, specs: Iterable[EmbedSpec], tap: int) -> Tools:
         contract, protocol = self._encoder.info.taps[tap].contract, self._settings.protocol
@@ -164,10 +166,10 @@ class Run:
         task = kind.task
         try:
             if method == "head":
-                epochs = task.head.epochs
-                self._observer(Progress("train", task.name, 0, epochs))
+                steps = kind.steps()
+                self._observer(Progress("train", task.name, 0, steps))
                 outcomes = kind.train(
-                    self._settings.seeds, lambda epoch: self._observer(Progress("train", task.name, epoch, epochs))
+                    self._settings.seeds, lambda step: self._observer(Progress("train", task.name, step, steps))
                 )
             else:
                 outcomes = kind.search()
@@ -177,11 +179,13 @@ class Run:
             self._undefined(task, [method], str(error), common)
             return
         name = task.head.kind if method == "head" else "knn"
-        notes = list(common["notes"])
+        notes = [*(remarks(scored.tuning) if scored.tuning else []), *common["notes"]]
+        for note in notes[: len(notes) - len(common["notes"])]:
+            self._observer(Note(f"{task.name}: {note}"))
         if method == "head" and (otherwise := kind.why_not_comparable()):
             notes.append(otherwise)
             self._observer(Note(f"{task.name}: {otherwise}"))
-            common = {**common, "comparable": False, "notes": notes}
+            common = {**common, "comparable": False}
         by = method_by_tap(name, tap)
         self.predictions[task.name, by] = scored.predictions
         self._estimates[tap][task.name, name] = scored.estimate
@@ -202,7 +206,8 @@ class Run:
                 n_test=scored.n_test,
                 shots=shots,
                 predictions=prediction_file(self._output, task.name, by) if self._output else None,
-                **{**common, "seconds": seconds},
+                tuning=scored.tuning,
+                **{**common, "notes": notes, "seconds": seconds},
             )
         )
 
@@ -218,6 +223,21 @@ class Run:
             if row.note:
                 self._observer(Note(f"{name}, {row.clips_per_class} clips per class: {row.note}"))
         return shots
+
+    def _compare_methods(self, kind: Kind, tap: int) -> None:
+        """Note on the head of a task if its own kNN does better: of `corrected`, whose heads belong to the embeddings."""
+        task, name = kind.task, self._name(tap)
+        head, knn = (self.predictions.get((task.name, method_by_tap(by, tap))) for by in (task.head.kind, "knn"))
+        if head is None or knn is None or not self._protocol.corrected:
+            return
+        if note := scoring.below_neighbours(kind, head, knn):
+            self._observer(Note(f"{task.name}: {note}"))
+            self.results = [
+                msgspec.structs.replace(record, notes=[note, *record.notes])
+                if (record.task, record.method, record.tap) == (task.name, task.head.kind, name)
+                else record
+                for record in self.results
+            ]
 
     def _undefined(self, task: Task, methods: Sequence[Method], reason: str, common: dict[str, Any]) -> None:
         self.errors.append(ScoreUndefinedError(f"{task.name} has no score: {reason}"))

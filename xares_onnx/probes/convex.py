@@ -1,6 +1,6 @@
 """Heads on pooled embeddings that belong to the embeddings: convex, converged, and drawn from nothing.
 
-One fold is one call, a pure function of its arrays, so that folds may run in processes of their own. Rows are standardised
+One fold is one call, a pure function of its arrays, so that several may run at once. Rows are standardised
 by the mean and deviation of the crops that a head is fitted on. A head is fitted for every strength of a grid on the
 training crops; the strength with the best score on the selection clips wins (of equal ones the lower log loss, then the
 stronger), and with it the head is fitted anew on training and held-out crops, standardised by those. What each strength
@@ -10,9 +10,12 @@ would have scored on the test clips, by its fit on the training crops, is report
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +27,12 @@ from ..metrics.bootstrap import point
 from ..models import ridge
 from ..models.logistic import MAX_ITERATIONS, Loss, Multinomial, OneVersusRest, Solution, path, solve
 from ..models.standardised import ROWS_AT_ONCE, Design, Head, MatrixRows, Pool, Rows, pool_of
+from . import tuning
 from .training import Indices
 from .training import Rows as RowNumbers
 
 Floats = npt.NDArray[np.float64]
+Result = TypeVar("Result")
 
 # Of the mean loss on standardised rows: scikit-learn's C is 1 / (strength x crops). Eleven values over eight decades.
 LOGISTIC_STRENGTHS = tuple(float(f"{10 ** (1 - 0.8 * step):.3g}") for step in range(11))
@@ -37,7 +42,9 @@ RIDGE_STRENGTHS = tuple(float(f"{10 ** (4 - 0.5 * step):.3g}") for step in range
 # the fits that are compared, at most 4 of 1,000 clips were decided otherwise; of the fit whose predictions count, none.
 SELECTION_TOLERANCE = 3e-3
 TOLERANCE = 1e-4
-_ON_THE_WAY = 1e-2  # for the stronger fits that the last one comes from
+# The last fit comes from a few stronger ones, to a tolerance of their own.
+_ON_THE_WAY = 4
+_ON_THE_WAY_TOLERANCE = 1e-2
 LEAST_PROBABILITY = 1e-15  # in log losses
 
 
@@ -99,24 +106,22 @@ class ConvexResult:
         return self.tried[self.chosen].selection
 
     @property
-    def at_the_end_of_the_grid(self) -> bool:
-        return self.chosen in (0, len(self.tried) - 1)
-
-    def tuning(self) -> dict[str, Any]:
-        """For the record: plain values, None for a score that is not defined."""
-        return {
-            "tried": [
-                {"setting": tried.strength, "selection": _plain(tried.selection), "test": _plain(tried.test)}
+    def tuning(self) -> tuning.Tuning:
+        """For the record: None for a score that is not defined."""
+        return tuning.Tuning(
+            setting="L2 strength",
+            tried=[
+                tuning.Trial(setting=tried.strength, selection=_plain(tried.selection), test=_plain(tried.test))
                 for tried in self.tried
             ],
-            "chosen": self.tried[self.chosen].strength,
-            "convergence": {
-                "relative_gradient_norm": self.convergence.relative_gradient_norm,
-                "iterations": self.convergence.iterations,
-                "limit_reached": not all(c.converged for c in (self.convergence, *(t.convergence for t in self.tried))),
-            },
-            "train": _plain(self.train),
-        }
+            chosen=[self.tried[self.chosen].strength],
+            convergence=tuning.Convergence(
+                iterations=self.convergence.iterations,
+                limit_reached=not all(c.converged for c in (self.convergence, *(t.convergence for t in self.tried))),
+                relative_gradient_norm=self.convergence.relative_gradient_norm,
+            ),
+            train=_plain(self.train),
+        )
 
 
 def _plain(score: float) -> float | None:
@@ -160,6 +165,7 @@ def fit_fold(
     *,
     fold: int = 0,
     threads: int = 1,
+    on_fit: Callable[[], None] = lambda: None,
 ) -> ConvexResult:
     """Choose the strength, fit, and predict the test examples of one fold.
 
@@ -178,11 +184,13 @@ def fit_fold(
             wanted = objective.without_selection if not len(rows.valid) else None
             if near is None or better(tried[-1], tried[chosen], wanted):
                 near, chosen = fit, len(tried) - 1
+            on_fit()
         assert near is not None
         all_train = np.concatenate([rows.train, rows.held_out])
         last = objective.refit(MatrixRows(embeddings, all_train, objective.targets), pool, near)
         found, predictions, _ = scoring.predict(last.head, rows.test)
         train, _ = scoring.score(last.head, all_train)
+        on_fit()
         return ConvexResult(fold, found, predictions, tried, chosen, last.convergence, train)
 
 
@@ -193,14 +201,60 @@ def train_convex(
     folds: Sequence[FoldRows],
     *,
     threads: int = 1,
-    on_fold: Callable[[int], None] = lambda fold: None,
+    on_fit: Callable[[int], None] = lambda fits: None,
 ) -> list[ConvexResult]:
-    """`fit_fold` for one fold after another."""
-    results = []
-    for number, rows in enumerate(folds):
-        results.append(fit_fold(embeddings, objective, examples, rows, fold=number, threads=threads))
-        on_fold(number + 1)
-    return results
+    """`fit_fold` of every fold, several at once; `on_fit` is told how many of the `fits` are done."""
+
+    def fit(fold: int, threads: int, fitted: Callable[[], None]) -> ConvexResult:
+        return fit_fold(embeddings, objective, examples, folds[fold], fold=fold, threads=threads, on_fit=fitted)
+
+    return over_folds(fit, len(folds), threads, on_fit)
+
+
+def fits(strengths: Sequence[float], folds: int) -> int:
+    """How many fits there are: of each fold one per strength, and the last one."""
+    return folds * (len(strengths) + 1)
+
+
+def over_folds(
+    fit: Callable[[int, int, Callable[[], None]], Result], folds: int, threads: int, on_fit: Callable[[int], None]
+) -> list[Result]:
+    """`fit(fold, threads, fitted)` of every fold, in order: as many at once as there are threads; of more, each has a share.
+
+    `on_fit` is called by this thread, with the number of calls of `fitted` so far. The first error ends every fold.
+    """
+    events: SimpleQueue[Future[Result] | None] = SimpleQueue()
+    stopped = threading.Event()
+
+    def fitted() -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        events.put(None)
+
+    workers = min(threads, folds)
+    with pool_of(1), ThreadPoolExecutor(workers) as executor:  # one limit on BLAS, which is the process's, around all folds
+        futures = [executor.submit(fit, fold, threads // workers, fitted) for fold in range(folds)]
+        for future in futures:
+            future.add_done_callback(events.put)
+        done, running = 0, folds
+        try:
+            while running:
+                event = events.get()
+                if event is None:
+                    done += 1
+                    on_fit(done)
+                else:
+                    event.result()
+                    running -= 1
+        except BaseException:
+            stopped.set()
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+class _StoppedError(Exception):
+    """Another fold failed, or the run was interrupted."""
 
 
 def better(new: Tried, best: Tried, wanted: float | None) -> bool:
@@ -298,7 +352,8 @@ class Logistic:
         if not (loss.outputs and design.variances.any()):
             return _constant(design, loss, bias, near.strength)
         # Not from the weights of `near`: the held-out rows lie far on the wrong side of some of its boundaries.
-        *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], _ON_THE_WAY, MAX_ITERATIONS)
+        stronger = [strength for strength in self.strengths if strength >= near.strength][-_ON_THE_WAY:]
+        *_, start = path(design, loss, stronger, _ON_THE_WAY_TOLERANCE, MAX_ITERATIONS)
         solution = solve(design, loss, near.strength, start.theta, TOLERANCE, MAX_ITERATIONS)
         return self._fit(design, loss, solution, bias)
 

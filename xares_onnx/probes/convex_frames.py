@@ -10,10 +10,11 @@ threshold.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
@@ -22,8 +23,9 @@ from ..data.sound_events import Events, Floats
 from ..metrics import segments as rasters
 from ..metrics.segments import Average, Bools
 from ..models.standardised import ROWS_AT_ONCE, Head, Pool, pool_of
-from .convex import LEAST_PROBABILITY, ConvexResult, Fit, FoldRows, OneAgainstTheRest, Tried, better, undefined
+from .convex import LEAST_PROBABILITY, ConvexResult, Fit, FoldRows, OneAgainstTheRest, Tried, better, over_folds, undefined
 from .training import Indices
+from .tuning import Tuning
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 WITHOUT_SELECTION = 0.5
@@ -82,8 +84,9 @@ class EventsResult(ConvexResult):
 
     threshold: float = WITHOUT_SELECTION
 
-    def tuning(self) -> dict[str, Any]:
-        return {**super().tuning(), "threshold": self.threshold}
+    @property
+    def tuning(self) -> Tuning:
+        return msgspec.structs.replace(super().tuning, thresholds=[self.threshold])
 
 
 def fit_frames(
@@ -95,6 +98,7 @@ def fit_frames(
     average: Average,
     fold: int = 0,
     threads: int = 1,
+    on_fit: Callable[[], None] = lambda: None,
 ) -> EventsResult:
     """Choose strength and threshold, fit, and predict the test clips of one fold; `rows` are clip numbers.
 
@@ -113,13 +117,42 @@ def fit_frames(
             wanted = objective.without_selection if not len(rows.valid) else None
             if near is None or better(tried[-1], tried[chosen], wanted):
                 near, chosen, threshold = fit, len(tried) - 1, own
+            on_fit()
         assert near is not None
         all_train = np.concatenate([rows.train, rows.held_out])
         last = objective.refit(FrameRows(clips, all_train), pool, near)
         examples = np.unique(rows.test)
         predictions = counting.counts(last.head, examples, [threshold])[0][:, 0]
         train = counting.f1(counting.counts(last.head, all_train, [threshold])[0][:, 0])
+        on_fit()
         return EventsResult(fold, examples, predictions, tried, chosen, last.convergence, train, threshold=threshold)
+
+
+def train_convex_frames(
+    clips: Clips,
+    folds: Sequence[FoldRows],
+    positive_weight: float,
+    *,
+    segment_seconds: float,
+    average: Average,
+    threads: int = 1,
+    on_fit: Callable[[int], None] = lambda fits: None,
+) -> list[EventsResult]:
+    """`fit_frames` of every fold, several at once; `on_fit` is told how many of the `convex.fits` are done."""
+
+    def fit(fold: int, threads: int, fitted: Callable[[], None]) -> EventsResult:
+        return fit_frames(
+            clips,
+            folds[fold],
+            positive_weight,
+            segment_seconds=segment_seconds,
+            average=average,
+            fold=fold,
+            threads=threads,
+            on_fit=fitted,
+        )
+
+    return over_folds(fit, len(folds), threads, on_fit)
 
 
 class _Counting:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreUndefinedError
+from .tuning import Tuning
 
 Indices = npt.NDArray[np.int64]
 OnEpoch = Callable[[int], None]  # called with the number of the epoch that ended, counted from 1
@@ -57,6 +58,7 @@ class HeadResult:
     predictions: Any
     best_epoch: int
     valid_score: float
+    tuning: Tuning | None = None
 
 
 class Selection:

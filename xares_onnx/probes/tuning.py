@@ -46,6 +46,27 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     """Probability from which on an event is active, one per head; null for other kinds of task."""
 
 
+def remarks(tuning: Tuning) -> list[str]:
+    """What a reader of the score must know: a fit that did not come to its end, a choice at the end of the grid."""
+    notes = []
+    if tuning.convergence.limit_reached:
+        norm = tuning.convergence.relative_gradient_norm
+        notes.append(
+            "a head had no epochs left while its selection score still rose, so longer training may give another score"
+            if norm is None
+            else f"a fit stopped before it had converged (relative gradient norm {norm:.1g} at the end), so the score is "
+            "that of its last iteration"
+        )
+    ends = [trial.setting for trial in (tuning.tried[0], tuning.tried[-1])]
+    if at_end := [value for value in tuning.chosen if value in ends]:
+        values = " and ".join(f"{value:g}" for value in sorted(set(at_end)))
+        notes.append(
+            f"{values}, at the end of the grid, is the {tuning.setting} that {len(at_end)} of {len(tuning.chosen)} heads "
+            "chose, so a better one may lie beyond it"
+        )
+    return notes
+
+
 def pooled(heads: Sequence[Tuning]) -> Tuning:
     """The tuning of a task from those of its heads, which all tried the same settings.
 

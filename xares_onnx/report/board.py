@@ -203,6 +203,7 @@ def _check_numbers(side: Side) -> None:
     for record in side.result.tasks:
         signed = [record.score, *(record.ci95 or ()), *record.per_seed, *record.published.values()]
         signed += [value for row in record.shots for value in (row.clips_per_class, row.score, *(row.ci95 or ()))]
+        signed += [trial.test for trial in record.tuning.tried] if record.tuning else []
         positive = [record.weight, record.rtf, record.audio_hours]
         in_range = all(value is None or abs(value) <= _MAX_NUMBER for value in signed)
         if not (in_range and all(value is None or 0 <= value <= _MAX_NUMBER for value in positive)):

@@ -33,7 +33,7 @@ _NOT_COMPARABLE = "*"
 _STAGES = {
     "prepare": ("preparing", "files"),
     "embed": ("embedding", "clips"),
-    "train": ("training", "epochs"),
+    "train": ("training", "steps"),
     "shots": ("training on few clips", "heads"),
     "measure": ("measuring", "rounds"),
     "check": ("checking", "properties"),

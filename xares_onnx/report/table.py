@@ -15,6 +15,7 @@ from ..evaluation.differences import Side
 from ..evaluation.record import Result, TaskResult
 from .board import Board, Cell, Model, make_board
 from .remarks import short
+from .tables import grid_range
 
 if TYPE_CHECKING:
     from ..evaluation.evaluation import Evaluation
@@ -70,6 +71,7 @@ def _row(model: Model, record: TaskResult, cell: Cell | None, published: Sequenc
     encoder, settings = model.result.encoder, model.result.settings
     verdict = cell.verdict if cell is not None and record.tap is None else None
     low, high = record.ci95 or (None, None)
+    lowest, highest = grid_range(record) or (None, None)
     spread = float(np.std(record.per_seed, ddof=1)) if len(record.per_seed) > 1 else None
     return {
         "model": model.label,
@@ -95,6 +97,8 @@ def _row(model: Model, record: TaskResult, cell: Cell | None, published: Sequenc
         "ci_low": low,
         "ci_high": high,
         "sd_over_seeds": spread,
+        "grid_low": lowest,
+        "grid_high": highest,
         "best": verdict.standing == "best" if verdict else None,
         "within_noise": verdict.standing == "within_noise" if verdict and verdict.standing != "unclear" else None,
         "compared_by": verdict.basis if verdict else None,

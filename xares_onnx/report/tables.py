@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..evaluation.record import TaskResult
+
 METRIC_NAMES = {
     "accuracy": "accuracy",
     "mean_average_precision": "mAP",
@@ -17,6 +19,15 @@ METRIC_NAMES = {
     "one_minus_wer": "1 - WER",
     "mse": "MSE",
 }
+
+
+def grid_range(record: TaskResult) -> tuple[float, float] | None:
+    """Lowest and highest test score over the settings that were tried; None for a method that has no setting."""
+    if record.tuning is None:
+        return None
+    sign = 1 if record.higher_is_better else -1
+    scores = [sign * trial.test for trial in record.tuning.tried if trial.test is not None]
+    return (min(scores), max(scores)) if scores else None
 
 
 def is_narrow(console: Console) -> bool:

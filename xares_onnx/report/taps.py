@@ -14,7 +14,6 @@ from rich.text import Text
 
 from ..errors import printable
 from ..evaluation.record import Result, TaskResult
-from ..probes.tuning import Tuning
 from .tables import empty_table
 
 _COLUMN = 13  # characters of a column, at least: as many as fit stand in one table
@@ -31,8 +30,8 @@ class Best:
 
 def selection_score(record: TaskResult) -> float | None:
     """The head's score on the selection clips, higher is better: the best of the settings it tried; None without one."""
-    tuning: Tuning | None = getattr(record, "tuning", None)
-    scores = [trial.selection for trial in tuning.tried if trial.selection is not None] if tuning else []
+    tried = record.tuning.tried if record.tuning else []
+    scores = [trial.selection for trial in tried if trial.selection is not None]
     return max(scores, default=None)
 
 

@@ -23,7 +23,7 @@ from ..evaluation.planning import Plan, PlanRow
 from ..evaluation.record import SHOWN_GROUPS, Average, Result, TaskResult
 from .curves import shot_curves
 from .profile import NOTE, aspects
-from .tables import METRIC_NAMES, empty_table, is_narrow
+from .tables import METRIC_NAMES, empty_table, grid_range, is_narrow
 from .taps import print_taps
 from .units import data_size, duration
 
@@ -35,7 +35,7 @@ _NOT_COMPARABLE = "*"
 _STAGES = {
     "prepare": ("preparing", "files"),
     "embed": ("embedding", "clips"),
-    "train": ("training", "epochs"),
+    "train": ("training", "steps"),
     "measure": ("measuring", "rounds"),
     "check": ("checking", "properties"),
     "inspect": ("inspecting", "files"),
@@ -61,13 +61,16 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     for record in main:
         by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
     words = ("task",) if is_narrow(console) else ("task", "domain", "metric")
-    spread = () if is_narrow(console) else ("seeds",)
+    drawn = not is_narrow(console) and any(len(record.per_seed) > 1 for record in main)
+    tuned = not is_narrow(console) and any(record.tuning for record in main)
+    spread = (*(["grid"] if tuned else []), *(["seeds"] if drawn else []))
     table = empty_table(console, words, ("head", "95 %", *spread, "knn", "95 %", "tested", "dropped"))
     table.columns[0].no_wrap = False  # a title may take two lines where it must
     reasons = []
     for records in by_task.values():
         first = next(iter(records.values()))
-        cells = [*_score_cells(records.get("head")), *[_spread(records.get("head"))] * len(spread)]
+        head = records.get("head")
+        cells = [*_score_cells(head), *([_grid(head)] if tuned else []), *([_spread(head)] if drawn else [])]
         cells += _score_cells(records.get("knn"))
         dropped = len(first.clips.dropped)
         table.add_row(
@@ -98,11 +101,13 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         reasons.append(f"{_NOT_COMPARABLE} not comparable with other results, and in no average: {'; '.join(whys)}")
     for reason in reasons:
         console.print(Text(printable(reason), style="yellow"))
-    seeds = f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}"
+    several = max((len(record.per_seed) for record in main), default=0) > 1
+    seeds = f", {settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}" if several or not tuned else ""
     errors = dict.fromkeys(record.title for record in main if not record.higher_is_better)
     but = f", but lower for {', '.join(map(printable, errors))}" if errors else ""
-    spread_note = "; +- is the standard deviation over seeds" if spread and settings["seeds"] > 1 else ""
-    console.print(f"protocol {settings['protocol']}, {seeds}; scores are fractions, higher is better{but}{spread_note}")
+    notes = "; grid: lowest and highest score over the settings that were tried" if tuned else ""
+    notes += "; +- is the standard deviation over seeds" if drawn else ""
+    console.print(f"protocol {settings['protocol']}{seeds}; scores are fractions, higher is better{but}{notes}")
     if saved:
         console.print(f"saved {printable(saved)}")
 
@@ -364,6 +369,11 @@ def _score_cells(record: TaskResult | None) -> tuple[Text | str, str]:
         return Text(record.status.replace("_", " "), style="yellow"), ""
     mark = "" if record.comparable else _NOT_COMPARABLE
     return Text(f"{record.score:.3f}{mark}", style="bold"), _interval(record.ci95)
+
+
+def _grid(record: TaskResult | None) -> str:
+    """The range of test scores over the settings that were tried."""
+    return _interval(grid_range(record)) if record is not None else ""
 
 
 def _spread(record: TaskResult | None) -> str:

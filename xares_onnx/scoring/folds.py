@@ -91,7 +91,7 @@ def _folds(
         return [Fold("test", train, official, test, held_out=train[:0])], []
     train, valid = hold_out(train, keys, strata, groups)
     why = "valid and test share clips" if shards["valid"] & shards["test"] else "there is no validation split of its own"
-    note = f"{why}, so {len(valid)} of {len(train) + len(valid)} training clips select the epoch"
+    note = f"{why}, so {len(valid)} of {len(train) + len(valid)} training clips are held out for selection"
     return [Fold("test", train, valid, test, held_out=valid)], [note]
 
 

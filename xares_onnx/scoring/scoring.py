@@ -18,6 +18,7 @@ from ..data.task import Metric
 from ..errors import ScoreUndefinedError
 from ..metrics.bootstrap import Indices, Scorer, point
 from ..metrics.intervals import Estimate, Scale, estimates, interval
+from ..probes.tuning import Tuning, pooled
 from .kinds import Kept, Kind, Outcome, kind_scored_by
 from .protocol import Protocol
 
@@ -33,6 +34,7 @@ class Scored:
     estimate: Estimate
     test_groups: int | None  # that are resampled whole; None where clips are
     predictions: Predictions  # one row an example and seed
+    tuning: Tuning | None  # of the heads of all folds and seeds together; a kNN has none
 
 
 def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
@@ -61,6 +63,21 @@ def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
         estimate=estimate,
         test_groups=None if groups is None else sum(len(np.unique(of_fold)) for of_fold in groups),
         predictions=predictions,
+        tuning=pooled(tunings) if len(tunings := [o.tuning for o in outcomes if o.tuning is not None]) else None,
+    )
+
+
+def below_neighbours(kind: Kind, head: Predictions, knn: Predictions) -> str | None:
+    """What to say of a head that does worse than a kNN on the same test clips by more than chance; None of others."""
+    clips, metric = clips_of(head), kind.task.score.metric
+    scorers = [scorers_of(predictions, metric, kind.protocol, clips) for predictions in (knn, head)]
+    nearest, trained = estimates(scorers, generator(kind.task.name, "head"), groups_of_clips(head))
+    ci95 = interval(nearest.minus(trained))
+    if ci95 is None or ci95[0] <= 0:
+        return None
+    return (
+        f"the head scores {nearest.score - trained.score:.3f} (95 %: {ci95[0]:.3f} to {ci95[1]:.3f}) below the kNN on the "
+        "same clips, so these embeddings hold more than a linear head tells"
     )
 
 

@@ -23,6 +23,7 @@ from ..board import Board, Model, Row
 from ..curves import Curve
 from ..profile import NOTE, Aspect, aspects
 from ..remarks import costs, headline, noise, remarks, short, summary
+from ..tables import grid_range
 from ..taps import best_note
 from ..units import data_size
 from . import plots
@@ -83,6 +84,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "shots": list(_shots(board)),
         "signs": plots.legend(board.models),
         "sounds": listening.sounds,
+        "tuned": any(cell and grid_range(cell.record) for row in board.rows for cell in row.cells),
         "title": f"X-ARES scores of {_names(board)}",
         "version": __version__,
     }
@@ -115,6 +117,7 @@ def _environment() -> jinja2.Environment:
         "score": lambda value: "" if value is None else f"{value:.3f}",
         "span": lambda ci95: f"{ci95[0]:.3f}{_DASH}{ci95[1]:.3f}" if ci95 else "",
         "size": data_size,
+        "grid": grid_range,
     }
     return environment
 

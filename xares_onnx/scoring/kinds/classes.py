@@ -1,10 +1,10 @@
-"""One class a clip: a linear head and a kNN, scored by accuracy."""
+"""One class per clip: a linear head and a kNN, scored by accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,14 @@ from ...metrics.bootstrap import Scorer, SumScorer
 from ...metrics.statistics import accuracy_statistics, class_metrics, ratio
 from ..folds import Fold, Indices
 from ..protocol import Protocol
-from .kind import Kept, Kind, Outcome, outcomes_of
+from .kind import Kept, Outcome
+from .pooled import PooledKind
+
+if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+    from ...probes import convex, linear
 
 
-class Classes(Kind):
+class Classes(PooledKind):
     @classmethod
     def strata(cls, labels: Sequence[int]) -> Indices:
         return np.array(labels, np.int64)
@@ -40,20 +44,15 @@ class Classes(Kind):
                 return f"class {names[unknown[0]]!r} is tested in fold {fold.name} but has no training clip"
         return None
 
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
-        from ...probes.linear import Classification, train_linear
+    def converged(self) -> convex.Classes:
+        from ...probes import convex
 
-        objective = Classification(self.classes[self.dataset.clip_of_crop], len(self.task.target.class_names))
-        results = train_linear(
-            self.dataset.embeddings,
-            objective,
-            self.examples_of_crops,
-            self.crop_rows(),
-            self.task.head,
-            range(seeds),
-            on_epoch=on_epoch,
-        )
-        return outcomes_of(results)
+        return convex.Classes(self.classes[self.dataset.clip_of_crop], len(self.task.target.class_names))
+
+    def trained(self) -> linear.Classification:
+        from ...probes import linear
+
+        return linear.Classification(self.classes[self.dataset.clip_of_crop], len(self.task.target.class_names))
 
     def search(self) -> list[Outcome]:
         """Search every training clip, those held out for a head's selection too: kNN selects nothing."""

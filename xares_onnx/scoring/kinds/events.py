@@ -40,23 +40,44 @@ class EventsKind(Kind):
                     return f"the {part} clips of fold {fold.name} have no events"
         return None
 
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
+    def steps(self) -> int:
+        if not self.protocol.corrected:
+            return super().steps()
+        from ...probes.convex import LOGISTIC_STRENGTHS, fits
+
+        return fits(LOGISTIC_STRENGTHS, len(self.folds))
+
+    def train(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
+        data, segment_seconds, head = self.dataset, self.task.score.segment_seconds, self.task.head
+        assert segment_seconds is not None
+        clips = data.frames, data.times, data.seconds, data.labels
+        classes = len(self.task.target.class_names)
+        if self.protocol.corrected:
+            from ...probes.convex_frames import Clips, train_convex_frames
+
+            return outcomes_of(
+                train_convex_frames(
+                    Clips(*clips, classes),
+                    self.convex_rows(),
+                    head.positive_weight,
+                    segment_seconds=segment_seconds,
+                    average=self.average,
+                    threads=self.tools.threads,
+                    on_fit=on_step,
+                )
+            )
         from ...probes.frames import train_frames
 
-        assert self.task.score.segment_seconds is not None
         results = train_frames(
-            self.dataset.frames,
-            self.dataset.times,
-            self.dataset.seconds,
-            self.dataset.labels,
+            *clips,
             self.clip_rows(),
-            len(self.task.target.class_names),
-            self.task.head,
+            classes,
+            head,
             range(seeds),
-            segment_seconds=self.task.score.segment_seconds,
+            segment_seconds=segment_seconds,
             average=self.average,
-            hop_seconds=None if self.protocol.corrected else self.tools.hop_seconds,
-            on_epoch=on_epoch,
+            hop_seconds=self.tools.hop_seconds,
+            on_epoch=on_step,
         )
         return outcomes_of(results)
 

@@ -13,12 +13,14 @@ import numpy.typing as npt
 
 from ...data.task import Metric, Task
 from ...metrics.bootstrap import Scorer
+from ...probes.tuning import Tuning
 from ..dataset import Dataset
 from ..folds import Fold, Indices
 from ..protocol import Protocol
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
     from ...models.llm import LanguageModel
+    from ...probes.convex import ConvexResult, FoldRows
     from ...probes.training import HeadResult, Rows
     from ...probes.wordpiece import WordPiece
 
@@ -31,6 +33,7 @@ class Outcome:
     seed: int
     examples: Indices
     predictions: Any
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Tools:
     """What some heads need beside the data.
 
     `hop_seconds` is the encoder's; `vocabulary` BERT's; `checkpoints` a folder for long trainings, and `identity` what
-    names this encoder's embeddings of this task's data in it.
+    names this encoder's embeddings of this task's data in it. `threads` share the work of heads that converge, which gives
+    the same bytes for any number.
     """
 
     hop_seconds: float | None = None
@@ -54,6 +58,7 @@ class Tools:
     language_model: LanguageModel | None = None
     checkpoints: Path | None = None
     identity: str = ""
+    threads: int = 1
 
 
 class Kind(ABC):
@@ -89,9 +94,16 @@ class Kind(ABC):
         """What this head does otherwise than the protocol says, or None."""
         return None
 
+    def steps(self) -> int:
+        """How many steps `train` counts: fits of a head that converges, epochs of one that is trained."""
+        return self.task.head.epochs
+
     @abstractmethod
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
-        """Train the head in every fold with every seed, and predict the test examples. May raise `ScoreUndefinedError`."""
+    def train(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
+        """Train the head in every fold, and predict the test examples; with every seed, if the head draws.
+
+        `on_step` is called with the number of steps done. Raises `ScoreUndefinedError` if a head gives NaN or infinity.
+        """
 
     def search(self) -> list[Outcome]:
         """The same by a kNN, for kinds that know one."""
@@ -129,6 +141,13 @@ class Kind(ABC):
 
         return [Rows(*(self.dataset.crops_of(part) for part in (fold.train, fold.valid, fold.test))) for fold in self.folds]
 
+    def convex_rows(self) -> list[FoldRows]:
+        """The folds for a head that converges, in crops; in clips if it sees frames."""
+        from ...probes.convex import FoldRows
+
+        rows = (lambda clips: clips) if self.needs_frames else self.dataset.crops_of
+        return [FoldRows(*map(rows, (fold.train, fold.valid, fold.test, fold.held_out))) for fold in self.folds]
+
     def clip_rows(self) -> list[Rows]:
         """The folds in clips."""
         from ...probes.training import Rows
@@ -136,5 +155,5 @@ class Kind(ABC):
         return [Rows(fold.train, fold.valid, fold.test) for fold in self.folds]
 
 
-def outcomes_of(results: Sequence[HeadResult]) -> list[Outcome]:
-    return [Outcome(result.fold, result.seed, result.examples, result.predictions) for result in results]
+def outcomes_of(results: Sequence[HeadResult] | Sequence[ConvexResult]) -> list[Outcome]:
+    return [Outcome(result.fold, result.seed, result.examples, result.predictions, result.tuning) for result in results]

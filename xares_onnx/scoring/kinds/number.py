@@ -1,13 +1,13 @@
 """A number a clip: a linear head, scored by mean squared error, with Pearson's correlation beside it.
 
-`corrected` trains on the scale of the task's bounds and cuts predictions off at them; X-ARES trains on the number itself.
+`corrected` cuts predictions off at the task's bounds; X-ARES does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,27 +18,30 @@ from ...metrics.bootstrap import Scorer, SumScorer
 from ...metrics.statistics import correlation, error_statistics, mean_squared_error, per_clip
 from ..folds import Fold
 from ..protocol import Protocol
-from .kind import Kept, Kind, Outcome, outcomes_of
+from .kind import Kept, Outcome
+from .pooled import PooledKind
+
+if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+    from ...probes import convex, linear
 
 
-class Number(Kind):
+class Number(PooledKind):
     @cached_property
     def numbers(self) -> npt.NDArray[np.float64]:
         """(clips,) the true number of each clip."""
         return np.array(self.dataset.labels, np.float64)
 
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
-        from ...probes.linear import Regression, train_linear
+    def converged(self) -> convex.Numbers:
+        from ...probes import convex
 
         target = self.task.target
         assert isinstance(target, NumberTarget)
-        bounds = (target.low, target.high) if self.protocol.corrected else None
-        objective = Regression(self.numbers[self.dataset.clip_of_crop], bounds)
-        rows, examples = self.crop_rows(), self.examples_of_crops
-        results = train_linear(
-            self.dataset.embeddings, objective, examples, rows, self.task.head, range(seeds), on_epoch=on_epoch
-        )
-        return outcomes_of(results)
+        return convex.Numbers(self.numbers[self.dataset.clip_of_crop], (target.low, target.high))
+
+    def trained(self) -> linear.Regression:
+        from ...probes import linear
+
+        return linear.Regression(self.numbers[self.dataset.clip_of_crop], None)
 
     @classmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:

@@ -6,9 +6,9 @@ counting 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,14 @@ from ...metrics.average_precision import AveragePrecisionScorer
 from ...metrics.bootstrap import Scorer
 from ..folds import Fold, Indices
 from ..protocol import Protocol
-from .kind import Kept, Kind, Outcome, outcomes_of
+from .kind import Kept, Outcome
+from .pooled import PooledKind
+
+if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+    from ...probes import convex, linear
 
 
-class Tags(Kind):
+class Tags(PooledKind):
     @cached_property
     def present(self) -> npt.NDArray[np.bool_]:
         """(clips, classes): which classes each clip has."""
@@ -47,15 +51,16 @@ class Tags(Kind):
                     return f"the {part} clips of fold {fold.name} have no tags"
         return None
 
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
-        from ...probes.linear import Tagging, train_linear
+    def converged(self) -> convex.Tags:
+        from ...probes import convex
 
-        head = self.task.head
-        targets = self.present[self.dataset.clip_of_crop]
-        objective = Tagging(targets, head.positive_weight, present_only=self.protocol.corrected)
-        rows, examples = self.crop_rows(), self.examples_of_crops
-        results = train_linear(self.dataset.embeddings, objective, examples, rows, head, range(seeds), on_epoch=on_epoch)
-        return outcomes_of(results)
+        return convex.Tags(self.present[self.dataset.clip_of_crop], self.task.head.positive_weight)
+
+    def trained(self) -> linear.Tagging:
+        from ...probes import linear
+
+        targets, weight = self.present[self.dataset.clip_of_crop], self.task.head.positive_weight
+        return linear.Tagging(targets, weight, present_only=False)
 
     @classmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:

@@ -1,0 +1,45 @@
+"""What the kinds of tasks share that learn a linear head on pooled embeddings.
+
+`corrected` fits a convex head until it has converged; X-ARES trains one by Adam, for as many epochs as the task says.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .kind import Kind, Outcome, outcomes_of
+
+if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+    from ...probes import convex, linear
+
+
+class PooledKind(Kind):
+    @abstractmethod
+    def converged(self) -> convex.Objective:
+        """What the head is fitted for under `corrected`."""
+
+    @abstractmethod
+    def trained(self) -> linear.Objective:
+        """What the head is trained for under `xares`."""
+
+    def steps(self) -> int:
+        if not self.protocol.corrected:
+            return super().steps()
+        from ...probes.convex import fits
+
+        return fits(self.converged().strengths, len(self.folds))
+
+    def train(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
+        embeddings, examples = self.dataset.embeddings, self.examples_of_crops
+        if self.protocol.corrected:
+            from ...probes.convex import train_convex
+
+            rows, threads = self.convex_rows(), self.tools.threads
+            return outcomes_of(train_convex(embeddings, self.converged(), examples, rows, threads=threads, on_fit=on_step))
+        from ...probes.linear import train_linear
+
+        crops, head = self.crop_rows(), self.task.head
+        results = train_linear(embeddings, self.trained(), examples, crops, head, range(seeds), on_epoch=on_step)
+        return outcomes_of(results)

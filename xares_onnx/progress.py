@@ -7,14 +7,14 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train", "measure", "check", "inspect", "write", "download", "verify"]
+Stage = Literal["prepare", "embed", "train", "shots", "measure", "check", "inspect", "write", "download", "verify"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """How far a stage of one task is: `done` of `total` units.
 
-    Units are files (`prepare`), clips (`embed`, `inspect`, `write`), epochs (`train`), properties (`check`) or bytes
-    (`download`, `verify`).
+    Units are files (`prepare`), clips (`embed`, `inspect`, `write`), steps (`train`), heads (`shots`), properties
+    (`check`) or bytes (`download`, `verify`).
     """
 
     stage: Stage

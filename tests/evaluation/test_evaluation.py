@@ -484,6 +484,7 @@ def test_settings_are_kept(world: World) -> None:
         "vocabulary": None,
         "trust": False,
         "taps": [],
+        "shots": [],
         "suite": None,
         "tasks": ["tones"],
         "baseline": None,

@@ -24,7 +24,7 @@ from ..metrics.bootstrap import Scorer, point
 from ..metrics.intervals import Estimate, Scale, adjusted, average, detectable, estimates, interval, p_value
 from ..scoring.protocol import Protocol
 from ..scoring.scoring import Predictions, clips_of, generator, groups_of_clips, scorers_of
-from .record import GROUPS, Interval, Result, TaskResult, read_predictions, read_result
+from .record import GROUPS, SHOWN_GROUPS, Interval, Result, TaskResult, read_predictions, read_result
 
 TOLERANCE = 0.01
 SIGNIFICANT = 0.05
@@ -361,7 +361,7 @@ def _averages(drawn: _Drawn, tolerance: float) -> list[AverageDifference]:
     for method in ("head", "knn"):
         of_method = [row for row in usable if (row[0].method == "knn") == (method == "knn")]
         for tap in dict.fromkeys(row[0].tap for row in of_method):
-            for group in GROUPS:
+            for group in SHOWN_GROUPS:
                 rows = [row for row in of_method if row[0].tap == tap and group in groups_of(row[0].task)]
                 tasks = [row[0].task for row in rows]
                 if len(rows) < 2 or (method, tap, *tasks) in told:

@@ -84,6 +84,7 @@ def evaluate(
     lm: str | None = None,
     vocabulary: Path | None = None,
     taps: Sequence[str] = (),
+    shots: Sequence[int] = (),
     baseline: Path | None = None,
     tolerance: float | None = None,
     fail_under: Sequence[str] = (),
@@ -96,13 +97,14 @@ def evaluate(
     With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads`
     chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
     `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. `taps` are outputs or inner tensors, scored in one
-    pass, the first as the model's, or `all-layers`. Gates are judged in `result.gates`: `baseline` is a result that no score
-    may fall behind by more than `tolerance`, `fail_under` holds "TASK[:METHOD]=SCORE". `trust` lifts the limits on a model's
+    pass, the first as the model's, or `all-layers`. With `shots` the heads of class tasks are scored with that many training
+    clips per class as well. Gates are judged in `result.gates`: `baseline` is a result that no score may fall behind by more
+    than `tolerance`, `fail_under` holds "TASK[:METHOD]=SCORE". `trust` lifts the limits on a model's
     size, memory and time. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`, and `DataError` for a
     baseline of other data.
     """
     gates = Gates.read(baseline, tolerance, fail_under)
-    settings = checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, taps, trust)
+    settings = checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, taps, trust, shots)
     find_model(Path(model))  # a wrong path is said before anything else
     cache = cache_folder(cache)
     notes: list[str] = []

@@ -11,6 +11,7 @@ import msgspec
 from ..data.task import HEAD_KINDS, HEADS, HeadKind, Task
 from ..errors import UsageError, nearest
 from ..scoring.protocol import Protocol, ProtocolName
+from ..scoring.shots import checked_shots
 
 Method = Literal["head", "knn"]
 METHODS: tuple[Method, ...] = ("head", "knn")
@@ -31,6 +32,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: str | None = None
     taps: tuple[str, ...] = ()
     """Outputs or inner tensors to score, or `all-layers`; none: the model's output."""
+    shots: tuple[int, ...] = ()
+    """Numbers of training clips per class that heads are scored with as well."""
     trust: bool = False
     """Whether the limits on the model's size, memory and time were lifted."""
 
@@ -46,6 +49,7 @@ def checked_settings(
     vocabulary: Path | None,
     taps: Sequence[str],
     trust: bool,
+    shots: Sequence[int] = (),
 ) -> Settings:
     if protocol not in ("corrected", "xares"):
         raise UsageError(f"protocol {protocol!r} must be corrected or xares")
@@ -57,6 +61,10 @@ def checked_settings(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be 1 or more")
     chosen = tuple(method for method in METHODS if method in methods) or METHODS
+    if shots and protocol != "corrected":
+        raise UsageError("--shots is not part of protocol xares; leave --protocol out")
+    if shots and "head" not in chosen:
+        raise UsageError("--shots trains heads, which --method knn leaves out; leave --method out")
     by_task: dict[str, HeadKind] = {}
     for pair in heads:
         task, _, kind = pair.partition("=")
@@ -73,6 +81,7 @@ def checked_settings(
         lm=lm,
         vocabulary=None if vocabulary is None else str(vocabulary),
         taps=tuple(taps),
+        shots=checked_shots(shots),
         trust=trust,
     )
 

@@ -24,6 +24,7 @@ from ..data.shards import Clips
 from ..errors import DataError, DataMissingError, MachineError, UsageError
 from ..files import disk_error, indented, write_aside
 from ..scoring.scoring import Predictions
+from .settings import Method, family_of
 
 SCHEMA_VERSION = 1
 GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
@@ -94,6 +95,11 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     predictions: str | None = None
     """File name of the per-clip predictions, beside the result."""
 
+    @property
+    def family(self) -> Method:
+        """`head` for a trained head of any kind, or `knn`."""
+        return family_of(self.method)
+
 
 class Average(msgspec.Struct, frozen=True, kw_only=True):
     weighted: float
@@ -105,7 +111,7 @@ class Average(msgspec.Struct, frozen=True, kw_only=True):
     missing: list[str]
 
 
-Averages = dict[str, dict[Literal["head", "knn"], Average]]
+Averages = dict[str, dict[Method, Average]]
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,11 @@ METHODS: tuple[Method, ...] = ("head", "knn")
 MAX_SEEDS = 100
 
 
+def family_of(method: str) -> Method:
+    """`knn` for nearest neighbours, `head` for a trained head of any kind (`linear`, `ctc`, ...)."""
+    return "knn" if method == "knn" else "head"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What an evaluation was asked to do; in the record as it is."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+
 import numpy as np
 
 from ..data.catalog import in_group, shipped_tasks

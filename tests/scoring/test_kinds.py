@@ -269,7 +269,7 @@ def test_a_clip_without_a_label_takes_its_frames_along(folder: Path, tmp_path: P
     [
         ({"heads": ["transcript"]}, "must read TASK=KIND"),
         ({"heads": ["transcript=lstm"]}, "with a kind of linear, retrieval, ctc, llm"),
-        ({"heads": ["transcripts=llm"]}, "names no task that is scored; did you mean 'transcript'"),
+        ({"heads": ["transcripts=llm"]}, "names a task that is not selected; did you mean 'transcript'"),
         ({"heads": ["transcript=linear"]}, "head 'linear' does not fit transcript"),
         ({"heads": ["transcript=llm"]}, "needs a language model; name its folder by --lm"),
         ({"vocabulary": Path("nowhere.txt")}, "nowhere.txt"),

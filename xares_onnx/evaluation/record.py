@@ -26,6 +26,7 @@ from ..files import disk_error, indented, write_aside
 from ..probes.tuning import Tuning
 from ..scoring.scoring import Predictions
 from ..scoring.shots import Shots
+from .settings import Method, family_of
 
 SCHEMA_VERSION = 1
 GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
@@ -102,6 +103,11 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     tuning: Tuning | None = None
     """How the head's setting was chosen, and what other settings would have given; null for heads that have none."""
 
+    @property
+    def family(self) -> Method:
+        """`head` for a trained head of any kind, or `knn`."""
+        return family_of(self.method)
+
 
 class Average(msgspec.Struct, frozen=True, kw_only=True):
     weighted: float
@@ -113,7 +119,7 @@ class Average(msgspec.Struct, frozen=True, kw_only=True):
     missing: list[str]
 
 
-Averages = dict[str, dict[Literal["head", "knn"], Average]]
+Averages = dict[str, dict[Method, Average]]
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,7 +73,7 @@ def train_llm(
     no positions to write in; `DiskFullError` or `MachineError` where a checkpoint cannot be written.
     """
     _check_positions(frames, folds, language_model)
-    results = []
+    results: list[HeadResult] = []
     clock = Clock(settings, len(folds), len(seeds), on_epoch) if isinstance(settings, Sweep) else None
     for number, rows in enumerate(folds):
 

@@ -18,13 +18,14 @@ import numpy as np
 
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataMissingError, UsageError, printable
-from ..evaluation.averages import published_averages
+from ..evaluation.averages import published_averages, weight_shares
 from ..evaluation.differences import SIGNIFICANT, Side, check_alike, check_settings, groups_of, paired, verified
 from ..evaluation.record import SHOWN_GROUPS, Interval, Result, TaskResult
+from ..evaluation.settings import METHODS, Method
 from ..metrics.bootstrap import Array, Indices
 from ..metrics.intervals import Estimate, Scale, adjusted, average, estimates, interval, p_value
 from ..scoring.scoring import clips_of, generator, groups_of_clips
-from .curves import Curve, Method, method_of, shot_curves, tap_curves
+from .curves import Curve, shot_curves, tap_curves
 from .tables import METRIC_NAMES
 
 MAX_MODELS = 100
@@ -33,7 +34,6 @@ _ROUNDING = 1e-9
 
 Standing = Literal["best", "within_noise", "behind", "unclear"]
 Basis = Literal["paired", "intervals"]
-_METHODS: tuple[Method, ...] = ("head", "knn")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _ranked(models: Sequence[Model]) -> tuple[Model, ...]:
 
 def _records(model: Model, method: Method, tasks: Sequence[str]) -> list[TaskResult]:
     """A model's records of `tasks`, in their order."""
-    mine = {record.task: record for record in model.main if method_of(record) == method and record.score is not None}
+    mine = {record.task: record for record in model.main if record.family == method and record.score is not None}
     return [mine[task] for task in tasks]
 
 
@@ -245,10 +245,10 @@ def _rows(models: Sequence[Model], draws: _Draws) -> Iterator[Row]:
     found: dict[tuple[str, Method], list[TaskResult | None]] = {}
     for number, model in enumerate(models):
         for record in model.main:
-            found.setdefault((record.task, method_of(record)), [None] * len(models))[number] = record
+            found.setdefault((record.task, record.family), [None] * len(models))[number] = record
     order = list(shipped_tasks())
     order += [task for task, _ in found if task not in order]
-    for task, method in sorted(found, key=lambda name: (_METHODS.index(name[1]), order.index(name[0]))):
+    for task, method in sorted(found, key=lambda name: (METHODS.index(name[1]), order.index(name[0]))):
         records = found[task, method]
         first = next(record for record in records if record is not None)
         verdicts = _verdicts(draws, records, first.higher_is_better)
@@ -315,15 +315,12 @@ def _verdict(lacking: Estimate | None, best: Interval | None, other: Interval | 
 def _groups(models: Sequence[Model]) -> Iterator[tuple[str, Method, tuple[str, ...]]]:
     """Group, method and the tasks that every model has a comparable score of; groups of the same tasks once."""
     told: set[tuple[str, ...]] = set()
-    for method in _METHODS:
+    for method in METHODS:
         usable = [
             {
                 record.task: None
                 for record in model.main
-                if method_of(record) == method
-                and record.score is not None
-                and record.comparable
-                and record.weight is not None
+                if record.family == method and record.score is not None and record.comparable and record.weight is not None
             }
             for model in models
         ]
@@ -344,9 +341,7 @@ def _weighted(records: Sequence[TaskResult]) -> tuple[float, float]:
 
 
 def _shares(records: Sequence[TaskResult]) -> Array:
-    weights = np.array([record.weight for record in records], np.float64)
-    shares: Array = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1 / len(weights))
-    return shares
+    return weight_shares([record.weight for record in records])
 
 
 def _averages(models: Sequence[Model], draws: _Draws) -> Iterator[AverageRow]:
@@ -456,7 +451,7 @@ class _Draws:
         return Side(side.name, msgspec.structs.replace(side.result, tasks=[record]), side.predictions_of)
 
     def _draw(self, model: int, record: TaskResult) -> _Draw | None:
-        name = model, record.task, method_of(record)
+        name = model, record.task, record.family
         if name not in self._drawn:
             side = self._models[model].side
             try:
@@ -474,9 +469,9 @@ class _Draws:
 
 def _missing_notes(models: Sequence[Model]) -> Iterator[str]:
     """Which tasks some models have and others do not: these are in no average."""
-    for method in _METHODS:
-        scored = [{r.task for r in m.main if method_of(r) == method and r.score is not None} for m in models]
-        everything = dict.fromkeys(r.task for m in models for r in m.main if method_of(r) == method and r.score is not None)
+    for method in METHODS:
+        scored = [{r.task for r in m.main if r.family == method and r.score is not None} for m in models]
+        everything = dict.fromkeys(r.task for m in models for r in m.main if r.family == method and r.score is not None)
         for model, mine in zip(models, scored, strict=True):
             if lacking := [task for task in everything if task not in mine]:
                 few = ", ".join(map(printable, lacking[:6])) + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ..evaluation.record import Interval, Result, TaskResult
+from ..evaluation.settings import Method
 from .taps import best_tap, ordered_taps
-
-Method = Literal["head", "knn"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,6 @@ class Curve:
     best_on_test: bool = False
 
 
-def method_of(record: TaskResult) -> Method:
-    return "knn" if record.method == "knn" else "head"
-
-
 def tap_curves(results: Sequence[Result]) -> Iterator[Curve]:
     """A curve per task, method and result with several taps."""
     for number, result in enumerate(results):
@@ -45,7 +39,7 @@ def tap_curves(results: Sequence[Result]) -> Iterator[Curve]:
             continue
         by_task: dict[tuple[str, Method], dict[str, TaskResult]] = {}
         for record in result.tasks:
-            by_task.setdefault((record.task, method_of(record)), {})[record.tap or result.encoder.taps[0]] = record
+            by_task.setdefault((record.task, record.family), {})[record.tap or result.encoder.taps[0]] = record
         for (task, method), by_tap in by_task.items():
             records = [by_tap.get(tap) for tap in taps]
             known = [record for record in records if record is not None]

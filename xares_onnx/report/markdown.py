@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..evaluation.settings import METHODS
 from .board import AverageCell, AverageRow, Board, Row
 from .ci import markdown_cell
 from .curves import Curve
@@ -26,7 +27,7 @@ def markdown(board: Board) -> str:
             [f"{name}, published", *(_published_average(row, name) for row in board.averages)] for name in board.published
         ]
         parts.append(_table(["weighted average", *heads], lines, words=1))
-    for method in ("head", "knn"):
+    for method in METHODS:
         rows = [row for row in board.rows if row.method == method]
         if rows:
             heads = [f"by {method}", "metric", *models, *(f"{name}, published" for name in board.published)]

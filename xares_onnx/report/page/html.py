@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from ...errors import printable
+from ...evaluation.settings import METHODS
 from ...version import __version__
 from ..board import Board, Model, Row
 from ..curves import Curve
@@ -72,7 +73,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "layers": list(_layers(board)),
         "lead": summary(board),
         "many": len(board.models) > 1,
-        "methods": [(method, rows) for method in ("head", "knn") if (rows := [r for r in board.rows if r.method == method])],
+        "methods": [(method, rows) for method in METHODS if (rows := [r for r in board.rows if r.method == method])],
         "mistake_notes": listening.notes,
         "mistakes": [_drawn(board, mistakes) for mistakes in found],
         "noise": noise(board),

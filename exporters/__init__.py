@@ -1,10 +1,10 @@
-"""Audio encoders as ONNX files that follow the encoder contract: one family a module, `core` shared by all.
+"""Audio encoders as ONNX files that follow the encoder contract.
 
-A family is a module with `build(checkpoint) -> (torch module, Spec)`. To add one, write that module and its
-name in `FAMILIES`; `core` exports it, writes its metadata and checks the file against the torch module.
+`FAMILIES` maps each family to a module with `build(family, checkpoint) -> (torch module, Spec)`. To add a family, write such
+a module, or a row in `speech`, and name it there. `core` exports the module, writes the metadata and checks the file against
+the torch module; `pretrained` reads checkpoints, and `precision` makes files smaller.
 
-`speech` and `pretrained` are shared by families, `precision` makes files smaller. Importing this package loads neither
-torch nor onnx nor transformers; the last comes with the `export` extra.
+Importing this package loads neither torch nor onnx nor transformers; the last comes with the `export` extra.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "export"]
 
-FAMILIES = ("dasheng", "data2vec", "hubert", "logmel", "resemblyzer", "torch", "wav2vec2", "wavlm", "whisper")
+# Family: the module that builds its encoder.
+FAMILIES = {
+    "dasheng": "dasheng",
+    "data2vec": "speech",
+    "hubert": "speech",
+    "logmel": "logmel",
+    "resemblyzer": "resemblyzer",
+    "torch": "torch",
+    "wav2vec2": "speech",
+    "wavlm": "speech",
+    "whisper": "whisper",
+}
 DTYPES = ("fp32", "fp16")
 QUANTIZATIONS = ("int8-dynamic",)
 
@@ -28,17 +39,28 @@ QUANTIZATIONS = ("int8-dynamic",)
 def export(
     family: str, checkpoint: str | None, output: Path, *, dtype: str = "fp32", quantize: str | None = None
 ) -> ExportReport:
-    """Write the encoder `family` as an ONNX file.
+    """Write an encoder as an ONNX file. After an error, the output path is as it was.
 
-    `checkpoint` is a path for the families that have weights, or the name of a model in the local cache; for `torch`
-    it is `module:factory`. `dtype` is that of weights and arithmetic; `quantize` makes linear layers smaller still.
+    Args:
+        family: One of `FAMILIES`.
+        checkpoint: For families with weights, a path or the name of a model in the local cache; for `torch`,
+            `module:factory`.
+        output: The file to write, in a folder that exists.
+        dtype: Of weights and arithmetic: `fp32` or `fp16`.
+        quantize: `int8-dynamic` makes linear layers smaller still.
 
-    Raises `UsageError` for an unknown family, an unusable checkpoint or output path, or where torch or the
-    weights are not installed; `ModelError` where the exported file does not agree with the torch module. Then
-    the output path is left as it was.
+    Returns:
+        How closely the file agrees with the torch module.
+
+    Raises:
+        UsageError: The family is unknown, the checkpoint or the output path unusable, or torch or the weights are missing.
+        ModelError: The exported file does not agree with the torch module.
+
+    Example:
+        export("wavlm", "checkpoints/wavlm-base-plus", Path("wavlm.onnx"))
     """
     if family not in FAMILIES:
-        raise UsageError(f"there is no encoder family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
+        raise UsageError(f"unknown encoder family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} must be {' or '.join(DTYPES)}")
     if quantize is not None and quantize not in QUANTIZATIONS:
@@ -47,9 +69,9 @@ def export(
         raise UsageError(f"--quantize {quantize} starts from float32 weights; leave out --dtype {dtype}")
     try:
         core = import_module(f"{__name__}.core")
-        builder = import_module(f"{__name__}.{family}")
+        builder = import_module(f"{__name__}.{FAMILIES[family]}")
     except ModuleNotFoundError as error:
         raise UsageError(f"exporting needs {error.name}; run: pip install 'xares-onnx[export]'") from error
-    encoder, spec = builder.build(checkpoint)
+    encoder, spec = builder.build(family, checkpoint)
     report: ExportReport = core.export_encoder(encoder, spec, output, precision=quantize or dtype)
     return report

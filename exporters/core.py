@@ -1,6 +1,6 @@
-"""From a torch module to an ONNX file that follows the encoder contract, and is known to.
+"""From a torch module to an ONNX file that follows the encoder contract.
 
-A file is kept only if batch and time are dynamic, frames follow the declared law, and embeddings agree.
+A file is kept only if batch and time are dynamic, frames follow the declared law, and embeddings agree with the module's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from xares_onnx.encoder.contract.frame_law import FrameLaw
 from xares_onnx.encoder.processor import PairSums, pair_sums
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters.precision import LOUDNESS_STEP, TOLERANCE, Precision, halve, quantize
@@ -31,14 +32,14 @@ __all__ = ["ExportReport", "Spec", "check_dynamic", "check_parity", "export_enco
 
 INPUT, OUTPUT = "audio", "embeddings"
 PROBE_BATCHES = (1, 2, 3)
-EXTERNAL_BYTES = 2_000_000_000  # of weights, from which on they stand beside the file: a protobuf ends at 2 GiB
+EXTERNAL_BYTES = 2_000_000_000  # weights of this size and more go into a file beside it: a protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a family declares of its encoder, in samples at `sample_rate`.
+    """What a family declares about its encoder, in samples at `sample_rate`.
 
-    The receptive field is the constant of the law in `frames`, after any padding: 0 for a centred STFT.
+    The receptive field is the constant of its `law`, after any padding: 0 for a centred STFT.
     """
 
     model_type: str
@@ -53,9 +54,10 @@ class Spec:
     max_samples: int | None = None
     chunk_samples: int | None = None
 
-    def frames(self, samples: int) -> int:
-        """The frame law: floor((samples - receptive field) / hop) + 1."""
-        return (samples - self.receptive_field_samples) // self.hop_samples + 1
+    @property
+    def law(self) -> FrameLaw:
+        """The law of its frames."""
+        return FrameLaw(self.hop_samples, self.receptive_field_samples)
 
     def metadata(self, dim: int, precision: Precision) -> dict[str, str]:
         """The file's `metadata_props`: the contract's `xares.*` keys, and the plain ones of sherpa-onnx."""
@@ -80,26 +82,34 @@ class Spec:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """A file that was written, and how closely it agrees with the torch module at which lengths, batches.
-
-    `pair_sums` is how the processor that measured it adds products of bytes, None where the file has none."""
+    """A file that was written, and how closely it agrees with the torch module."""
 
     path: Path
     parameters: int
     max_abs_error: float
+    """The largest difference over all lengths, in samples, and batch sizes."""
     lengths: tuple[int, ...]
     batches: tuple[int, ...]
     pair_sums: PairSums | None = None
+    """How this processor adds products of bytes; None if the file has none."""
 
 
 def export_encoder(
     encoder: nn.Module, spec: Spec, output: Path, *, precision: Precision = "fp32", external_bytes: int = EXTERNAL_BYTES
 ) -> ExportReport:
-    """Export `encoder`, float32 [batch, samples] in [-1, 1] -> [batch, frames, dim], and check the file.
+    """Export a torch module and check the file. After an error, `output` is as it was.
 
-    From `external_bytes` of weights on, they are written to `<output>.data`. Raises `ModelError`, and leaves
-    `output` as it was, unless dimensions, frame law and embeddings all hold; `UsageError` where `output` cannot be a
-    file or the encoder has nothing to make smaller; `MachineError` where the disk does not take it.
+    Args:
+        encoder: float32 [batch, samples] in [-1, 1] -> [batch, frames, dim].
+        spec: What the file declares about it.
+        output: The file to write, in a folder that exists.
+        precision: Of weights and arithmetic.
+        external_bytes: Weights of this size and more are written to `<output>.data`.
+
+    Raises:
+        ModelError: Dimensions, frame law or embeddings are not as they should be.
+        UsageError: `output` cannot be a file, or the encoder has nothing to make smaller.
+        MachineError: The disk is full, or fails.
     """
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"{output} cannot be written: name a file in a folder that exists")
@@ -117,8 +127,8 @@ def export_encoder(
             check_dynamic(unchecked)
             max_abs_error = check_parity(encoder, unchecked, spec, precision)
             weights = _weights_beside(unchecked)
-            if weights.exists():  # first: a file without its weights is worse than weights without a file
-                weights.chmod(unchecked.stat().st_mode)  # onnx writes it for its owner alone
+            if weights.exists():  # first, because a file without its weights is worse than weights without a file
+                weights.chmod(unchecked.stat().st_mode)  # onnx makes it readable to its owner alone
                 os.replace(weights, _weights_beside(output))
             os.replace(unchecked, output)
     except OSError as error:
@@ -129,7 +139,7 @@ def export_encoder(
 
 
 def check_dynamic(path: Path) -> None:
-    """Raise `ModelError` where the file fixes batch or time: an exporter may specialise without a word."""
+    """Raise `ModelError` if the file fixes batch or time, which torch's exporter may do without a warning."""
     graph = onnx.load(path, load_external_data=False).graph
     for value in (graph.input[0], graph.output[0]):
         if not all(size.dim_param for size in value.type.tensor_type.shape.dim[:2]):
@@ -137,11 +147,13 @@ def check_dynamic(path: Path) -> None:
 
 
 def check_parity(encoder: nn.Module, path: Path, spec: Spec, precision: Precision = "fp32") -> float:
-    """The largest absolute difference between the file and `encoder`, over probe lengths and batches.
+    """The largest absolute difference between a file and its torch module, over probe lengths and batches.
 
-    The module hears one clip at a time, the file hears them together, each at its own loudness: a file frozen
-    to the traced shape fails, and so does an encoder whose embedding of a clip depends on its neighbours.
-    Raises `ModelError` past the tolerance, at a wrong shape, or where ONNX Runtime cannot run the file.
+    The module embeds one clip at a time, the file all together, each clip at another loudness. So a file frozen to the
+    traced shape fails, and so does an encoder whose embedding of a clip depends on its neighbours.
+
+    Raises:
+        ModelError: The difference exceeds the tolerance, a shape is wrong, or ONNX Runtime cannot run the file.
     """
     name = f"the exported {spec.model_type} file"
     with _as_model_error(f"{name} does not load"):
@@ -152,11 +164,11 @@ def check_parity(encoder: nn.Module, path: Path, spec: Spec, precision: Precisio
         audio = _probe_audio(batch, samples, LOUDNESS_STEP[precision])
         with _as_model_error(f"{name} or its torch module does not run {where}"):
             expected = torch.cat([encoder(clip[None]) for clip in audio]).detach().numpy()
-            (found,) = session.run([OUTPUT], {INPUT: audio.numpy()})
-        law = (batch, spec.frames(samples), expected.shape[-1])
-        if not found.shape == expected.shape == law:
-            raise ModelError(f"{name} gives {found.shape} {where}, torch {expected.shape}, its law {law}")
-        errors = np.abs(found - expected).max(axis=(1, 2))
+            (embeddings,) = session.run([OUTPUT], {INPUT: audio.numpy()})
+        declared = (batch, spec.law.frames(samples), expected.shape[-1])
+        if not embeddings.shape == expected.shape == declared:
+            raise ModelError(f"{name} gives {embeddings.shape} {where}, torch {expected.shape}, its law {declared}")
+        errors = np.abs(embeddings - expected).max(axis=(1, 2))
         if not (errors <= TOLERANCE[precision] * np.abs(expected).max(axis=(1, 2))).all():  # NaN fails too
             raise ModelError(f"{name} differs from the torch module by {errors.max():.2g} {where}")
         worst = max(worst, float(errors.max()))
@@ -164,8 +176,8 @@ def check_parity(encoder: nn.Module, path: Path, spec: Spec, precision: Precisio
 
 
 def probe_lengths(spec: Spec) -> tuple[int, ...]:
-    """The shortest length, the last before one more frame, two odd ones about one and two seconds longer, or less where the
-    encoder takes less."""
+    """The lengths that are checked, in samples: the shortest, the last before one more frame, and two odd ones, one and two
+    seconds longer or as far as the encoder allows."""
     shortest, hop, step = spec.min_samples, spec.hop_samples, spec.sample_rate
     if spec.max_samples is not None:
         step = min(step, (spec.max_samples - shortest - hop // 3 - 1) // 2)
@@ -173,15 +185,15 @@ def probe_lengths(spec: Spec) -> tuple[int, ...]:
 
 
 def _probe_audio(batch: int, samples: int, step: float) -> Tensor:
-    """Noise, float32 [batch, samples]; each clip `step` times louder than the one before, the last at 0.9."""
+    """Noise, float32 [batch, samples]; each clip is `step` times louder than the one before, the last at 0.9."""
     noise = np.random.default_rng(samples).uniform(-0.9, 0.9, (batch, samples))
     return torch.from_numpy((noise * step ** np.arange(1 - batch, 1)[:, None]).astype(np.float32))
 
 
 def _trace(encoder: nn.Module, spec: Spec, precision: Precision, scratch: Path) -> onnx.ModelProto:
-    """Graph and metadata, by torch's TorchScript exporter: the newer one cannot export `nn.LSTM`.
+    """Graph and metadata, from torch's TorchScript exporter, because the newer one cannot export `nn.LSTM`.
 
-    `scratch` is an empty folder for what does not fit into one protobuf.
+    `scratch` is an empty folder for weights that do not fit into one protobuf.
     """
     if precision == "fp16":
         encoder = halve(deepcopy(encoder))
@@ -218,8 +230,10 @@ def _weights_beside(path: Path) -> Path:
 
 @contextmanager
 def _steady_torch() -> Iterator[None]:
-    """One thread: threads that wait for each other at every LSTM step take 30x as long on a busy machine.
-    No warnings of the older exporter's age, nor of what a trace may fix, which `check_parity` rules out."""
+    """One thread, because threads that wait for each other at every LSTM step take 30x as long on a busy machine.
+
+    No warnings that the exporter is old, nor of what a trace may freeze, which `check_parity` finds.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -234,7 +248,7 @@ def _steady_torch() -> Iterator[None]:
 
 @contextmanager
 def _as_model_error(what: str) -> Iterator[None]:
-    """Neither torch's exporter nor ONNX Runtime has one base class of errors: take the first line of any."""
+    """The first line of any error: neither torch's exporter nor ONNX Runtime has one base class of errors."""
     try:
         yield
     except UsageError:

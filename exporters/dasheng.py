@@ -1,8 +1,8 @@
 """Dasheng: Dinkel et al., Scaling up masked audio encoder learning for general audio classification (2024).
 
-A vision transformer on log-mel patches of 64 bands and four frames, 40 ms. Positions are learnt for about 10 s, and longer
-audio is for the evaluator to cut. The published front end floors a whole batch at 120 dB below its loudest band; here it
-is each clip by itself. The checkpoint is a folder with config.json and model.safetensors.
+A vision transformer on log-mel patches of 64 bands and four frames, 40 ms. Positions are learnt for about 10 s; the
+evaluator cuts longer audio. The published front end floors a whole batch at 120 dB below its loudest band; here each
+clip has its own floor. The checkpoint is a folder with config.json and model.safetensors.
 """
 
 from __future__ import annotations
@@ -112,21 +112,25 @@ class DashengEncoder(nn.Module):
         return embeddings
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
-    """Raises `UsageError` where the checkpoint is missing, incomplete or of another architecture."""
-    found = Checkpoint.find("dasheng", checkpoint)
-    body = _body(found)
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    """The encoder of a checkpoint, and what it declares.
+
+    Raises:
+        UsageError: The checkpoint is missing, incomplete or of another architecture.
+    """
+    local = Checkpoint.find(family, checkpoint)
+    body = _body(local)
     positions = body.time_pos_embed.shape[-1]
     shortest = (PATCH_FRAMES - 1) * HOP_SAMPLES  # a centred STFT has samples // hop + 1 frames
     spec = Spec(
-        model_type="dasheng",
+        model_type=family,
         sample_rate=SAMPLE_RATE,
         hop_samples=PATCH_HOP,
         receptive_field_samples=shortest,
         first_frame_center_samples=shortest / 2,
         min_samples=shortest,
-        license=found.license,
-        source=found.source,
+        license=local.license,
+        source=local.source,
         comment="Dasheng, last layer; log-mel inside, floored for each clip by itself",
         max_samples=shortest + positions * PATCH_HOP - 1,
         chunk_samples=positions * PATCH_HOP // SAMPLE_RATE * SAMPLE_RATE or None,
@@ -134,15 +138,15 @@ def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
     return DashengEncoder(body), spec
 
 
-def _body(found: Checkpoint) -> DashengBody:
-    config = found.config()
+def _body(checkpoint: Checkpoint) -> DashengBody:
+    config = checkpoint.config()
     heads = config.get("num_heads", HEADS.get(str(config.get("name", "dasheng-base"))))
     if not isinstance(heads, int):
-        raise UsageError(f"{found.folder}/config.json should say num_heads, or have a name of {', '.join(HEADS)}")
+        raise UsageError(f"{checkpoint.folder}/config.json must have num_heads, or one of the names {', '.join(HEADS)}")
     try:
-        state = load_file(found.folder / "model.safetensors")
+        state = load_file(checkpoint.folder / "model.safetensors")
         learned = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-        # The published model keeps the front end's window and filters among its weights, or does not.
+        # Published checkpoints may hold the front end's window and filters among their weights.
         learned = {name: value for name, value in learned.items() if not name.startswith("front_end.")}
         dim, _, bands, patch_frames = learned["patch_embed.proj.weight"].shape
         if (bands, patch_frames) != (BANDS, PATCH_FRAMES):
@@ -153,5 +157,5 @@ def _body(found: Checkpoint) -> DashengBody:
         body.load_state_dict(learned)
     except (OSError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         detail = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{found.folder} is not a Dasheng encoder in safetensors: {detail}") from error
+        raise UsageError(f"{checkpoint.folder} is not a Dasheng encoder in safetensors: {detail}") from error
     return body.float().eval()

@@ -1,7 +1,7 @@
 """Log-mel energies: the baseline without weights, and the mel front end that other families share.
 
-A 25 ms Hann window every 10 ms over audio at 16 kHz, 64 bands from 0 to 8 kHz. The bands are Slaney's: at the
-low end they lie 46 Hz apart, more than the DFT's 40 Hz; at HTK's 27 Hz, neighbours would share one bin.
+A 25 ms Hann window every 10 ms over audio at 16 kHz, 64 bands from 0 to 8 kHz. The bands are Slaney's: the lowest are 46 Hz
+apart, more than the DFT's 40 Hz; at HTK's 27 Hz, neighbours would share one bin.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xares_onnx.encoder.contract.frontend import make_frontend
+from xares_onnx.encoder.features import mel_filters
 from xares_onnx.errors import UsageError
 from xares_onnx.exporters.core import Spec
 
-__all__ = ["LogMel", "MelPower", "build", "mel_filters"]
+__all__ = ["LogMel", "MelPower", "build", "slaney_filters"]
 
 SAMPLE_RATE = 16_000
 WINDOW_SAMPLES = 400  # 25 ms
@@ -23,35 +25,23 @@ HOP_SAMPLES = 160  # 10 ms
 BANDS = 64
 
 # Rounding to 16 bits alone puts 3e-10 into every band: 2**-30 / 12 a sample, x 150, the sum of the window's
-# squares, / 40, as filters have unit area in Hz and bins are 40 Hz wide. What is under the floor is no sound.
+# squares, / 40, as filters have unit area in Hz and bins are 40 Hz wide. Sound is above this floor.
 FLOOR = 1e-10
 
 
-def mel_filters(bands: int, window_samples: int, sample_rate: int) -> NDArray[np.float64]:
-    """Slaney's triangles from 0 Hz to Nyquist, each of unit area in Hz; (bands, window_samples // 2 + 1).
-
-    Source: M. Slaney, Auditory Toolbox (1998), as librosa.filters.mel has it by default. The scale is linear
-    up to 1000 Hz (15 mel of 200/3 Hz) and logarithmic above (27 mel for a factor of 6.4).
-    """
-    linear_hz, linear_mel, octave = 1000.0, 15.0, np.log(6.4) / 27.0
-    nyquist = sample_rate / 2
-    top = linear_mel + np.log(nyquist / linear_hz) / octave if nyquist > linear_hz else nyquist * linear_mel / linear_hz
-    mels = np.linspace(0.0, top, bands + 2)
-    edges = np.where(mels < linear_mel, mels * linear_hz / linear_mel, linear_hz * np.exp((mels - linear_mel) * octave))
-    low, centre, high = (edges[i : i + bands, None] for i in range(3))
-    bins = np.arange(window_samples // 2 + 1) * sample_rate / window_samples
-    triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clip(min=0.0)
-    filters: NDArray[np.float64] = triangles * 2.0 / (high - low)
-    return filters
+def slaney_filters(bands: int) -> NDArray[np.float64]:
+    """Slaney's triangles from 0 Hz to Nyquist, each of unit area in Hz; (bands, WINDOW_SAMPLES // 2 + 1)."""
+    settings = {"preset": "whisper", "fft_samples": WINDOW_SAMPLES, "mels": bands, "low_hz": 0.0, "high_hz": 0.0}
+    return mel_filters(make_frontend(settings, SAMPLE_RATE)).T
 
 
 class MelPower(nn.Module):
     """Mel power spectrogram, float32 [batch, samples] -> [batch, frames, bands].
 
-    The DFT is a strided convolution with windowed cosines and sines, made in double precision: several times
-    faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does:
-    frame i is then centred on sample i * hop, else on i * hop + window / 2. `filters`, (bands, window_samples // 2 + 1),
-    stand for Slaney's.
+    The DFT is a strided convolution with windowed cosines and sines, computed in double precision; it is several times
+    faster than ONNX's STFT operator. `centred` pads half a window of zeros at both ends, as librosa does: frame i is
+    then centred on sample i * hop, else on i * hop + window / 2. `filters`, (bands, window_samples // 2 + 1), replace
+    Slaney's, which are for WINDOW_SAMPLES.
     """
 
     dft: Tensor
@@ -71,9 +61,9 @@ class MelPower(nn.Module):
         phase = 2 * np.pi / window_samples * np.outer(np.arange(window_samples // 2 + 1), time)
         window = 0.5 - 0.5 * np.cos(2 * np.pi / window_samples * time)  # periodic Hann
         kernels = np.concatenate([window * np.cos(phase), window * np.sin(phase)])
-        filters = mel_filters(bands, window_samples, SAMPLE_RATE) if filters is None else filters
+        filters = slaney_filters(bands) if filters is None else filters
         self.register_buffer("dft", torch.from_numpy(kernels[:, None]).float())
-        # Twice side by side: the sum over bins then also adds the squares of cosine and sine.
+        # Twice side by side, so that the sum over bins also adds the squares of cosine and sine.
         self.register_buffer("filters", torch.from_numpy(np.tile(filters, 2)[:, :, None]).float())
 
     def forward(self, audio: Tensor) -> Tensor:
@@ -93,11 +83,12 @@ class LogMel(nn.Module):
         return power.clamp_min(FLOOR).log()
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    """The baseline, and what it declares. Raises `UsageError` for any checkpoint."""
     if checkpoint is not None:
-        raise UsageError(f"logmel has no weights; leave out the checkpoint {checkpoint!r}")
+        raise UsageError(f"{family} has no weights; leave out the checkpoint {checkpoint!r}")
     spec = Spec(
-        model_type="logmel",
+        model_type=family,
         sample_rate=SAMPLE_RATE,
         hop_samples=HOP_SAMPLES,
         receptive_field_samples=WINDOW_SAMPLES,

@@ -16,19 +16,21 @@ __all__ = ["LOUDNESS_STEP", "PRECISIONS", "TOLERANCE", "Precision", "halve", "qu
 Precision = Literal["fp32", "fp16", "int8-dynamic"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8-dynamic")
 
-# How far a file may be from the float32 module, as a share of the largest absolute value in a clip's embedding.
+# The largest difference of a file from the float32 module, as a share of the largest absolute value in a clip's embedding.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "int8-dynamic": 0.2}
 
-# How much louder each probe clip of a batch is than the one before. Dynamic quantisation takes one scale for a
-# whole batch, so that a quiet clip beside a loud one is lost: such a file is for clips of one loudness, or batch 1.
+# How much louder each probe clip of a batch is than the one before. Dynamic quantisation has one scale for a whole batch, so
+# a quiet clip beside a loud one is lost: such a file is for clips of one loudness, or for batches of one.
 LOUDNESS_STEP: dict[Precision, float] = {"fp32": 10.0, "fp16": 10.0, "int8-dynamic": 1.0}
 
 
 def halve(encoder: nn.Module) -> nn.Module:
-    """`encoder` itself, computing in float16 but for its `front_end`, where it has one: powers underflow there.
+    """`encoder` itself, changed to compute in float16 except in its child `front_end`, where powers would underflow.
 
-    What enters and leaves it stays float32. Raises `UsageError` where all of it is a front end, or some of it recurrent:
-    loading such a file ends ONNX Runtime's process.
+    Its inputs and outputs stay float32.
+
+    Raises:
+        UsageError: All of it is a front end, or a part is recurrent: loading such a file kills ONNX Runtime's process.
     """
     parts = [part for name, part in encoder.named_children() if name != "front_end"]
     if not hasattr(encoder, "front_end"):
@@ -51,15 +53,21 @@ def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 
 def quantize(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """`model` with the constant matrices of its products in 7 of 8 bits, and its activations quantised as they come.
+    """A model whose products have constant matrices in 7 of 8 bits, and activations that are quantised in each run.
 
     Signed weights use -64 to 64: CPUs with AVX2 or AVX-512 and without VNNI add two neighbouring products with activations
     of 0 to 255 in 16 bits that saturate at 32,767, and 2 * 64 * 255 is 32,640. A scale per output channel costs no time and
     gains about what the lost bit costs. Unsigned weights of all 8 bits would be right everywhere too and about half as far
     from float32, but take 2.3 times as long with VNNI.
 
-    Convolutions stay as they are: a front end would suffer, and the CPU gains nothing. `folder` takes large
-    temporary files. Raises `UsageError` where no product has a constant matrix.
+    Convolutions stay as they are: a front end would suffer, and the CPU gains nothing.
+
+    Args:
+        model: Is changed.
+        folder: For large temporary files.
+
+    Raises:
+        UsageError: No product has a constant matrix.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -1,6 +1,6 @@
-"""Checkpoints in the layout of `transformers`: a local folder, or a model that is in its local cache.
+"""Checkpoints in the layout of `transformers`: a local folder, or a model in its local cache.
 
-Nothing is downloaded, no code of a checkpoint is run, and weights are read from safetensors files alone.
+Nothing is downloaded, no code of a checkpoint runs, and weights are read from safetensors files alone.
 """
 
 from __future__ import annotations
@@ -40,18 +40,26 @@ class LastHiddenState(nn.Module):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config, preprocessor config and weights of one model; `source` is what metadata call it."""
+    """A folder with the config, preprocessor config and weights of one model; `source` names it in metadata."""
 
     folder: Path
     source: str
 
     @classmethod
     def find(cls, family: str, checkpoint: str | None) -> Checkpoint:
-        """Raises `UsageError` where there is no such folder or cached model, or where it is of another family."""
+        """Find a checkpoint.
+
+        Args:
+            family: The `model_type` that its config must have.
+            checkpoint: A folder, or the name of a model in the local cache.
+
+        Raises:
+            UsageError: There is no such folder or cached model, or it is of another family.
+        """
         if checkpoint is None:
             raise UsageError(f"{family} needs a checkpoint: a local folder, or the name of a model in the local cache")
         if Path(checkpoint).is_dir():
-            found = cls(Path(checkpoint), Path(checkpoint).resolve().name)
+            result = cls(Path(checkpoint), Path(checkpoint).resolve().name)
         else:
             try:
                 folder = Path(hf_hub_download(checkpoint, _CONFIG, local_files_only=True)).parent
@@ -59,14 +67,16 @@ class Checkpoint:
                 raise UsageError(
                     f"there is no folder {checkpoint} and no model of that name in the local cache; download it first"
                 ) from error
-            found = cls(folder, f"{checkpoint}@{folder.name}")
-        if (kind := found.config().get("model_type")) != family:
-            raise UsageError(f"{checkpoint} holds a model of type {kind!r}, not {family!r}; export it as what it is")
-        return found
+            result = cls(folder, f"{checkpoint}@{folder.name}")
+        if (model_type := result.config().get("model_type")) != family:
+            raise UsageError(
+                f"{checkpoint} holds a model of type {model_type!r}, not {family!r}; export it as its own family"
+            )
+        return result
 
     @property
     def license(self) -> str:
-        """What the model card's first lines say."""
+        """As the head of the model card states it."""
         card = self.folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         stated = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*(\S+)", text)
@@ -76,13 +86,17 @@ class Checkpoint:
         return self._json(_CONFIG)
 
     def preprocessor(self) -> dict[str, Any]:
-        """The preprocessor's settings: they are half of the encoder, and no default stands for them."""
+        """The preprocessor's settings. They are half of the encoder, so no default replaces them."""
         return self._json(_PREPROCESSOR)
 
     def load(self, part: str = "") -> Any:
-        """The model in float32, for inference; every weight whose name starts with `part` must be in the file.
+        """Load the model in float32, for inference.
 
-        Raises `UsageError` where one is not: `transformers` would make it up at random.
+        Args:
+            part: Every weight whose name starts with this must be in the file, since `transformers` would draw it at random.
+
+        Raises:
+            UsageError: A weight is missing or has another shape, or the checkpoint cannot be loaded.
         """
         with _quiet_transformers():
             try:
@@ -121,7 +135,7 @@ class Checkpoint:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no reports of unused heads: what matters of them becomes an error."""
+    """No progress bars, and no reports of unused heads: missing weights become an error instead."""
     logging: Any = transformers.utils.logging  # half of it has no types
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

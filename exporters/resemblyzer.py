@@ -1,12 +1,12 @@
-"""Resemblyzer's pretrained speaker encoder (GE2E), one embedding a 10 ms frame.
+"""Resemblyzer's pretrained speaker encoder (GE2E), one embedding per 10 ms frame.
 
 Wan et al., Generalized End-to-End Loss for Speaker Verification (2018), https://arxiv.org/abs/1710.10467;
 weights from the `resemblyzer` wheel, Apache-2.0. Resemblyzer embeds partials of 160 frames (1.6 s) and keeps
 the last state of each. Here the state at every frame goes through the same projection, so frame 159 is
 Resemblyzer's embedding of the partial that starts with the audio.
 
-Its `preprocess_wav` (quiet clips raised to -30 dBFS, long silences cut) works on whole clips and is not in
-the file. As the mel powers are not logarithmic, loudness matters.
+Its `preprocess_wav` (raises quiet clips to -30 dBFS, cuts long silences) works on whole clips and is not in the file.
+The mel powers are not logarithmic, so loudness matters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BANDS = 40
 DIM = 256
 LAYERS = 3
 
-# What reading some other file as a checkpoint raises: torch.load, a missing name, a tensor of another shape.
+# Raised when another file is read as a checkpoint: by torch.load, for a missing name, for a tensor of another shape.
 NOT_A_CHECKPOINT = (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
@@ -48,12 +48,16 @@ class SpeakerEncoder(nn.Module):
         return functional.normalize(self.linear(states).relu(), dim=-1)
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
-    """The encoder with Resemblyzer's own weights, or those of another checkpoint in its format."""
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    """The encoder with Resemblyzer's own weights, or with another checkpoint in its format; and what it declares.
+
+    Raises:
+        UsageError: The weights are missing or of another format.
+    """
     encoder = SpeakerEncoder()
     _load(encoder, _pretrained() if checkpoint is None else Path(checkpoint))
     spec = Spec(
-        model_type="resemblyzer",
+        model_type=family,
         sample_rate=SAMPLE_RATE,
         hop_samples=HOP_SAMPLES,
         receptive_field_samples=0,  # centred: samples // hop + 1 frames
@@ -67,7 +71,7 @@ def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
 
 
 def _pretrained() -> Path:
-    """The installed wheel's weights, found without importing it: that needs webrtcvad and an old scipy."""
+    """The installed wheel's weights. It is not imported, because that needs webrtcvad and an old scipy."""
     package = util.find_spec("resemblyzer")
     for folder in (package.submodule_search_locations or ()) if package else ():
         if (weights := Path(folder, "pretrained.pt")).is_file():
@@ -80,7 +84,7 @@ def _load(encoder: SpeakerEncoder, path: Path) -> None:
         raise UsageError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
-        # The two `similarity_` scalars belong to the training loss, the `mel.` tensors to us alone.
+        # The two `similarity_` scalars belong to the training loss; the `mel.` tensors exist here alone.
         learned = {name: tensor for name, tensor in state.items() if not name.startswith("similarity_")}
         front_end = {name: tensor for name, tensor in encoder.state_dict().items() if name.startswith("mel.")}
         encoder.load_state_dict(front_end | learned)

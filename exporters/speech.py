@@ -1,6 +1,11 @@
-"""What wav2vec 2.0, HuBERT, WavLM and data2vec share: strided convolutions on the waveform, then a transformer.
+"""wav2vec 2.0, HuBERT, WavLM and data2vec: strided convolutions on the waveform, then a transformer.
 
 The file holds the normalisation of the checkpoint's preprocessor, each clip by itself, and gives the last hidden state.
+
+Sources: Baevski et al., wav2vec 2.0: A Framework for Self-Supervised Learning of Speech Representations (2020); Hsu et al.,
+HuBERT: Self-Supervised Speech Representation Learning by Masked Prediction of Hidden Units (2021); Chen et al., WavLM:
+Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing (2021); Baevski et al., data2vec: A General
+Framework for Self-supervised Learning in Speech, Vision and Language (2022).
 """
 
 from __future__ import annotations
@@ -12,11 +17,19 @@ from xares_onnx.errors import UsageError
 from xares_onnx.exporters.core import Spec
 from xares_onnx.exporters.pretrained import Checkpoint, LastHiddenState
 
-__all__ = ["SpeechEncoder", "ZeroMeanUnitVariance", "build_speech"]
+__all__ = ["SpeechEncoder", "ZeroMeanUnitVariance", "build"]
+
+# Family: the `model_type` of its checkpoints, and its title.
+FAMILIES = {
+    "data2vec": ("data2vec-audio", "data2vec audio"),
+    "hubert": ("hubert", "HuBERT"),
+    "wav2vec2": ("wav2vec2", "wav2vec 2.0"),
+    "wavlm": ("wavlm", "WavLM"),
+}
 
 
 class ZeroMeanUnitVariance(nn.Module):
-    """float32 [batch, samples] -> the same, each clip less its mean and over its standard deviation."""
+    """float32 [batch, samples] -> the same, each clip minus its mean and divided by its standard deviation."""
 
     def forward(self, audio: Tensor) -> Tensor:
         centred = audio - audio.mean(dim=-1, keepdim=True)
@@ -36,35 +49,37 @@ class SpeechEncoder(nn.Module):
         return hidden
 
 
-def build_speech(family: str, title: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
-    """The encoder of a checkpoint whose config says that it is of `family`, and its contract.
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    """The encoder of a checkpoint of one of `FAMILIES`, and what it declares.
 
-    Raises `UsageError` where the checkpoint is missing, incomplete or of another kind.
+    Raises:
+        UsageError: The checkpoint is missing, incomplete or of another family.
     """
-    found = Checkpoint.find(family, checkpoint)
-    settings = found.preprocessor()
+    model_type, title = FAMILIES[family]
+    local = Checkpoint.find(model_type, checkpoint)
+    settings = local.preprocessor()
     normalize, rate = settings.get("do_normalize"), settings.get("sampling_rate")
     if not isinstance(normalize, bool) or not isinstance(rate, int):
         raise UsageError(
-            f"{found.folder}/preprocessor_config.json must say do_normalize (true or false) and sampling_rate (in Hz)"
+            f"{local.folder}/preprocessor_config.json must have do_normalize (true or false) and sampling_rate (in Hz)"
         )
-    model = found.load()
+    model = local.load()
     config = model.config
     if getattr(config, "add_adapter", False):
-        raise UsageError(f"{found.folder} has an adapter behind its encoder, which is not supported; use the plain encoder")
+        raise UsageError(f"{local.folder} has an adapter after its encoder, which is not supported; use the plain encoder")
     hop, receptive = 1, 1
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         receptive += (kernel - 1) * hop
         hop *= stride
     spec = Spec(
-        model_type=family,
+        model_type=model_type,
         sample_rate=rate,
         hop_samples=hop,
         receptive_field_samples=receptive,
         first_frame_center_samples=receptive / 2,
         min_samples=receptive,
-        license=found.license,
-        source=found.source,
+        license=local.license,
+        source=local.source,
         comment=f"{title}, last hidden state; normalisation of each clip {'inside' if normalize else 'not used'}",
     )
     return SpeechEncoder(model, normalize=normalize), spec

@@ -1,9 +1,9 @@
 """Any `torch.nn.Module` from waveform to frames: `xares-onnx export torch package.module:factory`.
 
-`factory()` gives the module: float32 [batch, samples] in [-1, 1] -> [batch, frames, dim], each clip by itself. What cannot
-be measured it says by attributes: `sample_rate` always; `min_samples`, `max_samples`, `chunk_samples`,
-`first_frame_center_samples`, `license`, `source`, `comment` and `model_type` where there is something to say. A child named
-`front_end` stays in float32 where the rest is made smaller. Importing a module runs its code.
+`factory()` returns the module: float32 [batch, samples] in [-1, 1] -> [batch, frames, dim], each clip by itself. Its
+attributes declare what cannot be measured: `sample_rate` always; `min_samples`, `max_samples`, `chunk_samples`,
+`first_frame_center_samples`, `license`, `source`, `comment` and `model_type` as needed. A child named `front_end` stays
+in float32 if the rest is made smaller. Importing a module runs its code.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ __all__ = ["build"]
 _NUMBERS = ("min_samples", "max_samples", "chunk_samples", "first_frame_center_samples")
 
 
-def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
-    """The module that `module:factory` gives; its frame law is measured.
+def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
+    """The module that `module:factory` returns, and what it declares; its frame law is measured.
 
-    Raises `UsageError` where there is no such factory or it gives no usable module, `ModelError` where the module fails
-    on noise or its frames follow no law.
+    Raises:
+        UsageError: There is no such factory, or it returns no usable module.
+        ModelError: The module fails on noise, or its frames follow no law.
     """
     if checkpoint is None or not all(part for part in checkpoint.partition(":")):
-        raise UsageError("torch needs module:factory, such as my_package.my_encoder:build")
-    encoder = _made(checkpoint)
+        raise UsageError(f"{family} needs module:factory, such as my_package.my_encoder:build")
+    encoder = _module_of(checkpoint)
     declared = {name: getattr(encoder, name) for name in _NUMBERS if getattr(encoder, name, None) is not None}
     rate = getattr(encoder, "sample_rate", None)
     if not isinstance(rate, int) or rate < 1:
         raise UsageError(
-            f"the module of {checkpoint} must say its sampling rate in Hz: set module.sample_rate, such as 16000"
+            f"the module of {checkpoint} must declare its sampling rate in Hz: set module.sample_rate, such as 16000"
         )
     for name, value in declared.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or (name != _NUMBERS[-1] and value != int(value)):
-            raise UsageError(f"the module of {checkpoint} has {name}={value!r}, which should be a number of samples")
+            raise UsageError(f"the module of {checkpoint} has {name}={value!r}, which must be a number of samples")
     law = _law(encoder, checkpoint, rate, declared)
     spec = Spec(
         model_type=f"{getattr(encoder, 'model_type', type(encoder).__name__)}",
@@ -60,38 +61,38 @@ def build(checkpoint: str | None) -> tuple[nn.Module, Spec]:
     return encoder, spec
 
 
-def _made(checkpoint: str) -> nn.Module:
+def _module_of(checkpoint: str) -> nn.Module:
     name, _, attribute = checkpoint.partition(":")
     with _current_folder_importable():
         try:
             factory: Any = import_module(name)
             for part in attribute.split("."):
                 factory = getattr(factory, part)
-            made = factory()
+            module = factory()
         except Exception as error:  # the user's own code may raise anything
             detail = next(iter(str(error).splitlines()), "")
             raise UsageError(f"{checkpoint} gives no module: {type(error).__name__}: {detail}") from error
-    if not isinstance(made, nn.Module):
-        raise UsageError(f"{checkpoint} gives {type(made).__name__}, which should be a torch.nn.Module")
-    return made.eval().cpu()
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{checkpoint} returns {type(module).__name__}, which must be a torch.nn.Module")
+    return module.eval().cpu()
 
 
 @contextmanager
 def _current_folder_importable() -> Iterator[None]:
-    """As `python -m` has it; a console script has its own folder there instead."""
-    before = list(sys.path)
+    """As `python -m` has it; a console script has its own folder on the path instead."""
+    original = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
         yield
     finally:
-        sys.path[:] = before
+        sys.path[:] = original
 
 
 def _law(encoder: nn.Module, checkpoint: str, rate: int, declared: dict[str, Any]) -> FrameLaw:
-    """Measured between about one and three seconds, or within the lengths that the module declares."""
-    most = declared.get("max_samples", 3 * rate + 1)
-    low = max(declared.get("min_samples", 1), min(rate, most // 3))
-    high = min(3 * low + 1, most)
+    """The frame law, measured between about one and three seconds, or within the lengths that the module declares."""
+    longest = declared.get("max_samples", 3 * rate + 1)
+    low = max(declared.get("min_samples", 1), min(rate, longest // 3))
+    high = min(3 * low + 1, longest)
 
     @torch.no_grad()
     def frames(samples: int) -> int:
@@ -102,13 +103,13 @@ def _law(encoder: nn.Module, checkpoint: str, rate: int, declared: dict[str, Any
             detail = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(f"the module of {checkpoint} fails on {samples} samples: {detail}") from error
         if len(shape) != 3 or shape[0] != 1:
-            raise ModelError(f"the module of {checkpoint} gives {shape} for one clip; it should give [batch, frames, dim]")
+            raise ModelError(f"the module of {checkpoint} gives {shape} for one clip; it must give [batch, frames, dim]")
         return int(shape[1])
 
     law = fit_frame_law(frames, low, high)
     if law is None or not law_holds(law, frames, low, high):
         raise ModelError(
             f"the frames of {checkpoint} do not grow evenly with its input, {frames(low)} at {low} samples and "
-            f"{frames(high)} at {high}; an encoder gives a frame every so many samples"
+            f"{frames(high)} at {high}; an encoder must give frames at a constant hop"
         )
     return law

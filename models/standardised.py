@@ -31,15 +31,20 @@ _LEAST_VARIANCE = 1e-12  # of the largest along an axis; what lies below is roun
 _VALUES_KEPT = 1 << 24  # of standardised rows, 64 MiB; larger sets are standardised anew in every pass
 
 
-class Rows(Protocol):
-    """Rows with what they are to be mapped to, read in blocks; a block is the same whenever it is read."""
+class Blocks(Protocol):
+    """Rows that are read in blocks; a block is the same whenever it is read."""
 
     count: int
-    dim: int
     blocks: int
 
     def block(self, number: int) -> Singles:
         """(rows, dim) float32, which the caller may overwrite."""
+
+
+class Rows(Blocks, Protocol):
+    """Rows with what they are to be mapped to."""
+
+    dim: int
 
     def targets(self, number: int) -> npt.NDArray[Any]:
         """What the rows of a block are to be mapped to, a row each."""
@@ -71,7 +76,7 @@ class Standardisation:
         self._mean, self._inverse = mean.astype(np.float32), inverse.astype(np.float32)
 
     @classmethod
-    def of(cls, rows: Rows, pool: Pool) -> Standardisation:
+    def of(cls, rows: Blocks, pool: Pool) -> Standardisation:
         """Two passes, in float64. NaN and infinity pass through: `finite` tells."""
         mean = sum(pool.map(lambda n: rows.block(n).sum(axis=0, dtype=np.float64), rows.blocks)) / rows.count
 

@@ -93,7 +93,7 @@ write_aside(Path({str(path)!r}), b"new")
     assert left.suffix == TEMPORARY_SUFFIX
 
 
-def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="cannot be written"):
         write_aside(tmp_path / "file" / "inside.bin", b"new")
@@ -121,7 +121,7 @@ def test_a_stamp_tells_every_ordinary_replacement(tmp_path: Path) -> None:
     assert len(set(stamps)) == len(stamps)
 
 
-def test_a_stamp_is_of_the_file_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stamp_follows_links_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.bin"
     path.write_bytes(b"12345")
     (tmp_path / "link.bin").symlink_to(path)
@@ -129,7 +129,7 @@ def test_a_stamp_is_of_the_file_that_is_meant(tmp_path: Path, monkeypatch: pytes
     assert stamp(path) == stamp(Path("file.bin")) == stamp(Path("link.bin"))
 
 
-def test_a_stamp_of_nothing(tmp_path: Path) -> None:
+def test_a_stamp_of_a_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(DataMissingError, match=r"nothing\.bin cannot be read \(No such file or directory\)"):
         stamp(tmp_path / "nothing.bin")
 

@@ -1,13 +1,13 @@
-"""Every way the program can fail that a user can do something about, with its exit code.
+"""Every failure that a user can do something about, with its exit code.
 
-    XaresError                  70  our fault, unless a subclass says otherwise
+    XaresError                  70  a bug of ours, unless a subclass says otherwise
     ├── UsageError               2  wrong usage: unknown task, bad option, bad task file
     │   ├── UnknownTaskError
     │   └── TaskFileError
     ├── ModelError               3  the model cannot be used
     │   ├── ContractError           it does not fit the encoder contract
-    │   │   └── ContradictionError      a declaration says other than what was measured
-    │   └── ModelLimitError         it ran past its time or memory limit
+    │   │   └── ContradictionError      a declaration contradicts a measurement
+    │   └── ModelLimitError         it exceeds a limit on size, time or memory
     ├── DataError                4  data missing or corrupt
     │   ├── DataMissingError
     │   ├── DownloadError           a record or file cannot be fetched
@@ -15,8 +15,8 @@
     └── MachineError             5  provider, disk, host memory
         └── DiskFullError
 
-A message is one sentence: what is wrong, and what to do. `ClipError` and `LabelError` never leave the program:
-they name why one clip is dropped, and the drop is counted.
+A message is one sentence: what is wrong, then what to do. `ClipError` and `LabelError` never reach the user as errors:
+each says why one clip is dropped, and the drop is counted.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class TaskFileError(UsageError):
 
 
 class ModelError(XaresError):
-    """`about` says for programs what a message says for people: a key of the contract, or `time` (lengths), `frames` (their
-    law), `values` (not finite), `constant`, `run` (one call failed) or `process` (it died or was stopped).
+    """The model cannot be used.
+
+    `about` tells programs what the message tells people: a key of the contract, or `time` (lengths), `frames` (the law of
+    their number), `values` (not finite), `constant`, `run` (one call failed) or `process` (it died or was stopped).
     """
 
     exit_code = 3
@@ -58,7 +60,7 @@ class ModelError(XaresError):
 
 @contextmanager
 def concerning(about: str) -> Iterator[None]:
-    """A `ModelError` from the block is about this, unless it says about what."""
+    """Give a `ModelError` from the block this `about`, unless it has one."""
     try:
         yield
     except ModelError as error:
@@ -71,7 +73,7 @@ class ContractError(ModelError):
 
 
 class ContradictionError(ContractError):
-    """`about` is the key that was declared."""
+    """`about` is the declared key."""
 
 
 class ModelLimitError(ModelError):
@@ -110,21 +112,22 @@ class LabelError(ClipError):
     """One clip's label cannot be used."""
 
 
-# Where several errors apply, the exit code is the first of these (DESIGN section 5).
+# Of several errors, the exit code is the first of these.
 EXIT_CODE_PRECEDENCE = (70, 3, 5, 4, 1, 0)
 
 
 def worst_exit_code(codes: Iterable[int]) -> int:
+    """The one of several exit codes to exit with, 0 if there are none."""
     present = set(codes)
     return next((code for code in EXIT_CODE_PRECEDENCE if code in present), 0)
 
 
 def printable(text: str) -> str:
-    """Text on one line, control characters as escapes: a name in a stranger's file must not drive the terminal."""
+    """Text on one line, with control characters escaped: a name in a stranger's file must not control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause `; did you mean 'esc50' or 'fsd50k'?`, or nothing where no known name comes close."""
+    """The clause `; did you mean 'esc50' or 'fsd50k'?`, or nothing if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""

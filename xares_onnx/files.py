@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and stamps that tell whether one was replaced."""
+"""Files that are whole or absent, and stamps that change when a file is replaced."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from .errors import DataMissingError, DiskFullError, MachineError
 TEMPORARY_SUFFIX = ".part"
 BEAT_BYTES = 1 << 22
 
-# Path, size, modification and change time in ns, inode: any ordinary way of replacing a file changes one of them.
+# Path, size, modification and change time in ns, inode: every ordinary way to replace a file changes one of them.
 Stamp = tuple[str, int, int, int, int]
 
 
 def stamp(path: Path) -> Stamp:
-    """Raises `DataMissingError` where there is no such file."""
+    """The stamp of a file, at the end of its links.
+
+    Raises:
+        DataMissingError: The file does not exist or its folder cannot be read.
+    """
     try:
         stat = path.stat()
     except OSError as error:
@@ -35,9 +39,18 @@ def stamp(path: Path) -> Stamp:
 
 
 def file_checksum(path: Path, algorithm: str, beat: Callable[[], None] = lambda: None) -> str:
-    """`<algorithm>:<hex digest>` of a file. `beat` is called before every `BEAT_BYTES` of it, and may raise to stop.
+    """Digest a file's content.
 
-    An `OSError` is the caller's.
+    Args:
+        path: The file.
+        algorithm: One of `CHECKSUM_ALGORITHMS`.
+        beat: Called before each `BEAT_BYTES` are digested; it may raise to stop.
+
+    Returns:
+        `<algorithm>:<hex digest>`.
+
+    Raises:
+        OSError: The file cannot be read.
     """
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb", buffering=0) as file:
@@ -50,7 +63,9 @@ def file_checksum(path: Path, algorithm: str, beat: Callable[[], None] = lambda:
 def write_aside(path: Path, data: bytes | memoryview) -> None:
     """Write to a temporary sibling, flush it to disk, rename it into place. A killed writer leaves only the sibling.
 
-    Raises `DiskFullError` or `MachineError`, with the sibling removed.
+    Raises:
+        DiskFullError: The disk is full. The sibling is removed, here and below.
+        MachineError: The file cannot be written.
     """
     with made_aside(path) as aside, aside.open("wb") as file:
         file.write(data)
@@ -60,9 +75,11 @@ def write_aside(path: Path, data: bytes | memoryview) -> None:
 
 @contextmanager
 def made_aside(path: Path) -> Iterator[Path]:
-    """A temporary sibling to make, renamed into place where the block ends well and removed where it does not.
+    """A temporary path beside `path` to write: renamed to `path` if the block succeeds, removed if it raises.
 
-    Raises `DiskFullError` or `MachineError` for an `OSError` in the block.
+    Raises:
+        DiskFullError: The disk is full, here or in the block.
+        MachineError: Any other `OSError`, here or in the block.
     """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
@@ -73,14 +90,14 @@ def made_aside(path: Path) -> Iterator[Path]:
         try:
             aside.unlink()
         except OSError:
-            pass  # it was never made
+            pass  # it was never written
         if isinstance(error, OSError):
             raise disk_error(error, path) from error
         raise
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary siblings of writers that were killed; whoever calls this knows that none is at work."""
+    """Remove the temporary siblings of killed writers. Call it only if no writer is at work in the folder."""
     for path in folder.glob(f"*.????????{TEMPORARY_SUFFIX}"):
         if re.fullmatch(r".*\.[0-9a-f]{8}\.part", path.name, re.DOTALL):
             path.unlink(missing_ok=True)
@@ -95,13 +112,14 @@ def copy_aside(source: Path, path: Path) -> None:
 
 
 def disk_error(error: OSError, path: Path) -> MachineError:
+    """What to raise for a failure to write `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"the disk is full while writing {path}; free some space and run again: finished work is kept")
     return MachineError(f"{path} cannot be written ({error.strerror}); choose another place")
 
 
 def indented(value: Any) -> bytes:
-    """JSON for people too."""
+    """JSON that people can read."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 

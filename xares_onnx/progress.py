@@ -1,4 +1,4 @@
-"""What the verbs tell an observer while they work. They never print; the command line draws these."""
+"""Events that an observer receives while the package works. The package never prints; the command line draws these."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["prepare", "embed", "train", "measure", "check", "inspect", "write", "download", "verify"]
+Stage = Literal["prepare", "embed", "train", "shots", "measure", "check", "inspect", "write", "download", "verify"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """`done` of `total` units of a stage of one task: clips to embed, training steps, files to prepare, properties to check,
-    clips to inspect and to write into shards, bytes to download or verify.
+    """How far a stage of one task is: `done` of `total` units.
+
+    Units are files (`prepare`), clips (`embed`, `inspect`, `write`), steps (`train`), heads (`shots`), properties
+    (`check`) or bytes (`download`, `verify`).
     """
 
     stage: Stage
@@ -22,14 +24,16 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Note(msgspec.Struct, frozen=True, tag="note"):
-    """Something the user must know: an assumption, a fallback, a loss. Recorded in the result too."""
+    """Something that the user must know: an assumption, a fallback, a loss. The result records it too."""
 
     text: str
 
 
 class Doing(msgspec.Struct, frozen=True, tag="doing"):
-    """What a worker is busy with, so that a worker that had to be stopped can be described; and the seconds of silence that
-    it may keep meanwhile beyond those of its call."""
+    """What a worker is doing, for the message if it has to be stopped.
+
+    `patience` is how many seconds it may be silent meanwhile, in addition to those of its call.
+    """
 
     text: str
     patience: float = 0.0
@@ -40,4 +44,4 @@ Observer = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The observer of nobody."""
+    """An observer that does nothing."""

@@ -143,7 +143,7 @@ def test_progress_is_told_only_of_what_was_done(world: World, tmp_path: Path) ->
         (["evaluate", "MODEL", "--tasks", "GOOD", "--output", "."], 2, "--output . is a folder"),
         (["evaluate", "MODEL", "--tasks", "missing.toml"], 2, "task file missing.toml cannot be read"),
         (["tasks", "esk50"], 2, "there is no task 'esk50'; did you mean 'esc50'"),
-        (["export", "logmell"], 2, "there is no encoder family 'logmell'; did you mean 'logmel'"),
+        (["export", "logmell"], 2, "unknown encoder family 'logmell'; did you mean 'logmel'"),
         (["evaluate", "missing.onnx", "--tasks", "GOOD"], 3, "missing.onnx"),
         (["evaluate", "SHARD", "--tasks", "GOOD"], 3, "train-0.tar"),
         (

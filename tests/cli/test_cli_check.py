@@ -63,7 +63,7 @@ def test_a_faulty_model_is_1_and_says_what_to_do(folder: Path) -> None:
 def test_a_model_that_cannot_be_used_is_3_in_every_format(format_: str, folder: Path) -> None:
     code, out, err = check(STATE, "--format", format_)
     assert code == 3
-    assert said(err).startswith("the model keeps a state: input 'state' wants output 'new_state'")
+    assert said(err).startswith("the model keeps a state: input 'state' takes output 'new_state'")
     assert "inputs" in out
     assert "the model keeps a state" in out
 

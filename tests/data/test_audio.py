@@ -69,7 +69,7 @@ def test_a_mono_file_is_as_loud_as_the_same_in_stereo() -> None:
     np.testing.assert_allclose(decode(encoded(np.stack([mono, mono], axis=1)))[0], decode(encoded(mono))[0], atol=1e-7)
 
 
-def test_ten_samples_are_a_clip() -> None:
+def test_ten_samples_are_enough_for_a_clip() -> None:
     samples, rate = decode(encoded(np.full(10, 0.25), 16_000, subtype="FLOAT"))
     np.testing.assert_array_equal(samples, np.full(10, 0.25, np.float32))
     assert len(resample(samples, rate, 48_000)) == 30
@@ -100,14 +100,14 @@ def _with_sample(value: float, channel: int) -> bytes:
         pytest.param(encoded(np.zeros(100), 2_000_000), "rate 2000000 Hz is not plausible", id="too fast a rate"),
     ],
 )
-def test_unusable_audio_is_named(data: bytes, reason: str) -> None:
+def test_unusable_audio_raises_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ClipError, match=reason) as caught:
         decode(data)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("MAX_SECONDS", 60), ("MAX_FRAMES", 60 * 8_000)])
-def test_a_clip_past_the_limit_is_named(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_past_the_limit_raises(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audio, name, limit)
     assert len(decode(encoded(np.zeros(60 * 8_000), 8_000))[0]) == 60 * 8_000
     with pytest.raises(ClipError, match="longer than 1 minutes"):
@@ -129,7 +129,7 @@ def test_a_flac_whose_header_promises_days_costs_no_memory(monkeypatch: pytest.M
     assert duration(bytes(lying)) == audio.MAX_SECONDS
 
 
-def test_duration_is_read_off_the_header() -> None:
+def test_duration_is_read_from_the_header() -> None:
     assert duration(encoded(noise(2.5, rate=22_050), 22_050)) == 2.5
     with pytest.raises(ClipError, match="audio cannot be decoded"):
         duration(b"none")
@@ -150,7 +150,7 @@ def test_a_sine_stays_that_sine(rate: int, target: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [44_100, 48_000, 96_000])
-def test_nothing_folds_back_from_above_the_new_nyquist(rate: int) -> None:
+def test_resampling_does_not_alias(rate: int) -> None:
     resampled = resample(sine(10_000, 1, rate).astype(np.float32), rate, 16_000)
     assert np.abs(resampled[800:-800]).max() < 1e-4
 
@@ -161,12 +161,12 @@ def test_the_length_is_the_ratio_of_the_rates(length: int, rate: int, target: in
     assert abs(len(resampled) - length * target / rate) <= 0.5 + 1e-9
 
 
-def test_a_clip_at_the_right_rate_is_left_alone() -> None:
+def test_a_clip_at_the_right_rate_is_unchanged() -> None:
     samples = noise(0.1).astype(np.float32)
     assert resample(samples, 16_000, 16_000) is samples
 
 
-def test_too_few_samples_to_resample_are_named() -> None:
+def test_too_few_samples_to_resample_raise() -> None:
     with pytest.raises(ClipError, match="10 samples at 192000 Hz are too few"):
         resample(np.ones(10, np.float32), 192_000, 8_000)
 

@@ -55,7 +55,7 @@ def test_tasks_are_named_or_matched_each_once_in_the_order_given() -> None:
         ("zz*", ""),
     ],
 )
-def test_an_unknown_name_gets_the_nearest_ones(name: str, nearest: str) -> None:
+def test_an_unknown_name_suggests_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(UnknownTaskError) as caught:
         named_tasks(["gtzan_genre", name])
     assert str(caught.value).startswith(f"there is no task {name!r}{nearest}")
@@ -112,7 +112,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_data_are_where_they_are_said_to_be_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_folder_is_the_option_then_the_variable_then_the_default(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert data_folder(None) == place / "user"
     (place / "env").mkdir()
     assert data_folder(None) == Path("env")
@@ -125,7 +127,7 @@ def test_data_are_where_they_are_said_to_be_first(place: Path, monkeypatch: pyte
     assert data_folder(None) == Path("env")
 
 
-def test_a_named_folder_must_be_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_data_folder_must_exist(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "env").mkdir()
     with pytest.raises(DataMissingError, match="data folder none does not exist; --data names") as caught:
         data_folder(Path("none"))
@@ -144,7 +146,9 @@ def test_a_folder_to_fill_need_not_exist(place: Path, monkeypatch: pytest.Monkey
         data_folder(Path("file"), to_fill=True)
 
 
-def test_the_cache_is_where_it_is_said_to_be_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_is_the_option_then_the_variable_then_the_default(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cache_folder(None) == place / "usercache"
     monkeypatch.setenv("XARES_ONNX_CACHE", "named")
     assert cache_folder(None) == Path("named")
@@ -183,7 +187,7 @@ def test_parts_are_found_by_their_patterns(tmp_path: Path) -> None:
     assert on_disk(task, tmp_path) == "4 shards, 0.04 GB"
 
 
-def test_a_task_that_lacks_a_part_is_not_there(tmp_path: Path) -> None:
+def test_a_task_that_lacks_a_part_has_no_data(tmp_path: Path) -> None:
     task = shipped_tasks()["esc50"]
     assert on_disk(task, tmp_path) == "no"
     fill(tmp_path, *(f"esc50/wds-audio-fold-{fold}-0.tar" for fold in (1, 2, 4)))
@@ -197,7 +201,7 @@ def test_a_shard_in_two_parts_is_one_on_disk(tmp_path: Path) -> None:
     assert on_disk(shipped_tasks()["subway_broadcast"], tmp_path) == "1 shards, 0.01 GB"
 
 
-def test_a_link_to_nothing_is_no_shard(tmp_path: Path) -> None:
+def test_a_broken_link_is_not_a_shard(tmp_path: Path) -> None:
     fill(tmp_path, "subway_broadcast/subway_broadcast0.tar")
     task = shipped_tasks()["subway_broadcast"]
     (tmp_path / "subway_broadcast" / "subway_broadcast1.tar").symlink_to(tmp_path / "gone")
@@ -212,11 +216,11 @@ def test_a_link_to_nothing_is_no_shard(tmp_path: Path) -> None:
     ("task", "how"),
     [
         ("esc50", "`xares-onnx download esc50` fetches Zenodo record 14614287, or name another folder by --data"),
-        ("finger_snap", "its data were never published; who has them puts the tars there"),
+        ("finger_snap", "its data were never published; if you have them, put the tars there"),
         ("mine", "put its shards there, or name another folder by --data"),
     ],
 )
-def test_missing_data_are_one_sentence_on_how_to_get_them(task: str, how: str, tmp_path: Path) -> None:
+def test_a_message_on_missing_data_says_how_to_get_them(task: str, how: str, tmp_path: Path) -> None:
     chosen = shipped_tasks()[task] if task in shipped_tasks() else load_task(Path("mine.toml"), task_toml())
     first = next(iter(part_globs(chosen).values()))
     assert missing_data(chosen, tmp_path) == f"no data for {task}: {tmp_path / task} holds no {first}; {how}"

@@ -129,7 +129,7 @@ DROPPED: dict[str, tuple[bytes, str]] = {
 }
 
 
-def test_audio_of_every_kind_and_names_that_mean_harm(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_audio_and_names_are_named_drops(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = tmp_path / "room"
     room.mkdir()
     monkeypatch.chdir(room)
@@ -162,7 +162,7 @@ def test_audio_of_every_kind_and_names_that_mean_harm(ground: Path, tmp_path: Pa
     assert (tmp_path / "sprung").exists()
 
 
-def test_members_and_labels_that_are_not_what_they_should_be(ground: Path, tmp_path: Path) -> None:
+def test_hostile_members_and_labels_are_named_drops(ground: Path, tmp_path: Path) -> None:
     audio = wav(noise(1))
 
     def labelled(key: str, data: bytes) -> list[Member]:
@@ -276,7 +276,7 @@ ENDINGS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", ENDINGS)
-def test_a_tar_that_ends_in_a_bomb(name: str, ground: Path, tmp_path: Path) -> None:
+def test_a_bomb_at_the_end_of_a_tar_costs_no_memory(name: str, ground: Path, tmp_path: Path) -> None:
     spring, says = ENDINGS[name]
     shard = write_tar(tmp_path / "test-0.tar", healthy())
     data = shard.read_bytes().rstrip(b"\0")
@@ -292,7 +292,7 @@ def test_a_tar_that_ends_in_a_bomb(name: str, ground: Path, tmp_path: Path) -> N
     assert not done.result.tasks[0].comparable
 
 
-def test_a_sparse_member_with_an_endless_map_is_one_loss(ground: Path, tmp_path: Path) -> None:
+def test_a_sparse_member_with_an_endless_map_is_one_drop(ground: Path, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "test-0.tar", healthy())
     data = shard.read_bytes().rstrip(b"\0")
     shard.write_bytes(data + bytes(-len(data) % 512))

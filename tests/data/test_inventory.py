@@ -35,7 +35,7 @@ def by_hand(tmp_path: Path) -> str:
     return str(write_task(tmp_path, "hand"))
 
 
-def test_what_was_downloaded_is_known_by_size_and_licence(place: Place) -> None:
+def test_a_holding_of_a_download_has_its_size_and_licence(place: Place) -> None:
     task = named_tasks([place.task])[0]
     assert holding(task, place.data).record_bytes is None
     place.fetch()
@@ -49,7 +49,7 @@ def test_what_was_downloaded_is_known_by_size_and_licence(place: Place) -> None:
     assert "checked" not in lines
 
 
-def test_a_good_download_is_verified_by_checksum(place: Place) -> None:
+def test_an_intact_download_is_verified_by_checksum(place: Place) -> None:
     place.fetch()
     code, out, err = run("tasks", place.task, "--verify")
     assert code == 0
@@ -60,10 +60,10 @@ def test_a_good_download_is_verified_by_checksum(place: Place) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda path: path.write_bytes(b"wrong" + path.read_bytes()[5:]), "its checksum is not md5:"),
+        (lambda path: path.write_bytes(b"wrong" + path.read_bytes()[5:]), "its checksum is no longer md5:"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:-7]),
-            "it has 299993 bytes, and had 300000 when it was downloaded",
+            "it has 299993 bytes, but had 300000 when it was downloaded",
         ),
         (lambda path: path.unlink(), "it was downloaded and is gone"),
     ],
@@ -100,27 +100,27 @@ def test_shards_put_there_by_hand_are_read_header_by_header(by_hand: str, place:
     assert "checked           good: 3 by headers: 11 clips\n" in out
 
 
-def test_a_shard_by_hand_that_is_cut(by_hand: str, place: Place) -> None:
+def test_a_truncated_shard_put_there_by_hand_is_damaged(by_hand: str, place: Place) -> None:
     shard = place.data / "hand" / "test-0.tar"
     shard.write_bytes(shard.read_bytes()[:40_000])
     code, out, err = run("tasks", by_hand, "--verify")
     assert code == 4
     assert "hand/test-0.tar: the shard ends inside member" in out
     assert "hand: 1 damaged, first test-0.tar: the shard ends inside member" in err
-    assert err.endswith("; replace them by good ones\n")
+    assert err.endswith("; replace them by intact ones\n")
 
 
 @pytest.mark.parametrize(
     ("data", "reason"), [(b"", "empty"), (b"nonsense" * 999, "not a plain tar"), (bytes(10_240), "no clip")]
 )
-def test_a_shard_by_hand_that_is_none(data: bytes, reason: str, by_hand: str, place: Place) -> None:
+def test_a_file_that_is_not_a_shard_is_damaged(data: bytes, reason: str, by_hand: str, place: Place) -> None:
     (place.data / "hand" / "test-0.tar").write_bytes(data)
     code, out, _ = run("tasks", by_hand, "--verify")
     assert code == 4
     assert reason in out
 
 
-def test_clips_that_cannot_be_used_are_counted_and_no_damage(by_hand: str, place: Place) -> None:
+def test_unusable_clips_are_counted_but_are_not_damage(by_hand: str, place: Place) -> None:
     audio = encoded(sine(440, 0.1))
     members = [*clip_members("a", audio, {"label": "a"}), member("b.wav", audio), member("c.json", b"{}")]
     write_tar(place.data / "hand" / "test-0.tar", members)
@@ -137,7 +137,7 @@ def test_a_task_without_data_is_not_damaged(place: Place) -> None:
     assert run("tasks", "synthetic_*", "--verify")[0] == 0
 
 
-def test_unfinished_downloads_are_said(place: Place) -> None:
+def test_unfinished_downloads_are_reported(place: Place) -> None:
     place.fetch()
     shutil.move(place.home / "train0.tar", place.home / "train0.tar.part")
     held = holding(named_tasks([place.task])[0], place.data)
@@ -158,15 +158,15 @@ def test_a_shard_is_in_a_table_with_what_is_known_of_it(place: Place, monkeypatc
         "mine": ["309 kB", "cc-by-4.0", "4 shards, 0.00 GB", "1 damaged"],
         "other": ["", "", "no", ""],
     }
-    assert "mine/valid0.tar: it has 7 bytes, and had 3000 when it was downloaded\n" in out
+    assert "mine/valid0.tar: it has 7 bytes, but had 3000 when it was downloaded\n" in out
     records = json.loads(run("tasks", "--verify", "--json")[1])
     assert records[0]["holding"]["check"]["damaged"] == [
-        {"shard": "valid0.tar", "reason": "it has 7 bytes, and had 3000 when it was downloaded"}
+        {"shard": "valid0.tar", "reason": "it has 7 bytes, but had 3000 when it was downloaded"}
     ]
     assert records[1]["holding"]["license"] is None
 
 
-def test_faults_of_what_is_lacking_only_where_all_must_be_there(place: Place) -> None:
+def test_missing_parts_are_faults_only_if_all_data_are_required(place: Place) -> None:
     task = named_tasks([place.task])[0]
     rows = [(task, verified(task, place.data))]
     assert faults(rows, place.data) == []

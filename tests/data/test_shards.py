@@ -142,7 +142,7 @@ def test_a_key_ends_at_the_last_dot(tmp_path: Path) -> None:
     assert contents(shard) == {f"genres.old/blues.{i:05}": (b"%d" % i, i) for i in range(3)}
 
 
-def test_an_empty_tar_holds_nothing_and_is_whole(tmp_path: Path) -> None:
+def test_an_empty_tar_is_intact_and_has_no_samples(tmp_path: Path) -> None:
     assert index_shard(write_tar(tmp_path / "a.tar", [])) == ShardIndex()
 
 
@@ -191,7 +191,7 @@ def _damage(path: Path, name: str, damaged: Callable[[bytes], bytes]) -> int:
     ],
 )
 @pytest.mark.parametrize("name", ["clip3.wav", "clip3.json"])
-def test_a_damaged_header_is_said_and_clips_before_it_survive(
+def test_a_damaged_header_is_reported_and_clips_before_it_are_kept(
     name: str, damaged: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     shard = write_tar(tmp_path / "a.tar", healthy(), format=tarfile.USTAR_FORMAT)
@@ -202,7 +202,7 @@ def test_a_damaged_header_is_said_and_clips_before_it_survive(
     assert index.damage == f"the tar is damaged at byte {offset}"
 
 
-def test_clips_behind_an_end_mark_are_a_said_loss(tmp_path: Path) -> None:
+def test_clips_behind_an_end_mark_are_reported_as_damage(tmp_path: Path) -> None:
     first, second = (write_tar(tmp_path / name, clip_members(name, b"x", 1)) for name in ("a", "b"))
     both = tmp_path / "both.tar"
     both.write_bytes(first.read_bytes() + second.read_bytes())
@@ -220,7 +220,7 @@ def test_clips_behind_an_end_mark_are_a_said_loss(tmp_path: Path) -> None:
         pytest.param(gzip.compress(bytes(10_240)), "not a plain tar", id="gz"),
     ],
 )
-def test_what_is_no_tar_is_said(data: bytes, reason: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_is_damage(data: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(data)
     index = index_shard(path)
@@ -261,7 +261,7 @@ def test_a_header_of_negative_size_ends_the_shard(tmp_path: Path) -> None:
     assert index.damage is not None
 
 
-def test_a_header_of_absurd_size_is_a_named_loss(tmp_path: Path) -> None:
+def test_a_header_of_absurd_size_is_reported_as_damage(tmp_path: Path) -> None:
     whole = b"".join(info.tobuf() + data.ljust(BLOCK, b"\0") for info, data in clip_members("a", b"x", 1))
     shard = tmp_path / "a.tar"
     shard.write_bytes(whole + _header("b.wav", b"\x80" + b"\xff" * 11) + bytes(2 * BLOCK))
@@ -280,9 +280,7 @@ flips = st.lists(st.tuples(st.integers(0, len(SMALL) - 1), st.integers(0, 255)),
 @example(flips=[(156, ord("x"))], checked=True, length=len(SMALL))
 @example(flips=[(156, ord("L"))], checked=True, length=len(SMALL))
 @example(flips=[(156, ord("S")), (482, 1)], checked=True, length=len(SMALL))
-def test_no_damage_whatever_is_more_than_damage(
-    flips: list[tuple[int, int]], checked: bool, length: int, tmp_path: Path
-) -> None:
+def test_any_damage_is_reported_not_raised(flips: list[tuple[int, int]], checked: bool, length: int, tmp_path: Path) -> None:
     """Any bytes changed, checksums made good or not, cut anywhere: an answer, with extents inside of the file."""
     data = bytearray(SMALL + bytes(2 * BLOCK))
     for place, value in flips:
@@ -448,7 +446,7 @@ def test_json_is_read(data: bytes, value: Any, tmp_path: Path) -> None:
         pytest.param(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, id="nested objects"),
     ],
 )
-def test_unreadable_json_is_a_reason(data: bytes, tmp_path: Path) -> None:
+def test_unreadable_json_raises_with_its_reason(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(ClipError, match="its json cannot be read") as caught:
         _label(data, tmp_path)
     assert len(str(caught.value)) < 200
@@ -472,7 +470,7 @@ def test_unreadable_json_is_a_reason(data: bytes, tmp_path: Path) -> None:
         pytest.param(b'{"label": {"a": "a"}}', id="object label"),
     ],
 )
-def test_json_without_a_label_is_a_reason(data: bytes, tmp_path: Path) -> None:
+def test_json_that_is_no_label_raises_with_its_reason(data: bytes, tmp_path: Path) -> None:
     text = _label(data, tmp_path)
     with pytest.raises(LabelError) as caught:
         ClassTarget("label", ("a", "b")).encode(parse_label(text))
@@ -480,7 +478,7 @@ def test_json_without_a_label_is_a_reason(data: bytes, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 200
 
 
-def test_json_nested_too_deeply_for_its_reader_is_a_reason() -> None:
+def test_json_nested_too_deeply_raises_with_its_reason() -> None:
     """A worker reads it near the bottom of its stack, so that it may pass there; whoever parses it again stands higher."""
     with pytest.raises(LabelError, match="nested too deeply"):
         parse_label("[" * 100_000 + "]" * 100_000)

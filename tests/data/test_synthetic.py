@@ -185,7 +185,7 @@ def test_shards_hold_the_very_clips(task: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(waveform, clip.waveform)
 
 
-def test_killed_build_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+def test_a_killed_build_does_not_pass_for_a_finished_one(tmp_path: Path) -> None:
     folder = tmp_path / "synthetic_tempo"
     script = "import pathlib, sys, xares_onnx.data.synthetic as s; s.build(sys.argv[1], pathlib.Path(sys.argv[2]))"
     process = subprocess.Popen([sys.executable, "-c", script, "synthetic_tempo", str(folder)])
@@ -242,11 +242,11 @@ def test_finished_build_is_kept_and_another_version_replaced(tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("small")
-def test_folder_of_another_making_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "recording.wav"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
-    with pytest.raises(DataError, match="mine holds files of another making"):
+    with pytest.raises(DataError, match="mine contains files that were not built here"):
         build("synthetic_pitch", mine.parent)
     with pytest.raises(MachineError):
         build("synthetic_pitch", mine)

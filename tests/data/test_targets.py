@@ -79,7 +79,7 @@ def test_tags_have_a_separator_of_their_own() -> None:
         ({"tags": "x" * 10_000}, f"unknown label tags='{'x' * 56}..."),
     ],
 )
-def test_no_tags_are_a_reason(label: dict[str, Any], message: str) -> None:
+def test_unusable_tags_raise_with_their_reason(label: dict[str, Any], message: str) -> None:
     with pytest.raises(LabelError) as caught:
         TAGS.encode(label)
     assert str(caught.value) == message
@@ -159,12 +159,12 @@ def test_events_have_keys_and_a_separator_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ({}, "its json is no list of events"),
-        ({"events": None}, "its json is no list of events"),
-        ({"events": {"0": event()}}, "its json is no list of events"),
-        ({"label": "Speech", "onset": 0, "offset": 1}, "its json is no list of events"),
-        ({"events": ["Speech"]}, "event 'Speech' is no object"),
-        ({"events": [event(), [1, 2]]}, "event [1, 2] is no object"),
+        ({}, "its json is not a list of events"),
+        ({"events": None}, "its json is not a list of events"),
+        ({"events": {"0": event()}}, "its json is not a list of events"),
+        ({"label": "Speech", "onset": 0, "offset": 1}, "its json is not a list of events"),
+        ({"events": ["Speech"]}, "event 'Speech' is not an object"),
+        ({"events": [event(), [1, 2]]}, "event [1, 2] is not an object"),
         ({"events": [{"onset": 0, "offset": 1}]}, "its json has no 'label'"),
         ({"events": [{"onset": 0, "label": "Speech"}]}, "its json has no 'offset'"),
         ({"events": [{"offset": 0, "label": "Speech"}]}, "its json has no 'onset'"),
@@ -179,14 +179,14 @@ def test_events_have_keys_and_a_separator_of_their_own() -> None:
         ({"events": [event("Siren", 2, 1)]}, "event 'Siren' has no times: onset=2, offset=1"),
     ],
 )
-def test_no_events_are_a_reason(label: dict[str, Any], message: str) -> None:
+def test_unusable_events_raise_with_their_reason(label: dict[str, Any], message: str) -> None:
     with pytest.raises(LabelError) as caught:
         EVENTS.encode(label)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("onset", "offset"), [(0, HUGE), (-HUGE, 0), (HUGE, HUGE)])
-def test_a_time_that_no_float_holds_is_a_reason(onset: int, offset: int) -> None:
+def test_a_time_too_large_for_a_float_raises_with_its_reason(onset: int, offset: int) -> None:
     with pytest.raises(LabelError, match="event 'Speech' has no times: ") as caught:
         EVENTS.encode({"events": [event("Speech", onset, offset)]})
     assert len(str(caught.value)) < 200
@@ -217,7 +217,7 @@ def test_captions_are_the_texts_in_the_json() -> None:
         ((), {"one": "A dog barks."}),
     ],
 )
-def test_no_caption_is_a_reason(keys: tuple[str, ...] | None, label: dict[str, Any]) -> None:
+def test_unusable_captions_raise_with_their_reason(keys: tuple[str, ...] | None, label: dict[str, Any]) -> None:
     with pytest.raises(LabelError) as caught:
         CaptionsTarget(keys).encode(label)
     assert str(caught.value) == "its json holds no caption"
@@ -245,7 +245,7 @@ def test_a_transcript_is_taken_as_it_is_written(text: str) -> None:
         ({"text": "\uff9e \u037a"}, "its transcript text is empty"),  # and as marks on nothing
     ],
 )
-def test_no_transcript_is_a_reason(label: dict[str, Any], message: str) -> None:
+def test_an_unusable_transcript_raises_with_its_reason(label: dict[str, Any], message: str) -> None:
     with pytest.raises(LabelError) as caught:
         TranscriptTarget("text").encode(label)
     assert str(caught.value) == message
@@ -265,7 +265,7 @@ def test_any_transcript_that_is_taken_has_a_word(text: str) -> None:
 
 
 @pytest.mark.parametrize("code", [0xD800, 0xDCFF, 0xDFFF])
-def test_half_a_character_is_a_reason(code: int) -> None:
+def test_half_a_surrogate_pair_raises_with_its_reason(code: int) -> None:
     """Json can escape one half of a surrogate pair; tokenizers and files take no such text."""
     for target, name in ((CaptionsTarget(), "caption"), (TranscriptTarget("text"), "transcript")):
         with pytest.raises(LabelError, match=rf"^its {name} 'a \\ud[8-f].. b' holds half a character$") as caught:
@@ -285,13 +285,13 @@ def test_a_number_is_a_float_of_the_range(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [-1.01, 10.5, math.nan, math.inf, -math.inf, True, "3", None, [3], {}, HUGE, -HUGE])
-def test_no_number_is_a_reason(value: Any) -> None:
-    with pytest.raises(LabelError, match=r"^label score=.* is no number from -1 to 10\.25$") as caught:
+def test_an_unusable_number_raises_with_its_reason(value: Any) -> None:
+    with pytest.raises(LabelError, match=r"^label score=.* is not a number from -1 to 10\.25$") as caught:
         NumberTarget("score", -1, 10.25).encode({"score": value})
     assert len(str(caught.value)) < 120
 
 
-def test_a_number_that_is_not_there_is_a_reason() -> None:
+def test_a_missing_number_raises_with_its_reason() -> None:
     with pytest.raises(LabelError, match="its json has no 'score'"):
         NumberTarget("score", 0, 1).encode({"Score": 1})
     assert NumberTarget("score", 0, 1).class_names == ()
@@ -322,7 +322,7 @@ labels = st.dictionaries(words, jsons, max_size=4) | st.fixed_dictionaries({"lab
 
 @settings(max_examples=300)
 @given(label=labels)
-def test_any_json_is_a_target_or_a_reason(label: Any) -> None:
+def test_any_json_is_encoded_or_raises_a_label_error(label: Any) -> None:
     parsed, reasons = parse_label(json.dumps(label)), []
     for target in TARGETS:
         try:
@@ -352,7 +352,7 @@ def test_any_json_is_a_target_or_a_reason(label: Any) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: type(target).__name__)
-def test_a_deep_json_is_a_reason(target: Target) -> None:
+def test_a_deep_json_raises_with_its_reason(target: Target) -> None:
     """As deep as json is read: showing all of it would need more stack than there is."""
 
     def at(depth: int) -> None:

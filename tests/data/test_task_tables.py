@@ -157,7 +157,7 @@ CLASSED = {
     "tags": 'key = "labels"\nclasses = {}',
     "events": 'start = "onset"\nend = "offset"\nlabel = "label"\nclasses = {}',
 }
-NEVER = "can never be read: it is empty, holds the separator, or begins or ends in white space"
+NEVER = "can never be read: it is empty, contains the separator, or begins or ends with white space"
 
 
 @pytest.mark.parametrize("kind", CLASSED)
@@ -239,7 +239,7 @@ FITTING_METRICS = {
 
 @pytest.mark.parametrize("kind", TARGET_TOML)
 @pytest.mark.parametrize("head", ALL_HEADS)
-def test_a_head_fits_its_kind_or_what_fits_is_said(kind: str, head: str) -> None:
+def test_a_head_that_does_not_fit_names_those_that_do(kind: str, head: str) -> None:
     fitting = FITTING_HEADS.get(kind, ("linear",))
     choices = " or ".join(f"'{name}'" for name in fitting)
     text = toml(kind, head=f'kind = "{head}"')
@@ -259,7 +259,7 @@ def test_a_head_fits_its_kind_or_what_fits_is_said(kind: str, head: str) -> None
 
 @pytest.mark.parametrize("kind", TARGET_TOML)
 @pytest.mark.parametrize("metric", ALL_METRICS)
-def test_a_metric_fits_its_kind_or_what_fits_is_said(kind: str, metric: str) -> None:
+def test_a_metric_that_does_not_fit_names_those_that_do(kind: str, metric: str) -> None:
     text = toml(kind, score=f'metric = "{metric}"')
     if metric in FITTING_METRICS[kind]:
         task = parsed(text)
@@ -281,7 +281,7 @@ def test_a_kind_says_which_metric_it_needs(kind: str) -> None:
         parsed(text)
 
 
-def test_a_head_or_metric_that_there_is_not() -> None:
+def test_an_unknown_head_or_metric_is_refused() -> None:
     with pytest.raises(TaskFileError, match=r"head\.kind is 'lstm', but must be one of 'linear', 'retrieval', 'ctc', 'llm'"):
         parsed(toml("tags", head='kind = "lstm"'))
     with pytest.raises(
@@ -332,7 +332,7 @@ def test_a_weight_of_positives_is_for_tags_and_events(kind: str) -> None:
         assert parsed(toml(kind)).head.positive_weight == 1
         assert parsed(toml(kind, head="positive_weight = 10")).head.positive_weight == 10
         for weight in ("0", "-1", "nan", "inf", "1e7"):
-            with pytest.raises(TaskFileError, match="`positive_weight` lies above 0 and at most at 1000000"):
+            with pytest.raises(TaskFileError, match="`positive_weight` must lie above 0 and not above 1000000"):
                 parsed(toml(kind, head=f"positive_weight = {weight}"))
         return
     assert parsed(toml(kind, head="positive_weight = 1")).head.positive_weight == 1
@@ -355,14 +355,16 @@ def test_a_crop_cuts_no_events_and_no_transcript(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TARGET_TOML)
-def test_a_number_is_averaged_with_nothing(kind: str) -> None:
+def test_a_number_has_no_weight(kind: str) -> None:
     assert parsed(toml(kind)).weight is None
     text = toml(kind, top="weight = 100")
     if kind != "number":
         assert parsed(text).weight == 100
         return
     for weight in (100, 0):
-        with pytest.raises(TaskFileError, match="the error of a number is averaged with no other score; leave out `weight`"):
+        with pytest.raises(
+            TaskFileError, match="the error of a number cannot be averaged with other scores; leave out `weight`"
+        ):
             parsed(toml(kind, top=f"weight = {weight}"))
 
 

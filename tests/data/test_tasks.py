@@ -178,7 +178,7 @@ def test_a_users_own_file_works_like_a_shipped_one(tmp_path: Path) -> None:
         ({"title": 'title = "Mine"\nweight = nan'}, "`weight` must not be negative"),
         ({"crop_seconds": "crop_seconds = 0"}, "`crop_seconds` must lie between 0.1 and 3600"),
         ({"crop_seconds": "crop_seconds = nan"}, "`crop_seconds` must lie between 0.1 and 3600"),
-        ({"classes": 'classes = ["a", "b"]\n[head]\nepochs = 0'}, "`epochs` lies in"),
+        ({"classes": 'classes = ["a", "b"]\n[head]\nepochs = 0'}, "`epochs` must lie in"),
         ({"classes": 'classes = ["a", "b"]\n[head]\nlearning_rate = inf'}, "`learning_rate` above 0 and below 10"),
         ({"splits": 'folds = { pattern = "fold.tar", numbers = [1, 2] }'}, r"`pattern` 'fold\.tar' must hold \{fold\}"),
         ({"splits": 'folds = { pattern = "{fold}{0}", numbers = [1, 2] }'}, r"must hold \{fold\}"),
@@ -193,7 +193,7 @@ def test_a_users_own_file_works_like_a_shipped_one(tmp_path: Path) -> None:
         ({"title": "x = " + "[" * 50_000}, "is not valid TOML"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(changes: dict[str, str], message: str) -> None:
+def test_an_error_says_what_is_wrong_with_a_file(changes: dict[str, str], message: str) -> None:
     with pytest.raises(TaskFileError, match=message) as caught:
         parsed(task_toml(**changes))
     assert str(caught.value).startswith("task file mine.toml")
@@ -225,12 +225,12 @@ def test_a_pattern_that_leads_out_or_means_nothing_is_refused(split: str, glob: 
 
 
 @pytest.mark.parametrize("glob", ["a.tar", "sub/*.tar", "**/*.tar", "a[0-9]?.tar", "ä b.tar"])
-def test_ordinary_patterns_are_taken(glob: str, tmp_path: Path) -> None:
+def test_ordinary_patterns_are_accepted(glob: str, tmp_path: Path) -> None:
     task = parsed(task_toml(splits=f'splits = {{ train = "{glob}", test = "{glob}" }}'))
     assert find_parts(task, tmp_path) is None
 
 
-def test_a_pipe_or_a_giant_is_no_task_file(tmp_path: Path) -> None:
+def test_a_pipe_or_a_huge_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     with pytest.raises(TaskFileError, match=r"^task file \S+pipe\.toml cannot be read \(it is not a regular file\)$"):
         load_task(tmp_path / "pipe.toml")
@@ -240,7 +240,7 @@ def test_a_pipe_or_a_giant_is_no_task_file(tmp_path: Path) -> None:
         load_task(tmp_path / "giant.toml")
 
 
-def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskFileError, match=r"none\.toml cannot be read \(No such file"):
         load_task(tmp_path / "none.toml")
     with pytest.raises(TaskFileError, match="cannot be read"):
@@ -376,7 +376,7 @@ def test_a_class_is_its_index(value: str, index: int) -> None:
         ({"label": "x" * 10_000}, r"unknown label label='x{56}\.\.\."),
     ],
 )
-def test_no_class_is_a_reason(label: dict[str, Any], message: str) -> None:
+def test_an_unusable_class_raises_with_its_reason(label: dict[str, Any], message: str) -> None:
     with pytest.raises(LabelError, match=f"^{message}"):
         ClassTarget("label", ("dog", "Cat")).encode(label)
 
@@ -416,7 +416,7 @@ def test_of_two_classes_true_is_1() -> None:
         {},
     ],
 )
-def test_no_index_is_a_reason(value: Any) -> None:
+def test_an_unusable_index_raises_with_its_reason(value: Any) -> None:
     with pytest.raises(LabelError, match=r"^label label=.* is not one of 0\.\.9$") as caught:
         IntegerTarget("label", 10).encode({"label": value})
     assert len(str(caught.value)) < 120

@@ -18,7 +18,7 @@ import http_faults as faults
 import pytest
 from cli_world import run
 from cli_world import said as one_line
-from download_world import IMPATIENT, QUICK, RECORD, Place, said
+from download_world import IMPATIENT, QUICK, RECORD, Place, error_text
 from http_faults import Zenodo, serving
 from shard_makers import small_disk, task_toml
 
@@ -87,28 +87,30 @@ def replaced(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (replaced(links={"self": "http://[::1/x"}), "which is not on 127"),
         (
             replaced(key="train/../../../evil.tar"),
-            r"a file named 'train/\.\./\.\./\.\./evil\.tar', which is no plain file name",
+            r"a file named 'train/\.\./\.\./\.\./evil\.tar', which is not a plain file name",
         ),
-        (replaced(key="train\\..\\evil.tar"), "which is no plain file name"),
-        (replaced(key="train\x1b[2J.tar"), "which is no plain file name"),
-        (replaced(key="train" + "x" * 300 + ".tar"), "which is no plain file name"),
+        (replaced(key="train\\..\\evil.tar"), "which is not a plain file name"),
+        (replaced(key="train\x1b[2J.tar"), "which is not a plain file name"),
+        (replaced(key="train" + "x" * 300 + ".tar"), "which is not a plain file name"),
         (replaced(key="train1.tar"), r"has two files named 'train1\.tar'"),
         (replaced(size=-1), "with a size of -1 bytes"),
         (replaced(size=1 << 50), "with a size of 1125899906842624 bytes, which no shard has"),
-        (replaced(size="many"), "does not describe record 101 in a way that this program knows"),
+        (replaced(size="many"), "does not describe record 101 in a known format"),
         (replaced(size=None), "does not describe record 101"),
-        (replaced(checksum="md5:xyz"), "with 'md5:xyz', which is no checksum"),
+        (replaced(checksum="md5:xyz"), "with 'md5:xyz', which is not a checksum"),
         (lambda answer: answer.update(files=None), "does not describe record 101"),
-        (lambda answer: answer.update(id=102), "answers with record 102 where 101 was asked for"),
-        (lambda answer: answer.update(files=[]), r"record 101 holds nothing that matches test\*\.tar, for mine"),
+        (lambda answer: answer.update(id=102), "sent record 102 instead of 101"),
+        (lambda answer: answer.update(files=[]), r"record 101 has no file that matches test\*\.tar, for mine"),
         (lambda answer: [1, 2, 3], "does not describe record 101"),
     ],
 )
-def test_an_answer_that_nobody_should_follow(edit: Callable[[dict[str, Any]], Any], says: str, place: Place) -> None:
+def test_an_unsafe_description_of_a_record_is_refused(
+    edit: Callable[[dict[str, Any]], Any], says: str, place: Place
+) -> None:
     place.zenodo.edit = edit
     done = place.fetch()
-    assert re.search(says, said(done)), said(done)
-    assert said(done).startswith("mine: ")
+    assert re.search(says, error_text(done)), error_text(done)
+    assert error_text(done).startswith("mine: ")
     assert done.errors[0].exit_code == 4
     assert {asked.name for asked in place.zenodo.asked} == {RECORD}
     assert not place.data.exists()
@@ -118,24 +120,27 @@ def test_an_answer_that_nobody_should_follow(edit: Callable[[dict[str, Any]], An
     ("fault", "says"),
     [
         (faults.html, "does not describe record 101 .* in '<!doctype html><title>"),
-        (faults.endless, "with more than any record's description"),
-        (faults.stalled(5), r"record 101: nothing came for 0\.3 s, 4 times in a row"),
-        (faults.dripping, r"its answer took more than 0\.5 s, 4 times in a row"),
-        (faults.status(503), "record 101: 127.* answers 503 Service Unavailable, 4 times in a row"),
-        (faults.status(404), r"cannot be had from 127\S+: 127\S+ answers 404 Not Found, not there: http://.*; 127.* 404"),
-        (faults.status(403), "answers 403 Forbidden, not open to everyone"),
-        (faults.status(302, Location="http://elsewhere.example/"), "sends us on to http://elsewhere.example/, which is not"),
+        (faults.endless, "sent more than any record's description"),
+        (faults.stalled(5), r"record 101: nothing arrived for 0\.3 s, 4 times in a row"),
+        (faults.dripping, r"its reply took more than 0\.5 s, 4 times in a row"),
+        (faults.status(503), "record 101: 127.* answered 503 Service Unavailable, 4 times in a row"),
+        (
+            faults.status(404),
+            r"cannot be fetched from 127\S+: 127\S+ answered 404 Not Found, not there: http://.*; 127.* 404",
+        ),
+        (faults.status(403), "answered 403 Forbidden, not open to everyone"),
+        (faults.status(302, Location="http://elsewhere.example/"), "redirects to http://elsewhere.example/, which is not"),
         (faults.garbage, "4 times in a row"),
     ],
 )
-def test_no_answer_or_none_of_use(fault: faults.Fault, says: str, place: Place) -> None:
+def test_a_useless_reply_says_why_after_enough_attempts(fault: faults.Fault, says: str, place: Place) -> None:
     place.zenodo.faults[RECORD] = fault
-    sentence = said(place.fetch(patience=QUICK if "503" in says or "404" in says else IMPATIENT))
+    sentence = error_text(place.fetch(patience=QUICK if "503" in says or "404" in says else IMPATIENT))
     assert re.search(says, sentence), sentence
     assert not place.data.exists()
 
 
-def test_an_answer_that_comes_at_the_second_attempt_or_another_address(place: Place) -> None:
+def test_a_reply_at_the_second_attempt_or_address_is_used(place: Place) -> None:
     place.zenodo.faults[RECORD] = [faults.reset(10), faults.status(307, Location="/api/records/101?moved")]
     place.zenodo.faults["/api/records/101?moved"] = [
         faults.status(301, Location="/api/records/101"),
@@ -149,13 +154,13 @@ def test_a_record_of_versions_stands_for_its_newest(place: Place) -> None:
 
 
 @pytest.mark.parametrize("checksum", [None, "crc32:12345678"])
-def test_without_a_checksum_the_size_is_checked_and_that_is_said(checksum: str | None, place: Place) -> None:
+def test_without_a_checksum_the_size_is_checked_and_a_note_says_so(checksum: str | None, place: Place) -> None:
     place.zenodo.edit = replaced(checksum=checksum)
     place.zenodo.faults["train0.tar"] = [faults.truncated(100_000)]
     assert place.fetch().errors == []
     assert place.there() == place.files
     assert [note for note in place.notes if "trying" not in note] == [
-        "record 101 gives no checksum of train0.tar that is known here: only its size is checked"
+        "record 101 gives no checksum of a known kind for train0.tar: only its size is checked"
     ]
     held = json.loads((place.home / ".xares-onnx.json").read_text())["files"]["train0.tar"]["checksum"]
     assert held == f"md5:{hashlib.md5(place.files['train0.tar']).hexdigest()}"
@@ -169,7 +174,7 @@ def test_other_checksums(place: Place) -> None:
     place.zenodo.edit = replaced(checksum=f"sha256:{sha.upper()}")
     assert place.fetch().errors == []
     place.zenodo.edit = replaced(checksum=f"sha256:{'0' * 64}")
-    assert "train0.tar" in said(place.fetch())
+    assert "train0.tar" in error_text(place.fetch())
 
 
 # ---------------------------------------------------------------- mirrors
@@ -189,12 +194,12 @@ def test_other_checksums(place: Place) -> None:
     ],
 )
 def test_a_mirror_is_an_address(mirror: str, place: Place) -> None:
-    with pytest.raises(UsageError, match=r"is no address; give one such as https://mirror\.example/zenodo"):
+    with pytest.raises(UsageError, match=r"is not an address; give one such as https://mirror\.example/zenodo"):
         place.fetch(mirror=mirror)
 
 
 def test_a_mirror_with_a_password_is_not_printed(place: Place) -> None:
-    with pytest.raises(UsageError, match="would be printed; give one without"):
+    with pytest.raises(UsageError, match="would be printed; leave them out"):
         place.fetch(mirror="https://me:secret@mirror.example/")
 
 
@@ -208,14 +213,14 @@ def test_a_mirror_with_a_password_is_not_printed(place: Place) -> None:
         ("http://m.example", False),
     ],
 )
-def test_http_is_for_this_machine_or_said(mirror: str, encrypted: bool) -> None:
+def test_only_http_to_another_machine_is_unencrypted(mirror: str, encrypted: bool) -> None:
     assert Address.parse(mirror).encrypted == encrypted
 
 
-def test_plain_http_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_http_is_noted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xares_onnx.download.zenodo._is_loopback", lambda host: False)
     assert place.fetch().errors == []
-    assert place.notes[0].endswith("is asked over plain http: checksums too can be changed on the way")
+    assert place.notes[0].endswith("is reached over plain http: data and checksums can be changed on the way")
 
 
 def test_the_least_that_a_plain_folder_needs(place: Place) -> None:
@@ -270,7 +275,7 @@ def test_a_suite_leaves_out_what_has_no_record(place: Place) -> None:
 def test_a_pattern_with_a_folder_is_refused(place: Place) -> None:
     task = place.write_task("deep", splits='splits = { train = "sub/train*.tar", test = "test*.tar" }')
     with pytest.raises(
-        UsageError, match=r"deep has its shards at 'sub/train\*\.tar', and files of a record lie in no folders"
+        UsageError, match=r"deep has its shards at 'sub/train\*\.tar', but files of a record lie in no folders"
     ):
         place.fetch([task])
 
@@ -319,15 +324,15 @@ def test_files_put_there_by_hand_are_taken_if_they_are_the_record_s(place: Place
     assert place.fetch().errors == []
     assert place.zenodo.starts("train0.tar") == []
     assert place.there() == place.files
-    assert place.notes == ["record 101: files already here, to be read before they are taken for the record's: 1"]
+    assert place.notes == ["record 101: verifying files that are already here: 1"]
 
 
 @pytest.mark.parametrize("data", [b"mine", b"x" * 300_000])
-def test_another_file_of_that_name_is_not_ours_to_replace(data: bytes, place: Place) -> None:
+def test_another_file_of_that_name_is_not_replaced(data: bytes, place: Place) -> None:
     place.home.mkdir(parents=True)
     (place.home / "train0.tar").write_bytes(data)
     done = place.fetch()
-    assert "train0.tar is not the file that the record has; move it away, and download again" in said(done)
+    assert "train0.tar is not the file that the record has; move it away, and download again" in error_text(done)
     assert (place.home / "train0.tar").read_bytes() == data
     assert len(place.there()) == 4
 
@@ -352,7 +357,7 @@ def test_a_touched_file_is_read_and_not_fetched(place: Place) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"record": "101", "version": 2}', "nonsense", '{"record": 5}'])
-def test_a_manifest_that_is_none_is_made_anew(text: str, place: Place) -> None:
+def test_an_unreadable_manifest_is_written_anew(text: str, place: Place) -> None:
     place.fetch()
     (place.home / ".xares-onnx.json").write_text(text)
     assert place.fetch().errors == []
@@ -360,7 +365,7 @@ def test_a_manifest_that_is_none_is_made_anew(text: str, place: Place) -> None:
     assert json.loads((place.home / ".xares-onnx.json").read_text())["files"].keys() == place.files.keys()
 
 
-def test_some_of_a_task_s_shards_do_not_pass_for_all(place: Place) -> None:
+def test_an_incomplete_set_of_shards_does_not_pass_for_all(place: Place) -> None:
     """Two shards of training data, one of which did not come: what is there would be scored without a word."""
     task = catalog.named_tasks([place.task])[0]
     place.zenodo.faults["train1.tar"] = faults.status(404)
@@ -376,7 +381,7 @@ def test_some_of_a_task_s_shards_do_not_pass_for_all(place: Place) -> None:
     assert catalog.find_parts(task, place.data) is not None
 
 
-def test_what_is_to_come_is_noted_before_the_first_of_it(place: Place) -> None:
+def test_the_manifest_is_saved_before_the_first_file(place: Place) -> None:
     noted = []
 
     def look(handler: faults._Handler, data: bytes, start: int | None) -> None:
@@ -401,7 +406,7 @@ def two(place: Place) -> Two:
     return Two(place, place.write_task("other", splits='splits = { train = "train0*.tar", test = "test*.tar" }'))
 
 
-def test_a_shared_file_comes_once_and_either_can_be_deleted(two: Two) -> None:
+def test_a_shared_file_is_fetched_once_and_either_copy_can_be_deleted(two: Two) -> None:
     place, shared = two.place, {"train0.tar": two.place.files["train0.tar"], "test0.tar": two.place.files["test0.tar"]}
     assert [report.missing_bytes for report in place.fetch([place.task, two.other], plan=True).tasks] == [309_000, 0]
     place.zenodo.asked.clear()
@@ -419,7 +424,7 @@ def test_a_shared_file_comes_once_and_either_can_be_deleted(two: Two) -> None:
     assert place.there() == place.files
 
 
-def test_a_shared_file_is_copied_where_it_cannot_be_linked(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_file_is_copied_if_it_cannot_be_linked(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -470,10 +475,10 @@ def test_a_folder_that_cannot_be_locked(place: Place) -> None:
         place.fetch()
 
 
-def test_space_is_looked_at_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_an_error_before_anything_is_fetched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = archives.shutil.disk_usage(place.folder)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=308_999))
-    with pytest.raises(DiskFullError, match=r"what is missing needs 0\.00 GB in .*, where 0\.00 GB are free; free some"):
+    with pytest.raises(DiskFullError, match=r"what is missing needs 0\.00 GB in .*, but 0\.00 GB are free; free some"):
         place.fetch()
     assert [asked.name for asked in place.zenodo.asked] == [RECORD]
     place.home.mkdir(parents=True)
@@ -481,7 +486,7 @@ def test_space_is_looked_at_first(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert place.fetch().errors == []
 
 
-def test_a_disk_that_fills_up_keeps_what_came(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_what_arrived(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = archives.shutil.disk_usage(place.folder)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))
     with small_disk(tmp_path / "small", kilobytes=200):
@@ -532,7 +537,7 @@ def test_the_command(place: Place) -> None:
         ([], 2, "name tasks, or a suite by --suite public"),
         (["esc51"], 2, "there is no task 'esc51'; did you mean 'esc50'"),
         (["--suite", "musik"], 2, "there is no suite 'musik'"),
-        (["esc50", "--mirror", "file:///x"], 2, "mirror 'file:///x' is no address"),
+        (["esc50", "--mirror", "file:///x"], 2, "mirror 'file:///x' is not an address"),
         (["liveenv"], 4, "liveenv has no record to download: its data were never published"),
         (["esc50", "--data", "nowhere", "--offline"], 4, "data folder nowhere does not exist"),
         (["esc50", "--mirror", "http://127.0.0.1:9", "--data", "pyproject.toml"], 4, "data folder pyproject.toml does not"),
@@ -553,7 +558,7 @@ def test_a_failure_is_one_line_and_code_4(place: Place) -> None:
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])
-def test_offline_says_what_is_missing_or_damaged(by: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_reports_missing_or_damaged_data(by: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["download", place.task, "--data", str(place.data), "--mirror", place.zenodo.url]
     place.fetch()
     asked = len(place.zenodo.asked)
@@ -568,7 +573,7 @@ def test_offline_says_what_is_missing_or_damaged(by: str, place: Place, monkeypa
     path.write_bytes(b"wrong" + place.files["train0.tar"][5:])
     code, out, err = run(*arguments)
     assert code == 4
-    assert "xares-onnx: mine: 1 damaged, first train0.tar: its checksum is not md5:" in err
+    assert "xares-onnx: mine: 1 damaged, first train0.tar: its checksum is no longer md5:" in err
     path.unlink()
     code, out, err = run(*arguments, "--quiet")
     assert code == 4

@@ -18,7 +18,7 @@ from typing import Any
 
 import http_faults as faults
 import pytest
-from download_world import IMPATIENT, QUICK, RECORD, Place, said
+from download_world import IMPATIENT, QUICK, RECORD, Place, error_text
 from http_faults import Fault, Zenodo, serving
 
 from xares_onnx.download.download import download
@@ -72,7 +72,7 @@ PASSING: dict[str, tuple[list[Fault], list[Any]]] = {
 
 
 @pytest.mark.parametrize("case", PASSING)
-def test_what_passes_is_waited_for(case: str, place: Place) -> None:
+def test_passing_faults_are_retried(case: str, place: Place) -> None:
     wrong, starts = PASSING[case]
     place.zenodo.faults["train0.tar"] = list(wrong)
     done = place.fetch(patience=IMPATIENT if case in ("stalls", "drips") else QUICK)
@@ -86,7 +86,7 @@ def test_what_passes_is_waited_for(case: str, place: Place) -> None:
     assert {file.status for task in done.tasks for file in task.files} == {"fetched"}
 
 
-def test_what_is_continued_is_of_the_same_version(place: Place) -> None:
+def test_only_the_same_version_is_continued(place: Place) -> None:
     """The server is told which version the first bytes are of, and gives the whole file where it has another."""
     place.zenodo.faults["train0.tar"] = [faults.truncated(100_000)]
     place.fetch()
@@ -131,34 +131,36 @@ def test_a_server_that_says_it_has_another_version_is_not_continued_from(place: 
 @pytest.mark.parametrize(
     ("fault", "requests", "says"),
     [
-        (faults.status(503), 4, r"train0\.tar: 127\.0\.0\.1:\d+ answers 503 Service Unavailable, 4 times in a row"),
-        (faults.status(429), 4, r"answers 429 Too Many Requests, 4 times in a row"),
-        (faults.status(404), 1, r"answers 404 Not Found, not there: http://"),
-        (faults.status(403), 1, r"answers 403 Forbidden, not open to everyone"),
+        (faults.status(503), 4, r"train0\.tar: 127\.0\.0\.1:\d+ answered 503 Service Unavailable, 4 times in a row"),
+        (faults.status(429), 4, r"answered 429 Too Many Requests, 4 times in a row"),
+        (faults.status(404), 1, r"answered 404 Not Found, not there: http://"),
+        (faults.status(403), 1, r"answered 403 Forbidden, not open to everyone"),
         (faults.reset(0), 4, "4 times in a row"),
-        (faults.stalled(0), 4, r"nothing came for 0\.3 s, 4 times in a row"),
-        (faults.wrong_bytes, 2, r"came twice with another content than 127.* says it has \(md5:[0-9a-f]{32}\)"),
-        (faults.announced(5), 4, "announced with 300005 bytes, where the record says 300000"),
-        (faults.too_much, 4, "more bytes come than the 300000 that the record says"),
+        (faults.stalled(0), 4, r"nothing arrived for 0\.3 s, 4 times in a row"),
+        (faults.wrong_bytes, 2, r"arrived twice with another checksum than 127.* lists \(md5:[0-9a-f]{32}\)"),
+        (faults.announced(5), 4, "announced 300005 bytes, but the record lists 300000"),
+        (faults.too_much, 4, "more bytes arrived than the 300000 that the record lists"),
         (
             faults.status(302, Location="http://localhost.example/train0.tar"),
             1,
-            r"sends us on to http://localhost\.example/",
+            r"redirects to http://localhost\.example/",
         ),
         (
             faults.status(302, Location="file:///etc/passwd"),
             1,
-            r"sends us on to file://\S*/etc/passwd, which is not followed",
+            r"redirects to file://\S*/etc/passwd, which is not followed",
         ),
-        (faults.status(301, Location="/api/records/101/files/train0.tar/content"), 6, "answers 301 Moved Permanently"),
+        (faults.status(301, Location="/api/records/101/files/train0.tar/content"), 6, "answered 301 Moved Permanently"),
     ],
 )
-def test_what_stays_ends_with_a_sentence_and_the_other_files(fault: Fault, requests: int, says: str, place: Place) -> None:
+def test_a_lasting_fault_is_one_sentence_and_the_other_files_arrive(
+    fault: Fault, requests: int, says: str, place: Place
+) -> None:
     place.zenodo.faults["train0.tar"] = fault
-    done = place.fetch(patience=IMPATIENT if "nothing came" in says else QUICK)
-    sentence = said(done)
+    done = place.fetch(patience=IMPATIENT if "nothing arrived" in says else QUICK)
+    sentence = error_text(done)
     assert sentence.startswith("mine: 1 of 4 files of record 101 could not be fetched, first train0.tar: ")
-    assert sentence.endswith("; the rest is kept, and the same command goes on")
+    assert sentence.endswith("; the rest is kept, and the same command run again goes on")
     assert re.search(says, sentence), sentence
     assert done.errors[0].exit_code == 4
     assert len(place.zenodo.starts("train0.tar")) == requests
@@ -170,7 +172,7 @@ def test_what_stays_ends_with_a_sentence_and_the_other_files(fault: Fault, reque
     assert place.there() == place.files
 
 
-def test_what_was_wrong_is_not_kept_to_go_on_from(place: Place) -> None:
+def test_wrong_bytes_are_not_kept(place: Place) -> None:
     place.zenodo.faults["train0.tar"] = faults.wrong_bytes
     place.fetch()
     assert set(place.there()) == set(place.files) - {"train0.tar"}
@@ -184,7 +186,7 @@ def test_a_range_that_is_always_ignored_ends(place: Place) -> None:
         return lambda handler, data, start: fault(handler, data, None)
 
     place.zenodo.faults["train0.tar"] = [ignoring(fault) for fault in place.zenodo.faults["train0.tar"]]
-    assert "4 times in a row" in said(place.fetch())
+    assert "4 times in a row" in error_text(place.fetch())
     assert len(place.zenodo.starts("train0.tar")) < 10
 
 
@@ -192,7 +194,7 @@ def test_a_range_that_is_always_ignored_ends(place: Place) -> None:
 
 
 @pytest.mark.parametrize("asked", ["seconds", "date", "reset"])
-def test_a_pause_that_is_asked_for_is_kept(asked: str, place: Place) -> None:
+def test_a_requested_pause_is_kept(asked: str, place: Place) -> None:
     until = []
 
     def pausing(handler: faults._Handler, data: bytes, start: int | None) -> None:
@@ -227,17 +229,17 @@ def test_a_pause_is_kept_by_all_connections(place: Place) -> None:
 
 
 @pytest.mark.parametrize("nonsense", ["soon", "-5", "1e9", "Wed, 99 Nov 2025 00:00:00 GMT"])
-def test_a_pause_that_makes_no_sense_is_our_own(nonsense: str, place: Place) -> None:
+def test_a_senseless_pause_is_replaced_by_the_default(nonsense: str, place: Place) -> None:
     place.zenodo.faults["train0.tar"] = [faults.status(503, Retry_After=nonsense)]
     assert place.fetch().errors == []
     assert "trying again in 0.01 s" in place.notes[0]
 
 
-def test_a_pause_that_is_too_long_ends_it_for_all(place: Place) -> None:
+def test_a_pause_that_is_too_long_ends_the_download(place: Place) -> None:
     place.zenodo.records[RECORD] |= {f"train{number:02}.tar": b"x" for number in range(30)}
     place.zenodo.faults["train0.tar"] = [faults.status(429, Retry_After="3600")]
     done = place.fetch()
-    assert "asks to be left alone for 3600 s; run again then" in said(done)
+    assert "asked for a pause of 3600 s; run again after it" in error_text(done)
     assert len(place.zenodo.asked) < 8
 
 
@@ -254,17 +256,17 @@ def test_a_few_connections_at_once_under_our_name(place: Place) -> None:
     assert {asked.user_agent for asked in place.zenodo.asked} == {f"xares-onnx/{__version__}"}
 
 
-def test_a_server_that_fails_everything_is_left_alone(place: Place) -> None:
+def test_a_server_that_fails_several_files_gets_no_more_requests(place: Place) -> None:
     names = [f"train{number:02}.tar" for number in range(30)]
     place.zenodo.records[RECORD] = {"valid0.tar": b"v", "test0.tar": b"t"} | dict.fromkeys(names, b"x")
     place.zenodo.faults |= dict.fromkeys([*names, "valid0.tar", "test0.tar"], faults.status(503))
     done = place.fetch()
-    assert said(done).startswith("mine: 32 of 32 files of record 101 could not be fetched, first ")
+    assert error_text(done).startswith("mine: 32 of 32 files of record 101 could not be fetched, first ")
     assert len(place.zenodo.asked) < 1 + 4 * 8
     assert sum("it was not tried, since 127.0.0.1" in str(file.reason) for file in done.tasks[0].files) > 20
 
 
-def test_a_server_that_fails_a_record_is_not_asked_for_the_next(place: Place) -> None:
+def test_after_a_failed_record_the_next_is_not_requested(place: Place) -> None:
     names = [f"train{number}.tar" for number in range(4)]
     place.zenodo.records = {record: dict.fromkeys([*names, "valid.tar", "test.tar"], b"x") for record in ("101", "102")}
     place.zenodo.faults = dict.fromkeys([*names, "valid.tar", "test.tar"], faults.status(503))
@@ -367,10 +369,10 @@ def test_a_stopped_run_is_continued(number: signal.Signals, place: Place) -> Non
     assert place.zenodo.starts("train0.tar")[1:] == [100_000]
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_an_error(tmp_path: Path) -> None:
     with serving(Zenodo()) as zenodo:
         place = Place(tmp_path, zenodo)
     done = download([place.task], data=place.data, mirror=zenodo.url, patience=QUICK)
-    assert "record 101: " in said(done)
-    assert re.search(r"127\.0\.0\.1:\d+ cannot be reached \(.*refused\), 4 times in a row", said(done))
+    assert "record 101: " in error_text(done)
+    assert re.search(r"127\.0\.0\.1:\d+ cannot be reached \(.*refused\), 4 times in a row", error_text(done))
     assert not place.data.exists()

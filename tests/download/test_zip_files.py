@@ -14,7 +14,7 @@ from typing import Any
 
 import http_faults as faults
 import pytest
-from download_world import RECORD, Place, said
+from download_world import RECORD, Place, error_text
 from http_faults import Zenodo, content, serving
 
 from xares_onnx.data import catalog
@@ -51,7 +51,7 @@ def put(zenodo: Zenodo, archive: bytes, name: str = "all.zip") -> None:
     zenodo.records[RECORD] = {name: archive, "README.md": b"about"}
 
 
-def test_shards_come_out_of_an_archive_which_is_gone_then(place: Place) -> None:
+def test_shards_are_unpacked_and_the_archive_is_removed(place: Place) -> None:
     done = place.fetch()
     assert done.errors == []
     assert place.there() == place.files
@@ -61,7 +61,7 @@ def test_shards_come_out_of_an_archive_which_is_gone_then(place: Place) -> None:
     assert len(place.zenodo.starts("all.zip")) == 1
 
 
-def test_an_archive_is_left_alone_where_the_shards_lie_beside_it(place: Place) -> None:
+def test_an_archive_is_not_fetched_if_the_record_has_the_shards(place: Place) -> None:
     place.zenodo.records[RECORD] |= place.files
     assert place.fetch().errors == []
     assert place.zenodo.starts("all.zip") == []
@@ -96,7 +96,9 @@ def test_two_tasks_share_an_archive(place: Place) -> None:
 
 def test_an_archive_without_what_is_needed(place: Place) -> None:
     put(place.zenodo, zipped({name: place.files[name] for name in ("train0.tar", "test0.tar")}))
-    assert re.fullmatch(r"record 101 is here, but no data for mine: .*/data/mine holds no valid\*\.tar", said(place.fetch()))
+    assert re.fullmatch(
+        r"record 101 is here, but no data for mine: .*/data/mine holds no valid\*\.tar", error_text(place.fetch())
+    )
 
 
 # ---------------------------------------------------------------- interrupted
@@ -126,7 +128,7 @@ def test_an_interrupted_extraction_is_done_again(after: int, place: Place, monke
     assert len(place.zenodo.starts("all.zip")) == 1
 
 
-def test_a_shard_of_an_archive_that_is_gone_or_damaged_comes_again(place: Place) -> None:
+def test_a_missing_or_damaged_shard_of_an_archive_is_fetched_again(place: Place) -> None:
     place.fetch()
     (place.home / "train1.tar").unlink()
     (place.home / "test0.tar").write_bytes(b"damaged")
@@ -135,10 +137,12 @@ def test_a_shard_of_an_archive_that_is_gone_or_damaged_comes_again(place: Place)
     assert len(place.zenodo.starts("all.zip")) == 2
 
 
-def test_another_file_in_the_way_is_not_ours_to_replace(place: Place) -> None:
+def test_another_file_in_the_way_of_a_shard_is_not_replaced(place: Place) -> None:
     place.home.mkdir(parents=True)
     (place.home / "train1.tar").write_bytes(b"mine")
-    assert "data/mine/train1.tar is in the way of one in all.zip; move it away, and try again" in said(place.fetch())
+    assert "data/mine/train1.tar is in the way of a file of that name in all.zip; move it away, and try again" in error_text(
+        place.fetch()
+    )
     assert (place.home / "train1.tar").read_bytes() == b"mine"
     assert not (place.home / "train0.tar").exists()
     (place.home / "train1.tar").unlink()
@@ -185,7 +189,7 @@ HARM: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
         lambda files: zipped({"train0.tar": bytes(30_000_000)}, zipfile.ZIP_DEFLATED),
         "claims to unpack to more than 100 times its size",
     ),
-    "members that overlap": (overlapping, "claims to hold more than 100 times its size"),
+    "members that overlap": (overlapping, "claims to contain more than 100 times its size"),
     "two of a name": (lambda files: zipped({"a/train0.tar": b"x", "b/train0.tar": b"y"}), "has the name of another"),
     "encrypted": (lambda files: encrypted(zipped({"train0.tar": b"x" * 99})), "is encrypted"),
     "more than it says": (lying, "cannot be unpacked"),
@@ -211,11 +215,11 @@ def flipped(archive: bytes, count: int = 1) -> bytes:
 
 
 @pytest.mark.parametrize("case", HARM)
-def test_an_archive_made_to_do_harm(case: str, place: Place) -> None:
+def test_a_harmful_archive_is_refused(case: str, place: Place) -> None:
     make, says = HARM[case]
     put(place.zenodo, make(place.files))
     before = {path for path in place.folder.rglob("*") if place.data not in path.parents}
-    sentence = said(place.fetch())
+    sentence = error_text(place.fetch())
     assert re.search(says, sentence), sentence
     assert sentence.startswith("mine: 1 of 1 files of record 101 could not be fetched, first all.zip: archive ")
     assert {path for path in place.folder.rglob("*") if place.data not in path.parents} - {place.data} == before
@@ -232,7 +236,7 @@ def test_what_an_archive_claims_must_fit(place: Place, monkeypatch: pytest.Monke
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage._replace(free=500_000))
     done = place.fetch()
     assert isinstance(done.errors[0], DiskFullError)
-    assert "what is in all.zip needs 0.00 GB in" in said(done)
+    assert "unpacking all.zip needs 0.00 GB in" in error_text(done)
     assert set(place.there()) == {"all.zip"}
 
 

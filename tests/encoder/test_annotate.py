@@ -109,7 +109,7 @@ def test_a_copy_keeps_the_front_end_that_a_preprocessor_declares(tmp_path: Path)
     config = {"feature_extractor_type": "WhisperFeatureExtractor", "sampling_rate": RATE, "chunk_length": 1}
     (tmp_path / "from" / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UsageError, match=r"would lose what lies beside the model in preprocessor_config\.json; add "
+        UsageError, match=r"would lose the declarations beside the model in preprocessor_config\.json; add "
     ) as caught:
         annotate(model, ["license=MIT"], tmp_path / "out.onnx")
     flags = shlex.split(str(caught.value).split("; add ")[1])[1::2]
@@ -138,7 +138,10 @@ def test_metadata_is_kept_and_what_is_replaced_is_said(tmp_path: Path) -> None:
         f"{tmp_path / 'out.onnx'}: sample_rate=8000 (was 16k), xares.contract_version=1, output_dim=4, "
         "xares.output_dim dropped (was 4); unchanged: comment, model_type, xares.license\n"
     )
-    assert err == "note: assumed, because the model does not say: amplitude=unit, normalize=none (--contract changes it)\n"
+    assert (
+        err
+        == "note: assumed, because the model does not declare it: amplitude=unit, normalize=none (--contract changes it)\n"
+    )
     kept = {"comment": "theirs", "model_type": "bank", "xares.license": "MIT", "xares.contract_version": "1"}
     assert written_to(tmp_path / "out.onnx") == {**kept, "sample_rate": "8000", "output_dim": "4"}
 
@@ -208,7 +211,7 @@ def test_equal_weights_that_lie_there_are_used_and_others_are_never_overwritten(
     (tmp_path / "to/out.onnx").unlink()
     weights.write_bytes(models.WEIGHTS.tobytes()[:-4] + b"else")
     before = files_in(tmp_path / "to")
-    with pytest.raises(UsageError, match=r"weights\.bin is there already and is not the model's weights file"):
+    with pytest.raises(UsageError, match=r"weights\.bin exists and is not the model's weights file"):
         annotate(model, ["sample_rate=16000"], tmp_path / "to/out.onnx")
     assert files_in(tmp_path / "to") == before
 
@@ -284,9 +287,9 @@ def test_a_copy_that_could_not_be_used_is_not_kept(metadata: dict[str, str], pai
 @pytest.mark.parametrize(
     ("output", "says"),
     [
-        ("model.onnx", "is the model itself; name another file"),
-        ("link.onnx", "is the model itself; name another file"),
-        ("hard.onnx", "is the model itself; name another file"),
+        ("model.onnx", "is the model itself, which is never changed in place; name another file"),
+        ("link.onnx", "is the model itself, which is never changed in place; name another file"),
+        ("hard.onnx", "is the model itself, which is never changed in place; name another file"),
         ("folder", "cannot be written: name a file in a folder that exists"),
         ("nowhere/out.onnx", "cannot be written: name a file in a folder that exists"),
         ("x" * 300, r"cannot be written (File name too long)"),
@@ -342,7 +345,7 @@ def test_what_lies_beside_the_model_is_not_lost_unseen(tmp_path: Path) -> None:
     (tmp_path / "from/preprocessor_config.json").write_text('{"do_normalize": true, "sampling_rate": 44100}')
     flags = "--contract amplitude=int16 --contract normalize=zscore --contract 'source=a b'"
     lost = f"model.toml and preprocessor_config.json; add {flags}"
-    with pytest.raises(UsageError, match=f"would lose what lies beside the model in {lost}$"):
+    with pytest.raises(UsageError, match=f"would lose the declarations beside the model in {lost}$"):
         annotate(model, ["license=MIT"], tmp_path / "to/out.onnx")
     said = ["license=MIT", "amplitude=int16", "source=a b"]
     with pytest.raises(UsageError, match=r"preprocessor_config\.json; add --contract normalize=zscore$"):
@@ -361,7 +364,7 @@ def test_what_lies_beside_the_model_is_not_lost_unseen(tmp_path: Path) -> None:
         (
             "out.toml",
             "sample_rate = 44100",
-            r"out\.toml beside .*out\.onnx declares sample_rate=44100, which would join or outdo",
+            r"out\.toml beside .*out\.onnx declares sample_rate=44100, which would add to or override",
         ),
         ("out.toml", "chunk_samples = 16000", r"out\.toml beside .* declares chunk_samples=16000"),
         (

@@ -85,9 +85,9 @@ def test_every_key_reads_its_own_type() -> None:
         ("amplitude=Unit", "amplitude='Unit' must be one of int16, unit"),
         ("normalize=yes", "normalize='yes' must be one of none, zscore"),
         ("input_kind=tokens", "input_kind='tokens' must be one of features, waveform"),
-        ("output_layout=DBTB", "output_layout='DBTB' must name each axis, B the batch, T the frames, D the dimension"),
+        ("output_layout=DBTB", "output_layout='DBTB' must name each axis: B the batch, T the frames, D the dimension"),
         ("output_layout=BT", "output_layout='BT' must name each axis"),
-        ("input_layout=BTT", "input_layout='BTT' must name each axis, B the batch, T the samples or frames"),
+        ("input_layout=BTT", "input_layout='BTT' must name each axis: B the batch, T the samples or frames"),
         ("input_layout=BF", "input_layout='BF' must name each axis"),
     ],
 )

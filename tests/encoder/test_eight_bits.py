@@ -234,7 +234,7 @@ def test_float_products_are_none() -> None:
 def hubert(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path, Path]:
     """A module, its float32 file and what `--quantize int8-dynamic` writes of it."""
     folder = tmp_path_factory.mktemp("hubert")
-    module, spec = speech.build_speech("hubert", "HuBERT", str(save_speech("hubert", folder / "checkpoint")))
+    module, spec = speech.build("hubert", str(save_speech("hubert", folder / "checkpoint")))
     core.export_encoder(module, spec, folder / "float.onnx")
     core.export_encoder(module, spec, folder / "quantized.onnx", precision="int8-dynamic")
     return module, folder / "float.onnx", folder / "quantized.onnx"
@@ -282,7 +282,7 @@ def test_a_scan_tells_a_quantised_model_from_a_float_one(hubert: tuple[torch.nn.
 
 
 def test_a_report_says_on_which_arithmetic_parity_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, spec = speech.build_speech("hubert", "HuBERT", str(save_speech("hubert", tmp_path / "checkpoint")))
+    module, spec = speech.build("hubert", str(save_speech("hubert", tmp_path / "checkpoint")))
     monkeypatch.setattr(core, "pair_sums", lambda: "saturating")
     assert core.export_encoder(module, spec, tmp_path / "float.onnx").pair_sums is None
     assert core.export_encoder(module, spec, tmp_path / "m.onnx", precision="int8-dynamic").pair_sums == "saturating"

@@ -159,8 +159,8 @@ def test_embed_takes_lists_generators_and_nothing(plain: Encoder) -> None:
     [
         (np.zeros((2, 100)), RATE, r"shape \(samples,\), not \(2, 100\); mix channels down first"),
         (np.zeros(0), RATE, r"not \(0,\)"),
-        (np.array([0.0, np.nan]), RATE, "no NaN and no infinity"),
-        (np.array([0.0, 1e39]), RATE, "no NaN and no infinity"),
+        (np.array([0.0, np.nan]), RATE, "a waveform must hold finite numbers"),
+        (np.array([0.0, 1e39]), RATE, "a waveform must hold finite numbers"),
         (np.zeros(100, np.int16), RATE, "floats in .*, not int16; divide 16-bit samples by 32768"),
         (np.zeros(100, complex), RATE, "not complex128"),
         (["a"], RATE, "not <U1"),
@@ -319,7 +319,8 @@ def test_what_is_assumed_is_said_once(tmp_path: Path, shared_process: None) -> N
     load(models.encoder(), tmp_path, observer=told.append)
     notes = [event.text for event in told if isinstance(event, Note)]
     assert notes == [
-        "assumed, because the model does not say: sample_rate=16000, amplitude=unit, normalize=none (--contract changes it)"
+        "assumed, because the model does not declare it: sample_rate=16000, amplitude=unit, normalize=none "
+        "(--contract changes it)"
     ]
     told.clear()
     load(
@@ -435,7 +436,7 @@ def test_remembered_weights_that_are_gone(tmp_path: Path, shared_process: None) 
     path, cache = save_external(tmp_path), tmp_path / "cache"
     load_encoder(path, cache=cache)
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(ModelError, match=r"keeps weights in 'weights\.bin', which is not there"):
+    with pytest.raises(ModelError, match=r"keeps weights in 'weights\.bin', which does not exist"):
         load_encoder(path, cache=cache)
 
 

@@ -109,7 +109,7 @@ def test_whisper_of_optimum_is_the_export_with_its_front_end_inside(checkpoint: 
     assert (contract.input, contract.input_layout, contract.dim) == ("input_features", "BFT", 32)
     assert (contract.hop_samples, contract.first_frame_center_samples, contract.chunk_samples) == (320, 0, 48_000)
     assert contract.sources["frontend.preset"] == contract.sources["sample_rate"] == "preprocessor_config.json"
-    assert any("made here by the preset whisper: 80 mel bands of 0 to 8000 Hz" in text for text in told)
+    assert any("computed here by the preset whisper: 80 mel bands of 0 to 8000 Hz" in text for text in told)
     assert len(found) >= 20
     for one, other, clip in zip(found, expected, CLIPS, strict=True):
         # The window's frames stay where centre - hop / 2 lies in the clip: up to one more than the other file gives.
@@ -176,7 +176,7 @@ def test_a_file_with_its_front_end_inside_beside_that_json(checkpoint: Path, tmp
     contract = load_encoder(path, device="cpu").contract
     assert contract == alone
     plain = save(models.encoder(), tmp_path / "plain.onnx")
-    with pytest.raises(ContractError, match="if its front end is inside, say --contract input_kind=waveform"):
+    with pytest.raises(ContractError, match="if its front end is inside, set --contract input_kind=waveform"):
         load_encoder(plain, device="cpu")
     assert load_encoder(plain, device="cpu", contract=["input_kind=waveform"]).contract.max_samples is None
 
@@ -289,9 +289,8 @@ def test_extractors_that_are_not_computed(config: dict[str, Any], says: str, tmp
     with pytest.raises(ModelError) as caught:
         load_encoder(tmp_path, device="cpu")
     assert f"preprocessor_config.json {says}" in str(caught.value)
-    assert (
-        "says that input 'features' takes features, but not how to make them; say it by --contract frontend.preset"
-        in str(caught.value)
+    assert "says that input 'features' takes features, but not how to make them; declare --contract frontend.preset" in str(
+        caught.value
     )
     said = ["frontend.preset=kaldi"]
     assert load_encoder(tmp_path, device="cpu", contract=said).contract.sources["sample_rate"] == "preprocessor_config.json"

@@ -253,39 +253,39 @@ def test_a_click_moves_the_frame_whose_time_is_nearest(name: str, window: int | 
         (
             lambda: feature_model("kaldi", "BTF"),
             ["frontend.preset=kaldi", "frontend.mels=40"],
-            "input 'features' has shape ['batch', 'frames', 80], and the front end gives 40 bins a frame; say how many "
-            "bands by --contract frontend.mels=N, or which axis is what by --contract input_layout=BTF, or BFT",
+            "input 'features' has shape ['batch', 'frames', 80], and the front end gives 40 bins per frame; set the "
+            "number of bands by --contract frontend.mels=N, or the axes by --contract input_layout=BTF or BFT",
         ),
         (
             lambda: feature_model("kaldi", "BTF", sizes={"T": 80}),
             ["frontend.preset=kaldi"],
-            "the model takes features in any order; say --contract input_layout=BTF or --contract input_layout=BFT, B the",
+            "the model accepts features in any order; set --contract input_layout=BTF or --contract input_layout=BFT (B",
         ),
         (
             lambda: feature_model("kaldi", "BTF"),
             ["frontend.preset=kaldi", "input_layout=BFT"],
-            "--contract declares input_layout=BFT, but input 'features' has shape ['batch', 'frames', 80], and a frame 80",
+            "--contract declares input_layout=BFT, but input 'features' has shape ['batch', 'frames', 80], and a frame",
         ),
         (lambda: feature_model("kaldi", "BTF"), ["frontend.preset=kaldi", "input_layout=B1T"], "which has no axis F"),
         (
             lambda: feature_model("kaldi", "BTF", sizes=NAMELESS),
             ["frontend.preset=kaldi", "frontend.mels=64"],
-            "the model takes 64 bins a frame in no order",
+            "the model fails on 64 bins per frame, whatever the order of its axes",
         ),
         (
             lambda: feature_model("kaldi", "BTF"),
             ["frontend.mels=80"],
-            "frontend.mels needs a preset beside it; say --contract",
+            "frontend.mels needs a preset; set --contract",
         ),
         (
             lambda: feature_model("kaldi", "BTF"),
             ["frontend.preset=kaldi", "frontend.window_samples=513", "frontend.fft_samples=512"],
-            "the declared front end cannot be: window_samples=513 is more than fft_samples=512; correct its frontend.* keys",
+            "the declared front end is impossible: window_samples=513 is more than fft_samples=512; correct",
         ),
         (
             lambda: feature_model("kaldi", "BTF", extra_inputs=[value("speaker", TensorProto.FLOAT, ["batch", 4])]),
             ["frontend.preset=kaldi", "input=features"],
-            "the model wants input 'speaker' (tensor(float), shape ['batch', 4]) beside the features, which nothing here",
+            "the model needs input 'speaker' (tensor(float), shape ['batch', 4]) beside the features, which nothing here",
         ),
         (
             lambda: feature_model(

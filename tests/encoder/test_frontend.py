@@ -187,7 +187,7 @@ def test_a_waveform_has_no_front_end() -> None:
 )
 def test_parts_that_do_not_fit(said: dict[str, Any], says: str) -> None:
     with pytest.raises(
-        ContractError, match=re.escape(f"the declared front end cannot be: {says}; correct its frontend.* keys")
+        ContractError, match=re.escape(f"the declared front end is impossible: {says}; correct its frontend.* keys")
     ):
         make_frontend({"preset": "kaldi", **said}, RATE)
 

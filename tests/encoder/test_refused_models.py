@@ -32,40 +32,40 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     ),
     "rank 4": (models.rank_4, "input 'audio' has shape ['batch', 1, 'samples', 1]; a waveform input is"),
     "tokens": (models.tokens, "no float input for a waveform; it has 'tokens'"),
-    "stateful": (models.stateful, "the model keeps a state: input 'state' wants output 'new_state' of the call before"),
+    "stateful": (models.stateful, "the model keeps a state: input 'state' takes output 'new_state' of the previous call"),
     "stateful, and nothing says which is the waveform": (
         lambda: models.renamed(models.stateful(), "audio", "left"),
-        "input 'state' wants output 'new_state' of the call before",
+        "input 'state' takes output 'new_state' of the previous call",
     ),
     "states known by their shape": (
         lambda: models.renamed(models.renamed(models.stateful(), "state", "h0"), "new_state", "hn"),
-        "input 'h0' wants output 'hn' of the call before",
+        "input 'h0' takes output 'hn' of the previous call",
     ),
     "another vector": (
         models.conditioned,
-        "the model wants input 'speaker' (tensor(float), shape ['batch', 1, 4]) beside the waveform",
+        "the model needs input 'speaker' (tensor(float), shape ['batch', 1, 4]) beside the waveform",
     ),
     "a state beside an input of any name": (
         lambda: models.renamed(models.stateful(), "audio", "sound"),
-        "the model keeps a state: input 'state' wants output 'new_state' of the call before",
+        "the model keeps a state: input 'state' takes output 'new_state' of the previous call",
     ),
     "a second waveform": (
         lambda: models.encoder(extra_inputs=[models.waveform_input("padding_mask")]),
-        "the model wants input 'padding_mask' (tensor(float), shape ['batch', 'samples']) beside the waveform, which "
-        "nothing here can fill; if it is a mask with ones for samples, say --contract mask_input=padding_mask, else",
+        "the model needs input 'padding_mask' (tensor(float), shape ['batch', 'samples']) beside the waveform, which "
+        "nothing here can fill; if it is a mask with ones for samples, set --contract mask_input=padding_mask, else",
     ),
     "one value a frame": (
         lambda: models.one_value("BT1"),
-        "output 'embeddings' gives 1 value a frame; an embedding needs a dimension of 2 or more",
+        "output 'embeddings' gives 1 value per frame; an embedding needs a dimension of 2 or more",
     ),
-    "one value a frame without an axis": (lambda: models.one_value("BT"), "one value a frame is no embedding"),
+    "one value a frame without an axis": (lambda: models.one_value("BT"), "one value per frame is no embedding"),
     "one value a clip": (lambda: models.one_value("B"), "a single value is no embedding"),
     "frames and heads": (models.heads, "several axes could hold the dim"),
     "a batch that is nowhere in the output": (
         models.mean_over_a_batch_of_5,
         "with a fixed batch of 5 no axis holds the batch",
     ),
-    "an unnamed input": (lambda: models.with_lengths(name="attention"), "the model wants input 'attention' (tensor(int64)"),
+    "an unnamed input": (lambda: models.with_lengths(name="attention"), "the model needs input 'attention' (tensor(int64)"),
     "two waveforms": (
         lambda: models.renamed(models.encoder(extra_inputs=[models.waveform_input("right")]), "audio", "left"),
         "any of 'left', 'right' could be the waveform; name it by --contract input=NAME",
@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "a sequence": (models.sequence_output, "no output is a float tensor"),
     "two hidden states": (models.two_hidden_states, "any of outputs 'layer_1', 'layer_2' could be the embedding"),
     "a table of positions": (lambda: models.stops_growing(500), "the model fails on a chunk of 10 s; declare a shorter one"),
-    "shorter than a second": (lambda: models.stops_growing(20), "the model takes no input of 1, 2, 4, 10, 30 s"),
+    "shorter than a second": (lambda: models.stops_growing(20), "the model fails on inputs of 1, 2, 4, 10, 30 s"),
     "too much memory": (models.huge_tensor, "it needs more memory than it may use"),
     "metadata that contradicts": (
         lambda: models.encoder(metadata={"xares.hop_samples": "320"}),
@@ -89,25 +89,25 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "metadata of the wrong type": (lambda: models.encoder(metadata={"xares.hop_samples": "x"}), "hop_samples='x' is not"),
     "metadata with features": (
         lambda: feature_models.feature_model("kaldi", metadata={"xares.input_kind": "features"}),
-        "metadata says that input 'features' takes features, but not how to make them; say it by --contract "
-        "frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export the model with its front",
+        "metadata says that input 'features' takes features, but not how to make them; declare --contract "
+        "frontend.preset=whisper, kaldi or librosa, and its keys (docs/vendors.md), or export the model with its front",
     ),
     "metadata with features where a waveform goes in": (
         lambda: models.encoder(metadata={"xares.frontend.preset": "whisper"}),
-        "metadata says that the model takes features, but input 'audio' has shape ['batch', 'samples'], which is that of a "
-        "waveform; if its front end is inside, say --contract input_kind=waveform",
+        "metadata says that the model takes features, but input 'audio' has the shape of a waveform, "
+        "['batch', 'samples']; if its front end is inside, set --contract input_kind=waveform",
     ),
     "the same in a window": (
         lambda: models.encoder(samples=16_000, frames=98, metadata={"xares.frontend.preset": "whisper"}),
-        "input 'audio' has shape ['batch', 16000], which is that of a waveform; if its front end is inside, say",
+        "input 'audio' has the shape of a waveform, ['batch', 16000]; if its front end is inside, set",
     ),
     "features of an unknown extractor, and a waveform": (
         lambda: models.encoder(metadata={"xares.input_kind": "features"}),
-        "input 'audio' has shape ['batch', 'samples'], which is that of a waveform; if its front end is inside, say",
+        "input 'audio' has the shape of a waveform, ['batch', 'samples']; if its front end is inside, set",
     ),
     "the same in three axes": (
         lambda: models.encoder("B1T", metadata={"xares.frontend.preset": "kaldi"}),
-        "input 'audio' has shape ['batch', 1, 'samples'], which is that of a waveform; if its front end is inside, say",
+        "input 'audio' has the shape of a waveform, ['batch', 1, 'samples']; if its front end is inside, set",
     ),
     "metadata with a key of no front end": (
         lambda: models.encoder(metadata={"xares.frontend.preset": "kaldi", "xares.frontend.mel": "80"}),
@@ -115,12 +115,12 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     ),
     "features without a word": (
         lambda: feature_models.feature_model("whisper", name="mel"),
-        "input 'mel' has shape ['batch', 80, 'frames'], which is that of features, and nothing says how to make them; say "
-        "it by --contract frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export",
+        "input 'mel' has the shape of features, ['batch', 80, 'frames'], and nothing declares how to make them; declare "
+        "--contract frontend.preset=whisper, kaldi or librosa, and its keys (docs/vendors.md), or export",
     ),
     "features in a window without a word": (
         lambda: feature_models.feature_model("kaldi", "B1TF", sizes={"T": 998, "B": 1}),
-        "input 'features' has shape [1, 1, 998, 80], which is that of features, and nothing says how to make them",
+        "input 'features' has the shape of features, [1, 1, 998, 80], and nothing declares how to make them",
     ),
     "an image": (
         lambda: models.images(),
@@ -186,7 +186,7 @@ def test_a_clip_only_model_has_no_frames_to_declare(key: str, tmp_path: Path, sh
 def test_an_output_of_one_value_a_frame(tmp_path: Path, shared_process: None) -> None:
     extra = [helper.make_node("ReduceMean", ["frames_first"], ["embeddings"], axes=[2], keepdims=1)]
     model = models.encoder(output_layout="any", extra=extra)
-    refused(save(model, tmp_path / "model.onnx"), "output 'embeddings' gives 1 value a frame")
+    refused(save(model, tmp_path / "model.onnx"), "output 'embeddings' gives 1 value per frame")
 
 
 # ---------------------------------------------------------------- refused files
@@ -316,7 +316,7 @@ def test_external_data_that_is_no_file(tmp_path: Path, shared_process: None) -> 
     os.mkdir(tmp_path / "folder")
     os.mkfifo(tmp_path / "fifo")
     for location in ("missing.bin", "folder", "fifo", ".", "w" * 5_000, "a\0b"):
-        refused(save_external(tmp_path, location, elsewhere), "which is not there; put the file beside the model")
+        refused(save_external(tmp_path, location, elsewhere), "which does not exist; put the file beside the model")
 
 
 def test_external_data_that_is_cut_short(tmp_path: Path, shared_process: None) -> None:

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from cli_world import run, said, table
 from corpus import DIM, write_encoder, write_task, write_tones
+from feature_models import HOPS, feature_model
 from kind_makers import write_kind
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx_models import constant, make_external, value
@@ -159,7 +160,7 @@ def test_the_last_layer_that_is_the_output_stands_there_once(tmp_path: Path) -> 
     onnx.save(model, tmp_path / "m.onnx")
     with load_encoder(tmp_path / "m.onnx", taps=["all-layers"]) as encoder:
         assert [tap.name for tap in encoder.info.taps] == ["embeddings", "layer.0", "layer.1", "layer.2"]
-        assert encoder.info.notes == ("layer.3 is the model's output 'embeddings', and stands under that name",)
+        assert encoder.info.notes == ("layer.3 is the model's output 'embeddings' and is listed under that name",)
 
 
 def test_a_model_without_layers_is_refused_by_a_sentence(world: World) -> None:
@@ -168,9 +169,7 @@ def test_a_model_without_layers_is_refused_by_a_sentence(world: World) -> None:
         "evaluate", model, "--taps", "all-layers", "--tasks", str(world.task), "--data", str(world.data), "--quiet"
     )
     assert (code, out) == (3, "")
-    assert said(err) == (
-        "no chain of residual layers leads to output 'embeddings', so its layers cannot be told; name tensors by --taps"
-    )
+    assert said(err) == ("no chain of residual layers leads to output 'embeddings'; name tensors by --taps instead")
 
 
 # ---------------------------------------------------------------- outputs and tensors by name
@@ -216,7 +215,7 @@ def test_outputs_of_the_graph_share_their_store_with_a_plain_run(tmp_path: Path)
         (["stream1", "single"], ContractError, "output 'single' has shape"),
         (["stream1", "constant"], ContractError, "output 'constant' is the same for any input"),
         (["stream1", "lost"], ModelError, "output 'lost' gives NaN or infinity"),
-        (["stream1", "length"], ContractError, "output 'length' is no float tensor"),
+        (["stream1", "length"], ContractError, "output 'length' is not a float tensor"),
         (["length", "stream1"], ContractError, "--taps: the model has no float output 'length'"),
     ],
 )
@@ -281,6 +280,48 @@ def test_the_taps_of_a_fixed_window(tmp_path: Path) -> None:
     with load_encoder(tmp_path / "fixed.onnx", taps=["all-layers"]) as encoder:
         assert {(t.contract.window_frames, t.contract.hop_samples) for t in encoder.info.taps} == {(48, 160)}
         assert {t.contract.first_frame_center_samples for t in encoder.info.taps} == {200.0}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"T": 120}], ids=["any length", "fixed window"])
+@pytest.mark.parametrize("kind", ["whisper", "kaldi", "librosa"])
+def test_a_tap_behind_a_front_end_has_the_times_of_a_model_that_ends_there(
+    kind: str, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    """Before the encoder's stride, at the rate of the features, whose hop and receptive field differ from the output's."""
+    inner = [
+        helper.make_node("Abs", ["bands"], ["scaled"]),
+        helper.make_node("Transpose", ["scaled"], ["inner"], perm=[0, 2, 1]),
+    ]
+    onnx.save(feature_model(kind, extra=inner, sizes=sizes), tmp_path / "model.onnx")
+    front_end = [f"frontend.preset={kind}"]
+    with load_encoder(tmp_path / "model.onnx", contract=front_end, taps=["embeddings", "inner"]) as encoder:
+        output, tap = (tap.contract for tap in encoder.info.taps)
+    with load_encoder(only(tmp_path / "model.onnx", "inner", tmp_path / "inner.onnx"), contract=front_end) as encoder:
+        alone = encoder.contract
+    assert (tap.hop_samples, output.hop_samples) == (HOPS[kind], 2 * HOPS[kind])
+    assert tap.first_frame_center_samples == {"whisper": 0, "kaldi": 200, "librosa": 0}[kind]
+    named = ("hop_samples", "receptive_field_samples", "first_frame_center_samples", "window_frames", "dim")
+    assert [getattr(tap, name) for name in named] == [getattr(alone, name) for name in named]
+    assert tap.sources["first_frame_center_samples"] == alone.sources["first_frame_center_samples"]
+
+
+def test_a_tap_that_sees_the_whole_window_is_spread_over_the_features(tmp_path: Path) -> None:
+    inner = [
+        helper.make_node("ReduceMax", ["bands"], ["loudest"], axes=[1, 2], keepdims=1),
+        helper.make_node("Sub", ["bands", "loudest"], ["scaled"]),
+        helper.make_node("Transpose", ["scaled"], ["inner"], perm=[0, 2, 1]),
+    ]
+    onnx.save(feature_model("whisper", extra=inner, sizes={"T": 120}), tmp_path / "model.onnx")
+    with load_encoder(
+        tmp_path / "model.onnx", contract=["frontend.preset=whisper"], taps=["embeddings", "inner"]
+    ) as encoder:
+        tap = encoder.info.taps[1].contract
+    alone = load_encoder(
+        only(tmp_path / "model.onnx", "inner", tmp_path / "inner.onnx"), contract=["frontend.preset=whisper"]
+    ).contract
+    assert (tap.hop_samples, tap.first_frame_center_samples) == (160, 0)
+    assert (alone.hop_samples, alone.first_frame_center_samples) == (160, 0)
+    assert tap.sources["first_frame_center_samples"] == alone.sources["first_frame_center_samples"]
 
 
 def test_a_batch_coupled_tap_decides_for_all(tmp_path: Path) -> None:

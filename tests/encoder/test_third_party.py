@@ -74,7 +74,7 @@ def test_a_stateful_model_is_refused_by_the_name_of_its_state(
 ) -> None:
     path = model_of("silero_vad", f"data/{file}")
     said = sentence(*run("evaluate", str(path), *scored, *flags))
-    assert said.startswith(f"the model keeps a state: input '{state}' wants output '{after}' of the call before")
+    assert said.startswith(f"the model keeps a state: input '{state}' takes output '{after}' of the previous call")
 
 
 def test_a_stateful_model_is_not_annotated(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_published_encoder_that_takes_features(tmp_path: Path) -> None:
     from xares_onnx.exporters import resemblyzer
 
     model_of("resemblyzer", "pretrained.pt")
-    encoder = resemblyzer.build(None)[0].eval()
+    encoder = resemblyzer.build("resemblyzer", None)[0].eval()
 
     class FromMel(torch.nn.Module):
         def __init__(self) -> None:

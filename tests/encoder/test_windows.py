@@ -183,7 +183,7 @@ def test_a_window_that_the_graph_does_not_show_may_be_declared(tmp_path: Path, s
 def test_axes_that_cannot_be_told_apart_may_be_declared(tmp_path: Path, shared_process: None) -> None:
     """All frames are the mean of the window in another size: a change moves along no axis."""
     model = models.same_everywhere(samples=16_000)
-    with pytest.raises(ContractError, match=r"which axis holds the frames cannot be seen; .*output_layout=BTD"):
+    with pytest.raises(ContractError, match=r"no measurement shows which axis holds the frames; .*output_layout=BTD"):
         load(model, tmp_path)
     encoder = load(model, tmp_path, contract=["output_layout=BTD"])
     assert encoder.contract.sources["output_layout"] == "--contract"
@@ -207,14 +207,14 @@ def test_axes_that_cannot_be_told_apart_may_be_declared(tmp_path: Path, shared_p
         (
             lambda samples: models.encoder(samples=samples, extra=over_the_window()),
             ["hop_samples=165"],
-            "declares hop_samples=165, but 98 frames so far apart do not fit into the window of 16000 samples",
+            "declares hop_samples=165, but 98 frames at that hop do not fit into the window of 16000 samples",
         ),
-        (lambda samples: models.encoder("BT", "BD", samples=samples), ["hop_samples=160"], "gives one vector a clip"),
+        (lambda samples: models.encoder("BT", "BD", samples=samples), ["hop_samples=160"], "gives one vector per clip"),
         (models.two_hidden_states, [], "any of outputs 'layer_1', 'layer_2' could be the embedding; name it by"),
-        (lambda samples: models.one_value("BT", samples=samples), [], "one value a frame is no embedding"),
+        (lambda samples: models.one_value("BT", samples=samples), [], "one value per frame is no embedding"),
         (lambda samples: models.one_value("B", samples=samples), [], "a single value is no embedding"),
-        (models.attention_map, [], "which axis holds the frames cannot be seen; say it by --contract output_layout=BTD"),
-        (models.stateful, [], "the model keeps a state: input 'state' wants"),
+        (models.attention_map, [], "no measurement shows which axis holds the frames; declare the axes, as in --contract"),
+        (models.stateful, [], "the model keeps a state: input 'state' takes"),
     ],
 )
 def test_refused_windows(

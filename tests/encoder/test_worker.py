@@ -144,7 +144,7 @@ def test_any_other_error_is_our_fault_and_shows_where(warm: Worker, name: str) -
 
 @pytest.mark.parametrize("name", ["difflib", "nearest", "Iterable", "ClipError", "__name__", "SystemExit", ""])
 def test_a_child_can_raise_nothing_but_our_errors(name: str) -> None:
-    assert type(worker._error(name, "text")) is XaresError
+    assert type(worker._error(worker._Failed(name, "text"))) is XaresError
 
 
 # ---------------------------------------------------------------- limits
@@ -215,9 +215,9 @@ def test_a_model_that_hangs_on_one_clip_is_stopped(tmp_path: Path, monkeypatch: 
         ("exit", ModelError, "the model's process died (exit code 7) while working"),
         ("SIGSEGV", ModelError, "the model's process died (SIGSEGV) while working"),
         ("SIGTERM", ModelError, "the model's process died (SIGTERM) while working"),
-        ("SIGKILL", ModelLimitError, "the model's process died (SIGKILL) while working; it may want more memory"),
-        ("SIGABRT", ModelLimitError, "the model's process died (SIGABRT) while working; it may want more memory"),
-        ("bad_alloc", ModelLimitError, "the model's process died (exit code 1) while working; it may want more memory"),
+        ("SIGKILL", ModelLimitError, "the model's process died (SIGKILL) while working; it may need more memory"),
+        ("SIGABRT", ModelLimitError, "the model's process died (SIGABRT) while working; it may need more memory"),
+        ("bad_alloc", ModelLimitError, "the model's process died (exit code 1) while working; it may need more memory"),
     ],
 )
 def test_a_crash_is_reported(fresh: Worker, how: str, error: type[Exception], says: str) -> None:
@@ -239,7 +239,7 @@ def test_memory_is_limited_and_the_process_survives(fresh: Worker) -> None:
 def test_a_child_that_answers_nonsense(fresh: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_DEATH_SECONDS", 0.3)
     pid = call(fresh, calls.pid)
-    with pytest.raises(ModelError, match="sent what is no answer while talking and was stopped"):
+    with pytest.raises(ModelError, match="sent a malformed reply while talking and was stopped"):
         call(fresh, calls.write_nonsense)
     assert gone(pid)
     assert call(fresh, calls.add, 1, 2) == 3

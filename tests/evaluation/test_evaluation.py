@@ -452,7 +452,7 @@ def test_notes_are_told_and_recorded(world: World, tmp_path: Path, monkeypatch: 
     notes = done.result.notes
     assert notes == [event.text for event in told if isinstance(event, Note)]
     assert any("onnxruntime 1.2 and onnxruntime-gpu 1.3 are both installed" in note for note in notes)
-    assert any("assumed, because the model does not say: sample_rate=16000" in note for note in notes)
+    assert any("assumed, because the model does not declare it: sample_rate=16000" in note for note in notes)
     assert "two: there is no validation split of its own, so 3 of 32 training clips are held out for selection" in notes
     assert records(done)[0].notes == [note.removeprefix("two: ") for note in notes if note.startswith("two: ")]
 
@@ -492,6 +492,7 @@ def test_settings_are_kept(world: World) -> None:
         "vocabulary": None,
         "trust": False,
         "taps": [],
+        "shots": [],
         "suite": None,
         "tasks": ["tones"],
         "baseline": None,

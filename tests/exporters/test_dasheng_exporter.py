@@ -30,7 +30,7 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_the_file_is_stft_and_transformer(checkpoint: Path, exported: Path) -> None:
-    spec = dasheng.build(str(checkpoint))[1]
+    spec = dasheng.build("dasheng", str(checkpoint))[1]
     with torch.no_grad():
         reference = Reference(checkpoint)
         assert core.check_parity(reference, exported, spec) < 1e-4

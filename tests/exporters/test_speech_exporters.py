@@ -62,7 +62,7 @@ def plain(folder: Path, audio: NDArray[np.float32], **changes: Any) -> NDArray[n
 
 
 def spec_of(family: str, folder: Path) -> core.Spec:
-    return speech.build_speech({"data2vec": "data2vec-audio"}.get(family, family), "", str(folder))[1]
+    return speech.build(family, str(folder))[1]
 
 
 # ---------------------------------------------------------------- parity
@@ -174,7 +174,7 @@ def test_smaller_files(
 
 
 def test_large_weights_stand_beside_the_file(made: dict[str, Path], files: dict[str, Path], tmp_path: Path) -> None:
-    encoder, spec = speech.build_speech("hubert", "HuBERT", str(made["hubert"]))
+    encoder, spec = speech.build("hubert", str(made["hubert"]))
     (tmp_path / "large.onnx.data").write_bytes(b"of an older file")
     report = core.export_encoder(encoder, spec, tmp_path / "large.onnx", external_bytes=1_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
@@ -191,14 +191,14 @@ def test_large_weights_stand_beside_the_file(made: dict[str, Path], files: dict[
 
 @pytest.mark.parametrize("precision", ["fp16", "int8-dynamic"])
 def test_large_and_smaller(precision: Any, made: dict[str, Path], tmp_path: Path) -> None:
-    encoder, spec = speech.build_speech("hubert", "HuBERT", str(made["hubert"]))
+    encoder, spec = speech.build("hubert", str(made["hubert"]))
     core.export_encoder(encoder, spec, tmp_path / "large.onnx", precision=precision, external_bytes=1_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
     assert next(encoder.parameters()).dtype == torch.float32  # the caller's module is as it was
 
 
 def test_a_large_file_that_does_not_hold_leaves_nothing(made: dict[str, Path], tmp_path: Path) -> None:
-    encoder, spec = speech.build_speech("hubert", "HuBERT", str(made["hubert"]))
+    encoder, spec = speech.build("hubert", str(made["hubert"]))
     with pytest.raises(ModelError, match="its law"):
         core.export_encoder(encoder, replace(spec, hop_samples=160), tmp_path / "large.onnx", external_bytes=1_000)
     assert list(tmp_path.iterdir()) == []
@@ -269,7 +269,7 @@ def spoil(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("no preprocessor", r"has no preprocessor_config\.json; use the checkpoint as it was published"),
-        ("no do_normalize", r"must say do_normalize \(true or false\)"),
+        ("no do_normalize", r"must have do_normalize \(true or false\)"),
         ("no config", "no model of that name|has no config"),
         ("damaged config", r"config\.json cannot be read as json"),
         ("config of another shape", r"config\.json is not a json object"),
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(how: str, message: str, copie
 
 
 def test_a_checkpoint_of_another_family_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds a model of type 'hubert', not 'wavlm'; export it as what it is"):
+    with pytest.raises(UsageError, match="holds a model of type 'hubert', not 'wavlm'; export it as its own family"):
         export("wavlm", str(made["hubert"]), tmp_path / "out.onnx")
     with pytest.raises(UsageError, match="wavlm needs a checkpoint: a local folder, or the name of a model"):
         export("wavlm", None, tmp_path / "out.onnx")

@@ -147,7 +147,7 @@ def test_a_module_of_ones_own_ends_in_a_score(module: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("Channels", r"gives \(1, \d+\) for one clip; it should give \[batch, frames, dim\]"),
+        ("Channels", r"gives \(1, \d+\) for one clip; it must give \[batch, frames, dim\]"),
         ("Uneven", "do not grow evenly with its input"),
         ("Coupled", "differs from the torch module by .* and batch 2"),
         ("Frozen", "differs from the torch module"),
@@ -162,10 +162,10 @@ def test_a_module_that_does_not_hold_is_refused(factory: str, message: str, modu
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("silent_rate", r"must say its sampling rate in Hz: set module\.sample_rate"),
-        ("half_a_sample", r"has min_samples=400\.5, which should be a number of samples"),
+        ("silent_rate", r"must declare its sampling rate in Hz: set module\.sample_rate"),
+        ("half_a_sample", r"has min_samples=400\.5, which must be a number of samples"),
         ("failing", "gives no module: RuntimeError: no weights here$"),
-        ("nothing", r"gives NoneType, which should be a torch\.nn\.Module"),
+        ("nothing", r"returns NoneType, which must be a torch\.nn\.Module"),
         ("missing", "gives no module: AttributeError"),
     ],
 )

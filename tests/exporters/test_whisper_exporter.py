@@ -53,7 +53,7 @@ def run(path: Path, audio: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def test_the_file_is_the_published_pipeline(checkpoint: Path, exported: Path) -> None:
     with torch.no_grad():
-        assert core.check_parity(Plain(checkpoint), exported, whisper.build(str(checkpoint))[1]) < 1e-4
+        assert core.check_parity(Plain(checkpoint), exported, whisper.build("whisper", str(checkpoint))[1]) < 1e-4
 
 
 def test_the_real_window_and_128_bands(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_front_end_without_one_of_its_parts_fails(
     monkeypatch.setattr(whisper.WhisperLogMel, "forward", wrong)
     path = export("whisper", str(checkpoint), tmp_path / "wrong.onnx").path
     with torch.no_grad(), pytest.raises(ModelError, match="differs from the torch module"):
-        core.check_parity(Plain(checkpoint), path, whisper.build(str(checkpoint))[1])
+        core.check_parity(Plain(checkpoint), path, whisper.build("whisper", str(checkpoint))[1])
 
 
 def test_a_floor_over_the_batch_is_caught(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ class Place:
         return {path.name: path.read_bytes() for path in (self.data / name).iterdir() if path.name != ".xares-onnx.json"}
 
 
-def said(done: Downloaded) -> str:
+def error_text(done: Downloaded) -> str:
     """The one sentence of a download in which something failed."""
     (error,) = done.errors
     return str(error)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from xares_onnx.models.llm import LanguageModel
 from xares_onnx.probes.llm import train_llm
+from xares_onnx.probes.sweep import Sweep
 from xares_onnx.probes.training import HeadResult, Rows
 
 LETTERS = "ABCDEFGHIJK"
@@ -125,7 +126,7 @@ class Speech:
     folds: list[Rows]
 
     def train(
-        self, model: LanguageModel, head: Head = Head(), seeds: Sequence[int] = (0,), **options: Any
+        self, model: LanguageModel, head: Head | Sweep = Head(), seeds: Sequence[int] = (0,), **options: Any
     ) -> list[HeadResult]:
         options = {"checkpoints": None, "name": "speech", **options}
         return train_llm(self.frames, self.transcripts, self.folds, head, seeds, language_model=model, **options)

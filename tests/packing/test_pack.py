@@ -134,7 +134,7 @@ def test_ten_folds_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [path.name for path in found["1"]] == ["fold-1-000000.tar"]
 
 
-def test_names_of_folds_are_numbered_and_said(tmp_path: Path) -> None:
+def test_names_of_folds_are_numbered_and_noted(tmp_path: Path) -> None:
     rows = [{**row, "fold": "ba"[i // 4 % 2]} for i, row in enumerate(write_tones(tmp_path / "audio", 20))]
     done = pack(tmp_path / "audio", write_table(tmp_path / "labels.csv", rows), tmp_path / "out")
     assert "folds are numbered: a is 0, b is 1" in done.notes
@@ -383,7 +383,7 @@ def test_no_optimiser_settings_are_written(kind: str, tmp_path: Path) -> None:
     assert done.task.head == Head(HEADS[kind][0])
 
 
-def test_sub_folders_are_classes_where_there_is_no_table(tmp_path: Path) -> None:
+def test_without_a_table_sub_folders_are_classes(tmp_path: Path) -> None:
     files = {f"{'cat' if i % 2 else 'dog'}/deep/{i}.wav": short(i) for i in range(30)}
     write_files(tmp_path / "audio", {**files, "readme.wav": b"", "cat/notes.txt": b"", "cat/._0.wav": b""})
     done = pack(tmp_path / "audio", None, tmp_path / "out")
@@ -417,7 +417,7 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
     table = write_table(tmp_path / "labels.csv", write_tones(tmp_path / "audio", 8))
     for options, said in (
         ({"name": "a/b"}, "may hold letters"),
-        ({"name": "esc50"}, "is that of a task"),
+        ({"name": "esc50"}, "is already a task of"),
         ({"domain": "spech"}, "did you mean 'speech'"),
         ({"leaks": "dropp"}, "did you mean 'drop'"),
         ({"separator": ";"}, "--separator is for tags, not for class"),
@@ -427,7 +427,7 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         ({"group": "speaker"}, "no column 'speaker' to group by"),
         ({"crop_seconds": 0.0}, "`crop_seconds` must lie"),
         ({"segment_seconds": 0.0}, "`segment_seconds` must lie"),
-        ({"title": "a\ud800"}, "holds what cannot be printed"),
+        ({"title": "a\ud800"}, "contains characters that cannot be printed"),
     ):
         with pytest.raises(UsageError, match=said):
             pack(tmp_path / "audio", table, tmp_path / "out", **options)  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ def table_of(folder: Path, text: str, name: str = "labels.csv") -> Path:
             "path,label,split\n0.wav,a,trian\n",
             "labels.csv",
             2,
-            "labels.csv line 2 names the split 'trian', which is none of",
+            "labels.csv line 2 names the split 'trian', which is not one of",
         ),
         ("path,label,split\n0.wav,a,trian\n", "labels.csv", 2, "did you mean 'train'"),
         ("path,label,split\n0.wav,a,\n", "labels.csv", 2, "labels.csv line 2 names no split in its column 'split'"),
@@ -96,9 +96,9 @@ def table_of(folder: Path, text: str, name: str = "labels.csv") -> Path:
         ("path,label\n", "labels.csv", 4, "labels.csv has no rows, so there is nothing to pack"),
         ("path,label\n0.wav,a\n", "labels.xlsx", 2, "must be csv, tsv, jsonl, parquet by its name"),
         ('{"path": "0.wav", "label": "a"}\n{"path"\n', "labels.jsonl", 4, "labels.jsonl line 2 is not json"),
-        ('{"path": "0.wav", "label": "a"}\n[1]\n', "labels.jsonl", 4, "labels.jsonl line 2 is no object"),
+        ('{"path": "0.wav", "label": "a"}\n[1]\n', "labels.jsonl", 4, "labels.jsonl line 2 is not an object"),
         ("[" * 100_000, "labels.jsonl", 4, "labels.jsonl line 1 is not json"),
-        ("PAR1 not really", "labels.parquet", 4, "is no parquet file that can be read"),
+        ("PAR1 not really", "labels.parquet", 4, "is not a readable parquet file"),
         (
             "path,label\n0.wav,a\n0.wav,b\n",
             "labels.csv",
@@ -118,13 +118,13 @@ def table_of(folder: Path, text: str, name: str = "labels.csv") -> Path:
             "path,start,end,label\n0.wav,500,900,a\n1.wav,20,30,a\n",
             "labels.csv",
             4,
-            "every one of the 2 events begins after its clip has ended; times are in seconds",
+            "all 2 events begin after their clips have ended; give times in seconds",
         ),
         (
             "path,score\n0.wav,1\n1.wav,high\n2.wav,\n3.wav,nan\n",
             "labels.csv",
             4,
-            "3 of 4 clips cannot be used, the first 1.wav (labels.csv line 3): its score 'high' is no number",
+            "3 of 4 clips cannot be used, the first 1.wav (labels.csv line 3): its score 'high' is not a number",
         ),
         ('path,events\n0.wav,"[{"\n1.wav,7\n2.wav,[7]\n', "labels.csv", 4, "its events are not json"),
         (
@@ -177,7 +177,7 @@ def test_a_line_without_end(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "name", ["../secret.wav", "a/../../secret.wav", "/etc/hostname", "link.wav", "linked/secret.wav", "zero\0.wav"]
 )
-def test_a_path_that_leads_out(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_path_that_leads_out_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     write_files(tmp_path, {"secret.wav": short(0)})
     (folder / "link.wav").symlink_to(tmp_path / "secret.wav")
     (folder / "linked").symlink_to(tmp_path)
@@ -185,7 +185,7 @@ def test_a_path_that_leads_out(folder: Path, tmp_path: Path, name: str) -> None:
     code, sentence = refuse(folder, table)
     assert code == 2
     assert sentence.startswith("labels.jsonl line 11 names ")
-    assert "lies outside" in sentence or "which cannot be" in sentence
+    assert "lies outside" in sentence or "which cannot exist" in sentence
 
 
 def test_a_path_may_be_absolute_or_a_link_within(folder: Path, tmp_path: Path) -> None:
@@ -220,10 +220,10 @@ UNUSABLE = {
     "silent.wav": (encoded(np.zeros(0)), "audio holds no samples"),
     "nan.wav": (NAN, "audio holds NaN or infinite samples"),
     "cut.flac": (encoded(sine(440, 1), container="FLAC")[:3000], ""),
-    "phone.m4a": (b"", "m4a audio is not read; convert it, as by `ffmpeg -i phone.m4a phone.flac`"),
-    "notes.txt": (b"", "its kind of file is not read"),
-    "folder.wav": (None, "it is no regular file"),
-    "pipe.wav": (None, "it is no regular file"),
+    "phone.m4a": (b"", "m4a audio is not supported; convert it, as by `ffmpeg -i phone.m4a phone.flac`"),
+    "notes.txt": (b"", "this kind of file is not supported"),
+    "folder.wav": (None, "it is not a regular file"),
+    "pipe.wav": (None, "it is not a regular file"),
 }
 
 
@@ -245,7 +245,7 @@ def test_unusable_audio_is_left_out_by_name_and_too_much_of_it_is_an_error(folde
         assert why in next(drop.reason for drop in pack(folder, table, None, allow_drops=True).dropped if drop.key == name)
 
 
-def test_a_few_unusable_clips_are_said_and_no_error(folder: Path, tmp_path: Path) -> None:
+def test_a_few_unusable_clips_are_reported_and_no_error(folder: Path, tmp_path: Path) -> None:
     write_files(folder, {"bad.wav": b"", "worse.wav": b""})
     rows = [*rows_of(), {"path": "bad.wav", "label": "a"}, {"path": "worse.wav", "label": "never else"}]
     done = pack(folder, write_table(tmp_path / "labels.csv", rows), None)
@@ -266,7 +266,7 @@ def test_no_usable_clip(folder: Path, tmp_path: Path) -> None:
     ("count", "columns", "sentence"),
     [
         (1, {"score": lambda i: i, "label": None}, "every score is 0"),
-        (1, {"transcript": lambda i: "a", "label": None}, "1 clip cannot be both trained and tested on"),
+        (1, {"transcript": lambda i: "a", "label": None}, "there is only one clip"),
         (2, {}, "no class has clips for both training and test"),
         (1, {}, "every clip is of class 'a'"),
         (8, {"group": lambda i: "one"}, "all 8 clips belong together"),
@@ -276,12 +276,12 @@ def test_no_usable_clip(folder: Path, tmp_path: Path) -> None:
         (
             8,
             {"split": lambda i: "train" if i < 7 else "test", "label": lambda i: "aaabbbbc"[i]},
-            "class 'c' is tested in test and has no training clip",
+            "class 'c' is tested in test but has no training clip",
         ),
         (
             8,
             {"fold": lambda i: i // 4, "label": lambda i: "ababbabc"[i]},
-            "class 'c' is tested in fold 1 and has no training clip",
+            "class 'c' is tested in fold 1 but has no training clip",
         ),
         (
             8,
@@ -321,7 +321,7 @@ def test_a_recording_in_two_splits_is_refused_dropped_or_kept(folder: Path, tmp_
     table = write_table(tmp_path / "labels.csv", rows)
     code, sentence = refuse(folder, table)
     assert code == 4
-    assert "the test would be of what was trained on: 1 recording in several parts of 'split'" in sentence
+    assert "the test would contain training clips: 1 recording in several parts of 'split'" in sentence
     assert "such as copy.flac (test) and copy.wav (train)" in sentence
     kept = pack(folder, table, None, leaks="keep")
     assert sum(part.clips for part in kept.parts.values()) == 12
@@ -340,7 +340,7 @@ def test_copies_in_folds_are_kept_in_the_first(folder: Path, tmp_path: Path) -> 
     assert [drop.key for drop in pack(folder, table, None, leaks="drop").dropped] == ["copy.wav"]
 
 
-def test_a_group_in_two_given_splits(folder: Path, tmp_path: Path) -> None:
+def test_a_group_in_two_splits_of_the_table_is_refused(folder: Path, tmp_path: Path) -> None:
     rows = rows_of(split=lambda i: "train" if i < 6 else "test", speaker=lambda i: f"s{i // 4}" if i else "")
     table = write_table(tmp_path / "labels.csv", rows)
     for leaks in ("refuse", "drop"):
@@ -351,16 +351,16 @@ def test_a_group_in_two_given_splits(folder: Path, tmp_path: Path) -> None:
     assert pack(folder, table, None).parts["test"].clips == 4  # no column was named, so there are no groups
 
 
-def test_the_same_row_twice_is_said(folder: Path, tmp_path: Path) -> None:
+def test_a_repeated_row_is_noted(folder: Path, tmp_path: Path) -> None:
     done = pack(folder, write_table(tmp_path / "labels.csv", [*rows_of(), *rows_of(2)]), None)
-    assert "2 rows say again what another row says of the same clip" in done.notes
+    assert "2 rows repeat what another row says about the same clip" in done.notes
     assert sum(part.clips for part in done.parts.values()) == 10
 
 
 # ---------------------------------------------------------------- the output
 
 
-def test_what_another_wrote_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_files_that_pack_did_not_write_are_not_replaced(folder: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path / "labels.csv", rows_of())
     for files in ({"mine/train-000000.tar": b"theirs"}, {"mine.toml": b"theirs"}, {"mine/packed.json": b"{}"}):
         out = write_files(tmp_path / f"out{len(next(iter(files)))}", files)
@@ -383,7 +383,7 @@ def test_a_second_run_replaces_the_first_and_keeps_a_changed_task_file(folder: P
     write_files(tmp_path / "out", {".mine.part/index.sqlite": b"of a run that was killed"})
     write_table(table, rows_of(8))
     done = pack(folder, table, tmp_path / "out")
-    assert done.notes[-1] == "mine.toml is written anew; as it was, it is mine.toml.before"
+    assert done.notes[-1] == "mine.toml is written anew; the older one is kept as mine.toml.before"
     assert (tmp_path / "out/mine.toml.before").read_text().endswith("# mine\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine", "mine.toml", "mine.toml.before"]
     other = write_table(tmp_path / "other.csv", rows_of())

@@ -22,6 +22,7 @@ from xares_onnx.errors import ScoreUndefinedError
 from xares_onnx.models.ctc import CtcHead, Workspace, collapse, ctc_gradient
 from xares_onnx.probes import ctc
 from xares_onnx.probes.ctc import train_ctc, why_not
+from xares_onnx.probes.sweep import Sweep
 from xares_onnx.probes.training import HeadResult, Rows
 
 DIM = 12
@@ -43,7 +44,7 @@ class Corpus:
     folds: list[Rows]
 
     def train(
-        self, settings: Settings, seeds: Sequence[int] = (0,), folds: int | None = None, **more: Any
+        self, settings: Settings | Sweep, seeds: Sequence[int] = (0,), folds: int | None = None, **more: Any
     ) -> list[HeadResult]:
         return train_ctc(self.frames, self.transcripts, self.folds[:folds], settings, seeds, **more)
 
@@ -137,7 +138,7 @@ class Reference:
     hypotheses: list[str] = field(default_factory=list)
 
 
-def train_one(c: Corpus, fold: int, seed: int, settings: Settings) -> Reference:
+def train_one(c: Corpus, fold: int, seed: int, settings: Settings, *, constant_rate: bool = False) -> Reference:
     """One head, trained by autograd. The draws are the probe's: weights, biases, then a permutation an epoch."""
     part = c.folds[fold]
     alphabet = sorted({character for clip in part.train for character in c.transcripts[clip]})
@@ -162,7 +163,8 @@ def train_one(c: Corpus, fold: int, seed: int, settings: Settings) -> Reference:
     best = -math.inf
     for epoch in range(settings.epochs):
         for group in adam.param_groups:
-            group["lr"] = settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * epoch / settings.epochs))
+            curve = 1 if constant_rate else 0.55 + 0.45 * math.cos(math.pi * epoch / settings.epochs)
+            group["lr"] = settings.learning_rate * curve
         order = rng.permutation(part.train)
         for start in range(0, len(order), settings.batch_size):
             batch = order[start : start + settings.batch_size]
@@ -355,6 +357,87 @@ def test_heads_are_trained_as_torch_would(sizes: list[tuple[int, int, int]], bat
         assert math.isnan(result.valid_score)
 
 
+def standardised(c: Corpus, fold: int) -> Corpus:
+    train = np.concatenate([c.frames[clip] for clip in c.folds[fold].train]).astype(np.float64)
+    deviation = train.std(axis=0)
+    inverse = np.divide(1, deviation, out=np.zeros(DIM), where=deviation > 0)
+    frames = [((clip - train.mean(axis=0)) * inverse).astype(np.float32) for clip in c.frames]
+    return Corpus(frames, c.transcripts, c.folds)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_sweep_of_one_rate_is_plain_torch_on_standardised_frames(kind: Any, heads: list[CtcHead]) -> None:
+    c = corpus([(9, 0, 6), (14, 0, 5)])
+    for clip in c.frames:
+        clip[:, 3] = 2.5  # a constant dimension
+    c = Corpus([clip.astype(kind) for clip in c.frames], c.transcripts, c.folds)
+    results = c.train(Sweep((0.03,), 4, epochs=5, patience=2), (7,))
+    for result, head in zip(results, heads, strict=True):
+        of_fold = standardised(c, result.fold)
+        reference = train_one(of_fold, result.fold, 7, Settings(epochs=5), constant_rate=True)
+        for name, expected in reference.last.items():
+            np.testing.assert_allclose(parameters_of(head)[name], expected, atol=2e-4, err_msg=name)
+        assert result.predictions == reference.hypotheses
+
+
+def test_a_sweep_takes_the_best_epoch_of_the_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of every epoch and rate computed again by torch."""
+    c = corpus([(16, 6, 8)], noise=0.6)
+    of_fold = standardised(c, 0)
+    seen: list[tuple[float, float, float, int]] = []
+    selected = ctc._Learner.selected
+
+    def watched(learner: Any) -> tuple[float, float]:
+        score_and_loss = selected(learner)
+        losses = []
+        for clip in c.folds[0].valid:
+            x = nn.functional.layer_norm(torch.from_numpy(of_fold.frames[clip]), (DIM,))
+            target = np.array([1 + learner._alphabet.index(character) for character in c.transcripts[clip]])
+            losses.append(float(torch_loss(learner._head.logits(x), [len(x)], [target])))
+        assert score_and_loss[1] == pytest.approx(np.mean(losses), rel=1e-3)
+        seen.append((score_and_loss[0], -score_and_loss[1], -learner.rate, -learner.epoch))
+        return score_and_loss
+
+    monkeypatch.setattr(ctc._Learner, "selected", watched)
+    (result,) = c.train(Sweep((3e-3, 3e-2, 3e-1), 4, epochs=25, patience=4))
+    best = max(seen)
+    assert result.tuning is not None
+    assert (result.valid_score, result.tuning.chosen, result.best_epoch) == (best[0], [-best[2]], -best[3])
+    for trial in result.tuning.tried:
+        assert trial.selection == max(score for score, _, rate, _ in seen if rate == -trial.setting)
+    chosen = next(trial for trial in result.tuning.tried if [trial.setting] == result.tuning.chosen)
+    references = [c.transcripts[clip] for clip in result.examples]
+    assert chosen.test == pytest.approx(max(0, word_accuracy(references, result.predictions)))
+
+
+def test_offset_and_unequal_scaling_do_not_move_a_sweeps_score() -> None:
+    c, rng = corpus([(60, 10, 30)], noise=0.6), np.random.default_rng(0)
+    factors, offset = 10 ** rng.uniform(-2, 2, DIM), 100 * rng.standard_normal(DIM)
+    moved = Corpus([(clip * factors + offset).astype(np.float32) for clip in c.frames], c.transcripts, c.folds)
+    (one,), (other,) = (corpus.train(Sweep((1e-2, 1e-1), 8, epochs=20, patience=5)) for corpus in (c, moved))
+    scores = [character_accuracy([c.transcripts[clip] for clip in r.examples], r.predictions) for r in (one, other)]
+    assert scores[0] > 0.7
+    assert scores[1] == pytest.approx(scores[0], abs=0.02)
+
+
+def test_a_sweep_gives_the_same_bytes_twice_whatever_the_threads() -> None:
+    c = corpus([(13, 3, 5), (9, 3, 5)])
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(c.train(Sweep((1e-2, 1e-1), 4, epochs=4, patience=2), (0, 1)))
+    torch.set_num_threads(1)
+    assert repr(results[0]) == repr(results[1])
+    assert [(result.fold, result.seed) for result in results[0]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_selection_transcripts_of_unknown_characters_can_be_swept_by() -> None:
+    c = corpus([(12, 3, 4)])
+    transcripts = ["z" if clip in c.folds[0].valid else text for clip, text in enumerate(c.transcripts)]
+    (result,) = Corpus(c.frames, transcripts, c.folds).train(Sweep((1e-2, 1e-1), 4, epochs=4, patience=2))
+    assert math.isfinite(result.valid_score)
+
+
 def test_the_best_epoch_is_the_first_strict_maximum_of_character_accuracy(heads: list[CtcHead]) -> None:
     c = corpus([(16, 4, 8), (20, 3, 8)], noise=0.8)
     settings = Settings(epochs=14, learning_rate=0.05)
@@ -487,7 +570,8 @@ def test_stored_half_precision_frames_are_read_as_they_are(heads: list[CtcHead],
     assert results[0].predictions == results[1].predictions == results[2].predictions
 
 
-def test_clips_are_read_when_they_are_needed_and_let_go() -> None:
+@pytest.mark.parametrize("settings", [Settings(2, batch_size=3), Sweep((0.03,), 3, epochs=2, patience=2)])
+def test_clips_are_read_when_they_are_needed_and_let_go(settings: Settings | Sweep) -> None:
     c = corpus([(30, 8, 8)])
     alive: weakref.WeakValueDictionary[int, NDArray[Any]] = weakref.WeakValueDictionary()
     reads = itertools.count()
@@ -504,8 +588,8 @@ def test_clips_are_read_when_they_are_needed_and_let_go() -> None:
             most = max(most, len(alive))
             return array
 
-    (result,) = Corpus(Lazy(), c.transcripts, c.folds).train(Settings(2, batch_size=3))
-    assert result.predictions == c.train(Settings(2, batch_size=3))[0].predictions
+    (result,) = Corpus(Lazy(), c.transcripts, c.folds).train(settings)
+    assert result.predictions == c.train(settings)[0].predictions
     assert next(reads) >= 2 * 38 + 8
     assert most <= 2 * 3  # the batch, and the one before it while it is replaced
 
@@ -541,13 +625,14 @@ def test_scoring_holds_a_bounded_number_of_frames(monkeypatch: pytest.MonkeyPatc
     assert sum(seen[4:]) == 3 * len(long)
 
 
+@pytest.mark.parametrize("settings", [Settings(2), Sweep((1e-2, 1e-1), 4, epochs=2, patience=2)])
 @pytest.mark.parametrize("part", ["train", "valid", "test"])
-def test_frames_that_are_no_numbers_give_no_score(part: str) -> None:
+def test_frames_that_are_no_numbers_give_no_score(part: str, settings: Settings | Sweep) -> None:
     c = corpus([(8, 3, 3)])
     frames = [array.copy() for array in c.frames]
     frames[getattr(c.folds[0], part)[-1]][-1, 0] = np.inf
     with pytest.raises(ScoreUndefinedError):
-        Corpus(frames, c.transcripts, c.folds).train(Settings(2))
+        Corpus(frames, c.transcripts, c.folds).train(settings)
 
 
 # ---------------------------------------------------------------- where the encoder is too coarse

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from xares_onnx.errors import ScoreUndefinedError
 from xares_onnx.models.llm import Adapter, LanguageModel
 from xares_onnx.probes import llm
+from xares_onnx.probes.sweep import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +341,54 @@ def test_xares_counts_errors_beyond_every_word_as_no_word_right(language_model: 
     (floored,) = task.train(language_model, head, least_score=plain.valid_score + 0.1)
     assert plain.best_epoch > 1
     assert (floored.valid_score, floored.best_epoch) == (plain.valid_score + 0.1, 1)
+
+
+def test_a_sweep_takes_the_best_rate_by_teacher_forcing_and_writes_with_it(
+    language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = speech(120, 12, 20)
+    seen: list[tuple[float, float, float, int]] = []
+    selected = llm._Training.selected
+
+    def watched(training: Any) -> tuple[float, float]:
+        score_and_loss = selected(training)
+        clips = training._rows.valid
+        with torch.no_grad():
+            losses = language_model.losses(training._adapted(clips), training._texts(clips))
+        assert score_and_loss[1] == pytest.approx(float(losses.mean()), rel=1e-4)
+        seen.append((score_and_loss[0], -score_and_loss[1], -training._rate, -training.epoch))
+        return score_and_loss
+
+    monkeypatch.setattr(llm._Training, "selected", watched)
+    (result,) = task.train(language_model, Sweep((1e-4, 1e-2), 8, epochs=5, patience=2))
+    best = max(seen)
+    assert result.tuning is not None
+    assert (result.valid_score, result.tuning.chosen, result.best_epoch) == (best[0], [-best[2]], -best[3])
+    assert result.tuning.chosen == [1e-2]
+    slow, fast = result.tuning.tried
+    assert fast.test is not None
+    assert fast.test > (slow.test or 0)
+    at_that_rate = task.train(language_model, Sweep((1e-2,), 8, epochs=5, patience=2))
+    assert at_that_rate[0].predictions == result.predictions
+
+
+def test_a_sweep_of_one_rate_is_torchs_own_adam_at_that_rate(
+    language_model: LanguageModel, plain: Plain, tmp_path: Path
+) -> None:
+    task, seed = speech(21, 0, 3), 5
+    adapter = PlainAdapter(seed, 0)
+    adam = torch.optim.Adam(adapter.parameters(), lr=3e-3)
+    for epoch in range(1, 4):
+        order = np.random.default_rng([seed, 0, epoch]).permutation(task.folds[0].train)
+        for batch in (order[i : i + 4] for i in range(0, 21, 4)):
+            adam.zero_grad()
+            adapted = [adapter(torch.from_numpy(task.frames[clip])) for clip in batch]
+            plain.loss(adapted, [task.transcripts[clip] for clip in batch]).backward()
+            adam.step()
+    task.train(language_model, Sweep((3e-3,), 4, epochs=3, patience=1), [seed], checkpoints=tmp_path)
+    (path,) = tmp_path.iterdir()
+    for key, weight in kept_weights(path).items():
+        torch.testing.assert_close(weight, adapter.state_dict()[key], atol=2e-4, rtol=1e-3)
 
 
 def test_without_validation_clips_the_last_epoch_is_taken(language_model: LanguageModel) -> None:

@@ -33,6 +33,8 @@ from tiny_lm import (
 
 from xares_onnx.errors import MachineError, UsageError
 from xares_onnx.models.llm import LanguageModel
+from xares_onnx.probes import llm
+from xares_onnx.probes.sweep import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,38 @@ def test_a_killed_training_resumes_to_the_same_result(
     ends = [load_file(next((tmp_path / run).iterdir())) for run in ("undisturbed", "killed")]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+
+
+@pytest.mark.parametrize("last", [2, 5, 9])
+def test_a_killed_sweep_resumes_at_its_unfinished_rate(
+    language_model: LanguageModel, tmp_path: Path, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, plan = speech(24, 8, 6), Sweep((1e-3, 1e-2, 5e-2), 8, epochs=4, patience=2)
+    trained: list[tuple[float, int, int]] = []
+    train = llm._Training.train
+
+    def watched(training: Any) -> None:
+        trained.append((training._rate, training._seed, training.epoch))
+        if len(trained) == last + 1 and not resuming:
+            raise KilledError
+        train(training)
+
+    resuming = True
+    monkeypatch.setattr(llm._Training, "train", watched)
+    undisturbed = task.train(language_model, plan, [0, 1], checkpoints=tmp_path / "undisturbed")
+    every_epoch = trained.copy()
+    assert last < len(every_epoch)
+    trained.clear()
+    resuming = False
+    with pytest.raises(KilledError):
+        task.train(language_model, plan, [0, 1], checkpoints=tmp_path / "killed")
+    trained.clear()
+    resuming = True
+    steps: list[int] = []
+    resumed = task.train(language_model, plan, [0, 1], checkpoints=tmp_path / "killed", on_epoch=steps.append)
+    assert trained == every_epoch[last:]
+    assert repr(resumed) == repr(undisturbed)
+    assert steps[-1] == plan.steps
 
 
 def test_a_checkpoint_holds_the_adapter_and_adams_moments_alone(language_model: LanguageModel, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from xares_onnx.errors import ScoreUndefinedError
 from xares_onnx.models.retrieval import RetrievalHead, cosine_loss, product_loss
 from xares_onnx.probes import retrieval
 from xares_onnx.probes.retrieval import recalls, train_retrieval
+from xares_onnx.probes.sweep import Sweep
 from xares_onnx.probes.training import HeadResult, Rows
 from xares_onnx.probes.wordpiece import WordPiece
 
@@ -44,7 +45,12 @@ class Problem:
     folds: list[Rows]
 
     def train(
-        self, arithmetic: Any, settings: Settings, seeds: Sequence[int] = (0,), folds: int | None = None, **options: Any
+        self,
+        arithmetic: Any,
+        settings: Settings | Sweep,
+        seeds: Sequence[int] = (0,),
+        folds: int | None = None,
+        **options: Any,
     ) -> list[HeadResult]:
         given = {"vocabulary": None} | options
         data = self.embeddings, self.captions, self.clip_of_crop, self.folds[:folds]
@@ -191,7 +197,16 @@ class Reference:
     predictions: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-def train_one(p: Problem, fold: int, seed: int, settings: Settings, arithmetic: str, vocabulary: WordPiece) -> Reference:
+def train_one(
+    p: Problem,
+    fold: int,
+    seed: int,
+    settings: Settings,
+    arithmetic: str,
+    vocabulary: WordPiece,
+    *,
+    constant_rate: bool = False,
+) -> Reference:
     rows = p.folds[fold]
     rng = np.random.default_rng([seed, fold])
     towers = Towers(vocabulary.size, rng)
@@ -215,7 +230,8 @@ def train_one(p: Problem, fold: int, seed: int, settings: Settings, arithmetic: 
     adam = torch.optim.Adam(towers.parameters())
     for epoch in range(settings.epochs):
         for group in adam.param_groups:
-            group["lr"] = settings.learning_rate * (0.55 + 0.45 * np.cos(np.pi * epoch / settings.epochs))
+            curve = 1 if constant_rate else 0.55 + 0.45 * np.cos(np.pi * epoch / settings.epochs)
+            group["lr"] = settings.learning_rate * curve
         order = rng.permutation(len(pairs))
         for start in range(0, len(order), settings.batch_size):
             batch = [pairs[i] for i in order[start : start + settings.batch_size]]
@@ -296,6 +312,91 @@ def test_a_training_is_that_of_plain_torch(arithmetic: str, trained: list[Retrie
         for name, off in deviations(trained[fold], expected.best).items():
             assert (off < 1e-4).mean() > 0.999
             assert moved[name].mean() > 1e3 * off.mean()
+
+
+def standardised(p: Problem, fold: int) -> Problem:
+    train = p.embeddings[p.folds[fold].train].astype(np.float64)
+    deviation = train.std(axis=0)
+    x = (p.embeddings - train.mean(axis=0)) / np.where(deviation > 0, deviation, np.inf)
+    return Problem(x.astype(np.float32), p.captions, p.clip_of_crop, p.folds)
+
+
+def test_a_sweep_of_one_rate_is_plain_torch_on_standardised_embeddings(trained: list[RetrievalHead]) -> None:
+    p = problem([(14, 0, 9), (11, 0, 7)], seed=1)
+    p.embeddings[:, 2] = 7  # a constant dimension
+    for fold, result in enumerate(p.train("corrected", Sweep((5e-4,), 16, epochs=4, patience=2), seeds=[5])):
+        vocabulary = WordPiece.trained(training_captions(p, fold))
+        run = Settings(epochs=4, batch_size=16, learning_rate=5e-4)
+        expected = train_one(standardised(p, fold), fold, 5, run, "corrected", vocabulary, constant_rate=True)
+        assert result.predictions.tolist() == expected.predictions.tolist()
+        moved = deviations(trained[fold], expected.initial)
+        for name, off in deviations(trained[fold], expected.best).items():
+            assert (off < 1e-4).mean() > 0.999
+            assert moved[name].mean() > 1e3 * off.mean()
+
+
+def test_a_sweep_takes_the_best_epoch_of_the_best_rate(
+    trained: list[RetrievalHead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores and losses of every epoch and rate computed again, by hand, from the weights after it."""
+    p = problem([(20, 12, 9)], seed=3)
+    seen: list[tuple[float, float, float, int]] = []
+    selected = retrieval._Learner.selected
+
+    def watched(learner: Any) -> tuple[float, float]:
+        score_and_loss = selected(learner)
+        with torch.no_grad():
+            rows, pairing = p.folds[0].valid, learner._pairing
+            crops = np.array([crop for crop in rows for _ in p.captions[p.clip_of_crop[crop]]])
+            texts = np.concatenate(pairing.texts_of(rows))
+            audio, text = learner._head.audio(learner._x[crops]), learner._head.text(*pairing.packed(texts))
+            clips = p.clip_of_crop[crops].tolist()
+            by_hand = loss_by_hand(audio, text, learner._head.log_temperature, clips, "corrected")
+        assert score_and_loss == pytest.approx((score(learner._predict(rows)[1]), float(by_hand)), rel=1e-5)
+        seen.append((score_and_loss[0], -score_and_loss[1], -learner.rate, -learner.epoch))
+        return score_and_loss
+
+    monkeypatch.setattr(retrieval._Learner, "selected", watched)
+    plan = Sweep((1e-4, 1e-3, 1e-2), 1000, epochs=25, patience=3)
+    (result,) = p.train("corrected", plan)
+    best = max(seen)
+    assert result.tuning is not None
+    assert (result.valid_score, result.tuning.chosen, result.best_epoch) == (best[0], [-best[2]], -best[3])
+    for trial in result.tuning.tried:
+        assert trial.selection == max(score for score, _, rate, _ in seen if rate == -trial.setting)
+    chosen = next(trial for trial in result.tuning.tried if [trial.setting] == result.tuning.chosen)
+    assert chosen.test == pytest.approx(score(result.predictions))
+    assert result.tuning.train is not None
+    assert result.tuning.train > chosen.test
+
+
+def test_offset_and_unequal_scaling_do_not_move_a_sweeps_score() -> None:
+    p, rng = concepts(shuffled=False), np.random.default_rng(0)
+    factors, offset = 10 ** rng.uniform(-2, 2, 16), 100 * rng.standard_normal(16)
+    moved = Problem((p.embeddings * factors + offset).astype(np.float32), p.captions, p.clip_of_crop, p.folds)
+    plan = Sweep((3e-4, 3e-3), 32, epochs=6, patience=3)
+    (one,), (other,) = p.train("corrected", plan), moved.train("corrected", plan)
+    assert score(one.predictions) > 0.9
+    assert score(other.predictions) == pytest.approx(score(one.predictions), abs=0.03)
+
+
+def test_a_sweep_gives_the_same_bytes_twice_whatever_the_threads() -> None:
+    p = problem([(10, 5, 6), (8, 4, 7)], seed=2)
+    plan = Sweep((1e-3, 1e-2), 16, epochs=4, patience=2)
+    once = p.train("corrected", plan, seeds=[0, 1])
+    torch.set_num_threads(2)
+    again = p.train("corrected", plan, seeds=[0, 1])
+    torch.set_num_threads(1)
+    assert repr(once) == repr(again)
+    assert [(result.fold, result.seed) for result in once] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_a_sweep_of_embeddings_that_are_no_numbers_gives_no_score(part: str) -> None:
+    p = problem([(6, 3, 4)])
+    p.embeddings[getattr(p.folds[0], part)[-1], 0] = np.inf
+    with pytest.raises(ScoreUndefinedError, match="NaN or infinity"):
+        p.train("corrected", Sweep((1e-3, 1e-2), 16, epochs=2, patience=1))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)

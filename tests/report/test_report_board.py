@@ -116,7 +116,7 @@ def test_a_model_stands_for_its_first_tap(tmp_path: Path) -> None:
     assert verdict is not None
     assert (verdict.standing, verdict.basis) == ("behind", "paired")
     (curve,) = found.curves
-    assert (curve.model, curve.taps, curve.scores) == (1, ("layer.0", "layer.1", "embeddings"), (0.9, 0.7, 0.5))
+    assert (curve.model, curve.steps, curve.scores) == (1, ("layer.0", "layer.1", "embeddings"), (0.9, 0.7, 0.5))
 
 
 def test_averages_are_over_the_tasks_that_every_model_has(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from xares_onnx.report.board import make_board
 from xares_onnx.report.markdown import markdown
 from xares_onnx.report.model_index import model_index
 from xares_onnx.report.table import csv_text
+from xares_onnx.scoring.shots import Shots
 
 ESC, VOX, SPEECH = "esc50", "voxlingua33", "speechocean762"
 
@@ -276,3 +277,14 @@ def test_wrong_usage_is_said_before_anything_is_read(two: tuple[Path, Path], tmp
         assert (code, out) == (2, "")
         assert sentence in said(err)
     assert msgspec.json.decode(two[0].read_bytes())["schema_version"] == 1
+
+
+def test_few_clips_are_a_table_of_markdown(tmp_path: Path) -> None:
+    rows = [Shots(clips_per_class=count, score=score, ci95=(0.1, 0.9), draws=[]) for count, score in ((2, 0.25), (10, 0.5))]
+    a = save(tmp_path, "a", {ESC: right(range(60))}, records={ESC: {"shots": rows}})
+    b = save(tmp_path, "b", {ESC: right(range(50))}, records={ESC: {"shots": rows[:1]}})
+    text = markdown(make_board([Side.read(a), Side.read(b)]))
+    assert "| by training clips per class | model | 2 | 10 |\n| --- | --- | ---: | ---: |" in text
+    assert "| ESC-50 | a | 0.250 (0.100-0.900) | 0.500 (0.100-0.900) |" in text
+    assert "| ESC-50 | b | 0.250 (0.100-0.900) |  |" in text
+    assert "training clips" not in markdown(make_board([Side.of_result("c", result([record(ESC, right(range(9)))]))]))

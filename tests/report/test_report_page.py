@@ -24,6 +24,7 @@ from xares_onnx.evaluation.record import Gate
 from xares_onnx.progress import ignore
 from xares_onnx.report.board import make_board
 from xares_onnx.report.page.html import html
+from xares_onnx.scoring.shots import Shots
 
 ESC, VOX, SPEECH = "esc50", "voxlingua33", "speechocean762"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -121,6 +122,27 @@ def test_layers_have_curves_of_their_own(two: tuple[Path, Path]) -> None:
     assert ["★" in said for said, _ in table[1][1:]] == [True, True]
     assert any("ESC-50 layer by layer" in str(svg["aria-label"]) for svg in page.all("svg") if "aria-label" in svg)
     assert not any("layer by layer" in str(svg.get("aria-label")) for svg in page_of(two[1]).all("svg"))
+
+
+def test_few_clips_have_curves_and_tables(tmp_path: Path) -> None:
+    def shots(*scores: float | None) -> list[Shots]:
+        return [
+            Shots(clips_per_class=2**i, score=s, ci95=None if s is None else (s - 0.1, s + 0.1), draws=[])
+            for i, s in enumerate(scores)
+        ]
+
+    a = save(tmp_path, "a", {ESC: right(range(60))}, records={ESC: {"shots": shots(0.2, 0.5)}})
+    b = save(tmp_path, "b", {ESC: right(range(66))}, records={ESC: {"shots": shots(0.3, None, 0.6)}})
+    c = save(tmp_path, "c", {ESC: right(range(50))})
+    page = page_of(a, b, c)
+    (table,) = [table for table in page.tables if [cell for cell, _ in table[0]] == ["model", "1", "2", "4"]]
+    dash = "\N{EN DASH}"
+    assert [[said for said, _ in row] for row in table[1:]] == [
+        ["b", f"0.3000.200{dash}0.400", "", f"0.6000.500{dash}0.700"],
+        ["a", f"0.2000.100{dash}0.300", f"0.5000.400{dash}0.600", ""],
+    ]
+    assert any("ESC-50 by training clips per class" in str(svg.get("aria-label")) for svg in page.all("svg"))
+    assert not any("training clips" in str(svg.get("aria-label")) for svg in page_of(c).all("svg"))
 
 
 HOSTILE = '</script></title><script>alert(1)</script><img src=x onerror="alert(2)">" onfocus="x\x1b[31m\u202e'

@@ -24,6 +24,7 @@ from xares_onnx.evaluation.record import Encoder, Result, Seconds, TaskResult
 from xares_onnx.progress import Note, Progress
 from xares_onnx.report import observer as observers
 from xares_onnx.report import terminal
+from xares_onnx.scoring.shots import Shots
 
 HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
 SHOWN = r"[red]\x1b[2J\x1b]0;owned\x07\r\n\u202ename[/red]:smile:"
@@ -208,3 +209,23 @@ def test_scores_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) 
         assert whole in text
     assert "…" not in text
     assert max(len(line) for line in text.splitlines() if "0.123" in line or "accuracy" in line) <= 80
+
+
+def shots(clips: int, score: float | None) -> Shots:
+    ci95 = None if score is None else (score - 0.1, score + 0.1)
+    return Shots(clips_per_class=clips, score=score, ci95=ci95, draws=[], note=None)
+
+
+def test_few_clips_have_a_table(console: Console) -> None:
+    terminal.print_result(result(record(shots=[shots(1, 0.25), shots(16, 0.75), shots(64, None)])), console)
+    lines = printed(console).splitlines()
+    heading = next(i for i, line in enumerate(lines) if "training clips per class" in line)
+    assert [word for word in lines[heading].replace("95 %", "").split() if word.isdigit()] == ["1", "16", "64"]
+    row = next(line for line in lines[heading:] if "0.250" in line)
+    assert row.index("0.250") < row.index("0.150-0.350") < row.index("0.750") < row.index("0.650-0.850")
+    assert SHOWN in row
+
+
+def test_without_few_clips_there_is_no_table(console: Console) -> None:
+    terminal.print_result(result(record()), console)
+    assert "training clips per class" not in printed(console)

@@ -188,7 +188,7 @@ def relabelled(kind: str, change: Callable[[Any], Any] = lambda label: label) ->
     [
         ("captions", relabelled("captions", lambda label: {"one": " ", "two": 5}), "failed", "its json holds no caption"),
         ("transcript", relabelled("transcript", lambda label: {"trans": " . "}), "failed", "its transcript trans is empty"),
-        ("number", relabelled("number", lambda label: {"score": 11}), "failed", "no number from 0 to 10"),
+        ("number", relabelled("number", lambda label: {"score": 11}), "failed", "not a number from 0 to 10"),
         ("tags", relabelled("tags", lambda label: {"tags": ""}), "undefined", "have no tags"),
         ("events", relabelled("events", lambda label: []), "undefined", "have no events"),
         *((kind, {"test": {}}, "undefined", "there are no test clips") for kind in KINDS),
@@ -270,7 +270,7 @@ def test_a_clip_without_a_label_takes_its_frames_along(folder: Path, tmp_path: P
     [
         ({"heads": ["transcript"]}, "must read TASK=KIND"),
         ({"heads": ["transcript=lstm"]}, "with a kind of linear, retrieval, ctc, llm"),
-        ({"heads": ["transcripts=llm"]}, "names no task that is scored; did you mean 'transcript'"),
+        ({"heads": ["transcripts=llm"]}, "names a task that is not selected; did you mean 'transcript'"),
         ({"heads": ["transcript=linear"]}, "head 'linear' does not fit transcript"),
         ({"heads": ["transcript=llm"]}, "needs a language model; name its folder by --lm"),
         ({"vocabulary": Path("nowhere.txt")}, "nowhere.txt"),

@@ -12,7 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..encoder.encoder import Encoder, load_encoder, onnxruntime_distributions
+from ..encoder.encoder import Encoder, onnxruntime_distributions, open_encoder
+from ..encoder.spec import ModelOptions
 from ..encoder.worker import Tell
 from ..errors import ContractError, ContradictionError, ModelError, ModelLimitError, UsageError
 from ..progress import Observer, Progress, ignore
@@ -80,7 +81,8 @@ def check(
     npz = read_reference(Path(reference)) if reference is not None and Path(reference).suffix == ".npz" else None
     run = _Check(str(model), chosen, observer)
     with ExitStack() as open_things:
-        subject = run.resolve(open_things, contract, device, threads, cache, trust)
+        options = ModelOptions(device=device, threads=threads, contract=tuple(contract), trust=trust)
+        subject = run.resolve(open_things, options, cache)
         if subject is not None:
             run.measure_all(subject, run.reference(Path(reference), npz) if reference is not None else None)
     return run.report(time.perf_counter() - started)
@@ -98,39 +100,27 @@ class _Check:
 
     # ---------------------------------------------------------------- resolving
 
-    def resolve(
-        self,
-        open_things: ExitStack,
-        contract: Sequence[str],
-        device: str,
-        threads: int | None,
-        cache: Path | None,
-        trust: bool,
-    ) -> Subject | None:
-        """The model with its contract, wrong declarations put aside; None where there is no contract."""
+    def resolve(self, open_things: ExitStack, options: ModelOptions, cache: Path | None) -> Subject | None:
+        """The model with its contract; None if it has none, which the findings then explain.
+
+        A declaration that a measurement contradicts is set aside, and the model measured again without it.
+        """
         contradicted: dict[str, str] = {}
         while True:
             try:
-                self.encoder = open_things.enter_context(
-                    load_encoder(
-                        self.model,
-                        contract=contract,
-                        without=tuple(contradicted),
-                        device=device,
-                        threads=threads,
-                        cache=cache,
-                        trust=trust,
-                        observer=self.observer,
-                    )
-                )
-                self.facts = self._read_facts(self.encoder)
+                encoder = open_encoder(self.model, options, without=tuple(contradicted), cache=cache, observer=self.observer)
+                self.encoder = open_things.enter_context(encoder)
+                self.facts = self._read_facts(encoder)
+            except ContradictionError as error:
+                if error.about is None or error.about in contradicted:
+                    self._record_refusal(error, contradicted)
+                    return None
+                contradicted[error.about] = str(error)
             except ModelError as error:
-                if isinstance(error, ContradictionError) and error.about and error.about not in contradicted:
-                    contradicted[error.about] = str(error)
-                    continue
                 self._record_refusal(error, contradicted)
                 return None
-            return Subject(self.encoder.spec, self.facts, contradicted)
+            else:
+                return Subject(encoder.spec, self.facts, contradicted)
 
     def _read_facts(self, encoder: Encoder) -> ModelFacts:
         return encoder.call(read_facts, encoder.info.path, encoder.info.scan, returns=ModelFacts, observer=self.observer)
@@ -165,7 +155,7 @@ class _Check:
             return npz
         try:
             spec = self.encoder.spec
-            with load_encoder(path, device=spec.device, threads=spec.threads, trust=spec.trust) as other:
+            with open_encoder(path, ModelOptions(device=spec.device, threads=spec.threads, trust=spec.trust)) as other:
                 waveforms = sounds(own.sample_rate, own.min_samples, own.chunk_samples)
                 return reference_of_model(other, self._read_facts(other).precision, waveforms, own.sample_rate)
         except ModelError as error:

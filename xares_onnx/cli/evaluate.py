@@ -52,6 +52,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--taps", help="Outputs or inner tensors to score in one pass, comma-separated; or all-layers."),
     ] = None,
+    shots: Annotated[
+        list[str] | None,
+        typer.Option("--shots", help="Score class tasks with that many training clips per class too: 1,2,4,8,16."),
+    ] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
@@ -107,6 +111,7 @@ def evaluate(
                 output=output,
                 save=True,
                 methods=split(method) or METHODS,  # type: ignore[arg-type]
+                shots=_counts(shots),
                 allow_drops=allow_drops,
                 baseline=baseline,
                 tolerance=tolerance,
@@ -131,3 +136,10 @@ def evaluate(
     for gate in failed:
         say(f"{gate.gate.replace('_', '-')}: {gate.task} {gate.method}: {gate.message}")
     raise typer.Exit(worst_exit_code([*(error.exit_code for error in done.errors), *[1] * bool(failed)]))
+
+
+def _counts(shots: list[str] | None) -> list[int]:
+    for text in split(shots):
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise UsageError(f"--shots {text!r} must be whole numbers, such as 1,2,4,8,16")
+    return [int(text) for text in split(shots)]

@@ -25,19 +25,26 @@ CropRule = Literal["keep-tails", "whole-crops"]
 READABLE_EXTENSIONS = frozenset(
     {"wav", "flac", "ogg", "oga", "mp3", "opus", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64"}
 )
-# libsndfile reads none of the further ones: a named drop, not an unknown file.
+# libsndfile cannot read the others: such a clip is a named drop, not an unknown file.
 AUDIO_EXTENSIONS = READABLE_EXTENSIONS | {"m4a", "mp4", "aac", "wma", "webm", "amr"}
 MAX_SECONDS = 2 * 3600
 MAX_FRAMES = 1 << 28  # 1 GiB of mono float32
-MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; outside, a header lies
+MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; a header that claims another rate lies
 MIN_TAIL_SECONDS = 1.0
 _BLOCK_SAMPLES = 1 << 19  # of all channels together
 
 
 def decode(data: bytes) -> tuple[Waveform, int]:
-    """Mono samples (frames,), the mean of the channels, and the sampling rate in Hz.
+    """Decode an audio file.
 
-    Raises `ClipError` where libsndfile cannot read the bytes, or they hold no samples, NaN or infinity.
+    Args:
+        data: The encoded file.
+
+    Returns:
+        Mono samples (frames,), the mean of the channels, and the sampling rate in Hz.
+
+    Raises:
+        ClipError: libsndfile cannot read the bytes, or they contain no samples, NaN or infinity.
     """
     # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
     with _Bytes(data) as buffer:
@@ -46,7 +53,7 @@ def decode(data: bytes) -> tuple[Waveform, int]:
 
 
 def decode_blocks(source: BinaryIO) -> Iterator[tuple[Waveform, int]]:
-    """`decode` block by block, so that a long recording is never held whole: at least one block, or `ClipError`."""
+    """`decode` block by block, so that a long recording is never in memory whole. Yields at least one block, or raises."""
     try:
         with soundfile.SoundFile(source) as file:
             rate = int(file.samplerate)
@@ -71,7 +78,7 @@ def decode_blocks(source: BinaryIO) -> Iterator[tuple[Waveform, int]]:
 
 
 class _Bytes(io.BytesIO):
-    """A damaged header sends libsndfile to places that there are not; an exception in its callback would be printed."""
+    """Ignores seeks to impossible places, which damaged headers cause: an exception in the callback would be printed."""
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         try:
@@ -89,7 +96,7 @@ def _mono(block: npt.NDArray[np.float32]) -> Waveform:
 
 
 def duration(data: bytes) -> float:
-    """Seconds of audio by the file's own header, for estimates; `ClipError` where it cannot be read."""
+    """Seconds of audio by the file's own header, for estimates; `ClipError` if that cannot be read."""
     try:
         info = soundfile.info(_Bytes(data))
         return min(float(info.frames / info.samplerate), MAX_SECONDS)
@@ -103,7 +110,11 @@ def _undecodable(error: Exception) -> ClipError:
 
 
 def resample(samples: Waveform, rate: int, target_rate: int) -> Waveform:
-    """(frames,) at `rate` Hz to (frames',) at `target_rate` Hz, by soxr's HQ recipe."""
+    """Resample (frames,) from `rate` Hz to `target_rate` Hz by soxr's HQ recipe.
+
+    Raises:
+        ClipError: There are too few samples to give one.
+    """
     if rate == target_rate:
         return samples
     resampled: Waveform = soxr.resample(samples, rate, target_rate, quality="HQ").astype(np.float32, copy=False)
@@ -113,10 +124,14 @@ def resample(samples: Waveform, rate: int, target_rate: int) -> Waveform:
 
 
 def crop(samples: Waveform, rate: int, crop_seconds: float | None, rule: CropRule) -> list[Waveform]:
-    """Consecutive crops of `crop_seconds`, or the clip itself where that is None.
+    """Cut a clip (frames,) into consecutive crops.
 
-    `keep-tails`: nothing is padded; a tail of 1 s and more is a crop of its own, a clip shorter than a crop is one crop.
-    `whole-crops` (X-ARES): the tail is dropped, but a clip shorter than one crop is zero-padded to one.
+    Args:
+        samples: (frames,) of the clip.
+        rate: Hz.
+        crop_seconds: Length of a crop; None for one crop, the whole clip.
+        rule: `keep-tails` pads nothing: a tail of 1 s or more is a crop of its own, and so is a clip shorter than a crop.
+            `whole-crops` (X-ARES) drops the tail, and zero-pads a clip shorter than one crop.
     """
     if crop_seconds is None:
         return [samples]
@@ -141,7 +156,7 @@ def decoder_version() -> str:
 
 
 class CropSettings(msgspec.Struct, frozen=True):
-    """How clips become what the model sees; differs between protocols."""
+    """How clips are cropped and padded for the model; it differs between protocols."""
 
     seconds: float | None
     rule: audio.CropRule = "keep-tails"

@@ -1,4 +1,4 @@
-"""Which tasks there are, where their shards lie, and what those hold."""
+"""The tasks, the folders of their shards, and the digests of these."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Parts = dict[str, list[Path]]  # part ("train", "valid", "test", or a fold's num
 
 @functools.cache
 def shipped_tasks() -> dict[str, Task]:
-    """Every task that comes with the package, by name, in the order of its domain and title."""
+    """Every task of the package by name, ordered by domain and title."""
     folder = resources.files("xares_onnx.tasks")
     files = [entry for entry in folder.iterdir() if entry.name.endswith(".toml")]
     tasks = [load_task(Path(entry.name), entry.read_text(encoding="utf-8")) for entry in files]
@@ -41,7 +41,11 @@ def shipped_tasks() -> dict[str, Task]:
 
 
 def suite_tasks(suite: str) -> list[Task]:
-    """The tasks of a suite. `all` is everything but the synthetic tasks; a domain holds its private tasks too."""
+    """The tasks of a suite. `all` is every task that is not synthetic; a domain includes its private tasks.
+
+    Raises:
+        UsageError: `suite` is not one of `SUITES`.
+    """
     if suite not in SUITES:
         raise UsageError(f"there is no suite {suite!r}; choose from {', '.join(SUITES)}")
     return [task for task in shipped_tasks().values() if in_group(task, suite)]
@@ -57,92 +61,106 @@ def in_group(task: Task, group: str) -> bool:
 
 
 def named_tasks(names: Iterable[str]) -> list[Task]:
-    """Tasks by name, by pattern (`'vox*'`) or by the path of a task file, each once, in the order given."""
+    """Tasks by name, by pattern (`'vox*'`) or by the path of a task file, each once, in the order of `names`.
+
+    Raises:
+        UnknownTaskError: No task has the name or matches the pattern.
+        UsageError: A task file uses the name of another task.
+        TaskFileError: A task file cannot be used.
+    """
     chosen: dict[str, Task] = {}
     for name in names:
         if name.endswith(".toml"):
             task = load_task(Path(name))
             if (shipped_tasks() | chosen).get(task.name, task) != task:
                 raise UsageError(f"task file {name} uses the name {task.name!r} of another task; give it another name")
-            found = [task]
+            tasks = [task]
         else:
-            found = [task for task in shipped_tasks().values() if fnmatch.fnmatchcase(task.name, name)]
-        if not found:
+            tasks = [task for task in shipped_tasks().values() if fnmatch.fnmatchcase(task.name, name)]
+        if not tasks:
             raise UnknownTaskError.named(name, shipped_tasks())
-        chosen.update({task.name: task for task in found})
+        chosen.update({task.name: task for task in tasks})
     return list(chosen.values())
 
 
-def data_folder(given: Path | None, *, to_fill: bool = False) -> Path:
-    """--data, else $XARES_ONNX_DATA, else ./env where it exists (X-ARES's own folder), else the user's data folder.
+def data_folder(option: Path | None, *, to_fill: bool = False) -> Path:
+    """The data folder: `option`, else $XARES_ONNX_DATA, else ./env if it exists (X-ARES's own), else the user's.
 
-    A named folder must exist, but for one that is `to_fill`.
+    Args:
+        option: The value of --data.
+        to_fill: Whether the folder may be missing, since a download will make it.
+
+    Raises:
+        DataMissingError: The folder that the option or the variable names does not exist.
     """
-    if given is not None:
-        if not given.is_dir() and not (to_fill and not given.exists()):
-            raise DataMissingError(f"data folder {given} does not exist; --data names the folder that holds a folder a task")
-        return given
+    if option is not None:
+        if not option.is_dir() and not (to_fill and not option.exists()):
+            raise DataMissingError(
+                f"data folder {option} does not exist; --data names the folder that holds a folder per task"
+            )
+        return option
     if from_environment := os.environ.get(DATA_VARIABLE):
         return data_folder(Path(from_environment), to_fill=to_fill)
     own = Path("env")
     return own if own.is_dir() else Path(platformdirs.user_data_dir("xares-onnx", appauthor=False))
 
 
-def cache_folder(given: Path | None) -> Path:
-    """--cache, else $XARES_ONNX_CACHE, else the user's cache folder."""
-    return given or Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("xares-onnx", appauthor=False))
+def cache_folder(option: Path | None) -> Path:
+    """The cache folder: `option` (--cache), else $XARES_ONNX_CACHE, else the user's."""
+    return option or Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("xares-onnx", appauthor=False))
 
 
 def part_globs(task: Task) -> dict[str, str]:
-    """Shard pattern of every part: of each split, or of each fold by its number."""
+    """The shard pattern of each part: of each split, or of each fold by its number."""
     if task.data.folds is not None:
         return {str(number): task.data.folds.glob(number) for number in task.data.folds.numbers}
     return {str(split): glob for split, glob in (task.data.splits or {}).items()}
 
 
 def find_parts(task: Task, folder: Path) -> Parts | None:
-    """The shards of every part under `folder/<task name>`, sorted; None where a part has none, or a download is not done."""
+    """The shards of each part in `folder/<task name>`, sorted; None if a part has none, or a download is unfinished."""
     parts = shards_on_disk(task, folder)
-    return parts if all(parts.values()) and not _not_yet(task, folder) else None
+    return parts if all(parts.values()) and not _undelivered(task, folder) else None
 
 
 def on_disk(task: Task, folder: Path) -> str:
-    """A few words on what of a task's data is there."""
+    """A few words for people on how much of a task's data is on disk."""
     if task.domain == "synthetic":
         return "built in"
-    found = shards_on_disk(task, folder)
-    shards = {path for paths in found.values() for path in paths}
+    parts = shards_on_disk(task, folder)
+    shards = {path for paths in parts.values() for path in paths}
     if not shards:
         return "no"
-    lacking = [part for part, paths in found.items() if not paths]
+    lacking = [part for part, paths in parts.items() if not paths]
     size = sum(path.stat().st_size for path in shards) / 1e9
-    unfinished = ", download unfinished" if _not_yet(task, folder) else ""
+    unfinished = ", download unfinished" if _undelivered(task, folder) else ""
     return f"{len(shards)} shards, {size:.2f} GB" + (f", lacks {', '.join(lacking)}" if lacking else unfinished)
 
 
 def missing_data(task: Task, folder: Path) -> str:
-    """One sentence: what is not there, and how to get it."""
+    """One sentence for people: which of a task's data are missing, and how to get them."""
     globs = part_globs(task)
-    missing = [globs[part] for part, shards in shards_on_disk(task, folder).items() if not shards] or _not_yet(task, folder)
+    without_shards = [globs[part] for part, shards in shards_on_disk(task, folder).items() if not shards]
+    missing = without_shards or _undelivered(task, folder)
     where = f"{folder / task.name} holds no {missing[0]}"
     if task.data.zenodo:
         name = task.name if shipped_tasks().get(task.name) == task else "TASK.toml"
         how = f"`xares-onnx download {name}` fetches Zenodo record {task.data.zenodo}, or name another folder by --data"
     elif task.private:
-        how = "its data were never published; who has them puts the tars there"
+        how = "its data were never published; if you have them, put the tars there"
     else:
         how = "put its shards there, or name another folder by --data"
     return f"no data for {task.name}: {where}; {how}"
 
 
-def _not_yet(task: Task, folder: Path) -> list[str]:
-    """Files that a download began and did not finish, or that were removed since: what is there would pass for all."""
+def _undelivered(task: Task, folder: Path) -> list[str]:
+    """Files that a download has not brought yet, or that were removed since. Without them, the rest would pass for all."""
     manifest = read_manifest(folder / task.name)
     return manifest.lacking(folder / task.name) if manifest and manifest.record == task.data.zenodo else []
 
 
 def shards_on_disk(task: Task, folder: Path) -> Parts:
-    """The shards of every part under `folder/<task name>`, sorted, whether a part has any or not."""
+    """The shards of each part in `folder/<task name>`, sorted; a part without any has an empty list."""
     parts = {part: (folder / task.name).glob(glob) for part, glob in part_globs(task).items()}
     return {
         part: sorted(path for path in paths if path.is_file() and path.suffix != TEMPORARY_SUFFIX)
@@ -151,12 +169,18 @@ def shards_on_disk(task: Task, folder: Path) -> Parts:
 
 
 class Digests:
-    """SHA-256 of shards, kept by their stamps so that a rerun reads no shard again."""
+    """SHA-256 digests of shards, kept with the shards' stamps so that a rerun need not read them again."""
 
     def __init__(self, cache: Path) -> None:
         self._folder = cache / "digests"
 
     def of(self, path: Path) -> tuple[str, Stamp]:
+        """Digest and stamp of a shard.
+
+        Raises:
+            DataError: It cannot be read.
+            MachineError: The digest cannot be written to the cache.
+        """
         now = stamp(path)
         file = self._folder / f"{hashlib.sha256(now[0].encode()).hexdigest()[:32]}.json"
         try:
@@ -170,7 +194,7 @@ class Digests:
         return digest, now
 
     def of_parts(self, task: str, parts: Mapping[str, Sequence[Path]], observer: Observer) -> dict[Path, tuple[str, Stamp]]:
-        """Digest and stamp of every shard of a task, each file once."""
+        """Digest and stamp of each shard of a task, each read once."""
         paths = sorted({path for shards in parts.values() for path in shards})
         digests = {}
         for done, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""What was downloaded into a task's folder, and how each file can be checked: `.xares-onnx.json` beside the shards."""
+"""`.xares-onnx.json` beside a task's shards: which files were downloaded, and their checksums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MANIFEST_NAME = ".xares-onnx.json"
 
 
 class Held(msgspec.Struct, frozen=True):
-    """A file that was verified when it was `mtime_ns` old; `archive` is the zip that it came out of."""
+    """A file as it was when it was verified; `archive` is the zip that it was unpacked from."""
 
     size: int
     checksum: str
@@ -29,8 +29,10 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct):
-    """`wanted` are the files of the record that the task takes, with their sizes, whether they are there yet or not;
-    `archives` the checksums of those among them that are zips and unpacked.
+    """What a task takes from a record, and what of that is on disk.
+
+    `wanted` holds the sizes of all files that the task takes, on disk or not; `files` those on disk, and `archives` the
+    checksums of the zips that were unpacked and removed.
     """
 
     record: str
@@ -42,7 +44,7 @@ class Manifest(msgspec.Struct):
     version: int = 1
 
     def holds(self, folder: Path, name: str, checksum: str | None = None) -> bool:
-        """Whether a file lies as it was when it was verified, to go by its size and time; its content is not read."""
+        """Whether a file is as it was when it was verified, by its size and time; its content is not read."""
         held = self.files.get(name)
         try:
             stat = (folder / name).stat()
@@ -55,18 +57,18 @@ class Manifest(msgspec.Struct):
         )
 
     def has_unpacked(self, folder: Path, archive: str, checksum: str | None = None) -> bool:
-        """Whether everything that came out of an archive still lies as it did."""
+        """Whether everything unpacked from an archive is still as it was."""
         known = self.archives.get(archive)
         shards = [name for name, held in list(self.files.items()) if held.archive == archive]
         return known is not None and checksum in (None, known) and all(self.holds(folder, name) for name in shards)
 
     def lacking(self, folder: Path) -> list[str]:
-        """The wanted files that are not there, to go by their names."""
+        """Names of wanted files and unpacked shards that are not on disk."""
         shards = [name for name, held in self.files.items() if held.archive and not (folder / name).exists()]
         return [name for name in self.wanted if name not in self.archives and not (folder / name).exists()] + shards
 
     def keep(self, folder: Path, name: str, checksum: str, archive: str | None = None) -> None:
-        """Enter a file that was just verified."""
+        """Record a file that was just verified."""
         stat = (folder / name).stat()
         self.files[name] = Held(stat.st_size, checksum, stat.st_mtime_ns, archive)
 
@@ -75,7 +77,7 @@ class Manifest(msgspec.Struct):
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """None where nothing was downloaded, or the file is not what was written."""
+    """The manifest of a task's folder; None if there is none or it cannot be read."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Which clips of which shards a task wants."""
+"""Which clips of which shards a task uses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ShardPlan(msgspec.Struct, frozen=True):
 
 
 def key_hash(key: str) -> bytes:
-    """A fixed pseudo-random order of clips, the same on every machine."""
+    """What clips are sorted by, for a pseudo-random order that is the same on every machine."""
     return hashlib.sha256(key.encode()).digest()
 
 
@@ -35,7 +35,10 @@ _Selected = frozenset[tuple[Path, str]]  # (shard, key) of the clips chosen by -
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task with its shards: which belong to which part, their digests, and which of their clips are wanted."""
+    """A task with its shards: those of each part, their digests, and which of their clips are used.
+
+    `selected` holds for each part the chosen (shard, key) pairs, None for all; `folder` is `<data folder>/<task name>`.
+    """
 
     task: Task
     folder: Path
@@ -44,15 +47,16 @@ class TaskData:
     selected: dict[str, _Selected | None]
 
     def key(self, shard: Path, key: str) -> str:
-        """A clip's key over all shards: keys often start again in every shard, and shards' names in every folder."""
+        """A clip's key, unique in the task: keys may repeat in other shards, and shards' names in other folders."""
         return _global_key(self.folder, shard, key)
 
     def digest(self) -> str:
-        named = [[part, [self.plans[path].digest for path in paths]] for part, paths in sorted(self.parts.items())]
-        return hashlib.sha256(msgspec.json.encode(named)).hexdigest()
+        """Hex digest of the content of all parts."""
+        digests = [[part, [self.plans[path].digest for path in paths]] for part, paths in sorted(self.parts.items())]
+        return hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
 
     def shard_digests(self) -> dict[str, frozenset[str]]:
-        """Content digests of each part's shards: two parts that share one share its clips."""
+        """Content digests of each part's shards: parts with a digest in common share its clips."""
         return {part: frozenset(self.plans[path].digest for path in paths) for part, paths in self.parts.items()}
 
 
@@ -81,14 +85,14 @@ def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, obser
     selected: dict[str, _Selected | None] = dict.fromkeys(parts)
     if limit is not None:
         for part, paths in parts.items():
-            found = [(path, sample.key) for path in paths for sample in index_shard(path).samples]
-            selected[part] = frozenset(sorted(found, key=lambda clip: key_hash(_global_key(folder, *clip)))[:limit])
+            clips = [(path, sample.key) for path in paths for sample in index_shard(path).samples]
+            selected[part] = frozenset(sorted(clips, key=lambda clip: key_hash(_global_key(folder, *clip)))[:limit])
     plans = {}
     for path, (digest, stamp) in stamped.items():
         wanted = None
         if limit is not None:
             chosen = [selected[part] or frozenset() for part, paths in parts.items() if path in paths]
-            wanted = frozenset(key for clips in chosen for shard, key in clips if shard == path)
+            wanted = frozenset(key for of_part in chosen for shard, key in of_part if shard == path)
         plans[path] = ShardPlan(path, digest, stamp, wanted)
     return TaskData(task, folder, parts, plans, selected)
 

@@ -1,7 +1,7 @@
-"""webdataset tars as they lie: what a shard holds, and what of it is lost.
+"""webdataset tars: the samples of a shard, and what is lost or damaged in it.
 
-Written against tarfile, not webdataset's reader: that one ends silently at the first damage, hides one of two equal keys,
-passes a symlink's json on without its audio, and imports torch into every worker. Members are never extracted; a
+The reader is tarfile, not webdataset's: the latter ends silently at the first damage, hides one of two equal keys,
+passes on the json of a link without its audio, and imports torch into every worker. Members are never extracted; a
 sample is two byte ranges of the shard, so that any subset can be read in any order by any thread.
 """
 
@@ -24,12 +24,12 @@ from .audio import AUDIO_EXTENSIONS
 MAX_AUDIO_BYTES = 1 << 31
 MAX_LABEL_BYTES = 1 << 22
 MAX_KEY = 1_000  # characters
-_MAX_HEADER_BYTES = 1 << 20  # of a name or of attributes that have a header of their own; tarfile reads them whole
+_MAX_HEADER_BYTES = 1 << 20  # of a name or attributes with a header of their own; tarfile reads them whole
 _EXTRA_HEADERS = frozenset(
     {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 )
 _TAIL_BLOCK = 1 << 20
-# What tarfile raises at headers that are not what they should be.
+# What tarfile raises at damaged headers.
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 
 
@@ -57,7 +57,7 @@ class Sample:
 
 @dataclass
 class ShardIndex:
-    """The samples of one shard in the order of their first members, and the drops known from the headers alone."""
+    """The samples of one shard in the order of their first members, and the drops that its headers show."""
 
     samples: list[Sample] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
@@ -76,11 +76,13 @@ class _Group:
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Read the headers of every member. A key is a member's name up to its last dot; hidden files are none.
+    """Read the headers of all members. A clip's key is its members' name up to the last dot; hidden files are skipped.
 
-    webdataset cuts at the first dot, so that every `blues.00001.wav` of a genre would be one clip.
+    webdataset cuts at the first dot instead, which makes one clip of every `blues.00001.wav` of a genre.
 
-    Raises `DataMissingError` or `DataError` where the file cannot be opened at all; damage inside is recorded.
+    Raises:
+        DataMissingError: The shard does not exist.
+        DataError: It cannot be opened. Damage inside is recorded, not raised.
     """
     index = ShardIndex()
     groups: dict[str, _Group] = {}
@@ -111,14 +113,19 @@ def index_shard(path: Path) -> ShardIndex:
             index.drops.append(Drop(key, reason))
             continue
         index.samples.append(Sample(key, group.audio[0], group.label[0]))
-        # webdataset hides one of two equal keys: the first is kept here, every further one is a named loss.
+        # webdataset hides one of two equal keys; here the first is used, and each further one is a named drop.
         extra = max(len(group.audio), len(group.label)) - 1
         index.drops.extend(Drop(key, "a second clip with the same key") for _ in range(extra))
     return index
 
 
 def read_extent(path: Path, extent: Extent) -> bytes:
-    """The bytes of one extent. Opened anew each time, so that threads share no file position."""
+    """The bytes of one extent. The file is opened for each call, so that threads share no position in it.
+
+    Raises:
+        ClipError: The shard ends inside the extent.
+        DataError: The shard cannot be read.
+    """
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(extent.offset)
@@ -134,7 +141,7 @@ def read_extent(path: Path, extent: Extent) -> bytes:
 
 
 def read_label(path: Path, extent: Extent) -> str:
-    """The json beside a clip as ASCII text, after checking that it is json."""
+    """The json beside a clip, as ASCII text; `ClipError` if it is not json."""
     try:
         return json.dumps(json.loads(read_extent(path, extent)))
     except (ValueError, RecursionError) as error:
@@ -142,7 +149,11 @@ def read_label(path: Path, extent: Extent) -> str:
 
 
 def parse_label(text: str) -> dict[str, Any]:
-    """A clip's json object. A list (of events) comes back as {"events": [...]}."""
+    """A clip's json object, from text. A list (of events) becomes {"events": [...]}.
+
+    Raises:
+        LabelError: It is neither an object nor a list, or nested too deeply.
+    """
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -155,7 +166,12 @@ def parse_label(text: str) -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """SHA-256 of a file's content, in hex.
+
+    Raises:
+        DataMissingError: The file does not exist.
+        DataError: It cannot be read.
+    """
     try:
         with path.open("rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -166,7 +182,7 @@ def file_digest(path: Path) -> str:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header, read without what a hostile one can make tarfile do."""
+    """A member's header. tarfile's own class would read as much as a hostile header claims."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
@@ -176,7 +192,7 @@ class _Header(tarfile.TarInfo):
         return header
 
     def _proc_gnusparse_10(self, next: tarfile.TarInfo, *_: object) -> None:
-        """Its map would be read from the data, to the end of the file if it has none. Sparse members are refused anyway."""
+        """Skip the member's map, for which tarfile may read to the end of the file. Sparse members are dropped anyway."""
         next.sparse = b""
 
 
@@ -194,7 +210,7 @@ def _members(path: Path, index: ShardIndex) -> Iterator[tarfile.TarInfo]:
         try:
             end = 0
             while (member := archive.next()) is not None:
-                if archive.offset <= end:  # a negative size, as older tarfiles let pass, leads back for ever
+                if archive.offset <= end:  # a negative size, which older tarfiles accept, leads back for ever
                     raise tarfile.ReadError(f"a header before byte {end} points back")
                 end = archive.offset
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
@@ -202,12 +218,12 @@ def _members(path: Path, index: ShardIndex) -> Iterator[tarfile.TarInfo]:
         except (*_DAMAGE, OSError) as error:
             index.damage = index.damage or f"the tar is damaged ({error})"
             return
-        # tarfile takes a damaged header, and the end of the file, for the end of the archive.
+        # tarfile takes both a damaged header and the end of the file for the end of the archive.
         index.damage = index.damage or _missing_end(path, archive.offset)
 
 
 def _missing_end(path: Path, offset: int) -> str | None:
-    """What is wrong with the end of the tar: zeros, one block or more, up to the end of the file."""
+    """What is wrong with the end of the tar, which is one or more blocks of zeros up to the end of the file."""
     with path.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
@@ -233,7 +249,7 @@ def _unusable(group: _Group) -> str | None:
 
 
 def _is_meta(name: str) -> bool:
-    """webdataset keeps its own notes in members, or folders, named `__…__`."""
+    """Whether a member is webdataset's own note: it, or its folder, is named `__…__`."""
     return re.match(r"__[^/]*__(/|$)", name) is not None
 
 
@@ -253,5 +269,5 @@ class Clips(msgspec.Struct, frozen=True, kw_only=True):
     """Events of no class of the vocabulary, left out of targets and score."""
 
 
-# More dropped clips than both of these, and the score is not that of the data set any more.
+# With more dropped clips than both of these, the score is no longer that of the data set.
 MAX_DROP_SHARE, MAX_DROPS = 0.01, 2

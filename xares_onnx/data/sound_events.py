@@ -10,17 +10,17 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
-# Seconds: far above the rounding of decimal times, far below the distance of two samples. A centre that lies no further
-# before a boundary, of an event or of a segment, is taken to lie on it.
+# Far above the rounding of decimal times, far below the distance of two samples. A frame centre that lies less than this
+# before a boundary of an event or segment counts as on it.
 TOLERANCE_SECONDS = 1e-6
 
 
 @dataclass(frozen=True)
 class Events:
-    """A clip's events, in any order; they may overlap, last no time, and reach beyond the clip.
+    """A clip's events, in any order; they may overlap, have no length, and reach beyond the clip.
 
-    `onsets` and `offsets` (events,) seconds, `classes` (events,) class indices. `outside` counts the events of no known
-    class; they are not among these.
+    `onsets` and `offsets` (events,) are in seconds, `classes` (events,) are class indices. `outside` counts further events,
+    whose class is unknown.
     """
 
     onsets: Floats
@@ -29,7 +29,7 @@ class Events:
     outside: int = 0
 
     def within(self, seconds: float) -> Events:
-        """The events cut to a clip of that length, without those that lie outside (or reach in by 1 us or less)."""
+        """The events cut to a clip of `seconds`, without those that lie outside (or reach in by 1 us or less)."""
         onsets, offsets = self.onsets.clip(0, seconds), self.offsets.clip(0, seconds)
         instant = self.offsets - self.onsets <= TOLERANCE_SECONDS
         inside = np.where(instant, (self.onsets >= 0) & (self.onsets < seconds), offsets - onsets > TOLERANCE_SECONDS)

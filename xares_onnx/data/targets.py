@@ -1,4 +1,4 @@
-"""Targets: how a clip's json becomes what a head is trained on. One frozen record a kind; its fields are the TOML keys."""
+"""Targets: how a clip's json becomes what a head is trained on. One frozen record per kind; its fields are the TOML keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _index(classes: tuple[str, ...]) -> dict[str, int]:
 
 
 class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="class", tag_field="kind"):
-    """One class name a clip, from `classes`."""
+    """One class name per clip, from `classes`."""
 
     key: str
     classes: tuple[str, ...]
@@ -39,7 +39,7 @@ class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         return self.classes
 
     def encode(self, label: Mapping[str, Any]) -> int:
-        """Class index of a clip's json; `LabelError` where it names no class of the vocabulary."""
+        """The clip's class index; `LabelError` if its json names no class of the vocabulary."""
         value = _field(label, self.key)
         if not isinstance(value, str):
             raise LabelError(f"label {self.key} is {_shown(value)}, not a class name")
@@ -63,7 +63,7 @@ class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
         return tuple(str(index) for index in range(self.classes))
 
     def encode(self, label: Mapping[str, Any]) -> int:
-        """Class index of a clip's json; `LabelError` where it is no integer of the range."""
+        """The clip's class index; `LabelError` if it is not an integer in the range."""
         value = _field(label, self.key)
         number = int(value) if isinstance(value, bool) and self.classes == 2 else _whole_number(value)
         if number is None or not 0 <= number < self.classes:
@@ -72,7 +72,7 @@ class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
 
 
 class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tags", tag_field="kind"):
-    """Any number of class names a clip: a list, or a text with `separator` between them."""
+    """Any number of class names per clip: a list, or a text with `separator` between them."""
 
     key: str
     classes: tuple[str, ...]
@@ -86,7 +86,7 @@ class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="t
         return self.classes
 
     def encode(self, label: Mapping[str, Any]) -> tuple[int, ...]:
-        """Class indices of a clip's json, sorted, perhaps none; `LabelError` where one is not of the vocabulary."""
+        """The clip's class indices, sorted, perhaps none; `LabelError` if a name is not in the vocabulary."""
         value = _field(label, self.key)
         names = value.split(self.separator) if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -114,23 +114,23 @@ class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
         return self.classes
 
     def encode(self, label: Mapping[str, Any]) -> Events:
-        """The clip's events. Those outside the vocabulary are counted, not fatal; `LabelError` where one has no times."""
+        """The clip's events. Those of unknown classes are only counted; `LabelError` if one has no times."""
         entries = label.get("events")
         if not isinstance(entries, list):
-            raise LabelError("its json is no list of events")
+            raise LabelError("its json is not a list of events")
         times, classes, outside = [], [], 0
         for entry in entries:
             if not isinstance(entry, dict):
-                raise LabelError(f"event {_shown(entry)} is no object")
-            start, end, named = (_field(entry, key) for key in (self.start, self.end, self.label))
+                raise LabelError(f"event {_shown(entry)} is not an object")
+            start, end, event_class = (_field(entry, key) for key in (self.start, self.end, self.label))
             if not (_is_number(start) and _is_number(end) and start <= end):
                 raise LabelError(
-                    f"event {_shown(named)} has no times: {self.start}={_shown(start)}, {self.end}={_shown(end)}"
+                    f"event {_shown(event_class)} has no times: {self.start}={_shown(start)}, {self.end}={_shown(end)}"
                 )
-            if not isinstance(named, str):
-                number = _whole_number(named)
-                named = _shown(named) if number is None else str(number)
-            for name in filter(None, (part.strip() for part in named.split(self.separator))):
+            if not isinstance(event_class, str):
+                number = _whole_number(event_class)
+                event_class = _shown(event_class) if number is None else str(number)
+            for name in filter(None, (part.strip() for part in event_class.split(self.separator))):
                 if name in _index(self.classes):
                     times.append((float(start), float(end)))
                     classes.append(_index(self.classes)[name])
@@ -148,7 +148,7 @@ class CaptionsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ta
     class_names = ()
 
     def encode(self, label: Mapping[str, Any]) -> tuple[str, ...]:
-        """The clip's captions; `LabelError` where there is none."""
+        """The clip's captions; `LabelError` if it has none."""
         values = label.values() if self.keys is None else [label.get(key) for key in self.keys]
         captions = tuple(value for value in values if isinstance(value, str) and value.strip())
         if not captions:
@@ -166,7 +166,7 @@ class TranscriptTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     class_names = ()
 
     def encode(self, label: Mapping[str, Any]) -> str:
-        """The transcript as it is written; `LabelError` where it holds no letter and no digit."""
+        """The transcript as written; `LabelError` if it contains neither a letter nor a digit."""
         value = _field(label, self.key)
         if not isinstance(value, str):
             raise LabelError(f"transcript {self.key} is {_shown(value)}, not a text")
@@ -190,10 +190,10 @@ class NumberTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
             raise ValueError("`low` must lie below `high`")
 
     def encode(self, label: Mapping[str, Any]) -> float:
-        """The clip's number; `LabelError` where it is none of the range."""
+        """The clip's number; `LabelError` if it is not a number in the range."""
         value = _field(label, self.key)
         if not _is_number(value) or not self.low <= value <= self.high:
-            raise LabelError(f"label {self.key}={_shown(value)} is no number from {self.low:g} to {self.high:g}")
+            raise LabelError(f"label {self.key}={_shown(value)} is not a number from {self.low:g} to {self.high:g}")
         return float(value)
 
 
@@ -207,17 +207,17 @@ def _check_classes(classes: tuple[str, ...], separator: str) -> None:
         raise ValueError("`separator` must not be empty")
     if bad := [name for name in classes if separator in name or name != name.strip() or not name]:
         raise ValueError(
-            f"class {bad[0]!r} can never be read: it is empty, holds the separator, or begins or ends in white space"
+            f"class {bad[0]!r} can never be read: it is empty, contains the separator, or begins or ends with white space"
         )
 
 
 def _is_number(value: Any) -> bool:
-    """Not NaN, not infinite, and no whole number of json that is too large for a float."""
+    """Whether a json value is a number that a float can hold: neither NaN nor infinite nor too large."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_characters(name: str, text: str) -> None:
-    """Json can escape half of a surrogate pair, which no tokenizer takes."""
+    """`LabelError` for half a surrogate pair, which json can escape and no tokenizer accepts."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise LabelError(f"its {name} {_shown(text)} holds half a character")
 
@@ -240,5 +240,5 @@ def _whole_number(value: Any) -> int | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # which does not descend into a deep list
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # reprlib does not descend into a deep list
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Task files: one TOML a task (DESIGN section 9). A user's own file works exactly like a shipped one."""
+"""Task files: one TOML per task. A user's own file works exactly like a shipped one."""
 
 from __future__ import annotations
 
@@ -52,9 +52,11 @@ MAX_GROUP = 200  # characters of a group's name, and of a template for it
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`group` names what must not be split, such as a speaker: a key of the clips' json, or a template over clip keys.
+    """Which shards a task has, and how their clips are cropped and grouped.
 
-    A template is a text with `{group}` in it once, and any number of `*`: see `group_of`.
+    `splits` or `folds` holds glob patterns, `zenodo` the number of the record that the shards come from. `group` names what
+    must not be split, such as a speaker: a key of the clips' json, or a template over clip keys. A template is a text with
+    `{group}` in it once, and any number of `*`: see `group_of`.
     """
 
     splits: dict[Literal["train", "valid", "test"], str] | None = None
@@ -82,11 +84,11 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 _template(self.group)
 
     def group_of(self, key: str, label: Mapping[str, Any]) -> str | None:
-        """The group of a clip by its key in the shard and its json; None if they name none.
+        """The group of a clip, by its key in the shard and its json; None if they name none.
 
-        A json value is a text or a whole number. A template is compared with as many last parts of the key's path as it has
-        itself. Each `*`, and `{group}`, stands for one or more characters that hold neither `/` nor one of the two texts
-        beside it in the template, so that `{group}_*_*` fits keys of exactly three parts.
+        A json value is a text or a whole number. A template of n path parts is compared with the last n parts of the key.
+        Each `*`, and `{group}`, stands for one or more characters that contain neither `/` nor one of the two texts beside
+        it in the template, so that `{group}_*_*` fits keys of exactly three parts.
         """
         value: Any = None
         if self.group is not None and "{group}" in self.group:
@@ -102,9 +104,9 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @functools.cache
 def _template(text: str) -> re.Pattern[str]:
-    """A template as a pattern that never goes back, so that matching takes time in proportion to the key.
+    """A template as a pattern that never backtracks, so that matching takes time in proportion to the key.
 
-    A regular expression in a stranger's task file could take for ever on one key; a template cannot.
+    A regular expression in a stranger's task file could run for ever on one key; a template cannot.
     """
     literals, wildcards = re.split(r"\*|\{group\}", text), re.findall(r"\*|\{group\}", text)
     if wildcards.count("{group}") != 1 or set("".join(literals)) & set("{}"):
@@ -114,7 +116,7 @@ def _template(text: str) -> re.Pattern[str]:
     pattern = re.escape(literals[0])
     for before, wildcard, after in zip(literals, wildcards, literals[1:], strict=False):
         ends = "|".join(re.escape(literal) for literal in (before, after, "/") if literal)
-        # "++" keeps what it has taken; that is the only way to match, since no text beside a wildcard is part of it.
+        # "++" never gives back what it matched. No match is lost: a wildcard contains neither of the texts beside it.
         pattern += f"({'?P<group>' if wildcard == '{group}' else '?:'}(?:(?!{ends}).)++){re.escape(after)}"
     return re.compile(pattern, re.DOTALL)
 
@@ -122,7 +124,7 @@ def _template(text: str) -> re.Pattern[str]:
 _MAX_BYTES = 4 << 20  # of a task file
 HEAD_KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
 
-# What can be learnt of each kind of target, and how it is scored.
+# The heads and metrics that fit each kind of target.
 HEADS: dict[str, tuple[HeadKind, ...]] = {
     "class": ("linear",),
     "integer": ("linear",),
@@ -144,11 +146,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`positive_weight` multiplies the loss of what is there, if a head decides class by class (tags, events).
+    """How a head is trained.
 
-    `epochs`, `batch_size` and `learning_rate` are those of X-ARES for its tasks, and the defaults are its own for a task
-    that does not say. They serve `--protocol xares`; `corrected` fits a head until it has converged, or chooses them on the
-    selection clips.
+    `positive_weight` multiplies the loss of present classes in heads that decide class by class (tags, events). `epochs`,
+    `batch_size` and `learning_rate` are X-ARES's, with its defaults, and serve `--protocol xares`: `corrected` fits a head
+    until it has converged, or chooses these on the selection clips.
     """
 
     kind: HeadKind = "linear"
@@ -159,13 +161,15 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not 0 < self.positive_weight <= 1e6:
-            raise ValueError("`positive_weight` lies above 0 and at most at 1000000")
+            raise ValueError("`positive_weight` must lie above 0 and not above 1000000")
         if not (1 <= self.epochs <= 10_000 and 1 <= self.batch_size <= 1_000_000 and 0 < self.learning_rate < 10):
-            raise ValueError("`epochs` lies in 1..10000, `batch_size` in 1..1000000, `learning_rate` above 0 and below 10")
+            raise ValueError(
+                "`epochs` must lie in 1..10000, `batch_size` in 1..1000000, `learning_rate` above 0 and below 10"
+            )
 
 
 class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`segment_seconds` belongs to the segment metrics. `knn` is for classes, and on unless it is switched off."""
+    """How a task is scored. Segment metrics need `segment_seconds`. Classes are scored by kNN too, unless `knn` is false."""
 
     metric: Metric = "accuracy"
     segment_seconds: float | None = None
@@ -181,8 +185,10 @@ class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Scores from X-ARES's README, by encoder: `linear` has those of the trained head, which is of kind `head` where that
-    is not the task's own."""
+    """Scores from X-ARES's README, by encoder.
+
+    `linear` holds those of the trained head. `head` is its kind, if it is not that of the task.
+    """
 
     linear: dict[str, float] = {}
     knn: dict[str, float] = {}
@@ -191,7 +197,7 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`disabled`: X-ARES's own runs skip the task, so that its averages are without it."""
+    """One task file. `disabled`: X-ARES's own runs skip the task, so that X-ARES's averages are without it."""
 
     name: str
     title: str
@@ -211,7 +217,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         if self.weight is not None and not 0 <= self.weight < 1e12:
             raise ValueError("`weight` must not be negative")
         if self.weight is not None and self.kind == "number":
-            raise ValueError("the error of a number is averaged with no other score; leave out `weight`")
+            raise ValueError("the error of a number cannot be averaged with other scores; leave out `weight`")
         for table, key, value, allowed in (
             ("head", "kind", self.head.kind, HEADS[self.kind]),
             ("score", "metric", self.score.metric, METRICS[self.kind]),
@@ -243,11 +249,11 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def kind(self) -> str:
-        """Target kind as the TOML names it."""
+        """The target's kind, as the TOML names it."""
         return str(self.target.__struct_config__.tag)
 
     def with_head(self, kind: HeadKind) -> Task:
-        """The task with another kind of head; `UsageError` where it does not fit the target."""
+        """The task with another kind of head; `UsageError` if that does not fit the target."""
         if kind not in HEADS[self.kind]:
             raise UsageError(
                 f"head {kind!r} does not fit {self.name}, a task of kind {self.kind!r}: {' or '.join(HEADS[self.kind])}"
@@ -255,32 +261,43 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return msgspec.structs.replace(self, head=msgspec.structs.replace(self.head, kind=kind))
 
     def weight_under(self, protocol: str) -> float | None:
-        """Its weight in averages, None if it is in none."""
+        """The weight in averages under a protocol; None if the task is in no average."""
         return None if protocol == "xares" and self.disabled else self.weight
 
     def published_scores(self, method: Literal["head", "knn"]) -> dict[str, float]:
-        """What others have by the same method: nothing if they trained another kind of head."""
+        """Published scores by the same method, by encoder; none if they are of another kind of head."""
         if self.published is None or (method == "head" and self.published.head not in (None, self.head.kind)):
             return {}
         return self.published.knn if method == "knn" else self.published.linear
 
     def encode(self, label: Mapping[str, Any]) -> Any:
-        """What the target makes of a clip's json; `LabelError` if that is nothing. A group's name is no caption."""
+        """What a head is trained on, from a clip's json; `LabelError` if the json has no usable label.
+
+        The value that names the group is not taken for a caption.
+        """
         if isinstance(self.target, CaptionsTarget) and self.target.keys is None and self.data.group in label:
             label = {key: value for key, value in label.items() if key != self.data.group}
         return self.target.encode(label)
 
     def digest(self) -> str:
-        """Hex digest of everything in the file that shapes a score: not the title, not what others published."""
+        """Hex digest of everything in the file that shapes a score, so without title and published scores."""
         shaping = msgspec.to_builtins(msgspec.structs.replace(self, title="", published=None), order="deterministic")
-        del shaping["disabled"]  # which shapes averages only
-        if self.data.group is None:  # as before there were groups, so that results of before compare
+        del shaping["disabled"]  # it shapes averages only
+        if self.data.group is None:  # so that results from before there were groups stay comparable
             del shaping["data"]["group"]
         return hashlib.sha256(msgspec.json.encode(shaping)).hexdigest()
 
 
 def load_task(path: Path, text: str | None = None) -> Task:
-    """Read and validate one task file; `TaskFileError` names the file, the key and the nearest valid one."""
+    """Read and validate one task file.
+
+    Args:
+        path: The file, named in messages.
+        text: The content, if it need not be read from `path`.
+
+    Raises:
+        TaskFileError: The file cannot be read or is not a valid task; names the key, and the nearest valid one.
+    """
     data = _small_file(path) if text is None else text.encode("utf-8", "surrogatepass")
     try:
         raw = tomllib.loads(data.decode("utf-8"))
@@ -296,7 +313,7 @@ def load_task(path: Path, text: str | None = None) -> Task:
 
 def _small_file(path: Path) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        if path.exists() and not path.is_file():  # reading a pipe could block for ever
             raise TaskFileError(f"task file {path} cannot be read (it is not a regular file)")
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -315,7 +332,7 @@ def _check_glob(glob: str) -> None:
 
 
 def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
-    """msgspec rejects unknown keys and words too; walking first lets the error suggest what was meant."""
+    """msgspec rejects unknown keys and words too; this walk comes first, to suggest the nearest known one."""
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if isinstance(raw, str) and typing.get_origin(expected) is Literal and raw not in typing.get_args(expected):
         words = ", ".join(map(repr, typing.get_args(expected)))
@@ -331,7 +348,10 @@ def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
 
 
 def _known_keys(raw: dict[str, Any], options: tuple[Any, ...]) -> dict[str, Any] | None:
-    """The keys that a table may hold, with their types: of a record, of its kind among several, of a dict of named parts."""
+    """The keys that a table may hold, with their types; None if it may hold any.
+
+    The table is a record, one of several kinds of records, or a dict of named parts.
+    """
     for option in options:
         if typing.get_origin(option) is dict and typing.get_origin(typing.get_args(option)[0]) is Literal:
             names, value = typing.get_args(option)

@@ -1,4 +1,4 @@
-"""Transcripts: how they are normalised before they are learnt and compared, and how errors are counted."""
+"""How transcripts are normalised before heads learn them and metrics compare them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class _Table(dict[int, str]):
-    """For `str.translate`: what a function makes of a character, asked once for each."""
+    """For `str.translate`: a function's result for a character, computed once per character."""
 
     def __init__(self, function: Callable[[str], str]) -> None:
         super().__init__()
@@ -19,25 +19,25 @@ class _Table(dict[int, str]):
         return self[code]
 
 
-# Typeset or typed where an apostrophe is meant: quotation marks, modifier letter, grave, acute. U+0149 is n behind one.
+# Written instead of an apostrophe: quotation marks, modifier letter, grave, acute. U+0149 is an n behind one.
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u0060\u00b4", "'") | {"\u0149": "'n"})
 _VISIBLE = _Table(lambda c: "" if unicodedata.category(c) == "Cf" and c != "\u200b" else c)
 _WRITTEN = _Table(lambda c: c if unicodedata.category(c)[0] in "LMN" or c == "'" else " ")
-# Where only letters, marks, numbers and apostrophes are left, \w is a letter or a number.
+# Once only letters, marks, numbers and apostrophes are left, \w is a letter or a number.
 _WORD = re.compile(r"\w[^\s']*(?:'\w[^\s']*)*")
 
 
 def normalise(text: str) -> str:
-    """A transcript as it is learnt and compared: words of lower case letters, marks and numbers, one space between them.
+    """Normalise a transcript to words of lower case letters, marks and numbers with one space between them.
 
     In this order:
 
     * Invisible format characters (category Cf: soft hyphen, joiners, direction marks) are removed, except for the zero width
       space, which separates words.
     * Typographic apostrophes (U+2018, U+2019, U+201B, U+02BC, and the grave and acute typed in their place) become '.
-    * NFKC: the same text has one spelling, whether its accents are composed or not, its letters wide, joined or
-      raised. No accent is stripped.
-    * Lower case; then NFKC again, as a lower case letter may compose where its capital does not.
+    * NFKC: the same text has one spelling, whether its accents are composed or not, and its letters wide, joined or
+      raised or not. No accent is stripped.
+    * Lower case; then NFKC again, since a lower case letter may compose although its capital does not.
     * Every character that is not a letter, mark, number or ' (categories L, M, N) becomes a space.
     * A ' stays between a letter or number, with its marks, and another; elsewhere it becomes a space, and so do marks that
       follow no letter or number.

@@ -1,4 +1,4 @@
-"""A record's files into the folders of the tasks that they are for: found, fetched, linked or unpacked, a few at a time."""
+"""Deliver a record's files into the folders of their tasks: found, fetched, linked or unpacked, a few at a time."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from ..data.task import Task
 from ..errors import DiskFullError, DownloadError, MachineError, XaresError
 from ..files import copy_aside, disk_error, file_checksum, made_aside
 from ..progress import Note, Observer, Progress
-from . import zip_files as archives
+from . import zip_files
 from .transfer import Client, ServerDownError, discard_part, fetch
 from .zenodo import RemoteFile
 
 CONNECTIONS = 3
-_STRIKES = 3  # files or records in a row that a server fails: the rest is not asked for
+_STRIKES = 3  # after so many failures of the server in a row, the rest is not requested
 _TICK_SECONDS = 0.1
 _LEAVE_SECONDS = 1.0
 
 
 @dataclass
 class Wanted:
-    """A file of a record, and the tasks that it is for; from an archive, each takes what matches its patterns."""
+    """A file of a record, and the tasks that it is for. From an archive, each task takes what matches its patterns."""
 
     file: RemoteFile
     tasks: list[Task]
     archive: bool = False
 
 
-# Of one task a file's name, its checksum, and how it came there.
+# A task, the name and checksum of a file in its folder, and how the file came there.
 Placed = tuple[Task, str, str, Literal["present", "fetched", "linked", "unpacked"]]
 
 
 @dataclass
 class Delivered:
-    """What a delivery found or made."""
+    """The files of a delivery. `archive` is the name and checksum of the zip that they were unpacked from."""
 
     files: list[Placed]
     archive: tuple[str, str] | None = None
@@ -51,7 +51,7 @@ class Delivered:
 
 @dataclass
 class Delivery:
-    """One file into the folders of all its tasks: found, else fetched into the first, and linked into the others."""
+    """One file into the folders of all its tasks: if none has it, it is fetched into the first and linked into the rest."""
 
     client: Client
     wanted: Wanted
@@ -60,7 +60,8 @@ class Delivery:
     tally: Tally
     notes: Notes
 
-    def make(self) -> Delivered:
+    def deliver(self) -> Delivered:
+        """Raises an `XaresError`, or `StoppedError` if the client was stopped."""
         try:
             return self._unpack() if self.wanted.archive else self._place()
         except OSError as error:
@@ -68,13 +69,13 @@ class Delivery:
 
     def _place(self) -> Delivered:
         file, tasks = self.wanted.file, self.wanted.tasks
-        held = {task.name: self._checksum_if_there(task) for task in tasks}
-        checksum = next((found for found in held.values() if found), None)
-        source = next((self._path(task) for task in tasks if held[task.name]), None)
+        checksums = {task.name: self._checksum_if_there(task) for task in tasks}
+        checksum = next(filter(None, checksums.values()), None)
+        source = next((self._path(task) for task in tasks if checksums[task.name]), None)
         files: list[Placed] = []
         for task in tasks:
             status: Literal["present", "fetched", "linked"] = "present"
-            if held[task.name]:
+            if checksums[task.name]:
                 discard_part(self._path(task))
             else:
                 status = "linked" if source else "fetched"
@@ -90,17 +91,18 @@ class Delivery:
         path.parent.mkdir(parents=True, exist_ok=True)
         if source is None:
             if self.wanted.file.checksum is None:
-                said = f"record {task.data.zenodo} gives no checksum of {path.name} that is known here"
-                self.notes.put(f"{said}: only its size is checked")
+                self.notes.put(
+                    f"record {task.data.zenodo} gives no checksum of a known kind for {path.name}: only its size is checked"
+                )
             return fetch(self.client, self.wanted.file, path, lambda done: self.tally.put(self.wanted.file.name, done))
         _link(source, path)
         assert checksum is not None
         return checksum
 
     def _checksum_if_there(self, task: Task) -> str | None:
-        """The checksum of the task's copy where it is the record's file; None where there is none.
+        """The checksum of the task's copy if it is the record's file; None if it is missing or has to be fetched again.
 
-        Raises `DownloadError` where another file has its name that was not downloaded by us: it is not ours to replace.
+        Raises `DownloadError` for another file of that name that was not downloaded here: the user's files are not replaced.
         """
         file, path, manifest = self.wanted.file, self._path(task), self.manifests[task.name]
         if manifest.holds(path.parent, file.name, file.checksum):
@@ -124,14 +126,14 @@ class Delivery:
         archive = self._path(tasks[0])
         checksum = self._checksum_if_there(tasks[0]) or self._bring(tasks[0], None, None)
         globs = {task.name: set(catalog.part_globs(task).values()) for task in tasks}
-        names = archives.members(archive, lambda name: any(matches(name, each) for each in globs.values()))
-        homes = {name: [task for task in tasks if matches(name, globs[task.name])] for name in names}
-        targets = {name: self.folder / first.name / name for name, (first, *_) in homes.items()}
+        names = zip_files.members(archive, lambda name: any(matches(name, each) for each in globs.values()))
+        tasks_of = {name: [task for task in tasks if matches(name, globs[task.name])] for name in names}
+        targets = {name: self.folder / first.name / name for name, (first, *_) in tasks_of.items()}
         self.notes.put(f"{file.name} is here; unpacking {len(targets)} of its files")
-        ours = {name for name, (first, *_) in homes.items() if name in self.manifests[first.name].files}
-        checksums = archives.extract(archive, targets, ours, self.client.check_stop) if targets else {}
+        replaceable = {name for name, (first, *_) in tasks_of.items() if name in self.manifests[first.name].files}
+        checksums = zip_files.extract(archive, targets, replaceable, self.client.check_stop) if targets else {}
         files: list[Placed] = []
-        for name, (first, *others) in homes.items():
+        for name, (first, *others) in tasks_of.items():
             files.append((first, name, checksums[name], "unpacked"))
             for task in others:
                 _link(targets[name], self.folder / task.name / name)
@@ -142,8 +144,8 @@ class Delivery:
     def _all_unpacked(self) -> Delivered:
         name, files = self.wanted.file.name, list[Placed]()
         for task in self.wanted.tasks:
-            held = list(self.manifests[task.name].files.items())
-            files += [(task, shard, one.checksum, "present") for shard, one in held if one.archive == name]
+            shards = list(self.manifests[task.name].files.items())
+            files += [(task, shard, held.checksum, "present") for shard, held in shards if held.archive == name]
         return Delivered(files, (name, self.manifests[self.wanted.tasks[0].name].archives[name]))
 
     def _path(self, task: Task) -> Path:
@@ -158,9 +160,18 @@ def deliver(
     tally: Tally,
     notes: Notes,
 ) -> None:
-    """Make deliveries on a few threads; what they find out is handled on this one. Interrupted, they leave what they have.
+    """Run deliveries on a few threads, and handle their outcomes on the calling thread.
 
-    The threads are daemons: a socket that waits for a server must not keep an interrupted program from ending.
+    If it is interrupted, what was fetched so far stays. The threads are daemons: a socket that waits for a server must not
+    keep an interrupted program from ending.
+
+    Args:
+        deliveries: All files of a record.
+        client: Its `stop` is set if this is interrupted.
+        strikes: Failures of the server so far. Once they are out, the deliveries that wait are not tried.
+        finished: Called once per delivery with its files or its error, in the order in which they end.
+        tally: Reports bytes to the observer.
+        notes: Passes the threads' notes to the observer.
     """
     waiting: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
     results: queue.SimpleQueue[tuple[Delivery, Delivered | BaseException]] = queue.SimpleQueue()
@@ -174,7 +185,7 @@ def deliver(
             except queue.Empty:
                 return
             try:
-                results.put((delivery, delivery.make()))
+                results.put((delivery, delivery.deliver()))
             except BaseException as error:
                 results.put((delivery, error))
 
@@ -185,7 +196,7 @@ def deliver(
     try:
         while left:
             notes.flush()
-            tally.tell()
+            tally.report()
             try:
                 delivery, outcome = results.get(timeout=_TICK_SECONDS)
             except queue.Empty:
@@ -195,41 +206,40 @@ def deliver(
                 raise outcome
             finished(delivery.wanted, outcome)
             if isinstance(outcome, MachineError) or strikes.out:
-                why = "the machine" if isinstance(outcome, MachineError) else client.address.host
+                culprit = "the machine" if isinstance(outcome, MachineError) else client.address.host
                 while not waiting.empty():
                     left -= 1
-                    finished(waiting.get().wanted, DownloadError(f"it was not tried, since {why} failed the others"))
+                    finished(waiting.get().wanted, DownloadError(f"it was not tried, since {culprit} failed the others"))
     except BaseException:
         client.stop.set()
         for thread in threads:
             thread.join(_LEAVE_SECONDS)
         raise
     notes.flush()
-    tally.tell(last=True)
+    tally.report(last=True)
 
 
 class Tally:
-    """Bytes of a record's files that are there, as threads report them; told now and then by the thread that waits."""
+    """Bytes of a record's files on disk. Threads put them in; the thread that waits for these reports them now and then."""
 
-    def __init__(self, name: str, there: dict[str, int], total: int, observer: Observer) -> None:
-        """`there` is what each file begins with, so that a rate is that of this run alone."""
+    def __init__(self, name: str, sizes: dict[str, int], total: int, observer: Observer) -> None:
+        """`sizes` has the bytes of each file at the start, so that a rate counts this run alone."""
         self._name, self._observer = name, observer
-        self._sizes, self._total = dict(there), total
-        self._told = -1
-        self._at = 0.0
+        self._sizes, self._total = dict(sizes), total
+        self._reported, self._reported_at = -1, 0.0
 
     def put(self, name: str, done: int) -> None:
         self._sizes[name] = done
 
-    def tell(self, *, last: bool = False) -> None:
+    def report(self, *, last: bool = False) -> None:
         now, done = time.monotonic(), sum(self._sizes.values())
-        if done != self._told and (last or now - self._at >= _TICK_SECONDS):
-            self._told, self._at = done, now
+        if done != self._reported and (last or now - self._reported_at >= _TICK_SECONDS):
+            self._reported, self._reported_at = done, now
             self._observer(Progress("download", self._name, done, self._total))
 
 
 class Notes:
-    """What threads have to say, told by the thread that waits for them."""
+    """Notes of threads, passed to the observer by the thread that waits for them."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -246,7 +256,7 @@ class Notes:
 
 
 class Strikes:
-    """Failures of the server in a row. What is not its fault counts for nothing."""
+    """Failures of the server in a row. Other errors do not count."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -263,7 +273,7 @@ class Strikes:
 
 
 def _link(source: Path, path: Path) -> None:
-    """The same bytes under a second name where the file system can do that, else a copy; either can be deleted alone."""
+    """The same file under a second name, or a copy if the file system cannot link. Each can be deleted without the other."""
     try:
         with made_aside(path) as aside:
             os.link(source, aside)
@@ -274,4 +284,5 @@ def _link(source: Path, path: Path) -> None:
 
 
 def matches(name: str, globs: set[str]) -> bool:
+    """Whether a name matches any of the patterns."""
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

@@ -1,4 +1,4 @@
-"""Fetch the data of tasks: their Zenodo records' shards into `DATA/<task>`, each file whole, verified and in its place."""
+"""Fetch the data of tasks: the shards of their Zenodo records into `DATA/<task>`, each file whole and verified."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..data.task import Task
 from ..errors import DataMissingError, DiskFullError, DownloadError, MachineError, UsageError, XaresError
 from ..files import TEMPORARY_SUFFIX, disk_error, remove_leftovers
 from ..progress import Note, Observer, ignore
-from . import zip_files as archives
+from . import zip_files
 from .deliveries import CONNECTIONS, Delivered, Delivery, Notes, Strikes, Tally, Wanted, deliver, matches
 from .transfer import Client, Patience
 from .zenodo import Address, Record, RemoteFile, is_plain
@@ -36,9 +36,9 @@ class FileReport(msgspec.Struct, frozen=True):
 
 
 class TaskReport(msgspec.Struct):
-    """One task: its record, how much of it the task takes, and how much of that was not there at the start.
+    """One task: its record, the bytes that the task takes from it, and those that were missing at the start.
 
-    What is missing of several tasks that share a record is counted for the first of them, since it comes once.
+    A missing file that several tasks share counts for the first of them, since it is fetched once.
     """
 
     task: str
@@ -51,7 +51,7 @@ class TaskReport(msgspec.Struct):
 
 @dataclass
 class Downloaded:
-    """What a download did, or would do; `errors` are those of single files and tasks, in order."""
+    """What a download did, or would do. `errors` are those of records and tasks, in order."""
 
     tasks: list[TaskReport] = field(default_factory=list)
     errors: list[XaresError] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Downloaded:
 
 @dataclass
 class _Share:
-    """A record, and what of it goes to which of the chosen tasks."""
+    """A record, and which of its files go to which of the chosen tasks."""
 
     record: Record
     tasks: list[Task]
@@ -67,10 +67,15 @@ class _Share:
 
 
 def choose(names: Sequence[str], suite: str | None, observer: Observer = ignore) -> list[Task]:
-    """The tasks to fetch. Named ones must have a record; in a suite, those without are said and left out."""
+    """The tasks to fetch, by names or by a suite. A suite's tasks without a record are noted and left out.
+
+    Raises:
+        UsageError: Neither names nor a suite, or both; or a task's shards lie in folders, which no record has.
+        DataMissingError: A named task has no record.
+    """
     if bool(names) == bool(suite):
         raise UsageError(
-            "name tasks, or a suite by --suite public; with --plan, `xares-onnx download` says how large they are and stops"
+            "name tasks, or a suite by --suite public; with --plan, `xares-onnx download` only shows their sizes"
         )
     chosen = catalog.suite_tasks(suite) if suite else catalog.named_tasks(names)
     for task in chosen:
@@ -82,7 +87,7 @@ def choose(names: Sequence[str], suite: str | None, observer: Observer = ignore)
         for glob in catalog.part_globs(task).values():
             if task.data.zenodo and "/" in glob:
                 raise UsageError(
-                    f"{task.name} has its shards at {glob!r}, and files of a record lie in no folders; download them by hand"
+                    f"{task.name} has its shards at {glob!r}, but files of a record lie in no folders; download them by hand"
                 )
     return [task for task in chosen if task.data.zenodo]
 
@@ -97,16 +102,31 @@ def download(
     patience: Patience | None = None,
     observer: Observer = ignore,
 ) -> Downloaded:
-    """Fetch what is missing of the tasks' records; with `plan`, only say what that is.
+    """Fetch the missing files of tasks' records.
 
-    What fails leaves the rest done, and is in `errors`. Raises `UsageError`, `DataMissingError` for a named task without a
-    record, and `DiskFullError` before anything is fetched where not all of it would fit.
+    Args:
+        names: Names, patterns or task files.
+        suite: A suite instead of names.
+        data: The data folder; it may be missing. None for the default.
+        mirror: Address of a mirror of Zenodo.
+        plan: Only report what is missing.
+        patience: How long to wait for the server, and how often to ask it.
+        observer: Receives progress of stage `download`, and notes.
+
+    Returns:
+        A report per task, and the errors of those that failed; the others are complete.
+
+    Raises:
+        UsageError: As `choose`, or the mirror's address is unusable.
+        DataMissingError: A named task has no record.
+        DiskFullError: The missing files do not fit; nothing was fetched.
+        MachineError: The data folder cannot be written.
     """
     address = Address.parse(mirror) if mirror else Address()
     chosen = choose(names, suite, observer)
     folder = catalog.data_folder(data, to_fill=True)
     if not address.encrypted:
-        observer(Note(f"{address.host} is asked over plain http: checksums too can be changed on the way"))
+        observer(Note(f"{address.host} is reached over plain http: data and checksums can be changed on the way"))
     done, notes = Downloaded(), Notes(observer)
     try:
         with Client(address, patience, connections=CONNECTIONS, note=notes.put) as client:
@@ -122,7 +142,7 @@ def download(
 
 
 def _shares(client: Client, chosen: Sequence[Task], done: Downloaded, notes: Notes) -> list[_Share]:
-    """Ask for every record once, and divide its files among the tasks that share it."""
+    """Request each record once, and assign its files to the tasks that share it."""
     by_record: dict[str, list[Task]] = {}
     for task in chosen:
         by_record.setdefault(str(task.data.zenodo), []).append(task)
@@ -130,7 +150,7 @@ def _shares(client: Client, chosen: Sequence[Task], done: Downloaded, notes: Not
     for number, tasks in by_record.items():
         try:
             if strikes.out:
-                raise DownloadError(f"record {number} is not asked for, since {client.address.host} failed several times")
+                raise DownloadError(f"record {number} is not requested, since {client.address.host} failed several times")
             record = client.record(number)
             strikes.record(None)
             shares.append(_Share(record, tasks, _wanted(record, tasks)))
@@ -142,7 +162,7 @@ def _shares(client: Client, chosen: Sequence[Task], done: Downloaded, notes: Not
 
 
 def _wanted(record: Record, tasks: Sequence[Task]) -> list[Wanted]:
-    """Files that match a task's shard patterns; where none matches one of them, the record's zip archives too."""
+    """Files that match a task's shard patterns; if a pattern has no match, the record's zip archives too."""
     files: dict[str, Wanted] = {}
     zips = [file for file in record.files if file.name.lower().endswith(".zip")]
     for task in tasks:
@@ -150,19 +170,19 @@ def _wanted(record: Record, tasks: Sequence[Task]) -> list[Wanted]:
         matching = [file for file in record.files if matches(file.name, globs)]
         lacking = [glob for glob in sorted(globs) if not any(matches(file.name, {glob}) for file in matching)]
         if lacking and not zips:
-            raise DownloadError(f"record {record.number} holds nothing that matches {lacking[0]}, for {task.name}")
+            raise DownloadError(f"record {record.number} has no file that matches {lacking[0]}, for {task.name}")
         for file in [*matching, *(zips if lacking else ())]:
             if not is_plain(file.name) or file.name.endswith(TEMPORARY_SUFFIX):
-                raise DownloadError(f"record {record.number} has a file named {file.name!r}, which is no plain file name")
-            known = files.setdefault(file.name, Wanted(file, [], archive=file not in matching))
-            if known.file != file:
+                raise DownloadError(f"record {record.number} has a file named {file.name!r}, which is not a plain file name")
+            wanted = files.setdefault(file.name, Wanted(file, [], archive=file not in matching))
+            if wanted.file != file:
                 raise DownloadError(f"record {record.number} has two files named {file.name!r}")
-            known.tasks.append(task)
+            wanted.tasks.append(task)
     return list(files.values())
 
 
 def _reports(share: _Share, folder: Path) -> list[TaskReport]:
-    """What each task of a record takes and lacks, to go by names, sizes and what the manifests say."""
+    """What each task takes from a record and lacks, judged by names, sizes and manifests."""
     reports, coming = [], set[str]()
     for task in share.tasks:
         manifest = read_manifest(folder / task.name)
@@ -171,9 +191,9 @@ def _reports(share: _Share, folder: Path) -> list[TaskReport]:
             if task not in wanted.tasks:
                 continue
             file = wanted.file
-            there = _seems_present(wanted, folder / task.name, manifest)
-            files.append(FileReport(file.name, file.size, "present" if there else "missing"))
-            if not there and file.name not in coming:
+            present = _seems_present(wanted, folder / task.name, manifest)
+            files.append(FileReport(file.name, file.size, "present" if present else "missing"))
+            if not present and file.name not in coming:
                 coming.add(file.name)
                 missing += file.size
         total = sum(file.bytes for file in files)
@@ -193,7 +213,7 @@ def _seems_whole(folder: Path, file: RemoteFile) -> bool:
 
 
 def _check_space(shares: Sequence[_Share], folder: Path) -> None:
-    """That everything missing fits, a copy for each task that links could save, and archives beside what is in them."""
+    """Raises `DiskFullError` if what is missing does not fit: shared files count once, archives beside what they contain."""
     needed: dict[int, tuple[Path, int]] = {}
     for share in shares:
         for wanted in share.wanted:
@@ -201,23 +221,23 @@ def _check_space(shares: Sequence[_Share], folder: Path) -> None:
             if any(_seems_present(wanted, folder / task.name, read_manifest(folder / task.name)) for task in wanted.tasks):
                 continue
             size = wanted.file.size - _part_size(home, wanted.file)
-            if wanted.archive:  # what is in it needs room beside it
+            if wanted.archive:  # its content needs space beside it
                 size = wanted.file.size + (0 if _seems_whole(home, wanted.file) else size)
             existing = next(place for place in (home, *home.absolute().parents) if place.exists())
             device = existing.stat().st_dev
             needed[device] = (existing, needed.get(device, (home, 0))[1] + size)
     for existing, size in needed.values():
-        archives.check_space(existing, size, "what is missing")
+        zip_files.check_space(existing, size, "what is missing")
 
 
 def _fetch_shares(
     client: Client, shares: Sequence[_Share], folder: Path, done: Downloaded, observer: Observer, notes: Notes
 ) -> None:
-    """One record after another, until the server or the machine fails whatever is asked of it."""
+    """One record after another, until the server fails several times in a row or the machine fails."""
     strikes = Strikes()
     for share in shares:
         if strikes.out or any(isinstance(error, MachineError) for error in done.errors):
-            why = f"{client.address.host} failed several times" if strikes.out else "the machine failed an earlier one"
+            why = f"{client.address.host} failed several times" if strikes.out else "an earlier one failed on this machine"
             names = ", ".join(task.name for task in share.tasks)
             done.errors.append(DownloadError(f"{names}: record {share.record.number} was not tried, since {why}"))
             continue
@@ -239,11 +259,8 @@ def _fetch_share(
         for task in wanted.tasks
     )
     if unread:
-        said = (
-            f"record {share.record.number}: files already here, to be read before they are taken for the record's: {unread}"
-        )
-        observer(Note(said))
-    tally = Tally(share.tasks[0].name, *_there(share, folder, ledger.manifests), observer)
+        observer(Note(f"record {share.record.number}: verifying files that are already here: {unread}"))
+    tally = Tally(share.tasks[0].name, *_sizes_on_disk(share, folder, ledger.manifests), observer)
     deliveries = [Delivery(client, wanted, folder, ledger.manifests, tally, notes) for wanted in share.wanted]
     deliver(deliveries, client, strikes, ledger.enter, tally, notes)
     for report in done.tasks:
@@ -259,7 +276,7 @@ def _fetch_share(
 
 
 class _Ledger:
-    """What became of the files of one record. Nobody else writes the tasks' manifests, which are saved after each file."""
+    """What became of the files of one record. It alone writes the tasks' manifests, and saves them after each file."""
 
     def __init__(self, share: _Share, folder: Path, address: Address, strikes: Strikes) -> None:
         self._folder, self._strikes = folder, strikes
@@ -267,9 +284,10 @@ class _Ledger:
         self.files: dict[str, list[FileReport]] = {task.name: [] for task in share.tasks}
         self.failures: list[tuple[Wanted, XaresError]] = []
         for name, manifest in self.manifests.items():
-            manifest.save(folder / name)  # before the first file, so that some are never taken for all
+            manifest.save(folder / name)  # before the first file, so that an incomplete set never passes for all
 
     def enter(self, wanted: Wanted, outcome: Delivered | XaresError) -> None:
+        """Record how a delivery ended."""
         if isinstance(outcome, XaresError):
             self._strikes.record(outcome)
             self.failures.append((wanted, outcome))
@@ -287,14 +305,14 @@ class _Ledger:
             self.manifests[task.name].save(self._folder / task.name)
 
 
-def _there(share: _Share, folder: Path, manifests: dict[str, Manifest]) -> tuple[dict[str, int], int]:
-    """How many bytes of each file seem to be there already, and how many bytes all have."""
-    there = {}
+def _sizes_on_disk(share: _Share, folder: Path, manifests: dict[str, Manifest]) -> tuple[dict[str, int], int]:
+    """Bytes of each file that seem to be on disk already, and the bytes of all files when they are whole."""
+    sizes = {}
     for wanted in share.wanted:
         homes = [(folder / task.name, manifests[task.name]) for task in wanted.tasks]
         whole = any(_seems_present(wanted, home, manifest) for home, manifest in homes)
-        there[wanted.file.name] = wanted.file.size if whole else _part_size(homes[0][0], wanted.file)
-    return there, sum(wanted.file.size for wanted in share.wanted)
+        sizes[wanted.file.name] = wanted.file.size if whole else _part_size(homes[0][0], wanted.file)
+    return sizes, sum(wanted.file.size for wanted in share.wanted)
 
 
 def _part_size(home: Path, file: RemoteFile) -> int:
@@ -304,7 +322,7 @@ def _part_size(home: Path, file: RemoteFile) -> int:
 
 @contextmanager
 def _locked(folder: Path, number: str, observer: Observer) -> Iterator[None]:
-    """One process at a time fetches a record. A killed one leaves no lock behind."""
+    """One process at a time fetches a record. A killed process leaves no lock behind."""
     path = folder / _STATE_FOLDER / f"{number}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +341,7 @@ def _locked(folder: Path, number: str, observer: Observer) -> Iterator[None]:
 
 
 def _manifest(share: _Share, task: Task, folder: Path, address: Address) -> Manifest:
-    """That of an earlier download of the same record, brought up to date; else a new one."""
+    """The manifest of an earlier download of the same record, brought up to date; else a new one."""
     manifest = read_manifest(folder / task.name)
     if manifest is None or manifest.record != share.record.number:
         manifest = Manifest(share.record.number)
@@ -336,9 +354,9 @@ def _summary(share: _Share, failures: Sequence[tuple[Wanted, XaresError]]) -> Xa
     wanted, first = failures[0]
     if isinstance(first, MachineError) and not isinstance(first, DiskFullError):
         return first
-    names = ", ".join(task.name for task in share.tasks)
-    failed = f"{len(failures)} of {len(share.wanted)} files of record {share.record.number} could not be fetched"
-    text = f"{names}: {failed}, first {wanted.file.name}: {first}; the rest is kept, and the same command goes on"
+    tasks = ", ".join(task.name for task in share.tasks)
+    lost = f"{len(failures)} of {len(share.wanted)} files of record {share.record.number} could not be fetched"
+    text = f"{tasks}: {lost}, first {wanted.file.name}: {first}; the rest is kept, and the same command run again goes on"
     kind = DiskFullError if any(isinstance(error, DiskFullError) for _, error in failures) else DownloadError
     return kind(text)
 

@@ -1,7 +1,7 @@
-"""Zenodo records: where one is asked for, and which files it says it has.
+"""Zenodo records: the addresses of their descriptions, and the files that they list.
 
-An answer of the API is a stranger's: names, sizes, checksums and links are checked before anything is done with them.
-Three layouts of it are read: `files` as a list, whose links lead to a bucket (before October 2023) or to
+A reply of the API is a stranger's: names, sizes, checksums and links are checked before anything is done with them.
+Three layouts are read: `files` as a list, whose links lead to a bucket (before October 2023) or to
 `.../files/NAME/content` (since), and `files` as an object with `entries` (InvenioRDM's own).
 """
 
@@ -29,7 +29,7 @@ Origin = tuple[str, str, int]
 
 
 class RemoteFile(msgspec.Struct, frozen=True):
-    """One file of a record. `checksum` is `<algorithm>:<hex digest>`, or None where the record gives none that we know."""
+    """One file of a record. `checksum` is `<algorithm>:<hex digest>`, or None if the record has none of a known kind."""
 
     name: str
     size: int
@@ -38,7 +38,7 @@ class RemoteFile(msgspec.Struct, frozen=True):
 
     @property
     def algorithm(self) -> str:
-        """What its checksum is of, or ours where it has none."""
+        """The algorithm of its checksum, or the default if it has none."""
         return self.checksum.partition(":")[0] if self.checksum else "md5"
 
 
@@ -50,25 +50,25 @@ class Record(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Address:
-    """Where records are asked for: Zenodo, or a mirror of it. `url` ends without a slash."""
+    """The server of records: Zenodo, or a mirror of it. `url` ends without a slash."""
 
     url: str = ZENODO
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Raises `UsageError` for anything but plain http and https addresses."""
+        """The address of a mirror; `UsageError` unless it is a plain http or https address."""
         url = text.strip().rstrip("/")
         if origin(url) is None or urlsplit(url).query or urlsplit(url).fragment or not url.isprintable() or " " in url:
-            raise UsageError(f"mirror {text!r} is no address; give one such as https://mirror.example/zenodo")
+            raise UsageError(f"mirror {text!r} is not an address; give one such as https://mirror.example/zenodo")
         if "@" in urlsplit(url).netloc:
-            raise UsageError("an address with a user's name or password in it would be printed; give one without")
+            raise UsageError("the mirror's address contains a user name or password, which would be printed; leave them out")
         return cls(url)
 
     @property
     def origin(self) -> Origin:
-        found = origin(self.url)
-        assert found is not None
-        return found
+        checked = origin(self.url)
+        assert checked is not None
+        return checked
 
     @property
     def host(self) -> str:
@@ -76,13 +76,14 @@ class Address:
 
     @property
     def encrypted(self) -> bool:
-        """Whether nobody on the way can change what is sent: https, or this machine itself."""
+        """Whether nobody on the way can change what is sent: https, or a server on this machine."""
         scheme, host, _ = self.origin
         return scheme == "https" or _is_loopback(host)
 
     def answer_urls(self, number: str) -> list[tuple[str, str | None]]:
-        """Where a record's description may lie, and the folder of its files where links do not count: the API; on a
-        mirror also a plain folder, `URL/NUMBER/files.json` with the files beside it.
+        """Where a record's description may be, each with the folder of its files, None if its links name them.
+
+        That is the API; on a mirror also a plain folder, `URL/NUMBER/files.json` with the files beside it.
         """
         api = (f"{self.url}/api/records/{number}", None)
         folder = f"{self.url}/{number}"
@@ -90,7 +91,7 @@ class Address:
 
 
 def origin(url: str) -> Origin | None:
-    """Scheme, host and port of an http or https address; None of any other."""
+    """Scheme, host and port of an http or https address; None for any other."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in _PORTS or not parts.hostname:
@@ -101,16 +102,23 @@ def origin(url: str) -> Origin | None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file in a folder, on any system: no separators, no drive, not hidden, not `..`."""
+    """Whether a name is that of a file in a folder, on any system: no separator, no drive, not hidden, not `..`."""
     return (
         0 < len(name) <= _MAX_NAME and name.isprintable() and not name.startswith(".") and not set(name) & set('/\\:*?"<>|')
     )
 
 
 def parse_record(number: str, payload: bytes, address: Address, folder: str | None = None) -> Record:
-    """The record that an answer describes; `folder` is where its files lie, None for where its links say.
+    """Read a record's description.
 
-    Raises `DownloadError` where the answer is no record, or one that nobody should follow.
+    Args:
+        number: The requested record.
+        payload: The reply.
+        address: The server that sent it.
+        folder: The address of the files' folder; None if the links in the reply name them.
+
+    Raises:
+        DownloadError: The reply does not describe the record, or lists a file that it would be unsafe to fetch.
     """
     try:
         answer = msgspec.json.decode(payload, type=_Answer)
@@ -119,10 +127,10 @@ def parse_record(number: str, payload: bytes, address: Address, folder: str | No
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         start = printable(payload[:40].decode("utf-8", "replace"))
         raise DownloadError(
-            f"{address.host} does not describe record {number} in a way that this program knows: {error}, in {start!r}..."
+            f"{address.host} does not describe record {number} in a known format: {error}, in {start!r}..."
         ) from error
     if answer.id is not None and number not in (str(answer.id), str(answer.conceptrecid)):  # or the newest of its versions
-        raise DownloadError(f"{address.host} answers with record {printable(str(answer.id))} where {number} was asked for")
+        raise DownloadError(f"{address.host} sent record {printable(str(answer.id))} instead of {number}")
     return Record(number, _license(answer.metadata), tuple(_file(number, entry, address, folder) for entry in entries))
 
 
@@ -150,44 +158,45 @@ class _Answer(msgspec.Struct):
 
 
 def _license(metadata: _Metadata) -> str | None:
-    """The identifiers as they stand: `{"id": …}`, a list of such, or a text."""
+    """The identifiers as written, from `{"id": …}`, a list of these, or a text."""
     value = metadata.license or metadata.rights
-    each = value if isinstance(value, list) else [value]
-    found = [one.get("id") if isinstance(one, dict) else one for one in each]
-    names = [printable(name)[:80] for name in found if isinstance(name, str) and name]
+    licenses = value if isinstance(value, list) else [value]
+    identifiers = [license.get("id") if isinstance(license, dict) else license for license in licenses]
+    names = [printable(name)[:80] for name in identifiers if isinstance(name, str) and name]
     return ", ".join(names) or None
 
 
 def _file(number: str, entry: _Entry, address: Address, folder: str | None) -> RemoteFile:
-    said = f"record {number} at {address.host} lists {printable(entry.key)[:_MAX_NAME]!r}"
+    listed = f"record {number} at {address.host} lists {printable(entry.key)[:_MAX_NAME]!r}"
     if not 0 <= entry.size <= MAX_FILE_BYTES:
-        raise DownloadError(f"{said} with a size of {entry.size} bytes, which no shard has")
+        raise DownloadError(f"{listed} with a size of {entry.size} bytes, which no shard has")
     checksum = entry.checksum
     if checksum is not None and re.fullmatch("[0-9a-fA-F]{32}", checksum):
         checksum = f"md5:{checksum}"
     algorithm, _, digest = (checksum or "").lower().partition(":")
     if algorithm in CHECKSUM_ALGORITHMS:
         if not re.fullmatch(f"[0-9a-f]{{{2 * hashlib.new(algorithm, usedforsecurity=False).digest_size}}}", digest):
-            raise DownloadError(f"{said} with {printable(checksum or '')[:99]!r}, which is no checksum")
+            raise DownloadError(f"{listed} with {printable(checksum or '')[:99]!r}, which is not a checksum")
         checksum = f"{algorithm}:{digest}"
     else:
         checksum = None
-    return RemoteFile(entry.key, entry.size, checksum, _url(said, number, entry, address, folder))
+    return RemoteFile(entry.key, entry.size, checksum, _url(listed, number, entry, address, folder))
 
 
-def _url(said: str, number: str, entry: _Entry, address: Address, folder: str | None) -> str:
-    """Where a file's bytes are: never on another host than the one that was asked."""
+def _url(listed: str, number: str, entry: _Entry, address: Address, folder: str | None) -> str:
+    """The address of a file's content, which is always on the host of the record."""
     name = quote(entry.key, safe="")
     if folder is not None:
         return f"{folder}/{name}"
-    given = next((link for key in ("content", "self", "download") if isinstance(link := entry.links.get(key), str)), None)
-    if given is None:
+    texts = (text for key in ("content", "self", "download") if isinstance(text := entry.links.get(key), str))
+    link = next(texts, None)
+    if link is None:
         return f"{address.url}/api/records/{number}/files/{name}/content"
-    if address.url != ZENODO and given.startswith(f"{ZENODO}/"):  # a proxy passes on the links of what it stands for
-        given = address.url + given.removeprefix(ZENODO)
-    if origin(given) != address.origin or "@" in urlsplit(given).netloc:
-        raise DownloadError(f"{said} at {printable(given)[:200]!r}, which is not on {address.host}: it is not followed")
-    return given
+    if address.url != ZENODO and link.startswith(f"{ZENODO}/"):  # a proxy passes on the links of the server behind it
+        link = address.url + link.removeprefix(ZENODO)
+    if origin(link) != address.origin or "@" in urlsplit(link).netloc:
+        raise DownloadError(f"{listed} at {printable(link)[:200]!r}, which is not on {address.host}: it is not followed")
+    return link
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,7 +1,7 @@
-"""How a model is called: waveforms to the inputs it wants, its output to (items, frames, dim), as its contract says.
+"""How a model is called: waveforms to its inputs, its output to (items, frames, dim), as its contract says.
 
-Layouts are written as axes: B the batch, T the time, F the bins of features, D the dimension, 1 an axis of size one that
-says nothing. Features are made here, so that all who call a model speak of samples.
+A layout has one letter per axis: B the batch, T the time, F the bins of features, D the dimension, 1 an axis of size one.
+Features are computed here, so that all callers of a model count in samples.
 """
 
 from __future__ import annotations
@@ -23,17 +23,26 @@ MASK_TYPES = {**FLOAT_TYPES, **LENGTH_TYPES, "tensor(bool)": np.bool_}
 
 
 class Adapter:
-    """One model's inputs and output, adapted. `types` are those of the inputs by name, as ONNX Runtime writes them."""
+    """Fills a model's inputs and reads its output.
+
+    Args:
+        contract: The model's layouts, amplitude and front end.
+        types: The type of each input by name, as ONNX Runtime writes it, such as `tensor(float)`.
+    """
 
     def __init__(self, contract: Contract, types: Mapping[str, str]) -> None:
         self._contract = contract
         self._types = types
 
     def feeds(self, waveforms: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> dict[str, npt.NDArray[Any]]:
-        """What the model is fed for waveforms (items, samples) in [-1, 1].
+        """The model's inputs, by name.
 
-        `held` says how many leading samples of each are the clip's own and no padding; all, if it is not given. Lengths
-        count every sample, or frame of features, that is handed over. A fixed batch is filled up by repeating the waveforms.
+        Lengths count every sample, or frame of features, with padding: many models build a mask of max(lengths), and fail if
+        that is shorter than the input. A fixed batch is filled up by repeating the waveforms.
+
+        Args:
+            waveforms: (items, samples) in [-1, 1].
+            held: How many leading samples of each are the clip's own, and not padding; all by default.
         """
         contract, (items, samples) = self._contract, waveforms.shape
         own = np.maximum(samples if held is None else held, min(self._least_held(), samples))
@@ -43,14 +52,17 @@ class Adapter:
         return self.feeds_of(self.values(waveforms, held), own)
 
     def values(self, waveforms: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
-        """What stands for waveforms (items, samples): samples as loud as the model wants them, or (items, frames, bins)."""
+        """Waveforms (items, samples) at the model's amplitude, or their features (items, frames, bins)."""
         values = waveforms * np.float32(32768) if self._contract.amplitude == "int16" else waveforms
         return values if self._contract.frontend is None else features_of(values, self._contract.frontend, held)
 
     def feeds_of(
         self, values: npt.NDArray[np.float32], own: npt.NDArray[np.intp] | None = None
     ) -> dict[str, npt.NDArray[Any]]:
-        """What the model is fed for `values`, of whose samples or frames the first `own` (items,) are no padding."""
+        """The model's inputs, by name, for what `values` returned.
+
+        `own` (items,) says how many leading samples or frames of each are not padding; all by default.
+        """
         contract, (items, length) = self._contract, values.shape[:2]
         rows = np.arange(contract.fixed_batch or items) % items
         if len(rows) != items:
@@ -70,30 +82,35 @@ class Adapter:
         letters = layout.replace("1", "")
         if "B" not in letters:
             values = values[0]
-        own = [axis for axis in "BTF" if axis in letters]
-        values = values.transpose([own.index(axis) for axis in letters])
+        present = [axis for axis in "BTF" if axis in letters]
+        values = values.transpose([present.index(axis) for axis in letters])
         sizes = dict(zip(letters, values.shape, strict=True))
         arranged = values.reshape([sizes.get(axis, 1) for axis in layout])
         return np.ascontiguousarray(arranged, FLOAT_TYPES[self._types[self._contract.input]])
 
     def _least_held(self) -> int:
-        """A mask counts at least the samples of one frame as the clip's: a model that sees only padding may give NaN."""
+        """The samples of one frame: a mask counts at least these, because a model that sees only padding may give NaN."""
         contract = self._contract
         if not contract.fixed_window:
             return contract.min_samples
         return math.ceil(max(contract.receptive_field_samples or 0, contract.hop_samples or 0, 1))
 
     def frames(self, result: npt.NDArray[Any], items: int) -> npt.NDArray[np.float32]:
-        """The model's output for `items` waveforms as float32 (items, frames, dim); a clip-only encoder gives one frame.
+        """The model's output as float32 (items, frames, dim); a clip-only encoder gives one frame.
 
-        Raises `ContractError` where its rank or its singleton axes are not those that were measured.
+        Args:
+            result: The output as the model gives it.
+            items: How many waveforms it was fed.
+
+        Raises:
+            ContractError: Its rank or its axes of size one are not those that were measured.
         """
         layout, output = self._contract.output_layout, self._contract.output
         if result.ndim != len(layout):
             raise ContractError(f"output {output!r} changes its rank from {len(layout)} to {result.ndim}")
         single = tuple(i for i, axis in enumerate(layout) if axis == "1")
         if any(result.shape[i] != 1 for i in single):
-            raise ContractError(f"output {output!r} has shape {list(result.shape)} where {layout} was measured")
+            raise ContractError(f"output {output!r} has shape {list(result.shape)}, but {layout} was measured")
         axes = layout.replace("1", "")
         result = np.squeeze(result.astype(np.float32, copy=False), single)
         result = result.transpose([axes.index(axis) for axis in "BTD" if axis in axes])

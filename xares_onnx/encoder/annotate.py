@@ -1,7 +1,7 @@
-"""`annotate`: a copy of a model that declares its contract in its own metadata. Graph and weights stay as they are.
+"""`annotate`: a copy of a model that declares its contract in its own metadata. Graph and weights stay the same.
 
-The model is a stranger's, so it is read and written in a worker process. The copy is loaded and measured before it is
-kept: a declaration that its graph contradicts is not written.
+The model is a stranger's, so a worker process reads and writes it. The copy is loaded and measured before it is kept, so a
+declaration that the model contradicts is not written.
 """
 
 from __future__ import annotations
@@ -33,24 +33,40 @@ from .worker import Beat, Tell, Worker, limit_memory
 
 
 class Annotation(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that was written: the metadata set, old values of what was replaced or dropped, keys that stayed,
-    weights files copied."""
+    """A copy that was written, and what it declares."""
 
     path: str
     written: dict[str, str]
+    """The metadata that is new or changed."""
     replaced: dict[str, str]
+    """The old values of metadata that was replaced or dropped."""
     kept: tuple[str, ...]
+    """The keys of metadata that stayed."""
     copied: tuple[str, ...]
+    """Weights files that were copied too, relative to the folder of the copy."""
 
 
 def annotate(
     model: str | Path, contract: Iterable[str], output: str | Path, *, trust: bool = False, observer: Observer = ignore
 ) -> Annotation:
-    """Write `output`: `model` with the KEY=VALUE declarations of `contract` in its metadata, which is kept otherwise.
+    """Write a copy of a model that declares its contract in its metadata. Other metadata stays.
 
-    Weights files that the model names are copied to beside `output`, unless they lie there already. `trust` lifts the limits
-    on the model's size, memory and time. Raises `UsageError` for
-    a declaration or an output that cannot be, `ModelError` where the result could not be used; then nothing is left.
+    Weights files that the model names are copied beside the output, unless they are there already. After an error nothing is
+    left of the copy.
+
+    Args:
+        model: The `.onnx` file, or its folder.
+        contract: KEY=VALUE declarations, such as `sample_rate=16000`.
+        output: The file to write, in a folder that exists; never the model itself.
+        trust: Lifts the limits on the model's size, memory and time.
+        observer: Called with progress and notes.
+
+    Raises:
+        UsageError: A declaration or the output is impossible.
+        ModelError: The copy could not be used.
+
+    Example:
+        annotate("encoder.onnx", ["sample_rate=16000", "license=MIT"], "annotated.onnx")
     """
     declared = declared_on_command_line(contract)
     if not declared:
@@ -74,7 +90,7 @@ def annotate(
         _copy_weights(source, target, scan.external, copied)
         try:
             load_encoder(aside, trust=trust, observer=observer).close()
-        except XaresError as error:  # by the name that was asked for
+        except XaresError as error:  # named as the user named the output
             raise type(error)(str(error).replace(aside.name, target.name)) from error
     old = scan.metadata
     return Annotation(
@@ -87,7 +103,7 @@ def annotate(
 
 
 def _write(source: str, target: str, declared: Declarations, trust: bool, *, tell: Tell) -> ModelScan:
-    """Scan the model and write it anew with what is declared. Runs in the worker."""
+    """Scan the model and write a copy with the declarations. Runs in the worker."""
     import onnx
     from google.protobuf.message import EncodeError
 
@@ -101,7 +117,9 @@ def _write(source: str, target: str, declared: Declarations, trust: bool, *, tel
     try:
         write_aside(Path(target), model.SerializeToString())
     except (EncodeError, ValueError) as error:
-        raise ModelError(f"{path} with more metadata is past the 2 GB of an ONNX file; keep its weights outside") from error
+        raise ModelError(
+            f"{path} with more metadata exceeds the 2 GB of an ONNX file; keep its weights in another file"
+        ) from error
     return scan
 
 
@@ -111,7 +129,7 @@ def _check_target(source: Path, target: Path) -> None:
         if target.is_dir() or not target.parent.is_dir():
             raise UsageError(f"{target} cannot be written: name a file in a folder that exists")
         if target.exists() and target.samefile(source):
-            raise UsageError(f"{target} is the model itself; name another file, since a model is never changed in place")
+            raise UsageError(f"{target} is the model itself, which is never changed in place; name another file")
     except UnicodeEncodeError as error:
         raise UsageError(f"output {str(target)!r} has a name that is not UTF-8; choose another") from error
     except OSError as error:
@@ -119,37 +137,37 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _check_surroundings(source: Path, target: Path, declared: Declarations, in_metadata: Declarations) -> None:
-    """What is declared beside a model stays behind, and what lies beside the output joins it: neither unseen."""
-    wanted = merge(
+    """Raise `UsageError` if declarations beside the model would be lost, or if others beside the output would count too."""
+    expected = merge(
         declared,
         declared_in_sidecar(source.with_suffix(".toml")),
         in_metadata,
         declared_by_preprocessor(source.parent / PREPROCESSOR_CONFIG),
     )
-    found = merge(
+    actual = merge(
         declared_in_sidecar(target.with_suffix(".toml")),
         in_metadata,
         declared_by_preprocessor(target.parent / PREPROCESSOR_CONFIG),
     )
     lost = [
-        (key, wish)
-        for key, wish in sorted(wanted.items())
-        if key not in declared and (key not in found or found[key].value != wish.value)
+        (key, declaration)
+        for key, declaration in sorted(expected.items())
+        if key not in declared and (key not in actual or actual[key].value != declaration.value)
     ]
     if lost:
-        files = " and ".join(sorted({wish.source for _, wish in lost}))
-        flags = " ".join(f"--contract {shlex.quote(f'{key}={wish.value}')}" for key, wish in lost)
-        raise UsageError(f"{target.name} would lose what lies beside the model in {files}; add {flags}")
-    for key, other in found.items():
-        if key not in wanted or wanted[key].value != other.value:
+        files = " and ".join(sorted({declaration.source for _, declaration in lost}))
+        flags = " ".join(f"--contract {shlex.quote(f'{key}={declaration.value}')}" for key, declaration in lost)
+        raise UsageError(f"{target.name} would lose the declarations beside the model in {files}; add {flags}")
+    for key, declaration in actual.items():
+        if key not in expected or expected[key].value != declaration.value:
             raise UsageError(
-                f"{other.source} beside {target} declares {key}={other.value}, which would join or outdo what is written; "
-                "remove it, or name an output elsewhere"
+                f"{declaration.source} beside {target} declares {key}={declaration.value}, which would add to or override "
+                "the copy's own; remove it, or choose an output elsewhere"
             )
 
 
 def _copy_weights(source: Path, target: Path, names: Iterable[str], copied: list[Path]) -> None:
-    """Each weights file to its place beside `target`; in the model's own folder both models share the files."""
+    """Copy each weights file beside `target`; in the model's own folder both models share the files."""
     if target in {target.parent / name for name in names}:
         raise UsageError(f"the model keeps weights in a file named {target.name}; choose another name for the output")
     if target.parent.samefile(source.parent):
@@ -160,12 +178,12 @@ def _copy_weights(source: Path, target: Path, names: Iterable[str], copied: list
             copy_aside(original, copy)
             copied.append(copy)
         elif not (copy.is_file() and filecmp.cmp(original, copy, shallow=False)):
-            raise UsageError(f"{copy} is there already and is not the model's weights file; choose another folder")
+            raise UsageError(f"{copy} exists and is not the model's weights file; choose another folder")
 
 
 @contextmanager
 def _removed_on_failure() -> Iterator[list[Path]]:
-    """A list of files, to be filled; they are removed where the block fails."""
+    """A list for files that are removed if the block fails."""
     files: list[Path] = []
     try:
         yield files

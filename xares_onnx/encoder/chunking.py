@@ -1,7 +1,7 @@
-"""Chunks of a waveform, and the exact time of every frame that comes back (DESIGN section 4).
+"""Chunks of a waveform, and the exact time of every frame.
 
-A waveform is cut into consecutive chunks of `chunk_samples`. A last piece under one second is zero-padded to one second
-(or to the model's minimum), and the frames that lie in the padding are trimmed away again.
+A waveform is cut into consecutive chunks of `chunk_samples`. A last chunk shorter than one second (or than the model's
+minimum) is padded with zeros up to that, and frames in the padding are dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MIN_CHUNK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """Samples [start, stop) of a waveform, zero-padded at the end to `length` before the model sees them."""
+    """Samples [start, stop) of a waveform, which the model sees padded with zeros at the end to `length`."""
 
     start: int
     stop: int
@@ -26,16 +26,19 @@ class Chunk:
 
 
 def plan_chunks(samples: int, contract: Contract, *, pad_short_clips: bool = True) -> list[Chunk]:
-    """The chunks of a waveform of `samples` samples.
+    """Plan the chunks of a waveform.
 
-    Without `pad_short_clips` (X-ARES) a clip that is shorter than a second goes in as it is, if the model can take it.
+    Args:
+        samples: The waveform's length.
+        contract: The model's chunk length, minimum and sampling rate.
+        pad_short_clips: Whether a clip shorter than a second is padded. X-ARES feeds it as it is, if the model can take it.
     """
     shortest = max(round(MIN_CHUNK_SECONDS * contract.sample_rate), contract.min_samples)
     chunks = []
     for start in range(0, samples, contract.chunk_samples):
         stop = min(start + contract.chunk_samples, samples)
-        floor = shortest if pad_short_clips or start else contract.min_samples
-        chunks.append(Chunk(start, stop, max(stop - start, min(floor, contract.chunk_samples))))
+        minimum = shortest if pad_short_clips or start else contract.min_samples
+        chunks.append(Chunk(start, stop, max(stop - start, min(minimum, contract.chunk_samples))))
     return chunks
 
 
@@ -46,16 +49,26 @@ def cut(waveform: npt.NDArray[np.float32], chunk: Chunk) -> npt.NDArray[np.float
 
 
 def frame_centers(chunk: Chunk, frames: int, contract: Contract) -> npt.NDArray[np.float64]:
-    """Where each frame of a chunk lies, in samples from the start of the waveform, (frames,)."""
+    """The centre of each frame of a chunk, (frames,), in samples from the start of the waveform.
+
+    Raises:
+        ValueError: The encoder is clip-only.
+    """
     if contract.hop_samples is None or contract.first_frame_center_samples is None:
         raise ValueError("a clip-only encoder has no frames")
     return chunk.start + contract.first_frame_center_samples + contract.hop_samples * np.arange(frames, dtype=np.float64)
 
 
 def frames_inside(chunk: Chunk, frames: int, samples: int, contract: Contract) -> int:
-    """How many leading frames of a chunk are kept: those whose centre - hop/2 lies before the waveform's end.
+    """How many leading frames of a chunk are kept: those whose centre - hop/2 lies before the end of the waveform.
 
-    A waveform's first frame always stays.
+    A waveform's first frame is always kept.
+
+    Args:
+        chunk: The chunk.
+        frames: How many frames the model gave for it.
+        samples: The waveform's length.
+        contract: The model's hop and first frame centre.
     """
     if contract.hop_samples is None:
         return frames

@@ -39,7 +39,7 @@ from .model_file import PREPROCESSOR_CONFIG, find_model
 from .resolve import resolve
 from .runner import embed_waveforms
 from .session import CPU, cuda_may_work
-from .spec import EncoderInfo, ModelSpec
+from .spec import EncoderInfo, ModelOptions, ModelSpec
 from .worker import Array, Worker
 
 T = TypeVar("T")
@@ -48,7 +48,10 @@ _CACHE_VERSION = 6
 
 @dataclass(frozen=True)
 class Embedding:
-    """`frames` (frames, dim) float32 and the `times` (frames,) of their centres in seconds; no times if clip-only."""
+    """`frames` (frames, dim) float32, and `times` (frames,), their centres in seconds.
+
+    A clip-only encoder gives one frame and no times.
+    """
 
     frames: npt.NDArray[np.float32]
     times: npt.NDArray[np.float64]
@@ -70,12 +73,21 @@ class Encoder:
         return self.spec.info.contract
 
     def embed(self, waveforms: Iterable[npt.ArrayLike], rate: int, tap: str | None = None) -> list[Embedding]:
-        """Embed mono waveforms (samples,) in [-1, 1] at `rate` Hz; each is resampled, chunked and put together again.
+        """Embed waveforms; each is resampled, cut into chunks, and its frames joined again.
 
-        `tap` names one of those that were loaded; the first, if it is not given. Raises `UsageError` for another name or an
-        array that is not a finite mono waveform, `ModelError` where the model fails.
+        Args:
+            waveforms: Mono waveforms (samples,) of floats in [-1, 1].
+            rate: Their sampling rate in Hz.
+            tap: Name of a loaded tap; the first by default.
+
+        Returns:
+            One embedding per waveform, in the same order.
+
+        Raises:
+            UsageError: The tap is unknown, the rate out of range, or an array is not a finite mono waveform.
+            ModelError: The model fails.
         """
-        taps = {found.name: number for number, found in enumerate(self.info.taps)}
+        taps = {loaded.name: number for number, loaded in enumerate(self.info.taps)}
         if tap is not None and tap not in taps:
             raise UsageError(f"there is no tap {tap!r}{nearest(tap, taps)}; `taps` of load_encoder names them")
         if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
@@ -86,7 +98,7 @@ class Encoder:
         return [Embedding(frames.numpy(), times.numpy()) for frames, times in results]
 
     def call(self, function: Callable[..., T], *arguments: Any, returns: type[T], observer: Observer = ignore) -> T:
-        """`function(*arguments, tell=…)` in the encoder's process, within the time that a model of its size may take."""
+        """`function(*arguments, tell=…)` in the encoder's process, with the time limit for a model of its size."""
         limit = silence_seconds(self.info.scan.bytes, self.spec.trust)
         with _advised(self.spec.trust):
             return self.worker.call(function, *arguments, returns=returns, silence_limit=limit, observer=observer)
@@ -113,24 +125,58 @@ def load_encoder(
     trust: bool = False,
     observer: Observer = ignore,
 ) -> Encoder:
-    """Find, scan and measure a model; nothing of it runs in this process.
+    """Find, scan and measure a model. The model runs in a process of its own, never in this one.
 
-    `contract` holds KEY=VALUE declarations, whatever declares a key of `without` is not heard, `threads` defaults to the
-    number of cores, `cache` is a folder where what was measured is kept. `taps` names outputs or inner tensors, of which the
-    first stands in for the model's output, or is `all-layers` alone: the output and every layer. `trust` lifts the limits on
-    size, memory and time that a giant may need lifted. Raises `ModelError` where the model cannot be used.
+    Args:
+        path: An `.onnx` file, or a folder that holds one.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, or the name of an ONNX Runtime provider.
+        threads: Number of threads; the number of usable cores by default.
+        contract: Declarations, as "KEY=VALUE".
+        taps: Names of outputs or inner tensors, the first in place of the model's output; or `all-layers` alone, for the
+            output and every layer.
+        without: Keys whose declarations are ignored.
+        cache: Folder that keeps measurements of models; without it every load measures again.
+        trust: Whether to lift the limits on the model's size, memory and time.
+        observer: Receives notes and progress.
+
+    Returns:
+        The encoder, a context manager that ends its process on exit.
+
+    Raises:
+        UsageError: An argument is invalid.
+        ModelError: The model cannot be used.
+        MachineError: This machine cannot run the model.
+
+    Example:
+        >>> with load_encoder("model.onnx") as encoder:
+        ...     embedding, = encoder.embed([waveform], rate=16_000)
+        >>> embedding.frames.shape  # (frames, dim)
     """
+    options = ModelOptions(device=device, threads=threads, contract=tuple(contract), taps=tuple(taps), trust=trust)
+    return open_encoder(path, options, without=without, cache=cache, observer=observer)
+
+
+def open_encoder(
+    path: str | Path,
+    options: ModelOptions,
+    *,
+    without: Collection[str] = (),
+    cache: Path | None = None,
+    observer: Observer = ignore,
+) -> Encoder:
+    """`load_encoder` with its options in one record."""
+    device, trust = options.device, options.trust
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
-    declared = merge(declared_on_command_line(contract), declared_in_sidecar(model.with_suffix(".toml")))
-    taps = _checked_taps(taps, declared)
+    declared = merge(declared_on_command_line(options.contract), declared_in_sidecar(model.with_suffix(".toml")))
+    _check_taps(options.taps, declared)
     beside = declared_by_preprocessor(model.parent / PREPROCESSOR_CONFIG)
-    threads = usable_cores() if threads is None else threads
+    threads = usable_cores() if options.threads is None else options.threads
     if threads < 1:
         raise UsageError(f"threads={threads} must be 1 or more")
     as_measured = stamp(model)
     worker = Worker()
-    unheard = sorted(without)
-    remembered = _Remembered(cache, model, device, declared, beside, taps, trust) if cache and not unheard else None
+    ignored = sorted(without)
+    remembered = _Remembered(cache, model, options, declared, beside) if cache and not ignored else None
     info = remembered.load() if remembered else None
     if trust:
         observer(Note(LIFTED))
@@ -143,16 +189,16 @@ def load_encoder(
                     device,
                     declared,
                     beside,
-                    taps,
-                    unheard,
+                    options.taps,
+                    ignored,
                     trust,
                     returns=EncoderInfo,
                     silence_limit=silence_seconds(model.stat().st_size, trust),
                     observer=observer,
                 )
             if device == "auto" and info.provider == CPU and cuda_may_work():
-                worker.close()  # what CUDA has mapped there would count against the limit on memory
-            elif remembered:  # not that CUDA did not start: the next run may find it mended
+                worker.close()  # CUDA's mappings there would count against the limit on memory
+            elif remembered:  # a CUDA that did not start is not remembered: it may be repaired before the next run
                 remembered.save(info)
         except BaseException:
             worker.close()
@@ -171,36 +217,37 @@ def usable_cores() -> int:
 
 def onnxruntime_distributions() -> dict[str, str]:
     """Installed onnxruntime distributions and their versions. Two at once overwrite each other's files."""
-    found = {}
+    versions = {}
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _checked_taps(taps: Sequence[str], declared: Declarations) -> tuple[str, ...]:
+def _check_taps(taps: Sequence[str], declared: Declarations) -> None:
     if ALL_LAYERS in taps and len(taps) > 1:
         raise UsageError(f"--taps {ALL_LAYERS} stands alone: the model's output is among them")
     if twice := [name for name in taps if taps.count(name) > 1]:
         raise UsageError(f"--taps names {twice[0]!r} twice")
-    by = declared.get("output")
-    if by and taps and taps[0] not in (ALL_LAYERS, by.value):
-        raise UsageError(f"{by.source} declares output={by.value}, so --taps must begin with it, not with {taps[0]!r}")
-    return tuple(taps)
+    output = declared.get("output")
+    if output and taps and taps[0] not in (ALL_LAYERS, output.value):
+        raise UsageError(
+            f"{output.source} declares output={output.value}, so --taps must begin with it, not with {taps[0]!r}"
+        )
 
 
 @contextmanager
 def _advised(trust: bool) -> Iterator[None]:
-    """Whoever meets a limit is told how it can be lifted."""
+    """Add to the error of an exceeded limit how to lift the limit."""
     try:
         yield
     except ModelLimitError as error:
         if trust:
             raise
-        said = f"{error}; if you trust the model, --trust lifts the limit"
-        raise ModelLimitError(said, about=error.about) from error
+        message = f"{error}; if you trust the model, --trust lifts the limit"
+        raise ModelLimitError(message, about=error.about) from error
 
 
 def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -212,49 +259,39 @@ def _checked_waveform(waveform: npt.ArrayLike) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):
         signal = signal.astype(np.float32, copy=False)
     if not np.isfinite(signal).all():
-        raise UsageError("a waveform must hold no NaN and no infinity")
+        raise UsageError("a waveform must hold finite numbers; it has a NaN or an infinity")
     return signal
 
 
-# ---------------------------------------------------------------- what runs in the worker
-
-
-# ---------------------------------------------------------------- what was measured before
+# ---------------------------------------------------------------- earlier measurements
 
 
 class _Remembered:
-    """What was measured of a model, kept by everything that could change it, so that a rerun loads no model."""
+    """A model's measurements on disk, named by everything that could change them, so that a rerun loads no model."""
 
     def __init__(
-        self,
-        cache: Path,
-        model: Path,
-        device: str,
-        declared: Declarations,
-        beside: Declarations,
-        taps: tuple[str, ...],
-        trust: bool,
+        self, cache: Path, model: Path, options: ModelOptions, declared: Declarations, beside: Declarations
     ) -> None:
         self._model = model
-        named = {
+        causes = {
             "version": _CACHE_VERSION,
             "model": stamp(model),
-            "device": device,
+            "device": options.device,
             "cuda": cuda_may_work(),
             "onnxruntime": onnxruntime_distributions(),
             "declared": declared,
             "beside": beside,
-            "taps": taps,
-            "trust": trust,
+            "taps": options.taps,
+            "trust": options.trust,
         }
-        digest = hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()
+        digest = hashlib.sha256(msgspec.json.encode(causes, order="deterministic")).hexdigest()
         self._file = cache / "models" / f"{digest[:32]}.json"
 
     def load(self) -> EncoderInfo | None:
         try:
             info, stamps = msgspec.json.decode(self._file.read_bytes(), type=tuple[EncoderInfo, dict[str, Stamp]])
             if all(stamp(self._model.parent / name) == then for name, then in stamps.items()):
-                return msgspec.structs.replace(info, path=str(self._model))  # it may have been reached by another path
+                return msgspec.structs.replace(info, path=str(self._model))  # another path may lead to the same file
         except (OSError, DataMissingError, msgspec.MsgspecError):
             pass
         return None

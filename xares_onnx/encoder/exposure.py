@@ -1,4 +1,4 @@
-"""A model's inner tensors as outputs of a copy in memory."""
+"""Inner tensors of a model as further outputs, in a copy in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ALL_LAYERS = "all-layers"
 
 
 class Exposure(msgspec.Struct, frozen=True):
-    """Inner tensors that a model is to give as outputs.
+    """Inner tensors that become outputs.
 
-    Each goes through Slice nodes with the inputs `cuts` first: where a model pads its input and cuts its output, the padding
-    is in its layers too.
+    `cuts` are inputs of Slice nodes that each tensor goes through first: if a model pads its input and cuts its output, its
+    layers hold the padding too.
     """
 
     tensors: tuple[str, ...]
@@ -32,20 +32,21 @@ class Exposure(msgspec.Struct, frozen=True):
 
 
 def exposing(model: onnx.ModelProto, exposure: Exposure) -> bytes:
-    """The model as a file's content, with more outputs; weights in other files stay where they are.
+    """Serialise a model with more outputs; weights in other files stay there. `model` is changed.
 
-    Raises `ContractError` where it has no such tensor.
+    Raises:
+        ContractError: The model has no such tensor.
     """
-    made = [name for node in model.graph.node for name in node.output if name]
+    computed = [name for node in model.graph.node for name in node.output if name]
     for tensor, output in zip(exposure.tensors, exposure.outputs, strict=True):
-        if tensor not in made:
+        if tensor not in computed:
             raise ContractError(
-                f"the model has no output or inner tensor {tensor!r}{nearest(tensor, made)}; name another by --taps"
+                f"the model has no output or inner tensor {tensor!r}{nearest(tensor, computed)}; name another by --taps"
             )
-        for i, others in enumerate(exposure.cuts):
+        for i, bounds in enumerate(exposure.cuts):
             last = i == len(exposure.cuts) - 1
             tensor, source = output if last else f"{output}.{i}", tensor
-            model.graph.node.add(op_type="Slice", name=f"{tensor}.node", input=[source, *others], output=[tensor])
+            model.graph.node.add(op_type="Slice", name=f"{tensor}.node", input=[source, *bounds], output=[tensor])
         if output not in {value.name for value in model.graph.output}:
             model.graph.output.add(name=output)
     content: bytes = model.SerializeToString()

@@ -1,4 +1,4 @@
-"""From waveforms to the features of a front end, in double precision. A clip's features depend on that clip alone."""
+"""The features of a front end, computed in double precision. A clip's features depend on that clip alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from .contract.frontend import Frontend
 
 Doubles = npt.NDArray[np.float64]
 
-_BLOCK_FRAMES = 128  # at once, so that what is computed stays in the processor's cache
+_BLOCK_FRAMES = 128  # few enough for the processor's cache
 _VARIANCE_FLOOR = 1e-7  # SeamlessM4T's
 
 
 def features_of(
     waveforms: npt.NDArray[np.float32], frontend: Frontend, held: Sequence[int] | None = None
 ) -> npt.NDArray[np.float32]:
-    """Waveforms (items, samples) to features (items, frames, bins).
+    """Compute features.
 
-    Of each waveform the first `held` samples are the clip's own, the others padding; all, if it is not given.
+    Args:
+        waveforms: (items, samples).
+        frontend: The front end.
+        held: How many leading samples of each are the clip's own, and not padding; all by default.
+
+    Returns:
+        Features (items, frames, bins).
     """
     items, samples = waveforms.shape
     frames = frontend.frames(samples)
@@ -45,7 +51,7 @@ def features_of(
 
 
 def _bands(waveform: npt.NDArray[np.float32], frontend: Frontend) -> Doubles:
-    """(samples,) to the logarithms of its mel bands (frames, mels), before anything that looks at the whole clip."""
+    """(samples,) to log mel bands (frames, mels), before the steps that need the whole clip."""
     windows = _windows(waveform, frontend)
     bands: Doubles = np.empty((len(windows), frontend.mels))
     shape, filters = _window(frontend), _sparse_filters(frontend)
@@ -54,8 +60,8 @@ def _bands(waveform: npt.NDArray[np.float32], frontend: Frontend) -> Doubles:
         if frontend.remove_dc:
             block -= block.mean(axis=1, keepdims=True)
         if frontend.preemphasis:
-            before = np.concatenate([block[:, :1], block[:, :-1]], axis=1)
-            block -= frontend.preemphasis * before
+            previous = np.concatenate([block[:, :1], block[:, :-1]], axis=1)
+            block -= frontend.preemphasis * previous
         block *= shape
         spectrum = np.fft.rfft(block, frontend.fft_samples, axis=1)
         power = spectrum.real**2 + spectrum.imag**2
@@ -71,7 +77,7 @@ def _bands(waveform: npt.NDArray[np.float32], frontend: Frontend) -> Doubles:
 
 
 def _normalized(bands: Doubles, frontend: Frontend) -> Doubles:
-    """What looks at all frames of the clip."""
+    """The steps that need all frames of the clip."""
     if not len(bands):
         return bands
     if frontend.log_range:
@@ -88,18 +94,18 @@ def _normalized(bands: Doubles, frontend: Frontend) -> Doubles:
 
 
 def _windows(waveform: npt.NDArray[np.float32], frontend: Frontend) -> npt.NDArray[np.float32]:
-    """The windows of a waveform (frames, window_samples): a view of it, its ends padded."""
+    """The windows of a waveform, (frames, window_samples): a view of the padded waveform."""
     length, hop, fft = frontend.window_samples, frontend.hop_samples, frontend.fft_samples
     samples = len(waveform)
     if not samples:
         return np.empty((0, length), np.float32)
     if frontend.padding == "none":
-        before, count = 0, (samples - length) // hop + 1
+        before = 0
     elif frontend.padding == "symmetric":
-        before, count = length // 2 - hop // 2, (samples + hop // 2) // hop
+        before = length // 2 - hop // 2
     else:  # the window lies in the middle of the transform's samples
-        before, count = fft // 2 - (fft - length) // 2, (samples + fft // 2 * 2 - fft) // hop + 1
-    count = max(0, count - frontend.drop_last_frame)
+        before = fft // 2 - (fft - length) // 2
+    count = frontend.window_law.frames(samples)
     if count == 0:
         return np.empty((0, length), np.float32)
     after = max(0, (count - 1) * hop + length - before - samples)
@@ -125,14 +131,14 @@ def _window(frontend: Frontend) -> Doubles:
 
 @functools.lru_cache(maxsize=8)
 def _sparse_filters(frontend: Frontend) -> Any:
-    """(mels, fft_samples // 2 + 1). A bin is in two filters at most, and no threads of a BLAS wait for each other."""
+    """(mels, fft_samples // 2 + 1). Sparse, as a bin is in two filters at most, and without a BLAS's waiting threads."""
     from scipy.sparse import csr_array
 
     return csr_array(mel_filters(frontend).T)
 
 
 def mel_filters(frontend: Frontend) -> Doubles:
-    """Triangular filters (fft_samples // 2 + 1, mels).
+    """Triangular mel filters of a front end, (fft_samples // 2 + 1, mels).
 
     Sources: M. Slaney, Auditory Toolbox (1998), as in librosa.filters.mel; S. Young et al., The HTK Book, as in Kaldi.
     """

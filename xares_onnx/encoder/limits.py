@@ -1,18 +1,18 @@
-"""What a stranger's model may take of the machine, and what it may take where it is trusted (`--trust`).
+"""How much of the machine a stranger's model may use, and how much a trusted one (`--trust`).
 
-A limit that depends on size grows with the bytes of the model's files, because those had to be there: a bomb is small. Never
-lifted are the rules of `model_guard` that no honest model needs to break: where weights may lie, and whose operators run.
+A limit that depends on size grows with the bytes of the model's files, because a bomb is small. Trust never lifts the rules
+of `model_guard` that no honest model breaks: where weights may lie, and whose operators run.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-SILENCE_SECONDS = 15.0  # without a sign of life: one load, one call; a wav2vec2-base of 0.4 GB takes 1.3
-_SILENCE_SECONDS_A_GB = 60.0
+SILENCE_SECONDS = 15.0  # without a sign of life, in one load or call; a wav2vec2-base of 0.4 GB takes 1.3
+_SILENCE_SECONDS_PER_GB = 60.0
 _TRUSTED_SILENCE_SECONDS = 900.0
 _MEASURING_SECONDS = 12.0  # of processor time, so that a busy machine refuses no model; a wav2vec2-base takes 7
-_MEASURING_SECONDS_A_GB = 600.0  # whisper hears 30 s in every run: its base of 0.08 GB takes 11
+_MEASURING_SECONDS_PER_GB = 600.0  # whisper hears 30 s in every run: its base of 0.08 GB takes 11
 _GB = 1 << 30
 
 
@@ -22,11 +22,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     file_bytes: int
     """Of the model and its external data together."""
     nodes: int
-    """Of the graph with its functions written out."""
+    """Of the graph with all functions inlined."""
     parts: int
     """Messages of the protobuf: nodes, attributes, tensors, names of values."""
     dense_bytes: int
-    """Of one sparse tensor when it is written out."""
+    """Of one sparse tensor as a dense one."""
     dim: int
 
 
@@ -34,7 +34,7 @@ UNTRUSTED = Limits(file_bytes=3 * _GB, nodes=100_000, parts=2_000_000, dense_byt
 TRUSTED = Limits(file_bytes=1 << 50, nodes=10_000_000, parts=200_000_000, dense_bytes=1 << 50, dim=1 << 24)
 LIFTED = (
     "the model is trusted: limits on its size, nodes, memory and time are lifted; where its weights lie and whose operators "
-    "it uses is checked all the same"
+    "it uses is still checked"
 )
 
 
@@ -43,18 +43,23 @@ def limits(trust: bool) -> Limits:
 
 
 def silence_seconds(size: int, trust: bool) -> float:
-    """Longest silence of a worker that loads or runs a model whose files have `size` bytes."""
-    return _TRUSTED_SILENCE_SECONDS if trust else SILENCE_SECONDS + size / _GB * _SILENCE_SECONDS_A_GB
+    """The longest silence of a worker that loads or runs a model with files of `size` bytes."""
+    return _TRUSTED_SILENCE_SECONDS if trust else SILENCE_SECONDS + size / _GB * _SILENCE_SECONDS_PER_GB
 
 
 def measuring_seconds(size: int, trust: bool) -> float:
-    """Processor time for all runs that measure a model."""
-    return float("inf") if trust else _MEASURING_SECONDS + size / _GB * _MEASURING_SECONDS_A_GB
+    """The processor time for all runs that measure a model with files of `size` bytes."""
+    return float("inf") if trust else _MEASURING_SECONDS + size / _GB * _MEASURING_SECONDS_PER_GB
 
 
 def memory_bytes(size: int, trust: bool, threads: int = 0) -> int | None:
-    """Address space of a worker that runs a model on the CPU, from so many threads beside the one that measures.
+    """The address space of a worker that runs a model on the CPU; None for no limit.
 
-    wav2vec2-base (0.4 GB) needs 0.6 GB for a chunk of 10 s. A bomb of a few bytes is stopped under 8 GB with 11 threads.
+    wav2vec2-base (0.4 GB) needs 0.6 GB for a chunk of 10 s. A bomb of a few bytes is stopped below 8 GB with 11 threads.
+
+    Args:
+        size: Of the model's files, in bytes.
+        trust: Whether the limit is lifted.
+        threads: That run the model, beside the one that measures it.
     """
     return None if trust else 5 * _GB + 4 * size + threads * ((_GB >> 2) + 2 * size)

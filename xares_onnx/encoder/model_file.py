@@ -1,6 +1,6 @@
-"""The model as files: which one is meant, what lies beside it, its content digest.
+"""A model as files: the `.onnx` file, what lies beside it, the digest of its content.
 
-`scan_model` parses a stranger's protobuf, so it runs inside the worker process; `model_guard` says what is refused.
+`scan_model` parses a stranger's protobuf, so it runs in the worker process; `model_guard` says what is refused.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 
 class ModelScan(msgspec.Struct, frozen=True):
-    """What a model's files say without running it. `external` are paths of external data, relative to its folder."""
+    """What a model's files say without running it."""
 
     sha256: str
     bytes: int
+    """Of all files."""
     parameters: int
     external: tuple[str, ...]
+    """Paths of external data, relative to the model's folder."""
     metadata: dict[str, str]
     producer: str
     opset: int
     integers: bool = False
-    """Whether activations are quantised, so that numbers depend on how the processor multiplies bytes."""
+    """Whether activations are quantised, so that embeddings depend on how the processor multiplies bytes."""
 
 
 def find_model(path: Path) -> Path:
-    """The `.onnx` file that is meant: the path itself, or in a folder the only one, `model.onnx`, or the encoder beside its
-    decoders."""
+    """The `.onnx` file of a path: itself, or in a folder the only one, `model.onnx`, or the encoder beside its decoders.
+
+    Raises:
+        ModelError: There is no such file, or it cannot be read.
+    """
     try:
         str(path).encode()
         return _existing(path)
@@ -47,15 +52,15 @@ def find_model(path: Path) -> Path:
 
 def _existing(path: Path) -> Path:
     if path.is_dir():
-        found = sorted(path.glob("*.onnx"))
-        named = [file for file in found if file.name == "model.onnx"]
-        if not named:  # a model in parts, as Optimum and sherpa-onnx write them
-            parts = [file for file in found if not file.name.startswith(("decoder", "joiner"))]
-            named = parts if len(parts) == 1 and parts[0].name.startswith("encoder") else found
-        if len(named) != 1:
-            what = f"{len(found)} .onnx files and no model.onnx; name one of them" if found else "no .onnx file"
-            raise ModelError(f"folder {path} holds {what}")
-        path = named[0]
+        files = sorted(path.glob("*.onnx"))
+        candidates = [file for file in files if file.name == "model.onnx"]
+        if not candidates:  # a model in parts, as Optimum and sherpa-onnx write them
+            encoders = [file for file in files if not file.name.startswith(("decoder", "joiner"))]
+            candidates = encoders if len(encoders) == 1 and encoders[0].name.startswith("encoder") else files
+        if len(candidates) != 1:
+            content = f"{len(files)} .onnx files and no model.onnx; name one of them" if files else "no .onnx file"
+            raise ModelError(f"folder {path} holds {content}")
+        path = candidates[0]
     if not path.exists():
         raise ModelError(f"model {path} does not exist")
     if not path.is_file():
@@ -66,9 +71,15 @@ def _existing(path: Path) -> Path:
 
 
 def scan_model(path: Path, beat: Callable[[], None] = lambda: None, *, trust: bool = False) -> ModelScan:
-    """Parse the protobuf, check what it holds, find external data and hash everything; `beat` is called as it goes on.
+    """Parse a model, check it, find its external data and hash all files. Runs in the worker.
 
-    Runs in the worker. `trust` lifts limits on size and number (`limits`). Raises `ModelError`.
+    Args:
+        path: The `.onnx` file.
+        beat: Called now and then, as a sign of life.
+        trust: Lifts the limits on size and number.
+
+    Raises:
+        ModelError: A file cannot be read, is damaged, or holds what is refused.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -104,12 +115,12 @@ def scan_model(path: Path, beat: Callable[[], None] = lambda: None, *, trust: bo
 
 
 def _check_size(path: Path, files: Sequence[Path], allowed: Limits) -> int:
-    """Bytes of a model's files together."""
+    """The bytes of all files."""
     size = sum(file.stat().st_size for file in files)
     if size > allowed.file_bytes:
         raise ModelError(
-            f"{path} has {size / 1e9:.1f} GB with its weights, and a model that is not trusted may have "
-            f"{allowed.file_bytes / 1e9:.1f} GB; if you trust it, --trust lifts the limit"
+            f"{path} has {size / 1e9:.1f} GB with its weights, and without trust the limit is "
+            f"{allowed.file_bytes / 1e9:.1f} GB; if you trust the model, --trust lifts the limit"
         )
     return size
 

@@ -1,7 +1,7 @@
-"""What a model's protobuf may hold, checked before ONNX Runtime sees it.
+"""What a model's protobuf may hold, checked before ONNX Runtime reads it.
 
-Loading expands nested functions, turns sparse tensors into dense ones and opens the files that tensors name, so all of that
-is bounded here by arithmetic alone: nothing is expanded, checked by onnx or shape-inferred. Runs in the worker process.
+Loading inlines nested functions, makes sparse tensors dense and opens the files that tensors name. All of that is bounded
+here by arithmetic alone: nothing is inlined, checked by onnx or shape-inferred. Runs in the worker process.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     import onnx
     from google.protobuf.message import Message
 
-# Those whose operators ONNX Runtime brings. All others come from libraries, and none is ever loaded.
+# The domains of ONNX Runtime's own operators. All others come from libraries, which are never loaded.
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 _COMPILED = "EPContext"  # names a file, or carries code for one machine
 _MAX_DEPTH = 100  # of graphs in graphs and functions in functions
 _MAX_RANK = 100
 _MAX_NAMES = 1_000  # inputs and outputs of the graph
-_MAX_NAME = 1_000  # characters of one
+_MAX_NAME = 1_000  # characters
 _MAX_METADATA = 16 << 20  # characters
-# Where ONNX Runtime reads memory instead of a file, by a location such as */_ORT_MEM_ADDR_/* and an address as offset.
+# At a location such as */_ORT_MEM_ADDR_/*, ONNX Runtime reads memory instead of a file, with an address as offset.
 _MEMORY = "_MEM_ADDR_"
-# Bits of a value by `TensorProto.DataType`; a text has no size of its own, and types of 2 and 4 bits are packed.
+# Bits per value by `TensorProto.DataType`; texts have no fixed size, and types of 2 and 4 bits are packed.
 _BITS = {
     **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),
     **dict.fromkeys((4, 5, 10, 16), 16),
@@ -41,7 +41,19 @@ _BITS = {
 
 
 def check_model(path: Path, model: onnx.ModelProto, limits: Limits) -> tuple[int, tuple[str, ...]]:
-    """How many values a model's tensors hold, and the locations of its external data. `ModelError` for what is refused."""
+    """Check what a model holds.
+
+    Args:
+        path: The model's file.
+        model: Its protobuf, without external data.
+        limits: The limits on its size and number of parts.
+
+    Returns:
+        How many values its tensors hold, and the locations of its external data.
+
+    Raises:
+        ModelError: It is damaged, or holds what is refused.
+    """
     import onnx
 
     if not model.graph.node or not model.graph.output:
@@ -53,9 +65,7 @@ def check_model(path: Path, model: onnx.ModelProto, limits: Limits) -> tuple[int
                 tensors.append(message)
             case onnx.SparseTensorProto():
                 if 16 * _elements(path, message.dims, "a sparse tensor") > limits.dense_bytes:
-                    raise ModelError(
-                        f"{path} has a sparse tensor that is larger than {limits.dense_bytes >> 30} GB when written out"
-                    )
+                    raise ModelError(f"{path} has a sparse tensor of more than {limits.dense_bytes >> 30} GB as a dense one")
     _check_names(path, model)
     _Operators(path, model, limits).check()
     locations = [_check_tensor(path, tensor) for tensor in tensors]
@@ -64,9 +74,10 @@ def check_model(path: Path, model: onnx.ModelProto, limits: Limits) -> tuple[int
 
 
 def _messages(path: Path, model: onnx.ModelProto, limits: Limits) -> Iterator[Message]:
-    """Every message of a model: graphs, nodes, tensors, functions, wherever they are kept.
+    """Every message of a model, at any depth: graphs, nodes, tensors, functions.
 
-    Raises `ModelError` for too many, and where a text is not UTF-8: protobuf then gives bytes.
+    Raises:
+        ModelError: There are too many, or a text is not UTF-8; protobuf then returns bytes.
     """
     from google.protobuf.message import Message
 
@@ -88,10 +99,12 @@ def _messages(path: Path, model: onnx.ModelProto, limits: Limits) -> Iterator[Me
 
 
 def _check_names(path: Path, model: onnx.ModelProto) -> None:
-    """Names of inputs and outputs, and metadata, end in messages and in the record."""
-    named = [*model.graph.input, *model.graph.output]
-    if len(named) > _MAX_NAMES or any(len(value.name) > _MAX_NAME for value in named):
-        raise ModelError(f"{path} has more than {_MAX_NAMES} inputs and outputs, or one with a name as long as that")
+    """Bound the names and the metadata, which end up in messages and in the record."""
+    values = [*model.graph.input, *model.graph.output]
+    if len(values) > _MAX_NAMES or any(len(value.name) > _MAX_NAME for value in values):
+        raise ModelError(
+            f"{path} has more than {_MAX_NAMES} inputs and outputs, or a name of more than {_MAX_NAME} characters among them"
+        )
     if sum(len(entry.key) + len(entry.value) for entry in model.metadata_props) > _MAX_METADATA:
         raise ModelError(f"{path} has metadata of more than {_MAX_METADATA >> 20} MB")
 
@@ -100,9 +113,9 @@ def _check_names(path: Path, model: onnx.ModelProto) -> None:
 
 
 class _Operators:
-    """Whose operators a model uses, and how many nodes it has once its functions are written out.
+    """Checks whose operators a model uses, and how many nodes it has with all functions inlined.
 
-    Each function is counted once, so that a bomb of 2^1000 nodes is as quick to count as any model.
+    Each function is counted once, so a bomb of 2^1000 nodes is counted as fast as any model.
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto, limits: Limits) -> None:
@@ -110,12 +123,12 @@ class _Operators:
         self._functions = {
             (_domain(function.domain), function.name, function.overload): function for function in model.functions
         }
-        if len(self._functions) < len(model.functions):  # and who knows which one is taken
+        if len(self._functions) < len(model.functions):  # which of them would run is undefined
             raise ModelError(f"{path} is damaged: it defines a function twice")
-        self._sizes: dict[tuple[str, str, str], int | None] = {}  # None while it is counted
+        self._sizes: dict[tuple[str, str, str], int | None] = {}  # None while a function is being counted
 
     def check(self) -> None:
-        for key in self._functions:  # also those that nothing calls: ONNX Runtime reads them all
+        for key in self._functions:  # uncalled ones too: ONNX Runtime reads them all
             self._function(key, 0)
         self._nodes(self._model.graph.node, 0)
 
@@ -127,7 +140,7 @@ class _Operators:
             self._sizes[key] = self._nodes(function.node, depth + 1) + defaults
         size = self._sizes[key]
         if size is None:
-            raise ModelError(f"{self._path} has a function {key[1]!r} that calls itself, so it can never be loaded")
+            raise ModelError(f"{self._path} has a function {key[1]!r} that calls itself, so it cannot be loaded")
         return size
 
     def _nodes(self, nodes: Iterable[onnx.NodeProto], depth: int) -> int:
@@ -142,18 +155,18 @@ class _Operators:
             elif node.op_type == _COMPILED:
                 raise ModelError(
                     f"{self._path} holds a part compiled for one machine ({_COMPILED}), which may name any file; export it "
-                    "without"
+                    "without that part"
                 )
             elif node.domain not in _DOMAINS:
                 raise ModelError(
                     f"{self._path} needs operator {node.op_type[:100]!r} of domain {node.domain[:100]!r}, which ONNX "
-                    "Runtime does not bring; custom operators are never loaded, so export the model with standard ones"
+                    "Runtime lacks; custom operators are never loaded, so export the model with standard ones"
                 )
             count += self._graphs(node.attribute, depth)
             if count > self._limit:
                 raise ModelError(
-                    f"{self._path} has more than {self._limit} nodes once its functions are written out; if you trust it, "
-                    "--trust lifts the limit"
+                    f"{self._path} has more than {self._limit} nodes with all functions inlined; if you trust it, --trust "
+                    "lifts the limit"
                 )
         return count
 
@@ -162,8 +175,8 @@ class _Operators:
         for attribute in attributes:
             if attribute.ref_attr_name and attribute.type in (attribute.GRAPH, attribute.GRAPHS):
                 raise ModelError(
-                    f"{self._path} hands a graph to a function, which may multiply it without end; export it with its "
-                    "functions written out"
+                    f"{self._path} passes a graph to a function, which may multiply it without end; export it with its "
+                    "functions inlined"
                 )
             for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
                 count += self._nodes(graph.node, depth + 1)
@@ -186,19 +199,19 @@ def _elements(path: Path, dims: Sequence[int], name: str) -> int:
 
 
 def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
-    """The location of a tensor's external data, if it has any. `ModelError` where a tensor claims more than is there."""
+    """The location of a tensor's external data, if it has any. Raises `ModelError` if it claims more than there is."""
     import onnx
 
     damaged = f"{path} is damaged: tensor {tensor.name[:100]!r} "
     elements = _elements(path, tensor.dims, tensor.name)
     bits = _BITS.get(tensor.data_type)
     if bits is None:
-        raise ModelError(f"{path} has a tensor {tensor.name[:100]!r} of type {tensor.data_type}, which is not read here")
+        raise ModelError(f"{path} has a tensor {tensor.name[:100]!r} of type {tensor.data_type}, which is not supported")
     size = (elements * bits + 7) // 8
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        if len(entries) < len(tensor.external_data):  # and who knows which one is taken
-            raise ModelError(f"{damaged}says twice where it is kept")
+        if len(entries) < len(tensor.external_data):  # which of them counts is undefined
+            raise ModelError(f"{damaged}has two locations")
         return _checked_location(path, entries, size)
     if tensor.HasField("raw_data"):
         if (held := len(tensor.raw_data)) != size:
@@ -213,29 +226,29 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
 
 
 def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
-    """External data must be a regular file in the model's folder, reached without links, that holds the tensor's bytes."""
+    """The location, if it is a regular file in the model's folder, reached without links, that holds the tensor's bytes."""
     location = entries.get("location", "")
     relative = PurePosixPath(location)
-    refused = f"{model} keeps weights in {location[:200]!r}, "
+    problem = f"{model} keeps weights in {location[:200]!r}, "
     if not location or relative.is_absolute() or ".." in relative.parts or "\\" in location or ":" in location:
-        raise ModelError(refused + "outside its folder; put the file beside the model")
+        raise ModelError(problem + "outside its folder; put the file beside the model")
     if _MEMORY in location:
-        raise ModelError(refused + "which ONNX Runtime takes for an address in its memory; name a file")
+        raise ModelError(problem + "which ONNX Runtime reads as an address in its memory; name a file")
     path = model.parent
     for part in relative.parts:
         path = path / part
         if os.path.islink(path):  # unlike Path's, these two refuse no name
-            raise ModelError(refused + "which is a link; put the file itself beside the model")
+            raise ModelError(problem + "which is a link; put the file itself beside the model")
     if not os.path.isfile(path):
-        raise ModelError(refused + "which is not there; put the file beside the model")
+        raise ModelError(problem + "which does not exist; put the file beside the model")
     stat = path.stat()
     if stat.st_nlink > 1:
-        raise ModelError(refused + "which is a hard link to a file elsewhere; put a copy beside the model")
+        raise ModelError(problem + "which is a hard link to a file elsewhere; put a copy beside the model")
     offset, length = entries.get("offset", "0"), entries.get("length", str(size))
     if not all(re.fullmatch("[0-9]{1,18}", number, re.ASCII) for number in (offset, length)):
-        raise ModelError(f"{model} is damaged: it wants bytes {offset[:30]!r} + {length[:30]!r} of {location[:200]!r}")
+        raise ModelError(f"{model} is damaged: it reads bytes {offset[:30]!r} + {length[:30]!r} of {location[:200]!r}")
     if int(offset) + max(int(length), size) > stat.st_size:
-        raise ModelError(refused + f"which ends at byte {stat.st_size}, before the weights do; get the whole file")
+        raise ModelError(problem + f"which ends at byte {stat.st_size}, before the weights do; get the whole file")
     return str(relative)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import msgspec
 
@@ -20,8 +21,19 @@ _WINDOW_BYTES = 1 << 28  # most embedding values of a window, so that many taps 
 _GPU_CALLERS = 2  # one prepares a call while the device is busy with the other's; each has handles and workspace of its own
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How the caller wants a model to be read and run; `load_encoder` describes each option."""
+
+    device: str = "auto"
+    threads: int | None = None
+    contract: tuple[str, ...] = ()
+    taps: tuple[str, ...] = ()
+    trust: bool = False
+
+
 class Tap(msgspec.Struct, frozen=True):
-    """An output whose embeddings are scored, by the name that results call it."""
+    """An output whose embeddings are scored, and its name in results."""
 
     name: str
     contract: Contract

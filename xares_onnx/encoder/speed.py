@@ -1,4 +1,4 @@
-"""How fast a model is: chunks of noise through it in its worker; two models in turns, so that both meet the same machine."""
+"""How fast a model is, on chunks of noise in its worker. Two models take turns, so that both meet the same load."""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ from .spec import ModelSpec
 from .worker import Beat, Tell
 
 _ROUNDS = 9
-_TURN_SECONDS = 0.4  # of one model in one round, but at least a chunk a thread
-_LONGEST_SECONDS = 60.0  # of all rounds, but at least three
+_TURN_SECONDS = 0.4  # of one model in one round; at least one chunk per thread
+_LONGEST_SECONDS = 60.0  # of all rounds; at least three
 
 
 class Burst(msgspec.Struct, frozen=True):
-    """One call: wall seconds, seconds of audio, and the most memory that the process has held so far, if that is known."""
+    """One call of a model on some chunks."""
 
     seconds: float
     audio_seconds: float
     peak_bytes: int | None
+    """The peak memory of the process so far, if the system reports it."""
 
     @property
     def rtf(self) -> float:
-        """Seconds of work for each second of audio."""
+        """Real-time factor: seconds of work per second of audio."""
         return self.seconds / self.audio_seconds
 
 
 class SideBySide(msgspec.Struct, frozen=True, kw_only=True):
-    """Two models in turns. `ratio` is above 1 where B is faster: the median over rounds, and the 95 % interval of that."""
+    """The speed of two models that took turns."""
 
     rtf_a: float
     rtf_b: float
     ratio: float
+    """Median over rounds of A's seconds over B's: above 1 if B is faster."""
     low: float
+    """`low` and `high` are the 95 % interval of the ratio."""
     high: float
     rounds: int
     peak_bytes_a: int | None
@@ -49,13 +52,16 @@ class SideBySide(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_rtf(encoder: Encoder, observer: Observer) -> float:
-    """Seconds a second of audio, from two chunks a thread."""
+    """The real-time factor of an encoder: seconds of work per second of audio, from two chunks per thread."""
     _burst(encoder, 1, observer)  # loads the model
     return _burst(encoder, 2 * encoder.spec.threads, observer).rtf
 
 
 def measure_together(a: Encoder, b: Encoder, observer: Observer) -> SideBySide:
-    """Rounds in which each model works for a moment, in alternating order, each in a process of its own."""
+    """Compare the speed of two encoders in rounds in which each works for a moment, in alternating order.
+
+    Each runs in its own process.
+    """
     chunks = []
     for encoder in (a, b):
         _burst(encoder, encoder.spec.threads, observer)  # loads the model, and warms it
@@ -74,9 +80,9 @@ def measure_together(a: Encoder, b: Encoder, observer: Observer) -> SideBySide:
         pairs.append((first, second))
     observer(Progress("measure", "speed", _ROUNDS, _ROUNDS))
     ratios = sorted(first.rtf / second.rtf for first, second in pairs)
-    from scipy import stats  # half a second, which most runs need not spend
+    from scipy import stats  # half a second, which most runs do not need
 
-    cut = max(0, int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1)  # order statistics between which a median lies
+    cut = max(0, int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1)  # the order statistics that bound the median
     return SideBySide(
         rtf_a=statistics.median(first.rtf for first, _ in pairs),
         rtf_b=statistics.median(second.rtf for _, second in pairs),
@@ -94,7 +100,7 @@ def _burst(encoder: Encoder, chunks: int, observer: Observer) -> Burst:
 
 
 def run_chunks(spec: ModelSpec, chunks: int, *, tell: Tell) -> Burst:
-    """So many chunks of noise, all threads at work. Runs in the worker."""
+    """Run chunks of noise on all threads. Runs in the worker."""
     session = open_session(spec, tell)
     contract = spec.info.contract
     noise = np.random.default_rng(0).standard_normal((1, contract.chunk_samples)).astype(np.float32) * np.float32(0.1)
@@ -108,7 +114,7 @@ def run_chunks(spec: ModelSpec, chunks: int, *, tell: Tell) -> Burst:
 
 
 def _peak_bytes() -> int | None:
-    """Of this process's resident memory; None where the system does not say. `getrusage` would count the parent's too."""
+    """The peak resident memory of this process, if the system reports it. `getrusage` would count the parent's too."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,13 +1,12 @@
 """A process for a stranger's model, which can be killed.
 
-The parent sends picklable calls down the child's stdin; the child answers on its stdout with msgpack records, never with
+The parent writes pickled calls to the child's stdin; the child answers on its stdout with msgpack records, never with
 pickles, because what runs there is not trusted. Every record is also a sign of life: a child that is silent for longer
 than a call's limit is killed, whether it hangs while loading, inside one run, or in a decoder. A child whose parent is
-gone sees the end of its stdin and ends itself.
+gone reads the end of its stdin and exits.
 
-Not multiprocessing or pebble: their spawned children import the caller's `__main__` again (so that a plain script without a
-main guard would start itself over and over), unpickle what a child sends, and limit whole tasks where a limit on silence
-is wanted.
+Not multiprocessing or pebble: their spawned children import the caller's `__main__` again (so that a script without a main
+guard would start itself over and over), unpickle what a child sends, and limit whole tasks instead of silence.
 """
 
 from __future__ import annotations
@@ -40,18 +39,20 @@ Tell = Callable[["Event | Beat"], None]
 _HEADER = struct.Struct("<Q")
 _MAX_MESSAGE = 1 << 33
 
-# glibc otherwise keeps freed waveforms in an arena a thread: peak memory then creeps up with the number of clips (1.5x from
-# 500 to 5,000 measured; so it stays flat). Other allocators do not read these.
+# Otherwise glibc keeps freed waveforms in one arena per thread, and peak memory grows with the number of clips: 1.5x from
+# 500 to 5,000, measured; with these it stays flat. Other allocators do not read them.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
-_DEATH_SECONDS = 5.0  # between the end of a child's records and its own
+_DEATH_SECONDS = 5.0  # from the end of a child's records to its own
+# Exit codes of a child that asked for more memory than it may have: by its allocator, or by the system.
+_OUT_OF_MEMORY = {-signal.SIGABRT, -getattr(signal, "SIGKILL", 9)}
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """Nothing to say but that work goes on."""
+    """A sign of life, and nothing else."""
 
 
 class Array(msgspec.Struct, frozen=True):
-    """An array on its way out of a worker."""
+    """An array as a worker returns it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -81,7 +82,13 @@ _decoder = msgspec.msgpack.Decoder(_Message)
 
 
 class Worker:
-    """One child process. Calls run one after another; close it, or use it as a context manager."""
+    """One child process, which starts with the first call. Calls run one after another.
+
+    Close it, or use it as a context manager:
+
+        with Worker() as worker:
+            scan = worker.call(scan_model, path, returns=ModelScan, silence_limit=15.0, observer=ignore)
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -93,21 +100,31 @@ class Worker:
     def call(
         self, function: Callable[..., T], *arguments: Any, returns: type[T], silence_limit: float, observer: Observer
     ) -> T:
-        """`function(*arguments, tell=…)` in the child. Raises what it raised, or `ModelLimitError` when it was killed.
+        """Run `function(*arguments, tell=…)` in the child.
 
-        `silence_limit` is in seconds: the longest time without any message.
+        Args:
+            function: Picklable; it reports events and signs of life to `tell`.
+            *arguments: Picklable.
+            returns: The type of its result, which msgpack decodes.
+            silence_limit: The longest time without any record, in seconds.
+            observer: Called with the child's progress and notes.
+
+        Raises:
+            ModelLimitError: The child was silent for too long, or ran out of memory.
+            ModelError: The child died, or sent what cannot be read.
+            XaresError: As the function raised it.
         """
         payload = pickle.dumps((function, arguments))
         with self._one_call:
-            answer = self._answer(payload, silence_limit, observer)
-        if isinstance(answer, _Failed):
-            raise _error(answer.error, answer.message, answer.about)
-        return msgspec.msgpack.decode(answer.result, type=returns)
+            reply = self._reply_to(payload, silence_limit, observer)
+        if isinstance(reply, _Failed):
+            raise _error(reply)
+        return msgspec.msgpack.decode(reply.result, type=returns)
 
-    def _answer(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
+    def _reply_to(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
         if self._process is not None and self._process.poll() is not None:  # ended between two calls
             self.close()
-        doing, patience = "waiting for work" if self._process else "starting", 0.0
+        doing, patience = "waiting for work" if self._process else "starting", 0.0  # more seconds of silence, as it asked
         process = self._process or self._start()
         try:
             assert process.stdin is not None
@@ -120,8 +137,8 @@ class Worker:
                         raise self._death(doing)
                     case Doing(text, seconds):
                         doing, patience = text, seconds
-                    case _Done() | _Failed() as answer:
-                        return answer
+                    case _Done() | _Failed() as reply:
+                        return reply
                     case Progress() | Note() as event:
                         observer(event)
         except queue.Empty:
@@ -158,35 +175,27 @@ class Worker:
             env={**_ALLOCATOR, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         assert self._process.stdout is not None
-        # Also runs when a worker is forgotten, and at exit while the thread that reads still can.
+        # Also runs when a worker is garbage-collected, and at exit while the reading thread is alive.
         self._end = weakref.finalize(self, _end, self._process, self._stderr)
         threading.Thread(target=_receive, args=(self._process.stdout, self._messages), daemon=True).start()
         return self._process
 
     def _death(self, doing: str) -> XaresError:
-        """Why the child ended by itself."""
-        process, stderr = self._process, self._stderr
-        assert process is not None
+        """Why the child's records ended, as an error. `doing` is what it said last."""
+        assert self._process is not None
         try:
-            code = process.wait(_DEATH_SECONDS)
-        except subprocess.TimeoutExpired:  # it lives, but what it sent cannot be read
+            code = self._process.wait(_DEATH_SECONDS)
+        except subprocess.TimeoutExpired:  # it lives, but its records cannot be read
+            return ModelError(f"the model's process sent a malformed reply while {doing} and was stopped", about="process")
+        finally:
+            printed = _tail(self._stderr)
             self.close()
-            said = f"the model's process sent what is no answer while {doing} and was stopped"
-            return ModelError(said, about="process")
-        last = b""
-        if stderr is not None and not stderr.closed:
-            stderr.seek(0, os.SEEK_END)
-            stderr.seek(max(0, stderr.tell() - 2000))
-            last = stderr.read()
-        self.close()
         if doing == "starting":
-            return MachineError(f"a worker process could not start: {_last_line(last) or f'exit code {code}'}")
-        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if code == -signal.SIGABRT or b"bad_alloc" in last or code == -getattr(signal, "SIGKILL", 9):
-            return ModelLimitError(
-                f"the model's process died ({cause}) while {doing}; it may want more memory than it may use", about="process"
-            )
-        return ModelError(f"the model's process died ({cause}) while {doing}", about="process")
+            return MachineError(f"a worker process could not start: {_last_line(printed) or f'exit code {code}'}")
+        cause = f"the model's process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'}) while {doing}"
+        if code in _OUT_OF_MEMORY or b"bad_alloc" in printed:
+            return ModelLimitError(f"{cause}; it may need more memory than its limit", about="process")
+        return ModelError(cause, about="process")
 
 
 def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:
@@ -199,7 +208,11 @@ def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:
 
 
 def limit_memory(limit: int | None) -> None:
-    """Cap this process's address space, in bytes, where the system can (POSIX); None lifts the cap."""
+    """Cap this process's address space, on systems that can (POSIX).
+
+    Args:
+        limit: In bytes; None lifts the cap.
+    """
     _limit("RLIMIT_AS", limit)
 
 
@@ -209,16 +222,29 @@ def _limit(resource_name: str, limit: int | None) -> None:
     except ImportError:  # not POSIX
         return
     kind = getattr(resource, resource_name)
-    _, hard = resource.getrlimit(kind)
-    wanted = hard if limit is None else limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(kind, (wanted, hard))
+    _, most = resource.getrlimit(kind)
+    if limit is None:
+        limit = most
+    elif most != resource.RLIM_INFINITY:
+        limit = min(limit, most)
+    resource.setrlimit(kind, (limit, most))
 
 
-def _error(name: str, message: str, about: str | None = None) -> XaresError:
-    kind = getattr(errors, name, None)
+def _error(failure: _Failed) -> XaresError:
+    """The exception that the child raised; of this package's classes alone."""
+    kind = getattr(errors, failure.error, None)
     if not (isinstance(kind, type) and issubclass(kind, XaresError)):
-        return XaresError(message)
-    return kind(message, about=about) if issubclass(kind, ModelError) else kind(message)
+        return XaresError(failure.message)
+    return kind(failure.message, about=failure.about) if issubclass(kind, ModelError) else kind(failure.message)
+
+
+def _tail(file: IO[bytes] | None, size: int = 2000) -> bytes:
+    """The last bytes of an open file."""
+    if file is None or file.closed:
+        return b""
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - size))
+    return file.read()
 
 
 def _last_line(text: bytes) -> str:
@@ -264,12 +290,12 @@ def main() -> None:
             send(_Failed(type(error).__name__, str(error), getattr(error, "about", None)))
         except MemoryError:
             send(_Failed("ModelLimitError", "the model's process ran out of the memory it may use"))
-        except BaseException:  # an exit, too, is only a failed call
+        except BaseException:  # SystemExit too is only a failed call
             send(_Failed("XaresError", traceback.format_exc()))
 
 
 def _take_calls(calls: queue.Queue[bytes]) -> None:
-    """Child's thread: calls from the parent; its end is ours, whatever the main thread is busy with."""
+    """Child's thread: calls from the parent. When the parent ends, so does the child, whatever its main thread is doing."""
     stream = sys.stdin.buffer
     while len(header := stream.read(_HEADER.size)) == _HEADER.size:
         (size,) = _HEADER.unpack(header)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
 from ..data.catalog import in_group, shipped_tasks
 from ..data.task import Task
+from ..metrics.bootstrap import Array
 from ..metrics.intervals import Estimate, average, interval
 from .record import GROUPS, Average, Averages, TaskResult
+from .settings import METHODS, Method
 
 
 def averages(
@@ -30,44 +31,53 @@ def averages(
     tasks = {**shipped, **{task.name: task for task in own_tasks}}
     weight_of = {name: task.weight_under(protocol) for name, task in tasks.items()}
     scored = [r for r in results if r.score is not None and r.comparable and weight_of[r.task] is not None]
-    found: Averages = {}
+    by_group: Averages = {}
     for group in GROUPS:
         of_group = [t for t in tasks.values() if (in_group(t, group) if t.name in shipped else group == "own")]
         members = [task for task in of_group if weight_of[task.name] is not None]
         names = {task.name for task in members}
-        for method in ("head", "knn"):
-            mine = [r for r in scored if r.task in names and (r.method == "knn") == (method == "knn")]
-            if not mine:
+        for method in METHODS:
+            records = [r for r in scored if r.task in names and r.family == method]
+            if not records:
                 continue
-            weights = np.array([weight_of[r.task] for r in mine], dtype=np.float64)
-            scores = np.array([r.score for r in mine], dtype=np.float64)
-            total = weights.sum()
-            share = weights / total if total else np.full(len(mine), 1 / len(mine))
-            drawn = [estimates.get((r.task, r.method)) for r in mine]
+            shares = weight_shares([weight_of[r.task] for r in records])
+            scores = np.array([r.score for r in records], dtype=np.float64)
+            drawn = [estimates.get((r.task, r.method)) for r in records]
             known = [estimate for estimate in drawn if estimate is not None]
-            has = {r.task for r in mine}
-            missing = [t.name for t in members if t.name not in has and (method == "head" or t.knn)]
-            found.setdefault(group, {})[method] = Average(
-                weighted=float(share @ scores),
+            scored_tasks = {r.task for r in records}
+            missing = [t.name for t in members if t.name not in scored_tasks and (method == "head" or t.knn)]
+            by_group.setdefault(group, {})[method] = Average(
+                weighted=float(shares @ scores),
                 mean=float(scores.mean()),
-                ci95=interval(average(share, known)) if len(known) == len(drawn) else None,
-                tasks=len(mine),
+                ci95=interval(average(shares, known)) if len(known) == len(drawn) else None,
+                tasks=len(records),
                 complete=not missing,
                 missing=missing,
             )
-    return found
+    return by_group
 
 
-def published_averages(results: Iterable[TaskResult], method: Literal["head", "knn"]) -> dict[str, float]:
+def weight_shares(weights: Sequence[float | None]) -> Array:
+    """What part of an average each task has, (tasks,): in proportion to its weight; equal parts if no task has a weight.
+
+    The parts add up to 1, so `shares @ scores` is the weighted average.
+    """
+    values = np.array(weights, np.float64)
+    total = values.sum()
+    shares: Array = values / total if total > 0 else np.full(len(values), 1 / len(values))
+    return shares
+
+
+def published_averages(results: Iterable[TaskResult], method: Method) -> dict[str, float]:
     """Weighted averages of published scores by encoder, over those of `results` that have a score of the method: of the
     encoders that all of these tasks have a published score of.
 
     They are computed from the published columns: the averages that X-ARES's README prints under its MLP columns (0.699,
     0.490, 0.632, 0.598 over the public tasks) are not those of the columns and weights (0.694, 0.484, 0.626, 0.593).
     """
-    rows = [
-        r for r in results if r.score is not None and r.published and r.weight and (r.method == "knn") == (method == "knn")
-    ]
+    rows = [r for r in results if r.score is not None and r.published and r.weight and r.family == method]
     encoders = [name for name in (rows[0].published if rows else {}) if all(name in row.published for row in rows)]
-    total = sum(row.weight or 0 for row in rows)
-    return {name: sum((row.weight or 0) * row.published[name] for row in rows) / total for name in encoders}
+    if not rows:
+        return {}
+    shares = weight_shares([row.weight for row in rows])
+    return {name: float(shares @ [row.published[name] for row in rows]) for name in encoders}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from ..data.task import Task, load_task
 from ..embedding.drift import Drift, find_drift
 from ..embedding.embed import shard_specs
 from ..embedding.store import EmbeddedShard, Store
-from ..encoder.encoder import Encoder, load_encoder
+from ..encoder.encoder import Encoder, open_encoder
 from ..encoder.model_file import find_model
+from ..encoder.spec import ModelOptions
 from ..encoder.speed import measure_together
 from ..errors import DataError, UsageError, XaresError, printable
 from ..progress import Event, Note, Observer, Progress, ignore
 from ..scoring.kinds import kind_of
 from ..scoring.protocol import Protocol, ProtocolName
 from .differences import TOLERANCE, Differences, Side, check_tolerance, find_differences
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate_with
+from .gates import Gates
 from .record import Result
-from .settings import METHODS, Method
+from .settings import METHODS, Method, Settings, checked_settings
 from .verdict import Comparison, Failure, Memory, Model, Speed, outcome_of, verdict
 
 
@@ -53,11 +55,29 @@ def compare(
     tolerance: float = TOLERANCE,
     observer: Observer = ignore,
 ) -> Comparison:
-    """`a` and `b` are results (`*.json`) or models, which are evaluated with the same settings through the same store.
+    """Compare two models, two results, or a model with a result: how much B gains and loses against A.
 
-    A model beside a result is evaluated as the result was. Of two results `tasks` chooses among those that they hold.
-    Embeddings, speed and memory are compared where both are models. Raises `UsageError` where they were scored in different
-    ways, `DataError` where on different data, `ModelError` where a model cannot be used.
+    Models are evaluated with the same settings through the same store; a model beside a result is evaluated as the result
+    was. Embeddings, speed and memory are compared only between two models.
+
+    Args:
+        a: The present model or result (`*.json`).
+        b: Its replacement.
+        tasks: Tasks, as for `evaluate`; of two results, those that both hold by default.
+        tolerance: The tolerated loss, as a fraction.
+        suite, data, cache, methods, protocol, seeds, limit, contract, device, threads, allow_drops, heads, lm, vocabulary,
+            trust, observer: As for `evaluate`.
+
+    Returns:
+        The comparison. Its differences are positive if B is better.
+
+    Raises:
+        UsageError: An argument is invalid, or A and B were scored in different ways.
+        DataError: They were scored on different data.
+        ModelError: A model cannot be used.
+
+    Example:
+        >>> compare("fp32.onnx", "int8.onnx", ["esc50"], data=Path("data")).verdict
     """
     check_tolerance(tolerance)
     paths = (Path(a), Path(b))
@@ -72,50 +92,53 @@ def compare(
             notes.append(event.text)
         observer(event)
 
-    scoring: dict[str, Any] = {"suite": suite, "protocol": protocol, "seeds": seeds, "limit": limit, "heads": list(heads)}
+    requested: dict[str, Any] = {"protocol": protocol, "seeds": seeds, "limit": limit, "heads": list(heads)}
     if all(stored):
-        for name, value in {**scoring, "contract": contract}.items():
+        for name, value in {"suite": suite, **requested, "contract": contract}.items():
             if value:
                 raise UsageError(f"both are results, so there is nothing to evaluate with --{name}; leave it out")
         first, second = (_chosen(side, tasks) for side in stored if side)
-        found = find_differences(first, second, tolerance)
-        return _comparison(first.result, second.result, found, tolerance, notes, [])
-    machine: dict[str, Any] = {"cache": cache_folder(cache), "device": device, "threads": threads, "contract": contract}
-    machine["trust"] = trust
-    scoring |= {"data": data, "methods": methods, "allow_drops": allow_drops, "lm": lm, "vocabulary": vocabulary}
-    names = list(tasks)
+        differences = find_differences(first, second, tolerance)
+        return _comparison(first.result, second.result, differences, tolerance, notes, [])
+    names, gates = list(tasks), Gates()
+    requested["methods"] = methods
     for path, side in zip(paths, stored, strict=True):
         if side is not None:
-            names, scoring = _as_scored(side, path, names, scoring, observe)
-            scoring |= {"baseline": path, "tolerance": tolerance}
-    scoring |= {"protocol": scoring["protocol"] or "corrected", "methods": scoring["methods"] or METHODS}
+            names, requested = _as_scored(side, path, names, suite, requested, observe)
+            gates = Gates(side, tolerance)
+    requested |= {"protocol": requested["protocol"] or "corrected", "methods": requested["methods"] or METHODS}
+    options = ModelOptions(device=device, threads=threads, contract=tuple(contract), trust=trust)
+    settings = checked_settings(options, **requested, allow_drops=allow_drops, lm=lm, vocabulary=vocabulary)
+    where: dict[str, Any] = {"suite": suite, "data": data, "cache": cache_folder(cache)}
     with ExitStack() as stack:
         encoders = []
-        for path, side in zip(paths, stored, strict=True):  # a model that cannot be used is known before hours of work
+        for path, side in zip(paths, stored, strict=True):  # an unusable model shows before hours of work
             watch = _labelled(path, observe)
-            encoders.append(None if side else stack.enter_context(load_encoder(path, **machine, observer=watch)))
+            encoder = None if side else open_encoder(path, options, cache=where["cache"], observer=watch)
+            encoders.append(stack.enter_context(encoder) if encoder else None)
         sides: list[Side] = []
         failures: list[Failure] = []
         for path, side in zip(paths, stored, strict=True):
             if side is None:
-                done = evaluate(path, names, **scoring, **machine, observer=_labelled(path, observe))
-                failures += _failures(path, done)
-                side = done.side(str(path) if paths[0].name == paths[1].name else path.name)
+                watch = _labelled(path, observe)
+                evaluation = evaluate_with(options, settings, gates, path, names, **where, observer=watch)
+                failures += _failures(path, evaluation)
+                side = evaluation.side(str(path) if paths[0].name == paths[1].name else path.name)
             sides.append(side)
-        found = find_differences(sides[0], sides[1], tolerance)
-        more: dict[str, Any] = {}
+        differences = find_differences(sides[0], sides[1], tolerance)
+        costs: dict[str, Any] = {}
         if all(encoders) and not any(failure.exit_code in (3, 5) for failure in failures):
             one, other = (encoder for encoder in encoders if encoder)
-            selection = choose_tasks(names, suite, data, machine["cache"], ignore)
-            more["drift"] = list(_drifts(one, other, selection, scoring, machine["cache"]))
-            more |= _measured(one, other, observe)
-    return _comparison(sides[0].result, sides[1].result, found, tolerance, notes, failures, **more)
+            selection = choose_tasks(names, suite, data, where["cache"], ignore)
+            costs["drift"] = list(_drifts(one, other, selection, settings, where["cache"]))
+            costs |= _measured_costs(one, other, observe)
+    return _comparison(sides[0].result, sides[1].result, differences, tolerance, notes, failures, **costs)
 
 
 def _comparison(
     a: Result,
     b: Result,
-    found: Differences,
+    differences: Differences,
     tolerance: float,
     notes: Sequence[str],
     failures: Sequence[Failure],
@@ -124,41 +147,45 @@ def _comparison(
     speed: Speed | None = None,
     memory: Memory | None = None,
 ) -> Comparison:
-    if not found.tasks and not failures:
+    if not differences.tasks and not failures:
         raise UsageError("A and B have no score of the same task and method; name tasks that both have")
-    said = list(notes)
+    remarks = list(notes)
     if drift is None and not failures:
-        said.append("embeddings and memory are compared of models only, not of results")
+        remarks.append("embeddings and memory are compared of models only, not of results")
         speed = _recorded_speed(a, b)
-    if a.environment.get("provider") != b.environment.get("provider"):
-        said.append(f"A ran on {a.environment.get('provider')} and B on {b.environment.get('provider')}")
-    held = [_instruction_sets(result) for result in (a, b)]
-    if None not in held and held[0] != held[1]:
-        only = [sorted(set(one or ()) - set(other or ())) for one, other in (held, held[::-1])]
-        said.append(
-            "the processors differ, on which the numbers of a model in 8 bits may depend: "
-            + "; ".join(f"only {side}'s has {', '.join(names)}" for side, names in zip("AB", only, strict=True) if names)
-        )
-    versions = [dict(result.environment.get("versions") or {}) for result in (a, b)]
-    if differ := sorted(name for name in versions[0] if versions[0][name] != versions[1].get(name)):
-        said.append(f"A and B were scored with other versions of {', '.join(differ)}")
+    remarks += _environment_remarks(a, b)
     blank = Comparison(
         verdict="",
-        outcome=outcome_of(found.tasks),
+        outcome=outcome_of(differences.tasks),
         a=_model(a),
         b=_model(b),
         settings={name: a.settings.get(name) for name in ("protocol", "seeds", "limit")},
         tolerance=tolerance,
-        tasks=found.tasks,
-        averages=found.averages,
-        unpaired=found.unpaired,
+        tasks=differences.tasks,
+        averages=differences.averages,
+        unpaired=differences.unpaired,
         drift=drift,
         speed=speed,
         memory=memory,
-        notes=said,
+        notes=remarks,
         failures=list(failures),
     )
     return msgspec.structs.replace(blank, verdict=verdict(blank))
+
+
+def _environment_remarks(a: Result, b: Result) -> Iterator[str]:
+    """How the machines of two results differ, as far as scores may depend on it."""
+    if a.environment.get("provider") != b.environment.get("provider"):
+        yield f"A ran on {a.environment.get('provider')} and B on {b.environment.get('provider')}"
+    sets = [_instruction_sets(result) for result in (a, b)]
+    if None not in sets and sets[0] != sets[1]:
+        only = [sorted(set(one or ()) - set(other or ())) for one, other in (sets, sets[::-1])]
+        yield "the processors differ, and the numbers of a model in 8 bits may depend on them: " + "; ".join(
+            f"only {side}'s has {', '.join(names)}" for side, names in zip("AB", only, strict=True) if names
+        )
+    versions = [dict(result.environment.get("versions") or {}) for result in (a, b)]
+    if differing := sorted(name for name in versions[0] if versions[0][name] != versions[1].get(name)):
+        yield f"A and B were scored with different versions of {', '.join(differing)}"
 
 
 def _model(result: Result) -> Model:
@@ -181,7 +208,7 @@ def _instruction_sets(result: Result) -> list[str] | None:
 
 
 def _chosen(side: Side, names: Sequence[str]) -> Side:
-    """The side with the records of the tasks that are named, by name, pattern or file; all, where none is."""
+    """The side with the records of `names` (tasks, patterns or task files); with all, if `names` is empty."""
     if not names:
         return side
     patterns = [load_task(Path(name)).name if name.endswith(".toml") else name for name in names]
@@ -195,25 +222,26 @@ def _chosen(side: Side, names: Sequence[str]) -> Side:
 
 
 def _as_scored(
-    side: Side, path: Path, names: list[str], scoring: dict[str, Any], observer: Observer
+    side: Side, path: Path, names: list[str], suite: str | None, requested: Mapping[str, Any], observer: Observer
 ) -> tuple[list[str], dict[str, Any]]:
-    """What to evaluate a model with, to be compared with a result: what was asked for, and where nothing was, as it was."""
-    settings = side.result.settings
-    made = dict(scoring)
-    for name in ("protocol", "seeds", "limit", "methods"):
-        made[name] = made[name] if made[name] is not None else settings.get(name)
-    made["heads"] = made["heads"] or [f"{task}={kind}" for task, kind in settings.get("heads", {}).items()]
-    if not names and made["suite"] is None:
+    """Tasks and settings for a model that is compared with a stored result: as requested, else as the result has them."""
+    recorded = side.result.settings
+    settings = {
+        name: requested[name] if requested[name] is not None else recorded.get(name)
+        for name in ("protocol", "seeds", "limit", "methods")
+    }
+    heads = requested["heads"] or [f"{task}={kind}" for task, kind in recorded.get("heads", {}).items()]
+    if not names and suite is None:
         scored = list(dict.fromkeys(record.task for record in side.scored().values()))
         names = [task for task in scored if task in shipped_tasks()]
         if own := [task for task in scored if task not in names]:
             observer(Note(f"{path.name} has a task of its own, {own[0]}, which is left out; name its file by --tasks"))
-        made["heads"] = [pair for pair in made["heads"] if pair.partition("=")[0] in names]
-    return names, made
+        heads = [pair for pair in heads if pair.partition("=")[0] in names]
+    return names, {**settings, "heads": heads}
 
 
 def _labelled(path: Path, observer: Observer) -> Observer:
-    """Tells of which model an event is."""
+    """An observer that adds the model's name to each event."""
 
     def observe(event: Event) -> None:
         match event:
@@ -227,21 +255,21 @@ def _labelled(path: Path, observer: Observer) -> Observer:
     return observe
 
 
-def _failures(path: Path, done: Evaluation) -> list[Failure]:
-    return [Failure(model=path.name, message=str(error), exit_code=error.exit_code) for error in done.errors]
+def _failures(path: Path, evaluation: Evaluation) -> list[Failure]:
+    return [Failure(model=path.name, message=str(error), exit_code=error.exit_code) for error in evaluation.errors]
 
 
 def _drifts(
-    a: Encoder, b: Encoder, selection: Sequence[tuple[Task, Path]], scoring: dict[str, Any], cache: Path
+    a: Encoder, b: Encoder, selection: Sequence[tuple[Task, Path]], settings: Settings, cache: Path
 ) -> Iterator[Drift]:
-    """Of every task that both encoders have embedded."""
-    store, protocol = Store(cache / "store"), Protocol(scoring["protocol"])
+    """The drift of every task that both encoders have embedded."""
+    store, protocol = Store(cache / "store"), Protocol(settings.protocol)
     for task, folder in selection:
         if not has_data(task, folder):
             continue
         try:
-            plans = list(prepare(task, folder, Digests(cache), scoring["limit"], ignore).plans.values())
-        except DataError:  # it has no score either, and why is told there
+            plans = list(prepare(task, folder, Digests(cache), settings.limit, ignore).plans.values())
+        except DataError:  # it has no score either, and the evaluation has said why
             continue
         frames = kind_of(task).needs_frames
         pairs = [
@@ -257,35 +285,27 @@ def _drifts(
 
 
 def _shards(store: Store, keys: Iterator[tuple[str, str]]) -> Iterator[tuple[EmbeddedShard, EmbeddedShard]]:
-    for mine, other in keys:
-        first, second = store.read(mine), store.read(other)
-        if first is not None and second is not None:
-            yield first, second
+    for key_a, key_b in keys:
+        a, b = store.read(key_a), store.read(key_b)
+        if a is not None and b is not None:
+            yield a, b
 
 
-def _measured(a: Encoder, b: Encoder, observer: Observer) -> dict[str, Any]:
+def _measured_costs(a: Encoder, b: Encoder, observer: Observer) -> dict[str, Any]:
+    """`speed` and `memory`, as far as they can be measured."""
     try:
-        found = measure_together(a, b, observer)
+        turns = measure_together(a, b, observer)
     except XaresError as error:  # the scores stand without it
         observer(Note(f"speed and memory could not be measured: {error}"))
         return {}
-    made: dict[str, Any] = {
-        "speed": Speed(
-            rtf_a=found.rtf_a,
-            rtf_b=found.rtf_b,
-            ratio=found.ratio,
-            low=found.low,
-            high=found.high,
-            together=True,
-        )
-    }
-    if found.peak_bytes_a is not None and found.peak_bytes_b is not None:
-        made["memory"] = Memory(bytes_a=found.peak_bytes_a, bytes_b=found.peak_bytes_b)
-    return made
+    speed = Speed(rtf_a=turns.rtf_a, rtf_b=turns.rtf_b, ratio=turns.ratio, low=turns.low, high=turns.high, together=True)
+    if turns.peak_bytes_a is None or turns.peak_bytes_b is None:
+        return {"speed": speed}
+    return {"speed": speed, "memory": Memory(bytes_a=turns.peak_bytes_a, bytes_b=turns.peak_bytes_b)}
 
 
 def _recorded_speed(a: Result, b: Result) -> Speed | None:
-    """From the runs that made the results, over the tasks that both embedded then: on whatever machine that was."""
+    """Speed as the two results recorded it, perhaps on different machines, over the tasks that both embedded."""
     rtfs: list[dict[str, tuple[float, float]]] = []
     for result in (a, b):
         rtfs.append({record.task: (record.rtf, record.audio_hours) for record in result.tasks if record.rtf})
@@ -293,8 +313,5 @@ def _recorded_speed(a: Result, b: Result) -> Speed | None:
     hours = sum(rtfs[0][task][1] for task in common)
     if not hours:
         return None
-    mine, other = (sum(of[task][0] * rtfs[0][task][1] for task in common) / hours for of in rtfs)
-    return Speed(rtf_a=mine, rtf_b=other, ratio=mine / other, together=False)
-
-
-# ---------------------------------------------------------------- in words
+    rtf_a, rtf_b = (sum(by_task[task][0] * rtfs[0][task][1] for task in common) / hours for by_task in rtfs)
+    return Speed(rtf_a=rtf_a, rtf_b=rtf_b, ratio=rtf_a / rtf_b, together=False)

@@ -24,7 +24,9 @@ from ..metrics.bootstrap import Scorer, point
 from ..metrics.intervals import Estimate, Scale, adjusted, average, detectable, estimates, interval, p_value
 from ..scoring.protocol import Protocol
 from ..scoring.scoring import Predictions, clips_of, generator, groups_of_clips, scorers_of
-from .record import GROUPS, Interval, Result, TaskResult, read_predictions, read_result
+from .averages import weight_shares
+from .record import GROUPS, SHOWN_GROUPS, Interval, Result, TaskResult, read_predictions, read_result
+from .settings import METHODS, Method, family_of
 
 TOLERANCE = 0.01
 SIGNIFICANT = 0.05
@@ -103,12 +105,16 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """Clips that were left out, because B has no prediction of them."""
     only_in_b: int
 
+    @property
+    def family(self) -> Method:
+        return family_of(self.method)
+
 
 class AverageDifference(msgspec.Struct, frozen=True, kw_only=True):
     """B against A in a weighted average over the tasks that both have a comparable score of."""
 
     group: str
-    method: Literal["head", "knn"]
+    method: Method
     tap: str | None
     a: float
     b: float
@@ -285,10 +291,9 @@ def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, toleranc
     if not np.isfinite(scores).all():
         raise ScoreUndefinedError(f"the {ours.metric} of the clips that both have is not defined")
     sign = 1.0 if ours.higher_is_better else -1.0
-    method = "knn" if ours.method == "knn" else "head"
     groups = groups_of_clips(mine, common) or groups_of_clips(other, common)
     scale: Scale = "share" if ours.higher_is_better else "error"
-    estimate_a, estimate_b = estimates([scorers_a, scorers_b], generator(ours.task, method), groups, scale)
+    estimate_a, estimate_b = estimates([scorers_a, scorers_b], generator(ours.task, ours.family), groups, scale)
     estimate = estimate_b.minus(estimate_a) if ours.higher_is_better else estimate_a.minus(estimate_b)
     mean_a, mean_b = (float(value) for value in scores.mean(axis=(1, 2)))
     per_seed = sign * (scores[1] - scores[0]).mean(axis=0)
@@ -369,17 +374,16 @@ def _averages(drawn: _Drawn, tolerance: float) -> list[AverageDifference]:
     found: list[AverageDifference] = []
     told: set[tuple[Any, ...]] = set()
     usable = [row for row in drawn if row[0].weight is not None and row[0].comparable and row[1].comparable]
-    for method in ("head", "knn"):
-        of_method = [row for row in usable if (row[0].method == "knn") == (method == "knn")]
+    for method in METHODS:
+        of_method = [row for row in usable if row[0].family == method]
         for tap in dict.fromkeys(row[0].tap for row in of_method):
-            for group in GROUPS:
+            for group in SHOWN_GROUPS:
                 rows = [row for row in of_method if row[0].tap == tap and group in groups_of(row[0].task)]
                 tasks = [row[0].task for row in rows]
                 if len(rows) < 2 or (method, tap, *tasks) in told:
                     continue
                 told.add((method, tap, *tasks))
-                weights = np.array([row[0].weight for row in rows], np.float64)
-                share = weights / weights.sum() if weights.any() else np.full(len(rows), 1 / len(rows))
+                share = weight_shares([row[0].weight for row in rows])
                 a, b = (float(share @ [getattr(row[2], side) for row in rows]) for side in ("a", "b"))
                 estimate = average(share, [row[3] for row in rows])
                 ci95 = interval(estimate)

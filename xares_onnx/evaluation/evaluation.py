@@ -1,4 +1,4 @@
-"""Evaluate an encoder: embed each task's shards, train heads and a kNN on the embeddings, score, and keep the record."""
+"""Evaluate an encoder: embed each task's shards, train heads and a kNN on the embeddings, score, and record the result."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..data.catalog import Digests, cache_folder, choose_tasks, has_data
 from ..data.selection import prepare
 from ..data.task import Task
 from ..embedding.store import Store
-from ..encoder.encoder import Encoder, load_encoder, onnxruntime_distributions
+from ..encoder.encoder import Encoder, onnxruntime_distributions, open_encoder
 from ..encoder.model_file import find_model
 from ..encoder.processor import instruction_sets
-from ..encoder.spec import ModelSpec
+from ..encoder.spec import ModelOptions, ModelSpec
 from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
@@ -36,14 +36,15 @@ from .record import Result, TaskResult
 from .run import Run, method_by_tap
 from .settings import METHODS, Method, Settings, checked_settings, with_heads
 
-_BY_CONTENT = ("lm", "vocabulary")  # recorded by what the files hold, which is known once they are loaded
+_BY_CONTENT = ("lm", "vocabulary")  # recorded by the content of their files, which is known once they are loaded
 
 
 @dataclass
 class Evaluation:
-    """A result with what does not fit in it: per-clip predictions by (task, method), and the errors of failed tasks.
+    """A result, with per-clip predictions by (task, method) and the errors of failed tasks.
 
-    Predictions from tap number 1 and on are by (task, "method.1"). `path` is where the result was saved, if it was.
+    Predictions of a further tap are by (task, "method.1"), with the tap's number. `path` is the saved file; None if the
+    result was not saved.
     """
 
     result: Result
@@ -52,7 +53,7 @@ class Evaluation:
     path: Path | None = None
 
     def side(self, name: str) -> Side:
-        """The result with its predictions, to be compared."""
+        """The result with its predictions, for a comparison that calls it `name`."""
         return Side(name, self.result, self._predictions_of)
 
     def _predictions_of(self, record: TaskResult) -> Predictions:
@@ -84,26 +85,104 @@ def evaluate(
     lm: str | None = None,
     vocabulary: Path | None = None,
     taps: Sequence[str] = (),
+    shots: Sequence[int] = (),
     baseline: Path | None = None,
     tolerance: float | None = None,
     fail_under: Sequence[str] = (),
     trust: bool = False,
     observer: Observer = ignore,
 ) -> Evaluation:
-    """Score a model on tasks by name, pattern or file, or on a suite; without either, on every task whose data are there.
+    """Score a model on tasks, or on a suite; without either, on every task whose data are there.
 
-    A task that fails is recorded and the others go on; a model or machine that fails ends the run with what is done.
-    With `output` or `save` the record is written, to `results/<model>-<digest8>.json` where no path is given. `heads`
-    chooses heads other than the tasks' own, as "TASK=KIND"; `lm` is the language model's folder for the `llm` head, and
-    `vocabulary` is BERT's vocab.txt for captions under X-ARES's protocol. `taps` are outputs or inner tensors, scored in one
-    pass, the first as the model's, or `all-layers`. Gates are judged in `result.gates`: `baseline` is a result that no score
-    may fall behind by more than `tolerance`, `fail_under` holds "TASK[:METHOD]=SCORE". `trust` lifts the limits on a model's
-    size, memory and time. Raises `UsageError`, `ModelError`, `DataMissingError`, `MachineError`, and `DataError` for a
-    baseline of other data.
+    A task that fails is recorded and the others go on. If the model or the machine fails, the run ends, and the result holds
+    the tasks before.
+
+    Args:
+        model: An `.onnx` file, or a folder that holds one.
+        tasks: Names or patterns of shipped tasks, or `.toml` files of your own.
+        suite: Name of a group of tasks.
+        data: Folder of the shards, one folder per task.
+        cache: Folder that keeps embeddings and measurements.
+        output: Where to write the result.
+        save: Whether to write it without `output` too, to `results/<model>-<digest8>.json`.
+        methods: `head`, `knn`, or both.
+        protocol: `corrected`, or `xares` for X-ARES's own choices.
+        seeds: Trainings of each head; the protocol's number by default.
+        limit: Most clips of each split; the scores are then not comparable with others.
+        contract: Declarations about the model, as "KEY=VALUE".
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, or the name of an ONNX Runtime provider.
+        threads: Number of threads; the number of usable cores by default.
+        allow_drops: Whether to score a task that lost too many clips.
+        heads: Heads that replace the tasks' own, as "TASK=KIND".
+        lm: Folder of the language model for the `llm` head.
+        vocabulary: BERT's `vocab.txt`, for captions under X-ARES's protocol.
+        shots: Numbers of training clips per class with which class tasks are scored as well.
+        taps: Outputs or inner tensors to score in one pass, the first in place of the model's output; or `all-layers`.
+        baseline: A result that no score may fall behind by more than `tolerance`.
+        tolerance: The tolerated loss against the baseline, as a fraction; 0.01 by default.
+        fail_under: Lowest accepted scores, as "TASK[:METHOD]=SCORE".
+        trust: Whether to lift the limits on the model's size, memory and time.
+        observer: Receives notes and progress.
+
+    Returns:
+        The evaluation; `result.gates` holds what became of `baseline` and `fail_under`.
+
+    Raises:
+        UsageError: An argument is invalid, or the baseline was scored in another way.
+        ModelError: The model cannot be used.
+        DataMissingError: A named task has no data.
+        DataError: The baseline was scored on other data.
+        MachineError: This machine cannot run the model or write the result.
+
+    Example:
+        >>> evaluation = evaluate("model.onnx", ["esc50"], data=Path("data"))
+        >>> evaluation.result.tasks[0].score
     """
+    options = ModelOptions(device=device, threads=threads, contract=tuple(contract), taps=tuple(taps), trust=trust)
     gates = Gates.read(baseline, tolerance, fail_under)
-    settings = checked_settings(protocol, seeds, methods, limit, allow_drops, heads, lm, vocabulary, taps, trust)
-    find_model(Path(model))  # a wrong path is said before anything else
+    settings = checked_settings(
+        options,
+        protocol=protocol,
+        seeds=seeds,
+        methods=methods,
+        limit=limit,
+        allow_drops=allow_drops,
+        heads=heads,
+        lm=lm,
+        vocabulary=vocabulary,
+        shots=shots,
+    )
+    return evaluate_with(
+        options,
+        settings,
+        gates,
+        model,
+        tasks,
+        suite=suite,
+        data=data,
+        cache=cache,
+        output=output,
+        save=save,
+        observer=observer,
+    )
+
+
+def evaluate_with(
+    options: ModelOptions,
+    settings: Settings,
+    gates: Gates,
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    suite: str | None = None,
+    data: Path | None = None,
+    cache: Path | None = None,
+    output: Path | None = None,
+    save: bool = False,
+    observer: Observer = ignore,
+) -> Evaluation:
+    """`evaluate` with its options in records."""
+    find_model(Path(model))  # a wrong path is reported before anything else
     cache = cache_folder(cache)
     notes: list[str] = []
 
@@ -117,21 +196,12 @@ def evaluate(
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
-    with load_encoder(
-        model,
-        device=device,
-        threads=threads,
-        contract=contract,
-        taps=taps,
-        cache=cache,
-        trust=trust,
-        observer=observe,
-    ) as encoder:
+    with open_encoder(model, options, cache=cache, observer=observe) as encoder:
         if save and output is None:
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
             results.make_room(output)
-        tools = _load_tools(selection, settings, encoder.spec, device, cache, observe)
+        tools = _load_tools(selection, settings, encoder.spec, options.device, cache, observe)
         described = {
             **msgspec.json.decode(msgspec.json.encode(settings)),  # as it will be read back
             "lm": tools.language_model and tools.language_model.described(),
@@ -154,7 +224,9 @@ def evaluate(
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 tasks=run.results,
                 averages=run.averages(0),
-                averages_by_tap={tap.name: run.averages(i) for i, tap in enumerate(encoder.info.taps)} if taps else {},
+                averages_by_tap={tap.name: run.averages(i) for i, tap in enumerate(encoder.info.taps)}
+                if options.taps
+                else {},
             ),
             run.predictions,
             run.errors,
@@ -163,7 +235,7 @@ def evaluate(
     try:
         judged = gates.judge(evaluation.side("this run"))
         evaluation.result = msgspec.structs.replace(evaluation.result, gates=judged)
-    except XaresError as error:  # the baseline may be gone by now; the result is worth keeping
+    except XaresError as error:  # the baseline may have vanished meanwhile; the result is worth keeping
         evaluation.errors.append(error)
     if output is not None:
         results.write_result(output, evaluation.result, evaluation.predictions)
@@ -173,9 +245,9 @@ def evaluate(
 def _check_gates(
     gates: Gates, selection: Sequence[tuple[Task, Path]], settings: Settings, cache: Path, observer: Observer
 ) -> None:
-    """Before hours of embedding: whether the gates can be judged, and whether the data are those of the baseline."""
-    known = {key: value for key, value in msgspec.to_builtins(settings).items() if key not in _BY_CONTENT}
-    gates.check([task for task, _ in selection], known)
+    """Before hours of embedding, raise if the gates cannot be judged, or if the baseline is of other data."""
+    known_settings = {key: value for key, value in msgspec.to_builtins(settings).items() if key not in _BY_CONTENT}
+    gates.check([task for task, _ in selection], known_settings)
     if gates.baseline is None:
         return
     scored = {record.task for record in gates.baseline.scored().values()}
@@ -204,30 +276,28 @@ def plan(
     trust: bool = False,
     observer: Observer = ignore,
 ) -> Plan:
-    """What `evaluate` with the same arguments would read, write and take."""
-    settings = checked_settings(protocol, seeds, METHODS, limit, False, heads, lm, vocabulary, taps, trust)
+    """Estimate what `evaluate` with the same arguments would read and write, and how long it would take.
+
+    Raises:
+        UsageError, ModelError, DataMissingError, DataError, MachineError: As `evaluate`.
+    """
+    options = ModelOptions(device=device, threads=threads, contract=tuple(contract), taps=tuple(taps), trust=trust)
+    settings = checked_settings(
+        options, protocol=protocol, seeds=seeds, limit=limit, heads=heads, lm=lm, vocabulary=vocabulary
+    )
     cache = cache_folder(cache)
-    with load_encoder(
-        model,
-        device=device,
-        threads=threads,
-        contract=contract,
-        taps=taps,
-        cache=cache,
-        trust=trust,
-        observer=observer,
-    ) as encoder:
-        found = []
+    with open_encoder(model, options, cache=cache, observer=observer) as encoder:
+        planned = []
         for task, folder in with_heads(choose_tasks(tasks, suite, data, cache, observer), settings):
             if kind_of(task).needs_frames and all(tap.contract.clip_only for tap in encoder.info.taps):
-                observer(Note(f"{task.name} is not planned: it needs frames, and this encoder gives one vector a clip"))
+                observer(Note(f"{task.name} is not planned: it needs frames, and this encoder gives one vector per clip"))
                 continue
             if has_data(task, folder):
                 crops = Protocol(protocol).crops(task)
-                found.append((prepare(task, folder, Digests(cache), limit, observer), crops))
+                planned.append((prepare(task, folder, Digests(cache), limit, observer), crops))
         return make_plan(
             encoder,
-            found,
+            planned,
             Store(cache / "store"),
             protocol=Protocol(protocol),
             seeds=settings.seeds,
@@ -247,7 +317,7 @@ def _load_tools(
     cache: Path,
     observer: Observer,
 ) -> Tools:
-    """What some heads need, at once: a folder that holds none of it is better said before hours of embedding."""
+    """The vocabulary and language model that heads need, loaded first: a wrong path shows before hours of embedding."""
     vocabulary, language_model = None, None
     if settings.vocabulary is not None:
         from ..probes.wordpiece import WordPiece
@@ -268,14 +338,14 @@ def _load_tools(
 
 
 def _torch_device(device: str, provider: str) -> str:
-    """Where torch runs what it has to: as asked for, or where the encoder runs if an ONNX Runtime provider was named."""
+    """The device of torch: `device` if torch has it, else the one that the ONNX Runtime provider runs on."""
     if device.startswith(("auto", "cpu", "cuda")):
         return device
     return "cuda" if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
 
 
 def environment(encoder: Encoder) -> dict[str, Any]:
-    """Versions and machine: what may differ between two runs that ought to agree."""
+    """Versions and machine: what may differ between two runs that should agree."""
     packages = ("numpy", "torch", "scikit-learn", "soundfile", "soxr")
     return {
         "versions": {
@@ -290,7 +360,7 @@ def environment(encoder: Encoder) -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
-            "instruction_sets": None if (held := instruction_sets()) is None else list(held),
+            "instruction_sets": None if (names := instruction_sets()) is None else list(names),
             "threads": encoder.spec.threads,
         },
     }

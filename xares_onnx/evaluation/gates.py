@@ -28,6 +28,7 @@ from .differences import (
     verified,
 )
 from .record import GROUPS, Gate, Result, TaskResult
+from .settings import METHODS, Method, family_of
 
 _ORDER = ("fail", "warn", "pass", "skip")
 
@@ -45,7 +46,7 @@ class Floor:
         """From TASK[:METHOD]=SCORE; the method is `head` where none is named."""
         name, _, number = text.rpartition("=")
         task, _, method = name.partition(":")
-        methods = ("head", "knn", *HEAD_KINDS)
+        methods = (*METHODS, *HEAD_KINDS)
         try:
             score = float(number)
         except ValueError:
@@ -55,6 +56,10 @@ class Floor:
         if ":" in name and method not in methods:
             raise UsageError(f"--fail-under {text!r}: {method!r} is no method; write {', '.join(methods)}")
         return cls(task, method or "head", score)
+
+    @property
+    def family(self) -> Method:
+        return family_of(self.method)
 
     def is_for(self, record: TaskResult) -> bool:
         return record.task == self.task and record.tap is None and self.method in _names(record.method)
@@ -126,25 +131,25 @@ class Gates:
         return [
             record
             for record in self.baseline.scored().values()
-            if (record.method == "knn" and "knn" in methods and record.task in heads)
-            or ("head" in methods and heads.get(record.task) == record.method)
+            if record.family in methods
+            and record.task in heads
+            and (record.family == "knn" or record.method == heads[record.task])
         ]
 
 
 def _names(method: str) -> tuple[str, str]:
     """What a method may be called: a head by its kind too."""
-    return (method, "knn" if method == "knn" else "head")
+    return (method, family_of(method))
 
 
 def _check_floor(floor: Floor, tasks: Sequence[Task], settings: Mapping[str, Any]) -> None:
     text = f"--fail-under {floor.task}:{floor.method}={floor.score:g}"
-    general = "knn" if floor.method == "knn" else "head"
-    if general not in settings["methods"]:
-        raise UsageError(f"{text} asks for a {general} score, which --method {settings['methods'][0]} leaves out")
+    if floor.family not in settings["methods"]:
+        raise UsageError(f"{text} asks for a {floor.family} score, which --method {settings['methods'][0]} leaves out")
     if floor.task in GROUPS:
         if settings["limit"] is not None:
             raise UsageError(f"{text} asks for an average, and under --limit no score enters one; name a task")
-        if floor.method not in ("head", "knn"):
+        if floor.method not in METHODS:
             raise UsageError(f"{text}: an average is over heads of every kind; write {floor.task}:head")
         weighed = [task for task in tasks if task.weight_under(settings["protocol"]) is not None]
         if not any(floor.task in groups_of(task.name) for task in weighed):
@@ -167,7 +172,7 @@ def _judged_floor(floor: Floor, result: Result) -> Gate:
     better = True
     score: float | None
     if floor.task in GROUPS:
-        average = result.averages.get(floor.task, {}).get("knn" if floor.method == "knn" else "head")
+        average = result.averages.get(floor.task, {}).get(floor.family)
         score, why = (average.weighted, "") if average else (None, "no task of it has a comparable score")
     else:
         record = next((record for record in result.tasks if floor.is_for(record)), None)

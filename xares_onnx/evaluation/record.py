@@ -25,9 +25,13 @@ from ..errors import DataError, DataMissingError, MachineError, UsageError
 from ..files import disk_error, indented, write_aside
 from ..probes.tuning import Tuning
 from ..scoring.scoring import Predictions
+from ..scoring.shots import Shots
+from .settings import Method, family_of
 
 SCHEMA_VERSION = 1
 GROUPS = ("public", "all", "speech", "environment", "music", "synthetic", "own")
+# The synthetic suite is a profile: its average is in the record for a gate that names it, and is neither shown nor compared.
+SHOWN_GROUPS = tuple(group for group in GROUPS if group != "synthetic")
 
 Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
 Interval = tuple[float, float]
@@ -77,6 +81,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     per_fold: list[float] = []
     per_seed: list[float] = []
     n_test: int = 0
+    shots: list[Shots] = []
+    """The head's score with few training clips per class, if `--shots` asked for it."""
     weight: float | None = None
     comparable: bool = True
     """Whether this is the task's score by its protocol: not after `--limit`, nor when too many clips were lost, nor
@@ -97,6 +103,11 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     tuning: Tuning | None = None
     """How the head's setting was chosen, and what other settings would have given; null for heads that have none."""
 
+    @property
+    def family(self) -> Method:
+        """`head` for a trained head of any kind, or `knn`."""
+        return family_of(self.method)
+
 
 class Average(msgspec.Struct, frozen=True, kw_only=True):
     weighted: float
@@ -108,7 +119,7 @@ class Average(msgspec.Struct, frozen=True, kw_only=True):
     missing: list[str]
 
 
-Averages = dict[str, dict[Literal["head", "knn"], Average]]
+Averages = dict[str, dict[Method, Average]]
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,7 +149,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     created: str
     tasks: list[TaskResult]
     averages: Averages
-    """Of the model's output; where taps were named, of the first."""
+    """Of the model's output; where taps were named, of the first. That of `synthetic` ranks no encoders."""
     averages_by_tap: dict[str, Averages] = {}
     """The same for every tap, where taps were asked for."""
     gates: list[Gate] = []

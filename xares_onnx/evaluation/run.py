@@ -26,8 +26,10 @@ from ..scoring import scoring
 from ..scoring.dataset import Dataset, assemble, check_drops
 from ..scoring.folds import make_folds
 from ..scoring.kinds import Kind, Tools, kind_of
+from ..scoring.kinds.classes import Classes
 from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.scoring import Predictions
+from ..scoring.shots import Shots, score_shots
 from . import record as results
 from .averages import averages
 from .planning import check_disk
@@ -188,6 +190,7 @@ class Run:
         self.predictions[task.name, by] = scored.predictions
         self._estimates[tap][task.name, name] = scored.estimate
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
+        shots = self._shots(kind) if method == "head" else []
         self.results.append(
             _task_result(
                 task,
@@ -201,11 +204,25 @@ class Run:
                 per_fold=scored.per_fold,
                 per_seed=scored.per_seed,
                 n_test=scored.n_test,
+                shots=shots,
                 predictions=prediction_file(self._output, task.name, by) if self._output else None,
                 tuning=scored.tuning,
                 **{**common, "notes": notes, "seconds": seconds},
             )
         )
+
+    def _shots(self, kind: Kind) -> list[Shots]:
+        """The head's score with few training clips per class, if that was asked for."""
+        if not (self._settings.shots and isinstance(kind, Classes)):
+            return []
+        name = kind.task.name
+        shots = score_shots(
+            kind, self._settings.shots, lambda fitted, of: self._observer(Progress("shots", name, fitted, of))
+        )
+        for row in shots:
+            if row.note:
+                self._observer(Note(f"{name}, {row.clips_per_class} clips per class: {row.note}"))
+        return shots
 
     def _compare_methods(self, kind: Kind, tap: int) -> None:
         """Note on the head of a task if its own kNN does better: of `corrected`, whose heads belong to the embeddings."""

@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, checked before anything is done."""
+"""The settings of an evaluation, checked before any work."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from typing import Literal
 import msgspec
 
 from ..data.task import HEAD_KINDS, HEADS, HeadKind, Task
+from ..encoder.spec import ModelOptions
 from ..errors import UsageError, nearest
 from ..scoring.protocol import Protocol, ProtocolName
+from ..scoring.shots import checked_shots
 
 Method = Literal["head", "knn"]
 METHODS: tuple[Method, ...] = ("head", "knn")
 MAX_SEEDS = 100
 
 
+def family_of(method: str) -> Method:
+    """`knn` for nearest neighbours, `head` for a trained head of any kind (`linear`, `ctc`, ...)."""
+    return "knn" if method == "knn" else "head"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an evaluation was asked to do; in the record as it is."""
+    """How tasks are scored. The result records it as it is."""
 
     protocol: ProtocolName = "corrected"
     seeds: int = 3
@@ -26,27 +33,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     allow_drops: bool = False
     heads: dict[str, HeadKind] = {}
-    """Heads other than the tasks' own, by task."""
+    """By task, heads that replace the task's own."""
     lm: str | None = None
     vocabulary: str | None = None
     taps: tuple[str, ...] = ()
-    """Outputs or inner tensors to score, or `all-layers`; none: the model's output."""
+    """Outputs or inner tensors to score, or `all-layers`; empty for the model's output."""
+    shots: tuple[int, ...] = ()
+    """Numbers of training clips per class that heads are scored with as well."""
     trust: bool = False
     """Whether the limits on the model's size, memory and time were lifted."""
 
 
 def checked_settings(
+    options: ModelOptions,
+    *,
     protocol: ProtocolName,
     seeds: int | None,
-    methods: Sequence[Method],
     limit: int | None,
-    allow_drops: bool,
     heads: Sequence[str],
     lm: str | None,
     vocabulary: Path | None,
-    taps: Sequence[str],
-    trust: bool,
+    methods: Sequence[Method] = METHODS,
+    allow_drops: bool = False,
+    shots: Sequence[int] = (),
 ) -> Settings:
+    """The settings that these arguments ask for; `heads` holds "TASK=KIND". Raises `UsageError` for an invalid argument."""
     if protocol not in ("corrected", "xares"):
         raise UsageError(f"protocol {protocol!r} must be corrected or xares")
     if unknown := [method for method in methods if method not in METHODS]:
@@ -57,6 +68,10 @@ def checked_settings(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be 1 or more")
     chosen = tuple(method for method in METHODS if method in methods) or METHODS
+    if shots and protocol != "corrected":
+        raise UsageError("--shots is not part of protocol xares; leave --protocol out")
+    if shots and "head" not in chosen:
+        raise UsageError("--shots trains heads, which --method knn leaves out; leave --method out")
     by_task: dict[str, HeadKind] = {}
     for pair in heads:
         task, _, kind = pair.partition("=")
@@ -72,24 +87,31 @@ def checked_settings(
         heads=by_task,
         lm=lm,
         vocabulary=None if vocabulary is None else str(vocabulary),
-        taps=tuple(taps),
-        trust=trust,
+        taps=options.taps,
+        shots=checked_shots(shots),
+        trust=options.trust,
     )
 
 
 def with_heads(selection: Sequence[tuple[Task, Path]], settings: Settings) -> list[tuple[Task, Path]]:
-    """The tasks with the heads that were asked for. Under X-ARES's protocol a language model that is named is its own."""
+    """The selection (tasks with their data folders), each task with the head that the settings choose.
+
+    Under X-ARES's protocol a task that may have the `llm` head takes it if `lm` is set. Raises `UsageError` if a head's task
+    is not selected, or if an `llm` head lacks its language model.
+    """
     names = [task.name for task, _ in selection]
     if unknown := [name for name in settings.heads if name not in names]:
         raise UsageError(
-            f"--head {unknown[0]}={settings.heads[unknown[0]]} names no task that is scored{nearest(unknown[0], names)}"
+            f"--head {unknown[0]}={settings.heads[unknown[0]]} names a task that is not selected{nearest(unknown[0], names)}"
         )
-    found = []
+    tasks = []
     for task, folder in selection:
-        wanted = settings.heads.get(task.name)
-        if wanted is None and settings.protocol == "xares" and settings.lm and "llm" in HEADS[task.kind]:
-            wanted = "llm"
-        found.append((task.with_head(wanted) if wanted else task, folder))
-        if found[-1][0].head.kind == "llm" and settings.lm is None:
+        kind = settings.heads.get(task.name)
+        if kind is None and settings.protocol == "xares" and settings.lm and "llm" in HEADS[task.kind]:
+            kind = "llm"
+        if kind is not None:
+            task = task.with_head(kind)
+        if task.head.kind == "llm" and settings.lm is None:
             raise UsageError(f"the llm head of {task.name} needs a language model; name its folder by --lm")
-    return found
+        tasks.append((task, folder))
+    return tasks

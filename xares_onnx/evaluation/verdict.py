@@ -138,7 +138,7 @@ def amount(found: Difference | AverageDifference) -> str:
 def _score_name(found: Difference, among: Sequence[Difference]) -> str:
     several = sum(other.task == found.task for other in among) > 1
     tap = f" at {found.tap}" if found.tap else ""
-    return f"{found.title}{tap}" + (f" ({'kNN' if found.method == 'knn' else found.method})" if several else "")
+    return f"{found.title}{tap}" + (f" ({'kNN' if found.family == 'knn' else found.method})" if several else "")
 
 
 def _doubt(found: Difference) -> str:

@@ -1,4 +1,4 @@
-"""`pack`: a folder of audio and a table of labels to shards and a task file that `evaluate` runs as it is."""
+"""`pack`: from a folder of audio and a table of labels to shards and a task file for `evaluate`."""
 
 from __future__ import annotations
 

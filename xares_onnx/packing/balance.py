@@ -1,4 +1,4 @@
-"""How many clips of each class are trained and tested on, and whether that can give a score."""
+"""How many clips of each class are in training and test, and whether that can give a score."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ _SHOWN = 5
 
 @dataclass
 class Balance:
-    """Clips of each class. After the last `see`, classes have an order; after `count`, clips of each part are known."""
+    """Clips per class. `add` every clip before `stratum`; `count` the parts before using their counts."""
 
     kind: str
     clips: Counter[str] = field(default_factory=Counter)
     of_part: Counter[tuple[str, str]] = field(default_factory=Counter)
     parts: dict[str, int] = field(default_factory=dict)
 
-    def see(self, classes: Collection[str]) -> None:
+    def add(self, classes: Collection[str]) -> None:
+        """Count a clip of these classes."""
         self.clips.update(classes)
 
     @cached_property
     def names(self) -> list[str]:
-        """The vocabulary, in the order of its letters."""
+        """The vocabulary in alphabetical order."""
         return sorted(self.clips)
 
     @cached_property
@@ -38,11 +39,12 @@ class Balance:
         return {name: number for number, name in enumerate(self.names, 1)}
 
     def stratum(self, classes: Collection[str]) -> int:
-        """The number of a clip's rarest class, from 1; 0 where it has none."""
+        """The number of a clip's rarest class, from 1; 0 if it has none."""
         rarest = min(classes, key=lambda name: (self.clips[name], name), default=None)
         return 0 if rarest is None else self._numbers[rarest]
 
     def check_vocabulary(self) -> None:
+        """Raises `DataError` if there is nothing to learn."""
         if self.kind == "class" and len(self.clips) < 2:
             (only,) = self.clips
             raise DataError(f"every clip is of class {only!r}: there is nothing to tell apart")
@@ -50,16 +52,18 @@ class Balance:
             raise DataError(f"no clip has any {self.kind}: there is nothing to learn")
 
     def count(self, index: Index, labels: Labels) -> None:
+        """Count the clips of each part, once they have parts."""
         for part, (clips, _) in index.parts().items():
             self.parts[part] = clips
             for clip in index.of_part(part):
                 self.of_part.update((name, part) for name in labels.classes(json.loads(clip.label or "")))
 
     def table(self) -> dict[str, dict[str, int]]:
+        """Clips by class and part."""
         return {name: {part: self.of_part[name, part] for part in self.parts} for name in self.names}
 
     def trained_and_tested(self, folds: bool) -> Iterator[tuple[str, dict[str, int], dict[str, int]]]:
-        """A test and, of every class, the clips trained and those tested on."""
+        """For each test part: its name, and by class the clips in training and in test."""
         for test in self.parts if folds else ("test",):
             train = [part for part in self.parts if part != test] if folds else ["train"]
             trained = {name: sum(self.of_part[name, part] for part in train) for name in self.names}
@@ -67,22 +71,26 @@ class Balance:
 
 
 def check_balance(balance: Balance, folds: bool) -> list[str]:
-    """What the user should know of small parts and classes; `DataError` where an evaluation would have no score."""
+    """Notes on small parts and classes.
+
+    Raises:
+        DataError: An evaluation would have no score.
+    """
     notes = []
     smallest = min(balance.parts.values()) if folds else balance.parts["test"]
     if balance.kind == "captions" and smallest < 2:
-        raise DataError("a test of one clip ranks first whatever the encoder; captions need two test clips or more")
+        raise DataError("a single test clip always ranks first; captions need two test clips or more")
     few: set[str] = set()
     for test, trained, tested in balance.trained_and_tested(folds):
         where = f"fold {test}" if folds else "test"
-        new = [name for name in balance.names if tested[name] and not trained[name]]
-        if new and balance.kind == "class":
+        untrained = [name for name in balance.names if tested[name] and not trained[name]]
+        if untrained and balance.kind == "class":
             raise DataError(
-                f"class {new[0]!r} is tested in {where} and has no training clip, so there is no score"
-                f"{_more(new)}; leave it out, or divide the clips otherwise"
+                f"class {untrained[0]!r} is tested in {where} but has no training clip, so there is no score"
+                f"{_more(untrained)}; leave it out, or divide the clips otherwise"
             )
-        if new:
-            notes.append(f"{len(new)} classes are tested in {where} and have no training clip: {_names(new)}")
+        if untrained:
+            notes.append(f"{len(untrained)} classes are tested in {where} but have no training clip: {_names(untrained)}")
         if balance.names and not any(tested.values()):
             raise DataError(f"no clip of {where} has any {balance.kind}, so there is no score; divide the clips otherwise")
         if balance.names and not any(trained.values()):

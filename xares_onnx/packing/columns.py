@@ -1,4 +1,4 @@
-"""Which columns of a table mean what. Names are compared without regard to case."""
+"""What the columns of a table mean. Upper and lower case of their names do not matter."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
-# In the cells of a table, the first of these that occurs separates tags.
+# The first of these that occurs in a table's cells separates tags.
 _TAG_SEPARATORS = ("|", ";", ",")
 
 
 @dataclass(frozen=True)
 class Columns:
+    """Names of the columns by what they mean; None for what the table does not have."""
+
     path: str
     labels: Labels
     split: str | None
@@ -37,7 +39,7 @@ class Columns:
         return frozenset(filter(None, (self.path, self.split, self.fold, self.group, *self.labels.columns)))
 
     def part(self, cells: Mapping[str, Any], where: str) -> str | None:
-        """The split or the fold that a row names, or None where the table has no such column."""
+        """The split or fold of a row; None if the table has no such column. `where` names the row in messages."""
         column = self.split or self.fold
         if column is None:
             return None
@@ -51,7 +53,9 @@ class Columns:
             return text
         if text.lower() not in _SPLIT_OF:
             words = ", ".join(_SPLIT_OF)
-            raise UsageError(f"{where} names the split {text!r}, which is none of {words}{nearest(text.lower(), _SPLIT_OF)}")
+            raise UsageError(
+                f"{where} names the split {text!r}, which is not one of {words}{nearest(text.lower(), _SPLIT_OF)}"
+            )
         return _SPLIT_OF[text.lower()]
 
 
@@ -65,17 +69,30 @@ def find_columns(
     low: float | None = None,
     high: float | None = None,
 ) -> Columns:
-    """What a table's columns mean; `UsageError` where one is missing, or where more than one could be meant."""
-    named = {name.strip().lower(): name for name in table.columns}
-    path = next((named[name] for name in PATHS if name in named), None)
+    """Find out what a table's columns mean.
+
+    Args:
+        table: The table.
+        target: The column of labels, or a kind of label; needed if several columns could hold labels.
+        kind: One of `KINDS`, for a target column with a name of its own.
+        group: The column of groups, if it is not named `group`.
+        separator: What separates tags in a cell; by default what the cells contain.
+        low: Lower bound of a number; by default from the cells.
+        high: Upper bound of a number.
+
+    Raises:
+        UsageError: A column is missing or ambiguous, or an option does not fit the kind of label.
+    """
+    columns = {name.strip().lower(): name for name in table.columns}
+    path = next((columns[name] for name in PATHS if name in columns), None)
     if path is None:
         raise _lacking(table, f"column {PATHS[0]!r} with the files' names", PATHS)
-    split, fold = named.get("split"), named.get("fold")
+    split, fold = columns.get("split"), columns.get("fold")
     if split and fold:
         raise UsageError(f"{table.path.name} has a column split and a column fold; leave one out")
-    if group is not None and group.strip().lower() not in named:
+    if group is not None and group.strip().lower() not in columns:
         raise _lacking(table, f"column {group!r} to group by", [group])
-    labels = _labels(table, named, target, kind)
+    labels = _labels(table, columns, target, kind)
     if separator is not None and not isinstance(labels, TagLabels):
         raise UsageError(f"--separator is for tags, not for {labels.kind}")
     if (low is not None or high is not None) and not isinstance(labels, NumberLabels):
@@ -86,54 +103,57 @@ def find_columns(
         labels = TagLabels(labels.columns, separator or _tag_separator(table, labels.columns[0]))
     elif isinstance(labels, NumberLabels):
         labels = NumberLabels(labels.columns, low, high)
-    return Columns(path, labels, split, fold, named[group.strip().lower()] if group else named.get("group"))
+    return Columns(path, labels, split, fold, columns[group.strip().lower()] if group else columns.get("group"))
 
 
-def _labels(table: Table, named: Mapping[str, str], target: str | None, kind: str | None) -> Labels:
+def _labels(table: Table, columns: Mapping[str, str], target: str | None, kind: str | None) -> Labels:
     if kind is not None and kind not in KINDS:
-        raise UsageError(f"--kind {kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        raise UsageError(f"--kind {kind!r} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
     if kind is not None and target is None:
         raise UsageError("--kind says what a column is; name the column by --target")
-    candidates = _candidates(named)
+    candidates = _candidates(columns)
     if target is not None:
         wanted = target.strip().lower()
-        if wanted not in named and wanted not in candidates:
-            raise _lacking(table, f"column {target!r}", [*named, *candidates])
-        if kind is not None and wanted in named:
-            return KINDS[kind]((named[wanted],))
+        if wanted not in columns and wanted not in candidates:
+            raise _lacking(table, f"column {target!r}", [*columns, *candidates])
+        if kind is not None and wanted in columns:
+            return KINDS[kind]((columns[wanted],))
         candidates = {name: labels for name, labels in candidates.items() if wanted in (name, *_lower(labels.columns))}
         if not candidates:
-            raise UsageError(f"say what the column {target!r} is by --kind: {', '.join(KINDS)}")
+            raise UsageError(f"--target {target} requires --kind, one of {', '.join(KINDS)}")
         return candidates.get(wanted) or next(iter(candidates.values()))
     if not candidates:
         needed = f"column with labels: {', '.join(_TARGETS)} or caption (or any other, by --target and --kind)"
         raise _lacking(table, needed, (*_TARGETS, "caption", "captions"))
-    rows = candidates.get("events")
-    if rows and len(rows.columns) == 3:  # path, start, end, label: the label is an event's
-        candidates = {name: c for name, c in candidates.items() if c is rows or not set(c.columns) & set(rows.columns)}
+    events = candidates.get("events")
+    if events and len(events.columns) == 3:  # path, start, end, label: the label is an event's
+        candidates = {name: c for name, c in candidates.items() if c is events or not set(c.columns) & set(events.columns)}
     if len(candidates) > 1:
         names = " or ".join(candidates)
         raise UsageError(f"{table.path.name} has several columns of labels; choose one: --target {names}")
     return next(iter(candidates.values()))
 
 
-def _candidates(named: Mapping[str, str]) -> dict[str, Labels]:
-    found: dict[str, Labels] = {name: KINDS[kind]((named[name],)) for name, kind in _TARGETS.items() if name in named}
-    captions = tuple(named[name] for name in named if _CAPTIONS.fullmatch(name))
+def _candidates(columns: Mapping[str, str]) -> dict[str, Labels]:
+    """What could be the labels, by the name to choose it by; `columns` are by name in lower case."""
+    candidates: dict[str, Labels] = {
+        name: KINDS[kind]((columns[name],)) for name, kind in _TARGETS.items() if name in columns
+    }
+    captions = tuple(columns[name] for name in columns if _CAPTIONS.fullmatch(name))
     if captions:
-        found["caption"] = KINDS["captions"](captions)
-    fields = [next((named[name] for name in names if name in named), None) for names in (START, END, NAME)]
-    if "events" not in found and all(fields):
-        found["events"] = EventLabels(tuple(filter(None, fields)))
-    return found
+        candidates["caption"] = KINDS["captions"](captions)
+    fields = [next((columns[name] for name in names if name in columns), None) for names in (START, END, NAME)]
+    if "events" not in candidates and all(fields):
+        candidates["events"] = EventLabels(tuple(filter(None, fields)))
+    return candidates
 
 
 def _tag_separator(table: Table, column: str) -> str:
-    found: set[str] = set()
+    marks: set[str] = set()
     for _, cells in table.rows({column}):
         if isinstance(cells[column], str):
-            found.update(mark for mark in _TAG_SEPARATORS if mark in cells[column])
-    return next((mark for mark in _TAG_SEPARATORS if mark in found), TagLabels.separator)
+            marks.update(mark for mark in _TAG_SEPARATORS if mark in cells[column])
+    return next((mark for mark in _TAG_SEPARATORS if mark in marks), TagLabels.separator)
 
 
 def _lower(names: Sequence[str]) -> list[str]:
@@ -141,6 +161,6 @@ def _lower(names: Sequence[str]) -> list[str]:
 
 
 def _lacking(table: Table, what: str, known: Sequence[str]) -> UsageError:
-    there = ", ".join(repr(name) for name in table.columns[:12])
+    names = ", ".join(repr(name) for name in table.columns[:12])
     close = next((nearest(name, table.columns) for name in known if nearest(name, table.columns)), "")
-    return UsageError(f"{table.path.name} has no {what}; it has {there}{close}")
+    return UsageError(f"{table.path.name} has no {what}; it has {names}{close}")

@@ -1,4 +1,4 @@
-"""The clips of a table in a scratch file, so that memory does not grow with their number."""
+"""The clips of a table, in a scratch database so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CREATE TABLE clip (
     id INTEGER PRIMARY KEY,
     path TEXT NOT NULL UNIQUE,  -- below the audio folder
     key TEXT NOT NULL,
-    line INTEGER NOT NULL,      -- of the table, where the clip is first named
+    line INTEGER NOT NULL,      -- of the table that names the clip first
     part TEXT,                  -- split or fold
     team TEXT,                  -- group
     label TEXT,                 -- the json beside the clip
@@ -28,9 +28,9 @@ CREATE TABLE clip (
     fault TEXT,                 -- why the clip is left out,
     loss TEXT                   -- and what that is
 );
-CREATE TABLE said (clip INTEGER NOT NULL, line INTEGER NOT NULL, value TEXT NOT NULL);
+CREATE TABLE statement (clip INTEGER NOT NULL, line INTEGER NOT NULL, value TEXT NOT NULL);  -- of each row on its clip
 """
-_INDICES = "CREATE INDEX said_of ON said (clip)"
+_INDICES = "CREATE INDEX statement_of ON statement (clip)"
 _BATCH = 128
 
 
@@ -51,7 +51,7 @@ class Clip(NamedTuple):
 
 
 class Index:
-    """Clips by path. A clip with a fault is left out of everything but `faults`."""
+    """Clips by path. Only `find`, `count` and `faults` include clips with a fault."""
 
     def __init__(self, folder: Path) -> None:
         self._db = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
@@ -70,24 +70,24 @@ class Index:
 
     def add(self, path: str, key: str, line: int, part: str | None, team: str | None) -> int:
         values = (path, key, line, part, team)
-        added = self._db.execute("INSERT INTO clip (path, key, line, part, team) VALUES (?, ?, ?, ?, ?)", values).lastrowid
-        assert added is not None
-        return added
+        number = self._db.execute("INSERT INTO clip (path, key, line, part, team) VALUES (?, ?, ?, ?, ?)", values).lastrowid
+        assert number is not None
+        return number
 
-    def say(self, clip: int, line: int, value: str) -> None:
-        """What one row says of a clip, as json."""
-        self._db.execute("INSERT INTO said VALUES (?, ?, ?)", (clip, line, value))
+    def state(self, clip: int, line: int, value: str) -> None:
+        """Keep what one row says about a clip, as json."""
+        self._db.execute("INSERT INTO statement VALUES (?, ?, ?)", (clip, line, value))
 
-    def said_of(self, clip: int) -> list[tuple[int, str]]:
-        """Lines and what they say of a clip."""
-        return self._db.execute("SELECT line, value FROM said WHERE clip = ? ORDER BY line", (clip,)).fetchall()
+    def statements(self, clip: int) -> list[tuple[int, str]]:
+        """(line, json) of each row on a clip, by line."""
+        return self._db.execute("SELECT line, value FROM statement WHERE clip = ? ORDER BY line", (clip,)).fetchall()
 
     def finish(self) -> None:
-        """After the last `say`."""
+        """Call this after the last `state`."""
         self._db.execute(_INDICES)
 
     def clips(self) -> Iterator[list[Clip]]:
-        """Clips without fault, by id, in batches: between two of them, clips may be changed."""
+        """Clips without fault, by id, in batches. Clips may be changed between two batches."""
         last = 0
         while rows := self._db.execute(
             "SELECT * FROM clip WHERE id > ? AND fault IS NULL ORDER BY id LIMIT ?", (last, _BATCH)
@@ -97,7 +97,7 @@ class Index:
             yield batch
 
     def of_part(self, part: str) -> Iterator[Clip]:
-        """Clips of a split or fold without fault, in the order of their paths."""
+        """Clips without fault of a split or fold, by path."""
         last = ""
         while rows := self._db.execute(
             "SELECT * FROM clip WHERE path > ? AND part = ? AND fault IS NULL ORDER BY path LIMIT ?", (last, part, _BATCH)
@@ -107,63 +107,66 @@ class Index:
                 yield clip
             last = clip.path
 
-    def heard(self, clips: Iterable[tuple[bytes, float, int, int]]) -> None:
-        """(content, seconds, size, id) of audio that was decoded."""
+    def set_recordings(self, clips: Iterable[tuple[bytes, float, int, int]]) -> None:
+        """From (content, seconds, size, id) of decoded audio."""
         self._db.executemany("UPDATE clip SET content = ?, seconds = ?, size = ? WHERE id = ?", clips)
 
-    def labelled(self, clips: Iterable[tuple[str, int]]) -> None:
-        """(json, id)"""
+    def set_labels(self, clips: Iterable[tuple[str, int]]) -> None:
+        """From (json, id)."""
         self._db.executemany("UPDATE clip SET label = ? WHERE id = ?", clips)
 
-    def layer(self, clips: Iterable[tuple[int, int]]) -> None:
-        """(stratum, id)"""
+    def set_strata(self, clips: Iterable[tuple[int, int]]) -> None:
+        """From (stratum, id)."""
         self._db.executemany("UPDATE clip SET stratum = ? WHERE id = ?", clips)
 
-    def assign(self, clips: Iterable[tuple[str, int]]) -> None:
-        """(split, id)"""
+    def set_parts(self, clips: Iterable[tuple[str, int]]) -> None:
+        """From (split, id)."""
         self._db.executemany("UPDATE clip SET part = ? WHERE id = ?", clips)
 
     def rename_parts(self, names: Mapping[str, str]) -> None:
-        """All at once, so that 1 may become 2 and 2 become 1."""
+        """Rename parts all at once, so that 1 may become 2 and 2 become 1."""
         changes = "CASE part " + "WHEN ? THEN ? " * len(names) + "END"
         self._db.execute(f"UPDATE clip SET part = {changes}", [word for pair in names.items() for word in pair])
 
     def leave_out(self, clips: Iterable[tuple[str, int]], loss: Loss) -> None:
-        """(why, id)"""
-        self._db.executemany("UPDATE clip SET fault = ?, loss = ? WHERE id = ?", ((why, loss, clip) for why, clip in clips))
+        """Give clips a fault, from (reason, id)."""
+        faults = ((reason, loss, clip) for reason, clip in clips)
+        self._db.executemany("UPDATE clip SET fault = ?, loss = ? WHERE id = ?", faults)
 
-    def rename(self, suffix: Callable[[str], str]) -> None:
-        """Give the clips whose key is not theirs alone a suffix made of their path."""
-        alike = self._db.execute(
+    def make_keys_unique(self, suffix: Callable[[str], str]) -> None:
+        """Append `suffix(path)` to the keys that several clips have."""
+        repeated = self._db.execute(
             "SELECT path, id FROM clip WHERE key IN (SELECT key FROM clip GROUP BY key HAVING count(*) > 1)"
         ).fetchall()
-        self._db.executemany("UPDATE clip SET key = key || ? WHERE id = ?", ((suffix(path), clip) for path, clip in alike))
+        self._db.executemany(
+            "UPDATE clip SET key = key || ? WHERE id = ?", ((suffix(path), clip) for path, clip in repeated)
+        )
 
     def count(self) -> tuple[int, int]:
-        """Clips, and those of them without fault."""
-        all_, good = self._db.execute("SELECT count(*), count(*) FILTER (WHERE fault IS NULL) FROM clip").fetchone()
-        return all_, good
+        """The number of all clips, and of those without fault."""
+        total, usable = self._db.execute("SELECT count(*), count(*) FILTER (WHERE fault IS NULL) FROM clip").fetchone()
+        return total, usable
 
     def parts(self) -> dict[str, tuple[int, float]]:
-        """Clips and seconds of every split or fold."""
+        """(clips, seconds) of each split or fold, without faults."""
         rows = self._db.execute(
             "SELECT part, count(*), sum(seconds) FROM clip WHERE fault IS NULL GROUP BY part ORDER BY part"
         )
         return {part: (clips, seconds) for part, clips, seconds in rows}
 
     def faults(self, *losses: Loss) -> list[tuple[str, int, str]]:
-        """(path, line, why) of what is left out, by line."""
+        """(path, line, reason) of the clips with a fault of these kinds, by line."""
         marks = ", ".join("?" * len(losses))
         return self._db.execute(
             f"SELECT path, line, fault FROM clip WHERE loss IN ({marks}) ORDER BY line, path", losses
         ).fetchall()
 
     def units(self) -> Iterator[tuple[int, str, str | None, bytes, int]]:
-        """(id, path, team, content, stratum) of every clip without fault, in the order of paths."""
+        """(id, path, team, content, stratum) of each clip without fault, by path."""
         yield from self._db.execute("SELECT id, path, team, content, stratum FROM clip WHERE fault IS NULL ORDER BY path")
 
     def across(self, column: str) -> tuple[int, list[tuple[str, str]]]:
-        """How many values of `content` or `team` are in several parts, and of the first a clip in each: (path, part)."""
+        """How many values of `content` or `team` are in several parts; and of the first, (path, part) of a clip per part."""
         usable = f"FROM clip WHERE fault IS NULL AND {column} IS NOT NULL"
         values = self._db.execute(
             f"SELECT {column} {usable} GROUP BY {column} HAVING count(DISTINCT part) > 1 ORDER BY min(path)"
@@ -185,7 +188,7 @@ class Index:
         ).fetchall()
 
     def pairs_of_content(self, *, same_label: bool) -> tuple[int, tuple[str, str] | None]:
-        """How many recordings occur under several paths, and of the first of them two: with several labels, or with one."""
+        """How many recordings have several paths, with one label or with several, and two paths of the first of them."""
         condition = "count(DISTINCT label) = 1 AND count(*) > 1" if same_label else "count(DISTINCT label) > 1"
         rows = self._db.execute(
             f"SELECT min(path), max(path) FROM clip WHERE fault IS NULL GROUP BY content HAVING {condition} ORDER BY 1"

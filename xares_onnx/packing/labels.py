@@ -1,7 +1,6 @@
-"""Kinds of labels: how the cells of a table are read, what is written beside a clip, and the task that comes of it.
+"""Kinds of labels: how the cells of a table are read, what is written beside a clip, and the target of the task.
 
-Several rows may speak of one clip: events and captions a row each, tags that add up. Of what says the same twice, one is
-kept; what contradicts itself is an error.
+Several rows may describe one clip: each adds an event, a caption or tags. Repetitions count once; contradictions are errors.
 """
 
 from __future__ import annotations
@@ -16,36 +15,36 @@ from typing import Any, ClassVar
 
 from ..errors import LabelError
 
-# Separators that a vocabulary may have; the last is a character made for it, which nobody types.
+# Separators of a vocabulary; the last is a control character for this purpose, which nobody types.
 SEPARATORS = (";", "|", ",", "\x1f")
 Cells = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Labels(ABC):
-    """What a table says of its clips. `columns` are those that it is read from."""
+    """A kind of label, and the `columns` of a table that it is read from."""
 
     kind: ClassVar[str]
     adds_up: ClassVar[bool] = False
-    """Whether further rows of a clip add to its label."""
+    """Whether further rows about a clip add to its label."""
 
     columns: tuple[str, ...]
 
     @abstractmethod
     def read(self, cells: Cells) -> Any:
-        """What one row says, as json can hold it; `LabelError` where that is no label."""
+        """The label in one row, as json can hold it; `LabelError` if it is unusable."""
 
     @abstractmethod
     def join(self, parts: Sequence[Any]) -> Any:
-        """The json beside a clip, from what its rows say."""
+        """The json beside a clip, from what `read` returned for its rows."""
 
     def classes(self, label: Any) -> Collection[str]:
-        """Names of the classes in a clip's json, each once."""
+        """The names of the classes in a clip's json, each once."""
         return ()
 
     @abstractmethod
     def target(self, classes: Sequence[str], numbers: tuple[float, float]) -> dict[str, Any]:
-        """The [target] of the task, `kind` apart. `numbers` are the lowest and the highest that was read."""
+        """The [target] of the task, without `kind`. `numbers` are the lowest and the highest that were read."""
 
 
 class ClassLabels(Labels):
@@ -91,14 +90,14 @@ class TagLabels(Labels):
         return {"key": "labels", "separator": separator_of_none(classes), "classes": list(classes)}
 
 
-# Names of an event's fields, in a row's columns and in the objects of a list.
+# Names of an event's fields, as columns of a table and as keys in a list of objects.
 START, END, NAME = ("start", "onset"), ("end", "offset"), ("label", "event_label", "event")
 
 
 class EventLabels(Labels):
-    """A list of events a clip, as json in a text or as it is; or, where there are three columns, an event a row.
+    """A list of events per clip, as json in a text or as it is; or, with three columns, an event per row.
 
-    A row without start, end and label says that nothing happens in its clip.
+    A row without start, end and label states that its clip has no events.
     """
 
     kind = "events"
@@ -117,7 +116,7 @@ class EventLabels(Labels):
         if value in (None, ""):
             return []
         if not isinstance(value, list) or not all(isinstance(event, dict) for event in value):
-            raise LabelError("its events are no list of objects with start, end and label")
+            raise LabelError("its events are not a list of objects with start, end and label")
         return [_event(*(_first(event, names) for names in (START, END, NAME))) for event in value]
 
     def join(self, parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -157,7 +156,7 @@ class TranscriptLabels(Labels):
     def read(self, cells: Cells) -> str:
         value = cells[self.columns[0]]
         if not isinstance(value, str):
-            raise LabelError("its transcript is no text")
+            raise LabelError("its transcript is not a text")
         return value
 
     def join(self, parts: Sequence[str]) -> dict[str, str]:
@@ -169,7 +168,7 @@ class TranscriptLabels(Labels):
 
 @dataclass(frozen=True)
 class NumberLabels(Labels):
-    """A number from `low` to `high`: where they are not given, those of the clips, rounded outwards."""
+    """A number from `low` to `high`; by default the lowest and highest of the clips, rounded outwards."""
 
     kind = "number"
     low: float | None = None
@@ -196,7 +195,7 @@ KINDS: dict[str, type[Labels]] = {
 
 
 def separator_of_none(names: Iterable[str]) -> str:
-    """The first separator that stands in none of the names: a target would cut a name in two at it."""
+    """The first separator that occurs in no name, since targets split names at it."""
     letters = {letter for name in names for letter in name}
     return next((separator for separator in SEPARATORS if separator not in letters), "".join(SEPARATORS))
 
@@ -205,16 +204,16 @@ def rounded_outwards(low: float, high: float) -> tuple[float, float]:
     """Bounds on a grid, the power of ten below their distance: 0.03 and 0.97 become 0 and 1, 1.2 and 4.9 become 1 and 5."""
     if not low < high:
         return low, high
-    first, last = Decimal(repr(low)), Decimal(repr(high))  # as they are written, not the binary fractions nearby
+    first, last = Decimal(repr(low)), Decimal(repr(high))  # the decimals as written, not the binary fractions nearby
     step = Decimal(10) ** (last - first).adjusted()
     return float(math.floor(first / step) * step), float(math.ceil(last / step) * step)
 
 
 def _event(start: Any, end: Any, name: Any) -> dict[str, Any]:
-    onset, offset, named = _number(start, "start"), _number(end, "end"), _name(name, "event's label")
+    onset, offset, event_class = _number(start, "start"), _number(end, "end"), _name(name, "event's label")
     if onset > offset:
-        raise LabelError(f"an event {named!r} ends before it starts")
-    return {"start": onset, "end": offset, "label": named}
+        raise LabelError(f"an event {event_class!r} ends before it starts")
+    return {"start": onset, "end": offset, "label": event_class}
 
 
 def _first(event: Mapping[str, Any], names: Iterable[str]) -> Any:
@@ -222,13 +221,13 @@ def _first(event: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 
 def _name(value: Any, what: str) -> str:
-    """A class's name. So are whole numbers, such as classes 0 to 49 and the notes of a piano, and true and false."""
+    """A class's name. Whole numbers, such as the notes of a piano, and true and false are names too."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and abs(value) < 2**63:
         return json.dumps(value)
     if not isinstance(value, str) or not value.strip():
-        raise LabelError(f"it has no {what}" if value in (None, "") else f"its {what} is no name")
+        raise LabelError(f"it has no {what}" if value in (None, "") else f"its {what} is not a name")
     return value.strip()
 
 
@@ -238,5 +237,5 @@ def _number(value: Any, what: str) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise LabelError(f"it has no {what}" if value in (None, "") else f"its {what} {str(value)[:40]!r} is no number")
+        raise LabelError(f"it has no {what}" if value in (None, "") else f"its {what} {str(value)[:40]!r} is not a number")
     return number

@@ -1,4 +1,4 @@
-"""Where a packed task lies: `DIR/<name>/` with the shards and a record of how they were made, and `DIR/<name>.toml`."""
+"""The files of a packed task: `DIR/<name>/` with the shards and a manifest, and `DIR/<name>.toml`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Source(msgspec.Struct):
 
 
 class Manifest(msgspec.Struct):
-    """Beside the shards: where they come from, and what of that they lack."""
+    """`packed.json` beside the shards: their source, and which of its clips they lack."""
 
     source: Source
     columns: dict[str, str]
@@ -44,9 +44,9 @@ class Manifest(msgspec.Struct):
 
 
 def check_output(output: Path, name: str, source: Source) -> None:
-    """`UsageError` where something lies in the way that a packing of this source did not make."""
+    """Raises `UsageError` if the output has files that were not packed from this source."""
     if "," in str(output):
-        raise UsageError(f"output {output} holds a comma, which --tasks takes for a separator; choose another")
+        raise UsageError(f"output {output} contains a comma, which --tasks takes for a separator; choose another")
     folder, task_file = output / name, output / f"{name}.toml"
     elsewhere = "choose another --name or -o, or move it"
     if not folder.exists():
@@ -54,19 +54,19 @@ def check_output(output: Path, name: str, source: Source) -> None:
             raise UsageError(f"{task_file} is there already; {elsewhere}")
         return
     try:
-        found = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError):
         if folder.is_dir() and not any(folder.iterdir()) and not task_file.exists():
             return
-        raise UsageError(f"{folder} holds something that was not packed here; {elsewhere}") from None
-    if found.source != source:
-        packed_from = f"{found.source.labels or 'the folders'} and {found.source.audio}"
+        raise UsageError(f"{folder} contains files that were not packed here; {elsewhere}") from None
+    if manifest.source != source:
+        packed_from = f"{manifest.source.labels or 'the folders'} and {manifest.source.audio}"
         raise UsageError(f"{folder} was packed from {packed_from}; {elsewhere}")
 
 
 @contextmanager
 def scratch_folder(output: Path | None, name: str) -> Iterator[Path]:
-    """A folder for the index and the fresh shards, beside the place where those will lie."""
+    """A folder for the index and the fresh shards, beside the place for the shards."""
     try:
         if output is None:
             with TemporaryDirectory() as folder:
@@ -89,13 +89,17 @@ def scratch_folder(output: Path | None, name: str) -> Iterator[Path]:
 
 
 def put_in_place(fresh: Path, output: Path, name: str, text: str, manifest: Manifest) -> list[str]:
-    """Fresh shards instead of older ones, then the task file; what must be said of an older one, which is kept beside it."""
+    """Put fresh shards in place of older ones, then the task file. A changed older task file is kept beside it.
+
+    Returns:
+        Notes for the user.
+    """
     folder, task_file = output / name, output / f"{name}.toml"
     notes = []
     if task_file.exists() and task_file.read_bytes() != text.encode():
         before = task_file.with_name(f"{task_file.name}.before")
         os.replace(task_file, before)
-        notes.append(f"{task_file.name} is written anew; as it was, it is {before.name}")
+        notes.append(f"{task_file.name} is written anew; the older one is kept as {before.name}")
     write_aside(fresh / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     if folder.exists():
         os.replace(folder, fresh.with_name("outdated"))

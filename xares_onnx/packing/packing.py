@@ -1,7 +1,7 @@
 """From a table and its audio to shards and a task file.
 
-Everything that can be wrong is looked for before a shard is written: the table first, then the audio, then what both make
-of the splits. The clips are kept in a scratch file (`index`), so that memory does not grow with their number.
+Everything is checked before a shard is written: the table first, then the audio, then the splits. The clips are in a
+scratch database (`index`), so that memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
-import numpy as np
 
 from ..data.catalog import shipped_tasks
 from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, Drop, parse_label
@@ -30,9 +29,10 @@ from .balance import Balance, check_balance
 from .columns import Columns, find_columns
 from .index import Clip, Index
 from .output import Manifest, Part, Source, check_output, put_in_place, scratch_folder
-from .recordings import Heard, hear, place
+from .parts import name_parts
+from .recordings import Recording, decode_recording, path_below
 from .shard_writer import Member, key_of, write_shards
-from .splits import SPLITS, TEST, draw, make_splits, make_units, pool_small
+from .splits import SPLITS
 from .tables import FolderTable, Table, open_table
 from .task_file import Heading, write_task
 
@@ -41,29 +41,29 @@ LEAKS: tuple[Leaks, ...] = get_args(Leaks)
 DOMAINS = tuple(domain for domain in get_args(Domain) if domain != "synthetic")
 
 _SHOWN = 3
-_GROUP = "group"  # the key of a clip's json that names its group, which no kind of label uses
+_GROUP = "group"  # the key of a clip's json for its group; no kind of label uses it
 
 
 class Packed(msgspec.Struct, frozen=True):
-    """What was packed, or with `check` would be."""
+    """What was packed, or would be if there were an output."""
 
     task: Task
     columns: dict[str, str]
-    """What each column was read as."""
+    """The meaning of each column that was read."""
     parts: dict[str, Part]
     classes: dict[str, dict[str, int]]
     """Clips of each class in each part."""
     dropped: list[Drop]
-    """Clips that were left out: path, and why."""
+    """The clips that were left out."""
     notes: list[str]
     task_file: str | None
     command: str | None
-    """What evaluates it; None where nothing was written."""
+    """The command that evaluates it; None if nothing was written."""
 
 
 @dataclass
 class _Run:
-    """One packing as it goes."""
+    """A packing in progress."""
 
     root: Path
     table: Table
@@ -100,34 +100,55 @@ def pack(
     threads: int | None = None,
     observer: Observer = ignore,
 ) -> Packed:
-    """Write `output/<name>/*.tar` and `output/<name>.toml` from the audio below a folder and a table of its labels.
+    """Write `output/<name>/*.tar` and `output/<name>.toml` from the audio in a folder and a table of its labels.
 
-    Without `labels`, classes are the folder's sub-folders; without `output`, everything is checked and nothing written.
-    Shards hold the files as they are. The same files, labels and settings give the same bytes, whatever the order of rows.
+    Shards contain the files as they are. The same files, labels and settings give the same bytes, whatever the order of
+    rows.
+
+    Args:
+        audio: The folder; the table's paths start here.
+        labels: The table: csv, tsv, jsonl or parquet. None if classes are the folder's sub-folders.
+        output: The folder to write to; None to check everything and write nothing.
+        name: Of the task.
+        title: For reports; by default the name.
+        domain: By default speech for transcripts, else environment.
+        target: The column of labels, see `find_columns`.
+        kind: The kind of label.
+        separator: What separates tags in a cell.
+        group: The column of groups, such as speakers, which are not split.
+        seed: Another seed draws other splits.
+        low: Lower bound of a number.
+        high: Upper bound of a number.
+        crop_seconds: Longer clips are cut into crops of this length.
+        segment_seconds: The unit in which events are scored.
+        leaks: What to do if recordings or groups cross the splits of the table: `refuse`, `drop` copies, or `keep`.
+        allow_drops: Leave out missing and unusable clips, however many.
+        threads: That decode audio; by default one per CPU.
+        observer: Receives progress of the stages `inspect` and `write`, and notes.
 
     Raises:
-        UsageError: an option, a column that is missing or ambiguous, a path outside the folder, another's output.
-        DataError: missing or unusable files, rows that contradict each other, splits that give no score.
-        MachineError: the output cannot be written.
+        UsageError: A bad option, a missing or ambiguous column, a path outside the folder, another's files in the output.
+        DataError: Missing or unusable files, rows that contradict each other, splits that give no score.
+        MachineError: The output cannot be written.
     """
     heading = _heading(name, title, domain)
     if leaks not in LEAKS:
-        raise UsageError(f"--leaks {leaks!r} is none of {', '.join(LEAKS)}{nearest(leaks, LEAKS)}")
+        raise UsageError(f"--leaks {leaks!r} is not one of {', '.join(LEAKS)}{nearest(leaks, LEAKS)}")
     if not audio.is_dir():
         raise DataMissingError(f"audio folder {audio} does not exist")
     root = audio.resolve()
     table = open_table(labels) if labels is not None else FolderTable(root)
     columns = find_columns(table, target=target, kind=kind, group=group, separator=separator, low=low, high=high)
-    found = columns.labels.kind
-    if domain is None and found == "transcript":
+    label_kind = columns.labels.kind
+    if domain is None and label_kind == "transcript":
         heading = Heading(heading.name, heading.title, "speech")
     try:
         Data(splits={"train": "*", "test": "*"}, crop_seconds=crop_seconds)
         Score(segment_seconds=segment_seconds)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if crop_seconds is not None and found in ("events", "transcript"):
-        raise UsageError(f"--crop-seconds would cut through the {found} of a clip; leave it out")
+    if crop_seconds is not None and label_kind in ("events", "transcript"):
+        raise UsageError(f"--crop-seconds would cut through the {label_kind} of a clip; leave it out")
     source = Source(root.name, labels.name if labels is not None else None)
     if output is not None:
         check_output(output, name, source)
@@ -136,16 +157,16 @@ def pack(
         _read_rows(run)
         _join_rows(run)
         _check_missing(run, allow_drops)
-        _hear_all(run, threads)
+        _decode_all(run, threads)
         _check_drops(run, allow_drops)
         _check_copies(run, leaks)
         balance = _read_labels(run)
         _check_drops(run, allow_drops)
-        folds = _name_parts(run, seed)
+        folds = name_parts(index, columns, seed, run.note)
         balance.count(index, columns.labels)
         for text in check_balance(balance, folds):
             run.note(text)
-        numbers = index.numbers() if found == "number" else (0.0, 0.0)
+        numbers = index.numbers() if label_kind == "number" else (0.0, 0.0)
         sizes = {part: clips for part, (clips, _) in index.parts().items()}
         text = write_task(
             heading,
@@ -159,7 +180,7 @@ def pack(
             group=_GROUP if columns.group else None,
         )
         task = load_task(Path(f"{name}.toml"), text)
-        index.rename(lambda path: f"-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
+        index.make_keys_unique(lambda path: f"-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
         shards = _write_shards(run, scratch / "fresh", folds) if output is not None else {}
         parts = {part: Part(clips, seconds, shards.get(part, 0)) for part, (clips, seconds) in index.parts().items()}
         packed = Packed(
@@ -167,15 +188,15 @@ def pack(
             columns=_meanings(columns),
             parts={part: parts[part] for part in (sorted(parts, key=int) if folds else SPLITS) if part in parts},
             classes=balance.table(),
-            dropped=[Drop(path, f"{why} ({table.at(line)})") for path, line, why in index.faults(*_LOSSES)],
+            dropped=[Drop(path, f"{reason} ({table.at(line)})") for path, line, reason in index.faults(*_LOSSES)],
             notes=run.notes,
             task_file=str(output / f"{name}.toml") if output is not None else None,
             command=_command(output, name) if output is not None else None,
         )
         if output is not None:
             manifest = Manifest(source, packed.columns, seed, packed.parts, packed.dropped, packed.notes)
-            for said in put_in_place(scratch / "fresh", output, name, text, manifest):
-                run.note(said)
+            for note in put_in_place(scratch / "fresh", output, name, text, manifest):
+                run.note(note)
     return packed
 
 
@@ -186,21 +207,21 @@ def _heading(name: str, title: str | None, domain: str | None) -> Heading:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(f"--name {name!r} may hold letters, digits, `_`, `-` and `.` only")
     if name in shipped_tasks():
-        raise UsageError(f"--name {name!r} is that of a task of X-ARES's or the built-in suite; choose another")
+        raise UsageError(f"--name {name!r} is already a task of X-ARES or of the built-in suite; choose another")
     if domain is not None and domain not in DOMAINS:
-        raise UsageError(f"--domain {domain!r} is none of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
+        raise UsageError(f"--domain {domain!r} is not one of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
     if title is not None and not title.isprintable():
-        raise UsageError(f"--title {title!r} holds what cannot be printed")
+        raise UsageError(f"--title {title!r} contains characters that cannot be printed")
     return Heading(name, title or name, domain or "environment")
 
 
 def _meanings(columns: Columns) -> dict[str, str]:
-    meant = {columns.path: "path"}
-    meant |= dict.fromkeys(columns.labels.columns, columns.labels.kind)
+    meanings = {columns.path: "path"}
+    meanings |= dict.fromkeys(columns.labels.columns, columns.labels.kind)
     for column, meaning in ((columns.split, "split"), (columns.fold, "fold"), (columns.group, "group")):
         if column is not None:
-            meant[column] = meaning
-    return meant
+            meanings[column] = meaning
+    return meanings
 
 
 def _command(output: Path, name: str) -> str:
@@ -211,14 +232,14 @@ def _command(output: Path, name: str) -> str:
 
 
 def _read_rows(run: _Run) -> None:
-    """Every row into the index. Cells that contradict each other are errors, a label that is none is a fault of its clip."""
+    """Every row into the index. Cells that contradict each other are errors; an unusable label is a fault of its clip."""
     columns, index = run.columns, run.index
     for line, cells in run.table.rows(columns.wanted):
         where = run.table.at(line)
         name = cells[columns.path]
         if not isinstance(name, str) or not name.strip():
             raise UsageError(f"{where} names no file in its column {columns.path!r}")
-        path = place(run.root, name, where)
+        path = path_below(run.root, name, where)
         part, team = columns.part(cells, where), _team(cells.get(columns.group or ""), where)
         known = index.find(path)
         if known is None:
@@ -231,22 +252,19 @@ def _read_rows(run: _Run) -> None:
                 if new != old:
                     raise DataError(f"{where} says {word} {new!r} of {path!r}, {run.table.at(known.line)} says {old!r}")
         try:
-            index.say(clip, line, json.dumps(columns.labels.read(cells)))
+            index.state(clip, line, json.dumps(columns.labels.read(cells)))
         except LabelError as error:
             if known is None or known.fault is None:
                 index.leave_out([(str(error), clip)], "unusable")
     index.finish()
     if not index.count()[0]:
-        empty = (
-            f"below {run.root} are no sub-folders with audio"
-            if run.table.path == run.root
-            else f"{run.table.path} has no rows"
-        )
+        in_folders = run.table.path == run.root
+        empty = f"{run.root} has no sub-folders with audio" if in_folders else f"{run.table.path} has no rows"
         raise DataError(f"{empty}, so there is nothing to pack")
 
 
 def _team(value: Any, where: str) -> str | None:
-    """A group's name; None, a group of its own, where the cell is empty."""
+    """A group's name; None for an empty cell, whose clip is a group of its own."""
     text = "" if value is None else str(value).strip()
     if len(text) > MAX_GROUP:
         raise DataError(f"{where} names a group of {len(text)} characters; a name has at most {MAX_GROUP}")
@@ -254,23 +272,24 @@ def _team(value: Any, where: str) -> str | None:
 
 
 def _join_rows(run: _Run) -> None:
+    """Make each clip's label of what its rows state."""
     repeated = 0
     for batch in run.index.clips():
         joined = []
         for clip in batch:
-            said = run.index.said_of(clip.id)
-            different = list({value: line for line, value in reversed(said)}.items())
+            statements = run.index.statements(clip.id)
+            different = list({value: line for line, value in reversed(statements)}.items())
             if len(different) > 1 and not run.columns.labels.adds_up:
                 (new, first), (old, second) = different[-1], different[-2]
                 raise DataError(
                     f"{clip.path!r} is {json.loads(new)!r} in {run.table.at(first)} and {json.loads(old)!r} in "
                     f"{run.table.at(second)}; a clip has one {run.columns.labels.kind}"
                 )
-            repeated += len(said) - len(different)
-            joined.append((json.dumps(run.columns.labels.join([json.loads(value) for _, value in said])), clip.id))
-        run.index.labelled(joined)
+            repeated += len(statements) - len(different)
+            joined.append((json.dumps(run.columns.labels.join([json.loads(value) for _, value in statements])), clip.id))
+        run.index.set_labels(joined)
     if repeated:
-        run.note(f"{repeated} rows say again what another row says of the same clip")
+        run.note(f"{repeated} rows repeat what another row says about the same clip")
 
 
 def _check_missing(run: _Run, allow_drops: bool) -> None:
@@ -288,72 +307,72 @@ def _check_drops(run: _Run, allow_drops: bool) -> None:
     lost = run.index.faults("unusable")
     expected, left = run.index.count()
     if (lost and not left) or (not allow_drops and len(lost) > MAX_DROPS and len(lost) > MAX_DROP_SHARE * expected):
-        path, line, why = lost[0]
+        path, line, reason = lost[0]
         remedy = "repair them" + (", or leave them out by --allow-drops" if left else "")
         raise DataError(
-            f"{len(lost)} of {expected} clips cannot be used, the first {path} ({run.table.at(line)}): {why}; {remedy}"
+            f"{len(lost)} of {expected} clips cannot be used, the first {path} ({run.table.at(line)}): {reason}; {remedy}"
         )
 
 
 # ---------------------------------------------------------------- audio and labels
 
 
-def _hear_all(run: _Run, threads: int | None) -> None:
+def _decode_all(run: _Run, threads: int | None) -> None:
+    """Decode every clip: its recording into the index, or its fault."""
     _, total = run.index.count()
     done = 0
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for batch in run.index.clips():
             run.observer(Progress("inspect", run.name, done, total))
-            heard, faults = [], []
-            for clip, result in zip(batch, pool.map(_hear_or_why, (run.root / clip.path for clip in batch)), strict=True):
+            recordings, faults = [], []
+            paths = (run.root / clip.path for clip in batch)
+            for clip, result in zip(batch, pool.map(_recording_or_fault, paths), strict=True):
                 if isinstance(result, str):
                     faults.append((result, clip.id))
                 else:
-                    heard.append((result.content, result.seconds, result.size, clip.id))
-            run.index.heard(heard)
+                    recordings.append((result.content, result.seconds, result.size, clip.id))
+            run.index.set_recordings(recordings)
             run.index.leave_out(faults, "unusable")
             done += len(batch)
     run.observer(Progress("inspect", run.name, total, total))
 
 
-def _hear_or_why(path: Path) -> Heard | str:
+def _recording_or_fault(path: Path) -> Recording | str:
     try:
-        return hear(path)
+        return decode_recording(path)
     except ClipError as error:
         return str(error)
 
 
 def _check_copies(run: _Run, leaks: str) -> None:
-    """Say which recordings occur more than once; where that crosses given splits, do as `leaks` says."""
+    """Note the recordings that occur more than once; if they cross the splits of the table, do as `leaks` says."""
     index = run.index
-    given = run.columns.split or run.columns.fold
-    if given:
+    parts_column = run.columns.split or run.columns.fold
+    if parts_column:
         recordings, pair = index.across("content")
         if recordings and leaks == "drop":
             parts = list(index.parts())
             ranks = [part for part in reversed(SPLITS) if part in parts] if run.columns.split else sorted(parts)
             copies = index.copies(ranks)
             index.leave_out([("its recording is in another split or fold too", clip) for _, clip in copies], "copy")
-            run.note(f"{_clips(len(copies))} left out whose recordings are in another part of {given!r} too")
+            run.note(f"{_clips(len(copies))} left out whose recordings are in another part of {parts_column!r} too")
         elif recordings:
-            said = (
-                f"{recordings} recording{'s' if recordings > 1 else ''} in several parts of {given!r}, such as {_both(pair)}"
-            )
-            _refuse_or_note(
-                run, leaks, said, "remove the copies, leave them out by --leaks drop, or keep them by --leaks keep"
-            )
+            count = f"{recordings} recording{'s' if recordings > 1 else ''}"
+            leak = f"{count} in several parts of {parts_column!r}, such as {_both(pair)}"
+            remedy = "remove the copies, leave them out by --leaks drop, or keep them by --leaks keep"
+            _refuse_or_note(run, leaks, leak, remedy)
         teams, pair = index.across("team")
         if teams:
-            said = f"{teams} group{'s' if teams > 1 else ''} in several parts of {given!r}, such as that of {_both(pair)}"
-            _refuse_or_note(
-                run, "refuse" if leaks == "drop" else leaks, said, "mend the table, or keep them by --leaks keep"
-            )
+            count = f"{teams} group{'s' if teams > 1 else ''}"
+            leak = f"{count} in several parts of {parts_column!r}, such as that of {_both(pair)}"
+            remedy = "correct the table, or keep them by --leaks keep"
+            _refuse_or_note(run, "refuse" if leaks == "drop" else leaks, leak, remedy)
     number, paths = index.pairs_of_content(same_label=False)
     if paths:
         run.note(f"{number} of the recordings have more than one label, such as {paths[0]} and {paths[1]}")
     number, paths = index.pairs_of_content(same_label=True)
     if paths:
-        kept = "" if given else ", kept in one split"
+        kept = "" if parts_column else ", kept in one split"
         run.note(f"{number} of the recordings occur more than once{kept}, such as {paths[0]} and {paths[1]}")
 
 
@@ -362,10 +381,10 @@ def _both(pair: Sequence[tuple[str, str]]) -> str:
     return f"{a} ({part_a}) and {b} ({part_b})"
 
 
-def _refuse_or_note(run: _Run, leaks: str, said: str, remedy: str) -> None:
+def _refuse_or_note(run: _Run, leaks: str, leak: str, remedy: str) -> None:
     if leaks != "keep":
-        raise DataError(f"the test would be of what was trained on: {said}; {remedy}")
-    run.note(f"{said}: scores may be too high")
+        raise DataError(f"the test would contain training clips: {leak}; {remedy}")
+    run.note(f"{leak}: scores may be too high")
 
 
 def _clips(number: int) -> str:
@@ -378,7 +397,7 @@ def _read_labels(run: _Run) -> Balance:
     balance = Balance(labels.kind)
     for batch in index.clips():
         for clip in batch:
-            balance.see(labels.classes(json.loads(clip.label or "")))
+            balance.add(labels.classes(json.loads(clip.label or "")))
     balance.check_vocabulary()
     numbers = index.numbers() if labels.kind == "number" else (0.0, 0.0)
     fields = labels.target(balance.names, numbers)
@@ -400,84 +419,19 @@ def _read_labels(run: _Run) -> Balance:
                 events += len(label)
                 late += sum(event["start"] >= (clip.seconds or 0) for event in label)
         index.leave_out(faults, "unusable")
-        index.layer(strata)
+        index.set_strata(strata)
     if late and late == events:
-        raise DataError(f"every one of the {events} events begins after its clip has ended; times are in seconds")
+        raise DataError(f"all {events} events begin after their clips have ended; give times in seconds")
     if late:
-        run.note(
-            f"{late} of {events} events begin after their clips have ended, and count for nothing; times are in seconds"
-        )
+        run.note(f"{late} of {events} events begin after their clips have ended, and are ignored; give times in seconds")
     return balance
-
-
-# ---------------------------------------------------------------- splits
-
-
-def _name_parts(run: _Run, seed: int) -> bool:
-    """Give every clip its split, or its fold's number; whether there are folds. `DataError` where there is no test."""
-    index = run.index
-    parts = list(index.parts())
-    if run.columns.split:
-        for needed, other in (("test", "train"), ("train", "test")):
-            if needed not in parts:
-                raise DataError(
-                    f"no clip is in the split {needed}, only in {', '.join(parts)}; name some clips so, or leave the column "
-                    f"{run.columns.split!r} out to have splits made"
-                    + (f"; {other} alone scores nothing" if len(parts) == 1 else "")
-                )
-        return False
-    if run.columns.fold:
-        if len(parts) < 2:
-            raise DataError(f"every clip is in fold {parts[0]!r}; it takes two folds to test one")
-        _number_folds(run, parts)
-        return True
-    _make_splits(run, seed)
-    return False
-
-
-def _number_folds(run: _Run, parts: Sequence[str]) -> None:
-    numbers = [int(part) if re.fullmatch(r"0|[1-9][0-9]{0,5}", part) else -1 for part in parts]
-    if min(numbers) < 0:
-        numbers = list(range(len(parts)))
-        run.note(
-            "folds are numbered: " + ", ".join(f"{part} is {number}" for part, number in zip(parts, numbers, strict=True))
-        )
-    run.index.rename_parts({part: str(number) for part, number in zip(parts, numbers, strict=True)})
-
-
-def _make_splits(run: _Run, seed: int) -> None:
-    index = run.index
-    _, count = index.count()
-    ids, strata, groups, contents = (np.zeros(count, np.int64) for _ in range(4))
-    draws, teams = bytearray(), dict[str, int]()
-    for i, (clip, path, team, content, stratum) in enumerate(index.units()):
-        ids[i], strata[i] = clip, stratum
-        groups[i] = -1 if team is None else teams.setdefault(team, len(teams))
-        contents[i] = int.from_bytes(content[:8], signed=True)
-        draws += draw(path, seed)
-    units = make_units(groups, contents)
-    if not count or units.max() < 1:
-        why = (
-            f"all {_clips(count)} belong together" if count > 1 else f"{_clips(count)} cannot be both trained and tested on"
-        )
-        raise DataError(f"there are no two parts to be made: {why}")
-    if run.columns.labels.kind == "class":
-        strata = np.unique(strata, return_inverse=True)[1].astype(np.int64)
-    else:
-        strata = pool_small(strata, units)
-    chosen = make_splits(np.frombuffer(draws, ">u8").astype(np.uint64).reshape(-1, 2), strata, units)
-    if TEST not in chosen:
-        raise DataError(
-            "no class has clips for both training and test: each has one clip only, or clips that belong together"
-        )
-    index.assign((SPLITS[split], clip) for split, clip in zip(chosen.tolist(), ids.tolist(), strict=True))
 
 
 # ---------------------------------------------------------------- files
 
 
 def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
-    """Shards of every part; how many each has."""
+    """Write the shards of each part. Returns their number by part."""
     fresh.mkdir()
     _, total = run.index.count()
     done = 0
@@ -499,6 +453,6 @@ def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
 
 def _member(run: _Run, clip: Clip) -> Member:
     label = json.loads(clip.label or "")
-    if run.columns.group:  # a clip of no group is one of its own
+    if run.columns.group:  # a clip without a group is a group of its own
         label = {**parse_label(clip.label or ""), _GROUP: clip.team or clip.path}
     return Member(clip.key, run.root / clip.path, clip.size or 0, json.dumps(label, ensure_ascii=False).encode())

@@ -1,4 +1,4 @@
-"""A clip's file: where it lies, whether it can be decoded, and a digest of what is heard."""
+"""A clip's file: its path, whether it can be decoded, and a digest of the decoded samples."""
 
 from __future__ import annotations
 
@@ -14,43 +14,53 @@ from ..errors import ClipError, UsageError
 
 
 @dataclass(frozen=True)
-class Heard:
-    """`content` is a digest of the samples as an encoder gets them, mono, and of their rate."""
+class Recording:
+    """A decoded file of `size` bytes. `content` is a digest of its mono samples, as an encoder gets them, and their rate."""
 
     content: bytes
     seconds: float
     size: int
 
 
-def place(root: Path, name: str, where: str) -> str:
-    """The path of a file below `root`, itself resolved, with `/`; `UsageError` where it leads out, by a link too."""
+def path_below(root: Path, name: str, where: str) -> str:
+    """The path of a file relative to `root`, with `/`.
+
+    Args:
+        root: The audio folder, resolved.
+        name: The file as the table names it.
+        where: The row, for messages.
+
+    Raises:
+        UsageError: The path is invalid, or leads out of `root`, be it by a link.
+    """
     try:
         name.encode()
         relative = os.path.relpath(Path(name).resolve(), root) if os.path.isabs(name) else name
         below = posixpath.normpath(Path(relative).as_posix())
         target = (root / below).resolve()
-    except (ValueError, OSError, RuntimeError) as error:  # a zero byte, half a character, links in a circle
-        raise UsageError(f"{where} names the file {name!r}, which cannot be ({error})") from error
+    except (ValueError, OSError, RuntimeError) as error:  # a zero byte, half a surrogate pair, links in a circle
+        raise UsageError(f"{where} names the file {name!r}, which cannot exist ({error})") from error
     if below == ".." or below.startswith("../") or not target.is_relative_to(root):
         raise UsageError(f"{where} names {name!r}, which lies outside {root}; the table's paths start there")
     return below
 
 
-def hear(path: Path) -> Heard:
+def decode_recording(path: Path) -> Recording:
     """Decode a file from end to end, a block at a time.
 
-    Raises `ClipError` where an evaluation would drop it.
+    Raises:
+        ClipError: An evaluation would drop it.
     """
     extension = path.name.rpartition(".")[2].lower() if "." in path.name else ""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise ClipError(f"it cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
-        raise ClipError("it is no regular file")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could block for ever
+        raise ClipError("it is not a regular file")
     if extension not in READABLE_EXTENSIONS:
-        known = f"{extension} audio" if extension in AUDIO_EXTENSIONS else "its kind of file"
-        raise ClipError(f"{known} is not read; convert it, as by `ffmpeg -i {path.name} {path.stem}.flac`")
+        kind = f"{extension} audio" if extension in AUDIO_EXTENSIONS else "this kind of file"
+        raise ClipError(f"{kind} is not supported; convert it, as by `ffmpeg -i {path.name} {path.stem}.flac`")
     digest, seconds = hashlib.sha256(), 0.0
     try:
         with path.open("rb") as file:
@@ -61,4 +71,4 @@ def hear(path: Path) -> Heard:
                 seconds += len(samples) / rate
     except OSError as error:
         raise ClipError(f"it cannot be read ({error.strerror})") from error
-    return Heard(digest.digest(), seconds, found.st_size)
+    return Recording(digest.digest(), seconds, status.st_size)

@@ -1,4 +1,4 @@
-"""Shards: tars of each clip's file as it is and its json, the same bytes for the same clips."""
+"""Write shards: tars of each clip's file as it is and of its json. The same clips give the same bytes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,25 @@ class Member:
 
 
 def key_of(path: str) -> str:
-    """A clip's key: its path without the ending. Nothing in it can be taken for an ending or for a hidden file."""
+    """A clip's key: its path without the ending, changed so that nothing in it looks like an ending or a hidden file."""
     stem = path.rpartition(".")[0]
     safe = re.sub(r"[^\w/-]", "_", stem)
     return f"clip{safe}" if safe.startswith("_") else safe
 
 
 def write_shards(pattern: str, members: Iterable[Member]) -> list[Path]:
-    """Write members, in their order, into as many shards as they need; `pattern` is a path to be formatted with a number.
+    """Write clips, in their order, into as many shards as they need.
 
-    Raises `DataError` where a file is not what it was when it was checked, `MachineError` where a shard cannot be written.
+    Args:
+        pattern: Path of a shard, to be formatted with its number.
+        members: The clips.
+
+    Returns:
+        The shards' paths.
+
+    Raises:
+        DataError: A file changed since it was checked.
+        MachineError: A shard cannot be written.
     """
     written: list[Path] = []
     for shard in _in_shards(members):
@@ -50,7 +59,7 @@ def write_shards(pattern: str, members: Iterable[Member]) -> list[Path]:
 
 
 def _in_shards(members: Iterable[Member]) -> Iterator[Iterator[Member]]:
-    """An iterator of members a shard, each to be used up before the next."""
+    """An iterator of members per shard. Each must be used up before the next."""
     source = iter(members)
     waiting = next(source, None)
 
@@ -93,7 +102,7 @@ def _add_file(tar: tarfile.TarFile, member: Member) -> None:
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    """Of a regular file, with no owner and no time."""
+    """The header of a regular file without owner and time."""
     header = tarfile.TarInfo(name)
     header.size = size
     return header

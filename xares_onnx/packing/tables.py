@@ -1,8 +1,8 @@
 """Tables of labels, a row at a time: csv, tsv, jsonl, parquet, or a folder whose sub-folders are classes.
 
 A row is its number, as an editor or reader of the file counts, and its cells by column. csv and tsv are UTF-8 with the
-columns' names in the first line. A cell of tsv that begins and ends with `"` is read as csv writes it; any other is as it
-stands, since the usual tsv does not quote. White space around a cell of either does not count.
+columns' names in the first line. A tsv cell that begins and ends with `"` is read as in csv; other tsv cells are taken as
+they are, since tsv is not usually quoted. White space around the cells of both is ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BATCH_ROWS = 1000
 
 
 class Table(ABC):
-    """One table; `rows` begins anew at each call."""
+    """One table. `rows` starts again at each call."""
 
     unit: ClassVar[str] = "line"
 
@@ -46,12 +46,12 @@ class Table(ABC):
     def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]: ...
 
     def rows(self, wanted: Collection[str]) -> Iterator[Row]:
-        """Every row that is not blank. `DataError` names the line that cannot be read."""
+        """Every row that is not blank, with its cells in the `wanted` columns. `DataError` names an unreadable line."""
         with self._opened():
             yield from self._read_rows(wanted)
 
     def at(self, number: int) -> str:
-        """Where a row stands, for messages."""
+        """A row, for messages."""
         return f"{self.path.name} {self.unit} {number}"
 
     @contextmanager
@@ -90,7 +90,9 @@ class DelimitedTable(Table):
             yield number, {name: cell for name, cell in zip(self.columns, cells, strict=True) if name in wanted}
 
     def _lines(self) -> Iterator[tuple[int, list[str]]]:
-        csv.field_size_limit(MAX_LINE_BYTES)  # of this process; the default is 128 kB, less than the events of a long clip
+        csv.field_size_limit(
+            MAX_LINE_BYTES
+        )  # for the whole process; the default of 128 kB is less than the events of a long clip
         with self.path.open(encoding="utf-8-sig", newline="") as file:
             options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if self._tabs else {"strict": True}
             reader = csv.reader(file, **options)
@@ -109,7 +111,7 @@ class DelimitedTable(Table):
 
 
 class JsonLinesTable(Table):
-    """An object a line; the columns are the keys of the first."""
+    """An object per line; the columns are the keys of the first."""
 
     def _read_columns(self) -> list[str]:
         return list(next(self._objects(), (0, {}))[1])
@@ -133,12 +135,12 @@ class JsonLinesTable(Table):
                 except (msgspec.DecodeError, RecursionError) as error:
                     raise DataError(f"{self.at(number)} is not json ({error})") from error
                 if not isinstance(cells, dict):
-                    raise DataError(f"{self.at(number)} is no object of columns and values")
+                    raise DataError(f"{self.at(number)} is not an object of columns and values")
                 yield number, cells
 
 
 class ParquetTable(Table):
-    """Read by pyarrow, a few thousand rows and only the columns that are needed at a time."""
+    """Read by pyarrow, a thousand rows at a time and only the wanted columns."""
 
     unit = "row"
 
@@ -160,17 +162,17 @@ class ParquetTable(Table):
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise UsageError(f"{self.path.name} needs pyarrow to be read: pip install 'xares-onnx[parquet]'") from error
+            raise UsageError(f"reading {self.path.name} needs pyarrow: pip install 'xares-onnx[parquet]'") from error
         with self.path.open("rb") as opened:
             try:
                 with pyarrow.parquet.ParquetFile(opened, pre_buffer=False) as file:
                     yield file
             except pyarrow.ArrowException as error:
-                raise DataError(f"table {self.path} is no parquet file that can be read ({error})") from error
+                raise DataError(f"table {self.path} is not a readable parquet file ({error})") from error
 
 
 class FolderTable(Table):
-    """No table at all: the audio of a folder, whose sub-folders are the classes."""
+    """Instead of a table, the audio of a folder whose sub-folders are the classes."""
 
     unit = "file"
     _COLUMNS = ("path", "label")
@@ -200,7 +202,13 @@ _TABLES: dict[str, Callable[[Path], Table]] = {
 
 
 def open_table(path: Path) -> Table:
-    """A table by its file's ending; `UsageError` where that is none of csv, tsv, jsonl and parquet."""
+    """Open a table of the kind that its file's ending names.
+
+    Raises:
+        UsageError: The ending is not csv, tsv, jsonl or parquet; or two columns have the same name.
+        DataMissingError: The file does not exist.
+        DataError: It cannot be read or is empty.
+    """
     if path.suffix.lower() not in _TABLES:
         raise UsageError(f"table {path} must be {', '.join(ending[1:] for ending in _TABLES)} by its name")
     table = _TABLES[path.suffix.lower()](path)

@@ -1,4 +1,4 @@
-"""The task file of a packed data set, written as a person would write it."""
+"""Write the task file of a packed data set, as a person would."""
 
 from __future__ import annotations
 
@@ -32,7 +32,19 @@ def write_task(
     segment_seconds: float,
     group: str | None = None,
 ) -> str:
-    """The TOML. `parts` has the clips of each split or, by its number, each fold; `group` is a key of each clip's json."""
+    """The TOML of a task.
+
+    Args:
+        heading: Name, title and domain.
+        labels: The kind of label.
+        parts: Clips of each split, or of each fold by its number.
+        folds: Whether the parts are folds.
+        classes: The vocabulary.
+        numbers: Lowest and highest number of the labels.
+        crop_seconds: None for whole clips.
+        segment_seconds: For events.
+        group: The key of a clip's json that names its group; None if there are no groups.
+    """
     tested = sum(parts.values()) if folds else parts["test"]
     if folds:
         shards = f'folds = {{ pattern = "fold-{{fold}}-*.tar", numbers = {sorted(map(int, parts))} }}'
@@ -80,7 +92,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """TOML's texts are json's, except that DEL must be escaped; its numbers and booleans are too."""
+    """TOML writes texts, numbers and booleans as json does, except that it escapes DEL."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -359,7 +359,7 @@ class Logistic:
         if not (loss.outputs and design.variances.any()):
             return _constant(design, loss, bias, near.strength)
         # Not from the weights of `near`: the held-out rows lie far on the wrong side of some of its boundaries. Nor from a
-        # few strengths above: at ESC-50's size a fold took 167 passes in all from the strongest, 184 from four, 245 from one.
+        # few strengths above: at ESC-50's size a fold took 167 passes from the strongest, 184 from four, 245 from one.
         *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], _ON_THE_WAY, MAX_ITERATIONS)
         solution = solve(design, loss, near.strength, start.theta, TOLERANCE, MAX_ITERATIONS)
         return self._fit(design, loss, solution, bias)

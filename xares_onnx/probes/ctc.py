@@ -1,13 +1,15 @@
 """Train transcript heads on stored frames, by connectionist temporal classification, and decode greedily.
 
-Heads are trained side by side, epoch by epoch, but each in its own loop: every head sees other clips at a step, so they have
-nothing to share, and what one learns cannot depend on the others, to the last bit. Frames are read clip by clip
-as they are needed, so memory holds one batch.
+Heads are trained each in its own loop: every head sees other clips at a step, so they have nothing to share, and what one
+learns cannot depend on the others, to the last bit. Frames are read clip by clip as they are needed, so memory holds one
+batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..metrics.words import character_errors
+from ..data import text
+from ..errors import ScoreUndefinedError
+from ..metrics.statistics import word_accuracy
+from ..metrics.words import character_errors, word_errors
 from ..models.ctc import CtcHead, Workspace, collapse, ctc_gradient
 from ..models.linear import normalised
+from ..models.standardised import Standardisation, pool_of
+from .sweep import Clock, Sweep, swept
 from .training import (
+    RUNAWAY,
     HeadResult,
     Indices,
     OnEpoch,
@@ -33,6 +41,7 @@ from .training import (
 
 Frames = npt.NDArray[np.floating[Any]]  # of one clip (frames, dim), float16 or float32
 
+SWEEP = Sweep(rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1), batch_size=8, epochs=60, patience=8)
 _ROWS_READ_AT_ONCE = 64  # small enough to stay in the cache from the conversion to the normalisation
 _ROWS_SCORED_AT_ONCE = 4096
 
@@ -58,7 +67,7 @@ def train_ctc(
     frames: Sequence[Frames],
     transcripts: Sequence[str],
     folds: Sequence[Rows],
-    settings: Settings,
+    settings: Settings | Sweep,
     seeds: Sequence[int],
     *,
     on_epoch: OnEpoch = lambda epoch: None,
@@ -70,80 +79,157 @@ def train_ctc(
     The loss is the mean over a batch's clips of the CTC loss by character; clips with too few frames for their text add
     nothing to it. The chosen epoch is the first with the least character error rate of the validation clips: the word
     error rate stays at 1 for many epochs, while words are nearly right.
+
+    With `Settings`, every head is trained at one rate for so many epochs. With a `Sweep`, frames are standardised by
+    the mean and deviation of those that the fold trains on, and rates and epochs are chosen on the validation clips.
+
     `predictions` is a list of hypotheses, exactly as decoded. `ScoreUndefinedError` where a head gives NaN or infinity.
     """
     with one_thread(), torch.inference_mode():
         workspace = Workspace()
+        if isinstance(settings, Sweep):
+            clock = Clock(settings, len(folds), len(seeds), on_epoch)
+            return [
+                result
+                for fold, rows in enumerate(folds)
+                for result in _swept(frames, transcripts, rows, fold, settings, seeds, workspace, clock)
+            ]
         learners = [
-            _Learner(frames, transcripts, rows, settings, fold, seed, workspace)
+            _Learner(frames, transcripts, rows, settings.batch_size, generator(seed, fold), workspace)
             for fold, rows in enumerate(folds)
             for seed in sorted(seeds)
         ]
         for epoch in range(1, settings.epochs + 1):
             for learner in learners:
-                learner.train(learning_rate(epoch, settings.epochs, settings.learning_rate))
-                learner.select(epoch)
+                learner.rate = learning_rate(epoch, settings.epochs, settings.learning_rate)
+                learner.train()
+                if learner.selection.better(learner.valid_score(), epoch):
+                    learner.keep()
             on_epoch(epoch)
-        return [learner.result() for learner in learners]
+        results = []
+        for learner, (fold, seed) in zip(learners, itertools.product(range(len(folds)), sorted(seeds)), strict=True):
+            learner.finish()
+            chosen = learner.selection
+            results.append(HeadResult(fold, seed, *learner.predict(), chosen.epoch, chosen.score))
+        return results
+
+
+def _swept(
+    frames: Sequence[Frames],
+    transcripts: Sequence[str],
+    rows: Rows,
+    fold: int,
+    plan: Sweep,
+    seeds: Sequence[int],
+    workspace: Workspace,
+    clock: Clock,
+) -> Iterator[HeadResult]:
+    with np.errstate(invalid="ignore", over="ignore"), pool_of(1) as pool:
+        standardisation = Standardisation.of(_Clips(frames, rows.train), pool)
+    if not standardisation.finite:
+        raise ScoreUndefinedError(RUNAWAY)
+    affine = torch.from_numpy(standardisation.mean).float(), torch.from_numpy(standardisation.inverse).float()
+
+    def learner(seed: int, rate: float) -> _Learner:
+        rng = generator(seed, fold)
+        return _Learner(frames, transcripts, rows, plan.batch_size, rng, workspace, rate=rate, affine=affine)
+
+    return swept(learner, fold, rows, seeds, plan, clock)
+
+
+class _Clips:
+    """The frames of some clips, as `standardised.Blocks`: a clip per block."""
+
+    def __init__(self, frames: Sequence[Frames], clips: Indices) -> None:
+        self.blocks = len(clips)
+        self.count = max(1, sum(len(frames[clip]) for clip in clips))
+        self._frames, self._clips = frames, clips
+
+    def block(self, number: int) -> npt.NDArray[np.float32]:
+        return np.array(self._frames[self._clips[number]], np.float32)
 
 
 class _Learner:
-    """One head, while it is trained."""
+    """One head, while it is trained. `affine`: mean and inverse deviation that frames are standardised by, if they are."""
 
     def __init__(
         self,
         frames: Sequence[Frames],
         transcripts: Sequence[str],
         rows: Rows,
-        settings: Settings,
-        fold: int,
-        seed: int,
+        batch_size: int,
+        rng: np.random.Generator,
         workspace: Workspace,
+        *,
+        rate: float = math.nan,
+        affine: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._frames, self._transcripts, self._rows = frames, transcripts, rows
-        self._fold, self._seed, self._batch_size, self._workspace = fold, seed, settings.batch_size, workspace
+        self._batch_size, self._rng, self._workspace, self._affine = batch_size, rng, workspace, affine
         self._alphabet = sorted(set().union(*(transcripts[clip] for clip in rows.train)))
         self._classes = {character: number for number, character in enumerate(self._alphabet, start=1)}
-        self._rng = generator(seed, fold)
         self._dim = frames[0].shape[1]
-        self._head = CtcHead(self._dim, 1 + len(self._alphabet), self._rng)
+        self._head = CtcHead(self._dim, 1 + len(self._alphabet), rng)
         self._adam = torch.optim.Adam([nn.Parameter(parameter) for parameter in self._head.parameters], fused=True)
         for parameter, gradient in zip(self._adam.param_groups[0]["params"], self._head.gradients, strict=True):
             parameter.grad = gradient
-        self._selection = Selection()
         self._best = [parameter.clone() for parameter in self._head.parameters]
+        self.rate, self.epoch, self.selection = rate, 0, Selection()
 
-    def train(self, rate: float) -> None:
-        """One epoch."""
-        self._adam.param_groups[0]["lr"] = rate
+    def train(self) -> None:
+        self._adam.param_groups[0]["lr"] = self.rate
         order = self._rng.permutation(self._rows.train)
         for start in range(0, len(order), self._batch_size):
-            clips = [self._frames[clip] for clip in order[start : start + self._batch_size]]
-            texts = [self._transcripts[clip] for clip in order[start : start + self._batch_size]]
-            targets = [np.array([self._classes[character] for character in text]) for text in texts]
-            x = self._normalised(clips)
-            _, gradient = ctc_gradient(self._head.logits(x), [len(clip) for clip in clips], targets, self._workspace)
+            x, _, gradient = self._losses(order[start : start + self._batch_size])
             self._head.backward(x, gradient)
             self._adam.step()
 
-    def select(self, epoch: int) -> None:
-        """Keep the head of this epoch if it is the best on the validation clips, or if there are none."""
-        score = float("nan")
-        if len(self._rows.valid):
-            references = [self._transcripts[clip] for clip in self._rows.valid]
-            errors, characters = character_errors(references, self._hypotheses(self._rows.valid)).sum(axis=0).tolist()
-            score = 1 - errors / characters
-        if self._selection.better(score, epoch):
-            for kept, parameter in zip(self._best, self._head.parameters, strict=True):
-                kept.copy_(parameter)
+    def _losses(self, clips: Indices) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised frames of a batch, losses (clips,) and the gradient at the logits; the next call overwrites them."""
+        frames = [self._frames[clip] for clip in clips]
+        targets = [np.array([self._classes[character] for character in self._transcripts[clip]]) for clip in clips]
+        x = self._normalised(frames)
+        losses, gradient = ctc_gradient(self._head.logits(x), [len(clip) for clip in frames], targets, self._workspace)
+        return x, losses, gradient
 
-    def result(self) -> HeadResult:
-        """The test clips' hypotheses by the chosen epoch's head, which replaces the last."""
+    def selected(self) -> tuple[float, float]:
+        return self.valid_score(), self._valid_loss()
+
+    def valid_score(self) -> float:
+        if not len(self._rows.valid):
+            return math.nan
+        references = [self._transcripts[clip] for clip in self._rows.valid]
+        errors, characters = character_errors(references, self._hypotheses(self._rows.valid)).sum(axis=0).tolist()
+        return 1 - float(errors / characters)
+
+    def _valid_loss(self) -> float:
+        """Mean over the clips of which every character is known."""
+        clips = np.array([clip for clip in self._rows.valid if set(self._transcripts[clip]) <= self._classes.keys()], int)
+        if not len(clips):
+            return math.nan if not len(self._rows.valid) else 0.0
+        batches = [clips[start : start + self._batch_size] for start in range(0, len(clips), self._batch_size)]
+        return sum(float(self._losses(batch)[1].sum()) for batch in batches) / len(clips)
+
+    def keep(self) -> None:
+        for kept, parameter in zip(self._best, self._head.parameters, strict=True):
+            kept.copy_(parameter)
+
+    def save(self) -> None:
+        """Nothing: a training is short."""
+
+    def finish(self) -> None:
         for kept, parameter in zip(self._best, self._head.parameters, strict=True):
             parameter.copy_(kept)
+
+    def score(self, rows: Indices) -> float:
+        """1 - word error rate, not below 0."""
+        references = [text.normalise(self._transcripts[clip]) for clip in rows]
+        hypotheses = [text.normalise(hypothesis) for hypothesis in self._hypotheses(rows)]
+        return float(word_accuracy(word_errors(references, hypotheses).sum(axis=0).astype(np.float64)))
+
+    def predict(self) -> tuple[Indices, list[str]]:
         tested = np.unique(self._rows.test)
-        hypotheses = self._hypotheses(tested)
-        return HeadResult(self._fold, self._seed, tested, hypotheses, self._selection.epoch, self._selection.score)
+        return tested, self._hypotheses(tested)
 
     def _hypotheses(self, clips: Indices) -> list[str]:
         texts = []
@@ -157,13 +243,19 @@ class _Learner:
         return texts
 
     def _normalised(self, clips: Sequence[Frames]) -> Tensor:
-        """The clips' frames one after another (frames, dim), normalised in float32; the next call overwrites them."""
+        """The clips' frames one after another (frames, dim), normalised in float32; the next call overwrites them.
+
+        They are standardised before, if this learner does so.
+        """
         x = self._workspace.take("frames", sum(map(len, clips)), self._dim)
         end = 0
         for clip in clips:
             for start in range(0, len(clip), _ROWS_READ_AT_ONCE):
                 # A copy, as torch takes no memory that is read-only; and torch's conversion, as numpy's is slow.
-                part = torch.from_numpy(np.array(clip[start : start + _ROWS_READ_AT_ONCE]))
-                x[end : end + len(part)] = normalised(part.float())
+                part = torch.from_numpy(np.array(clip[start : start + _ROWS_READ_AT_ONCE])).float()
+                if self._affine is not None:
+                    mean, inverse = self._affine
+                    part.sub_(mean).mul_(inverse)
+                x[end : end + len(part)] = normalised(part)
                 end += len(part)
         return x

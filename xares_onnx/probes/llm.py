@@ -1,7 +1,8 @@
 """Train the adapter of the `llm` head: frames into a frozen language model that writes the transcript.
 
-Batches of whole clips, in an order drawn anew each epoch; Adam on the adapter alone, at `training.learning_rate`; X-ARES's
-arithmetic otherwise, but that neither padding nor the neighbours of a clip have any influence.
+Batches of whole clips, in an order drawn anew each epoch; Adam on the adapter alone, at `training.learning_rate` or at the
+constant rates of a sweep; X-ARES's arithmetic otherwise, but that neither padding nor the neighbours of a clip have any
+influence.
 
 The epoch is chosen as X-ARES chooses it: the likeliest token at every position of the text given the true text before it,
 decoded, cut to the characters of the reference, lower-cased, and 1 - WER over all validation clips (lower-cased too). That
@@ -31,9 +32,11 @@ from torch import Tensor
 from ..errors import ScoreUndefinedError
 from ..files import write_aside
 from ..models.llm import MOST_NEW_TOKENS, Adapter, LanguageModel
+from .sweep import Clock, Sweep, swept
 from .training import HeadResult, Indices, OnEpoch, Rows, Selection, Settings, check_finite, generator, learning_rate
 
 Frames = Sequence[npt.NDArray[Any]]
+SWEEP = Sweep(rates=(1e-4, 5e-4, 2e-3, 1e-2), batch_size=4, epochs=20, patience=3)
 _FRAMES_AT_ONCE = 4096  # in training, padding counted; the activations of Qwen2.5-0.5B take 3 MB a frame in float32
 _CLIPS_AT_ONCE = 16  # in scoring, where no gradient is kept; of like lengths, so that little is padding
 
@@ -42,7 +45,7 @@ def train_llm(
     frames: Frames,
     transcripts: Sequence[str],
     folds: Sequence[Rows],
-    settings: Settings,
+    settings: Settings | Sweep,
     seeds: Sequence[int],
     *,
     language_model: LanguageModel,
@@ -57,22 +60,34 @@ def train_llm(
     one a clip, as it is to be written; no validation transcript is empty. `folds`: clip numbers. A result's `predictions` is
     a list of str, as generated. The epoch is chosen by 1 - WER, which counts as `least_score` if it is lower: 0 in X-ARES.
 
-    With a folder `checkpoints` the training is kept there after each epoch, before `on_epoch` is called, and a later call
+    With a `Sweep`, rates and epochs are chosen on the validation clips, and the scores of a rate are all teacher-forced, as
+    writing freely would take longer than training; the frames go in as they are.
+
+    With a folder `checkpoints` each training is kept there after each epoch, before `on_epoch` is called, and a later call
     with the same arguments goes on from there to the same result, bit for bit on the CPU; `on_epoch` hears only of epochs
-    that are trained. `name` names the encoder, the data and the task: it stands for the content of `frames`. A file which is
-    damaged, or not of this training, is ignored and written anew. A checkpoint holds the adapter, and nothing of the
-    language model.
+    that are trained, and of a sweep's trainings as they end. `name` names the encoder, the data and the task: it stands for
+    the content of `frames`. A file which is damaged, or not of this training, is ignored and written anew. A checkpoint
+    holds the adapter, and nothing of the language model.
 
     Raises `ScoreUndefinedError` where an adapter gives NaN or infinity, or where the longest clip leaves the language model
     no positions to write in; `DiskFullError` or `MachineError` where a checkpoint cannot be written.
     """
     _check_positions(frames, folds, language_model)
-    results = []
+    results: list[HeadResult] = []
+    clock = Clock(settings, len(folds), len(seeds), on_epoch) if isinstance(settings, Sweep) else None
     for number, rows in enumerate(folds):
-        for seed in sorted(seeds):
-            training = _Training(frames, transcripts, rows, settings, language_model, number, seed, least_score)
-            path = checkpoints / f"{training.digest(name)}.safetensors" if checkpoints is not None else None
-            results.append(training.run(path, on_epoch))
+
+        def training(seed: int, rate: float, fold: int = number, rows: Rows = rows) -> _Training:
+            learner = _Training(frames, transcripts, rows, settings, rate, language_model, fold, seed, least_score)
+            if checkpoints is not None:
+                learner.resume(checkpoints / f"{learner.digest(name)}.safetensors")
+            return learner
+
+        if isinstance(settings, Sweep):
+            assert clock is not None
+            results += swept(training, number, rows, seeds, settings, clock)
+        else:
+            results += [training(seed, settings.learning_rate).run(settings, on_epoch) for seed in sorted(seeds)]
     return results
 
 
@@ -84,7 +99,8 @@ class _Training:
         frames: Frames,
         transcripts: Sequence[str],
         rows: Rows,
-        settings: Settings,
+        settings: Settings | Sweep,
+        rate: float,
         language_model: LanguageModel,
         fold: int,
         seed: int,
@@ -94,33 +110,31 @@ class _Training:
         self._settings, self._language_model = settings, language_model
         self._fold, self._seed, self._least_score = fold, seed, least_score
         self._adapter: Adapter = language_model.adapter(frames[rows.train[0]].shape[1], generator(seed, fold))
-        self._adam = torch.optim.Adam(self._adapter.parameters(), lr=settings.learning_rate)
+        self._adam: torch.optim.Adam | None = torch.optim.Adam(self._adapter.parameters(), lr=rate)
         self._best = _copied(self._adapter)
-        self._selection = Selection()
-        self._epoch = 0
+        self._base_rate = self._rate = rate
+        self._path: Path | None = None
+        self.epoch, self.selection = 0, Selection()
 
-    def run(self, path: Path | None, on_epoch: OnEpoch) -> HeadResult:
-        if path is not None:
-            self._resume(path)
-        while self._epoch < self._settings.epochs:
-            self._epoch += 1
-            self._train_epoch()
-            if self._selection.better(self._valid_score(), self._epoch):
-                self._best = _copied(self._adapter)
-            if path is not None:
-                self._keep(path)
-            on_epoch(self._epoch)
-        self._adapter.load_state_dict(self._best)
-        examples = np.unique(self._rows.test)
-        predictions = self._in_blocks(examples, lambda adapted, texts: self._language_model.generate(adapted))
-        return HeadResult(self._fold, self._seed, examples, predictions, self._selection.epoch, self._selection.score)
+    def run(self, settings: Settings, on_epoch: OnEpoch) -> HeadResult:
+        """Train as X-ARES does."""
+        while self.epoch < settings.epochs:
+            self.epoch += 1
+            self._rate = learning_rate(self.epoch, settings.epochs, settings.learning_rate)
+            self.train()
+            if self.selection.better(self._teacher_forced(self._rows.valid), self.epoch):
+                self.keep()
+            self.save()
+            on_epoch(self.epoch)
+        self.finish()
+        return HeadResult(self._fold, self._seed, *self.predict(), self.selection.epoch, self.selection.score)
 
-    def _train_epoch(self) -> None:
-        rate = learning_rate(self._epoch, self._settings.epochs, self._settings.learning_rate)
+    def train(self) -> None:
+        assert self._adam is not None
         for group in self._adam.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate
         # Drawn from the epoch's own number, so that a resumed training needs none of the epochs before.
-        order = np.random.default_rng([self._seed, self._fold, self._epoch]).permutation(self._rows.train)
+        order = np.random.default_rng([self._seed, self._fold, self.epoch]).permutation(self._rows.train)
         for start in range(0, len(order), self._settings.batch_size):
             batch = order[start : start + self._settings.batch_size]
             self._adam.zero_grad()
@@ -144,9 +158,36 @@ class _Training:
             parts[-1].append(clip)
         return [np.array(part) for part in parts]
 
-    def _valid_score(self) -> float:
-        """1 - WER, teacher-forced, not below `least_score`; nan where there are no validation clips."""
-        clips = np.unique(self._rows.valid)
+    def selected(self) -> tuple[float, float]:
+        return self._teacher_forced(self._rows.valid), self._valid_loss()
+
+    @torch.no_grad()
+    def _valid_loss(self) -> float:
+        """Mean over the tokens."""
+        total, tokens = 0.0, 0
+        for clips in self._blocks(np.unique(self._rows.valid)):
+            losses = self._language_model.losses(self._adapted(clips), self._texts(clips))
+            total, tokens = total + float(losses.double().sum()), tokens + len(losses)
+        return total / tokens if tokens else math.nan
+
+    def keep(self) -> None:
+        self._best = _copied(self._adapter)
+
+    def finish(self) -> None:
+        self._adapter.load_state_dict(self._best)
+        self._adapter.zero_grad()
+        self._adam, self._best = None, {}
+
+    def score(self, rows: Indices) -> float:
+        return max(0.0, self._teacher_forced(rows))
+
+    def predict(self) -> tuple[Indices, list[str]]:
+        examples = np.unique(self._rows.test)
+        return examples, self._in_blocks(examples, lambda adapted, texts: self._language_model.generate(adapted))
+
+    def _teacher_forced(self, rows: Indices) -> float:
+        """1 - WER, not below `least_score`; nan without clips."""
+        clips = np.unique(rows)
         if not len(clips):
             return math.nan
         references = self._texts(clips)
@@ -156,16 +197,18 @@ class _Training:
 
     def _in_blocks(self, clips: Indices, write: Callable[[Sequence[Tensor], Sequence[str]], list[str]]) -> list[str]:
         """What `write` makes of each clip, in the order of `clips`."""
-        texts = [""] * len(clips)
-        by_length = np.argsort([len(self._frames[clip]) for clip in clips], kind="stable")
-        for start in range(0, len(clips), _CLIPS_AT_ONCE):
-            block = by_length[start : start + _CLIPS_AT_ONCE]
+        texts: dict[int, str] = {}
+        for block in self._blocks(clips):
             with torch.no_grad():
-                adapted = self._adapted(clips[block])
+                adapted = self._adapted(block)
             check_finite(torch.cat(list(adapted)))
-            for place, text in zip(block, write(adapted, self._texts(clips[block])), strict=True):
-                texts[place] = text
-        return texts
+            texts |= zip(block.tolist(), write(adapted, self._texts(block)), strict=True)
+        return [texts[clip] for clip in clips.tolist()]
+
+    def _blocks(self, clips: Indices) -> list[Indices]:
+        """Clips that are scored at once."""
+        by_length = clips[np.argsort([len(self._frames[clip]) for clip in clips], kind="stable")]
+        return [by_length[start : start + _CLIPS_AT_ONCE] for start in range(0, len(clips), _CLIPS_AT_ONCE)]
 
     def _adapted(self, clips: Indices) -> Sequence[Tensor]:
         """One (frames, hidden) a clip."""
@@ -183,7 +226,8 @@ class _Training:
             "name": name,
             "seed": self._seed,
             "fold": self._fold,
-            "settings": [self._settings.epochs, self._settings.batch_size, self._settings.learning_rate],
+            "settings": [self._settings.epochs, self._settings.batch_size, self._base_rate],
+            **({"patience": self._settings.patience} if isinstance(self._settings, Sweep) else {}),
             **({"least score": self._least_score} if math.isfinite(self._least_score) else {}),
             "language model": {key: text for key, text in self._language_model.described().items() if key != "name"},
             "torch": torch.__version__,
@@ -192,7 +236,10 @@ class _Training:
         }
         return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
 
-    def _keep(self, path: Path) -> None:
+    def save(self) -> None:
+        if self._path is None:
+            return
+        assert self._adam is not None
         tensors: dict[str, Tensor] = {}
         for key, parameter in self._adapter.named_parameters():
             moments = self._adam.state[parameter]
@@ -200,16 +247,18 @@ class _Training:
             tensors |= {f"adam.{key}.{moment}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         state = {
-            "training": path.stem,
-            "epoch": str(self._epoch),
-            "best_epoch": str(self._selection.epoch),
-            "score": repr(self._selection.score),
+            "training": self._path.stem,
+            "epoch": str(self.epoch),
+            "best_epoch": str(self.selection.epoch),
+            "score": repr(self.selection.score),
+            "loss": repr(self.selection.loss),
             "sha256": _content_digest(tensors),
         }
-        write_aside(path, save(tensors, state))
+        write_aside(self._path, save(tensors, state))
 
-    def _resume(self, path: Path) -> None:
-        """Take up what is kept at `path`, where that is whole and of this training; else leave everything as it is."""
+    def resume(self, path: Path) -> None:
+        """Keep this training at `path`, and take up what is there, if that is whole and of this training."""
+        self._path = path
         try:
             with safe_open(path, framework="pt") as file:
                 state = file.metadata() or {}
@@ -218,6 +267,7 @@ class _Training:
             return
         if state.get("training") != path.stem or state.get("sha256") != _content_digest(tensors):
             return
+        assert self._adam is not None
         device = self._language_model.device
         self._adapter.load_state_dict({key: tensors[f"adapter.{key}"] for key in self._best})
         self._best = {key: tensors[f"best.{key}"].to(device) for key in self._best}
@@ -225,8 +275,9 @@ class _Training:
             moments = {moment: tensors[f"adam.{key}.{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
             # Adam keeps its count on the CPU.
             self._adam.state[parameter] = {k: m if k == "step" else m.to(device) for k, m in moments.items()}
-        self._epoch = int(state["epoch"])
-        self._selection.epoch, self._selection.score = int(state["best_epoch"]), float(state["score"])
+        self.epoch = int(state["epoch"])
+        self.selection.epoch, self.selection.score = int(state["best_epoch"]), float(state["score"])
+        self.selection.loss = float(state.get("loss", "0.0"))
 
 
 def _check_positions(frames: Frames, folds: Sequence[Rows], language_model: LanguageModel) -> None:

@@ -7,7 +7,7 @@ the others, to the last bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..errors import ScoreUndefinedError
+from ..metrics.statistics import recall_both_ways
 from ..models.linear import normalised
 from ..models.retrieval import WIDTH, RetrievalHead, cosine_loss, product_loss
+from ..models.standardised import MatrixRows, Standardisation, pool_of
+from .sweep import Clock, Sweep, swept
 from .training import (
+    RUNAWAY,
     HeadResult,
     Indices,
     OnEpoch,
@@ -34,6 +39,7 @@ from .wordpiece import WordPiece
 
 Arithmetic = Literal["corrected", "xares"]
 
+SWEEP = Sweep(rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), batch_size=128, epochs=60, patience=8)
 RANKS = (1, 5, 10)
 _ROWS_AT_ONCE = 4096  # most crops or captions that go through a tower at once when scoring
 _VALUES_AT_ONCE = 1 << 24  # most similarities held at once, 64 MiB
@@ -44,7 +50,7 @@ def train_retrieval(
     captions: Sequence[Sequence[str]],
     clip_of_crop: Indices,
     folds: Sequence[Rows],
-    settings: Settings,
+    settings: Settings | Sweep,
     seeds: Sequence[int],
     *,
     vocabulary: WordPiece | None,
@@ -61,10 +67,27 @@ def train_retrieval(
     vector the mean of its crops' normalised vectors. X-ARES's: dot products in training, every other pair is a negative,
     and an example to score is a crop with its own copies of its clip's captions.
 
+    With `Settings`, every head is trained at one rate for so many epochs. With a `Sweep`, embeddings are standardised by the
+    crops that the fold trains on, and rates and epochs are chosen on the validation clips.
+
     `predictions` is what `recalls` gives, (examples, 7). `on_epoch` is called each time another 1/epochs of all the training
-    is done. Raises `ScoreUndefinedError` where a head gives NaN or infinity.
+    is done; of a sweep, 1/steps. Raises `ScoreUndefinedError` where a head gives NaN or infinity.
     """
     with one_thread():
+        if isinstance(settings, Sweep):
+            clock = Clock(settings, len(folds), len(seeds), on_epoch)
+            return [
+                result
+                for fold, rows in enumerate(folds)
+                for result in _swept(
+                    _standardised(embeddings, rows.train),
+                    _Pairing(captions, clip_of_crop, rows, vocabulary, arithmetic),
+                    fold,
+                    settings,
+                    seeds,
+                    clock,
+                )
+            ]
         x = normalised(torch.from_numpy(np.ascontiguousarray(embeddings)))
         results: list[HeadResult] = []
         heads, done = len(folds) * len(seeds), 0
@@ -73,13 +96,33 @@ def train_retrieval(
             for seed in sorted(seeds):
                 learner = _Learner(x, pairing, settings.batch_size, generator(seed, fold))
                 for epoch in range(1, settings.epochs + 1):
-                    learner.train(learning_rate(epoch, settings.epochs, settings.learning_rate))
-                    learner.select(epoch)
+                    learner.rate = learning_rate(epoch, settings.epochs, settings.learning_rate)
+                    learner.train()
+                    if learner.selection.better(learner.valid_score(), epoch):
+                        learner.keep()
                     done += 1
                     if done % heads == 0:
                         on_epoch(done // heads)
-                results.append(learner.result(fold, seed))
+                learner.finish()
+                chosen = learner.selection
+                results.append(HeadResult(fold, seed, *learner.predict(), chosen.epoch, chosen.score))
         return results
+
+
+def _swept(x: Tensor, pairing: _Pairing, fold: int, plan: Sweep, seeds: Sequence[int], clock: Clock) -> Iterator[HeadResult]:
+    def learner(seed: int, rate: float) -> _Learner:
+        return _Learner(x, pairing, plan.batch_size, generator(seed, fold), rate)
+
+    return swept(learner, fold, pairing.rows, seeds, plan, clock)
+
+
+def _standardised(embeddings: npt.NDArray[np.float32], train: Indices) -> Tensor:
+    """By mean and deviation of the rows `train`, then each row normalised."""
+    with np.errstate(invalid="ignore", over="ignore"), pool_of(1) as pool:
+        standardisation = Standardisation.of(MatrixRows(embeddings, train, embeddings[:, :0]), pool)
+        if not standardisation.finite:
+            raise ScoreUndefinedError(RUNAWAY)
+        return normalised(torch.from_numpy(standardisation.apply(np.array(embeddings, np.float32))))
 
 
 class _Pairing:
@@ -125,49 +168,78 @@ class _Pairing:
 class _Learner:
     """One head, while it is trained."""
 
-    def __init__(self, x: Tensor, pairing: _Pairing, batch_size: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self, x: Tensor, pairing: _Pairing, batch_size: int, rng: np.random.Generator, rate: float = math.nan
+    ) -> None:
         self._x, self._pairing, self._batch_size, self._rng = x, pairing, batch_size, rng
         self._head = RetrievalHead(x.shape[1], pairing.vocabulary.size, torch.from_numpy(pairing.tokens), rng)
-        self._adam = torch.optim.Adam(self._head.parameters(), fused=True)
-        self._selection = Selection()
+        self._adam: torch.optim.Adam | None = torch.optim.Adam(self._head.parameters(), fused=True)
         self._best = [parameter.detach().clone() for parameter in self._head.parameters()]
+        self.rate, self.epoch, self.selection = rate, 0, Selection()
 
-    def train(self, rate: float) -> None:
-        """One epoch."""
-        self._adam.param_groups[0]["lr"] = rate
-        pairing = self._pairing
-        order = self._rng.permutation(len(pairing.train_crops))
+    def train(self) -> None:
+        assert self._adam is not None
+        self._adam.param_groups[0]["lr"] = self.rate
+        order = self._rng.permutation(len(self._pairing.train_crops))
         for start in range(0, len(order), self._batch_size):
             pairs = order[start : start + self._batch_size]
-            crops = pairing.train_crops[pairs]
-            audio = self._head.audio(self._x[torch.from_numpy(crops)])
-            text = self._head.text(*pairing.packed(pairing.train_texts[pairs]))
-            if pairing.corrected:
-                clips = torch.from_numpy(pairing.clip_of_crop[crops])
-                loss = cosine_loss(audio, text, self._head.log_temperature, clips)
-            else:
-                loss = product_loss(audio, text, self._head.log_temperature)
+            loss = self._loss(self._pairing.train_crops[pairs], self._pairing.train_texts[pairs])
             self._adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self._adam.step()
 
-    def select(self, epoch: int) -> None:
-        """Keep the head of this epoch if it is the best in validation, or if there is none."""
-        score = math.nan
-        if len(self._pairing.rows.valid):
-            _, found = self._predict(self._pairing.rows.valid)
-            score = float(found[:, 0].sum() / found[:, 1].sum() + found[:, 2].mean()) / 2
-        if self._selection.better(score, epoch):
-            for kept, parameter in zip(self._best, self._head.parameters(), strict=True):
-                kept.copy_(parameter.detach())
+    def _loss(self, crops: Indices, texts: Indices) -> Tensor:
+        """Of pairs of a crop and a text."""
+        pairing = self._pairing
+        audio = self._head.audio(self._x[torch.from_numpy(crops)])
+        text = self._head.text(*pairing.packed(texts))
+        if not pairing.corrected:
+            return product_loss(audio, text, self._head.log_temperature)
+        clips = torch.from_numpy(pairing.clip_of_crop[crops])
+        return cosine_loss(audio, text, self._head.log_temperature, clips)
 
-    def result(self, fold: int, seed: int) -> HeadResult:
-        """The test examples' ranks by the chosen epoch's head, which replaces the last."""
+    def selected(self) -> tuple[float, float]:
+        return self.valid_score(), self._valid_loss()
+
+    def valid_score(self) -> float:
+        return self.score(self._pairing.rows.valid) if len(self._pairing.rows.valid) else math.nan
+
+    @torch.inference_mode()
+    def _valid_loss(self) -> float:
+        """Mean over the pairs, in as many batches as training would make of them."""
+        crops = self._pairing.rows.valid
+        if not len(crops):
+            return math.nan
+        texts = self._pairing.texts_of(crops)
+        pairs = np.repeat(crops, [len(own) for own in texts]), np.concatenate(texts)
+        batches = -(-len(pairs[0]) // self._batch_size)
+        # Every so-manieth pair: the captions of a clip, which are no negatives of each other, come in different batches.
+        losses = [
+            float(self._loss(pairs[0][batch::batches], pairs[1][batch::batches])) * len(pairs[0][batch::batches])
+            for batch in range(batches)
+        ]
+        return sum(losses) / len(pairs[0])
+
+    def keep(self) -> None:
+        for kept, parameter in zip(self._best, self._head.parameters(), strict=True):
+            kept.copy_(parameter.detach())
+
+    def save(self) -> None:
+        """Nothing: a training is short."""
+
+    def finish(self) -> None:
         with torch.no_grad():
             for kept, parameter in zip(self._best, self._head.parameters(), strict=True):
                 parameter.copy_(kept)
-        examples, predictions = self._predict(self._pairing.rows.test)
-        return HeadResult(fold, seed, examples, predictions, self._selection.epoch, self._selection.score)
+                parameter.grad = None
+        self._adam, self._best = None, []
+
+    def score(self, rows: Indices) -> float:
+        _, found = self._predict(rows)
+        return float(recall_both_ways(np.array([*found[:, :3].sum(axis=0), len(found)], np.float64)))
+
+    def predict(self) -> tuple[Indices, Indices]:
+        return self._predict(self._pairing.rows.test)
 
     @torch.inference_mode()
     def _predict(self, crops: Indices) -> tuple[Indices, Indices]:

@@ -1,7 +1,7 @@
 """What the training of every head shares: who trains, the learning rate, the choice of the epoch, what comes out.
 
-The arithmetic is X-ARES's: Adam without weight decay, epoch e of N at lr x (0.55 + 0.45 cos(pi (e-1)/N)), the last short
-batch kept, and the first strict maximum of the validation score chosen.
+The arithmetic by `Settings` is X-ARES's: Adam without weight decay, epoch e of N at lr x (0.55 + 0.45 cos(pi (e-1)/N)), the
+last short batch kept, and the first strict maximum of the validation score chosen. `sweep` has the other one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .tuning import Tuning
 
 Indices = npt.NDArray[np.int64]
 OnEpoch = Callable[[int], None]  # called with the number of the epoch that ended, counted from 1
+
+RUNAWAY = "the trained head gives NaN or infinity, so there is no score; the embeddings may be too large for it"
 
 
 class Settings(Protocol):
@@ -62,17 +64,23 @@ class HeadResult:
 
 
 class Selection:
-    """The choice of the epoch: the first strict maximum of the validation score; without scores (nan) the last epoch."""
+    """The choice of the epoch: the first strict maximum of the validation score; without scores (nan) the last epoch.
+
+    With losses, the lower one decides between equal scores.
+    """
 
     def __init__(self) -> None:
-        self.score, self.epoch = -math.inf, 0
+        self.score, self.loss, self.epoch = -math.inf, math.inf, 0
 
-    def better(self, score: float, epoch: int) -> bool:
+    def better(self, score: float, epoch: int, loss: float = 0.0) -> bool:
         """Whether this epoch is to be kept instead of the one before."""
-        if not score > self.score and not math.isnan(score):
+        if not math.isnan(score) and not (score, -loss) > (self.score, -self.loss):
             return False
-        self.score, self.epoch = score, epoch
+        self.score, self.loss, self.epoch = score, loss, epoch
         return True
+
+    def exceeds(self, other: Selection) -> bool:
+        return (self.score, -self.loss) > (other.score, -other.loss)
 
 
 def learning_rate(epoch: int, epochs: int, base: float) -> float:
@@ -93,9 +101,7 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float) -> T
 def check_finite(outputs: Tensor) -> None:
     """`ScoreUndefinedError` where a head gives NaN or infinity: whatever is made of those is no score."""
     if not bool(torch.isfinite(outputs).all()):
-        raise ScoreUndefinedError(
-            "the trained head gives NaN or infinity, so there is no score; the embeddings may be too large for it"
-        )
+        raise ScoreUndefinedError(RUNAWAY)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataMissingError, UsageError, printable
-from ..evaluation.averages import published_averages
+from ..evaluation.averages import published_averages, weight_shares
 from ..evaluation.differences import (
     SIGNIFICANT,
     Side,
@@ -29,21 +29,20 @@ from ..evaluation.differences import (
     paired,
     verified,
 )
-from ..evaluation.record import GROUPS, Interval, Result, TaskResult
+from ..evaluation.record import SHOWN_GROUPS, Interval, Result, TaskResult
+from ..evaluation.settings import METHODS, Method
 from ..metrics.bootstrap import Array, Indices
 from ..metrics.intervals import Estimate, Scale, adjusted, average, estimates, interval, p_value
 from ..scoring.scoring import clips_of, generator, groups_of_clips
+from .curves import Curve, shot_curves, tap_curves
 from .tables import METRIC_NAMES
-from .taps import ordered_taps
 
 MAX_MODELS = 100
 _MAX_NUMBER, _MAX_SIZE = 1e9, 1 << 60
 _ROUNDING = 1e-9
 
-Method = Literal["head", "knn"]
 Standing = Literal["best", "within_noise", "behind", "unclear"]
 Basis = Literal["paired", "intervals"]
-_METHODS: tuple[Method, ...] = ("head", "knn")
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,6 @@ class AverageRow:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Scores of one task and method tap by tap, from the input to the output."""
-
-    task: str
-    title: str
-    method: Method
-    metric: str
-    higher_is_better: bool
-    model: int
-    taps: tuple[str, ...]
-    scores: tuple[float | None, ...]
-    ci95: tuple[Interval | None, ...]
-
-
-@dataclass(frozen=True)
 class Model:
     """`label` is unique in its board. `side` holds the records of the model's output alone, `result` all."""
 
@@ -163,12 +147,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Board:
-    """`models` are sorted by their headline average, the best first. `notes` say what could not be done as it should."""
+    """`models` are sorted by their headline average, the best first. `notes` say what could not be done as it should.
+
+    `curves` are scores by tap, `shots` by the number of training clips per class.
+    """
 
     models: tuple[Model, ...]
     rows: tuple[Row, ...]
     averages: tuple[AverageRow, ...]
     curves: tuple[Curve, ...]
+    shots: tuple[Curve, ...]
     published: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -201,7 +189,9 @@ def make_board(sides: Sequence[Side]) -> Board:
     averages = tuple(_averages(models, draws))
     published = dict.fromkeys(name for row in rows for name in row.published)
     notes = (*_missing_notes(models), *_published_notes(rows), *draws.notes())
-    return Board(models, rows, averages, tuple(_curves(models)), tuple(published), notes)
+    results = [model.result for model in models]
+    curves, shots = tuple(tap_curves(results)), tuple(shot_curves(results))
+    return Board(models, rows, averages, curves, shots, tuple(published), notes)
 
 
 def check_comparable(sides: Sequence[Side]) -> None:
@@ -222,6 +212,7 @@ def _check_numbers(side: Side) -> None:
         raise UsageError(f"{side.name} holds a size of its encoder that no file has; evaluate again")
     for record in side.result.tasks:
         signed = [record.score, *(record.ci95 or ()), *record.per_seed, *record.published.values()]
+        signed += [value for row in record.shots for value in (row.clips_per_class, row.score, *(row.ci95 or ()))]
         signed += [trial.test for trial in record.tuning.tried] if record.tuning else []
         positive = [record.weight, record.rtf, record.audio_hours]
         in_range = all(value is None or abs(value) <= _MAX_NUMBER for value in signed)
@@ -256,22 +247,18 @@ def _ranked(models: Sequence[Model]) -> tuple[Model, ...]:
 
 def _records(model: Model, method: Method, tasks: Sequence[str]) -> list[TaskResult]:
     """A model's records of `tasks`, in their order."""
-    mine = {record.task: record for record in model.main if _method(record) == method and record.score is not None}
+    mine = {record.task: record for record in model.main if record.family == method and record.score is not None}
     return [mine[task] for task in tasks]
-
-
-def _method(record: TaskResult) -> Method:
-    return "knn" if record.method == "knn" else "head"
 
 
 def _rows(models: Sequence[Model], draws: _Draws) -> Iterator[Row]:
     found: dict[tuple[str, Method], list[TaskResult | None]] = {}
     for number, model in enumerate(models):
         for record in model.main:
-            found.setdefault((record.task, _method(record)), [None] * len(models))[number] = record
+            found.setdefault((record.task, record.family), [None] * len(models))[number] = record
     order = list(shipped_tasks())
     order += [task for task, _ in found if task not in order]
-    for task, method in sorted(found, key=lambda name: (_METHODS.index(name[1]), order.index(name[0]))):
+    for task, method in sorted(found, key=lambda name: (METHODS.index(name[1]), order.index(name[0]))):
         records = found[task, method]
         first = next(record for record in records if record is not None)
         verdicts = _verdicts(draws, records, first.higher_is_better)
@@ -338,17 +325,17 @@ def _verdict(lacking: Estimate | None, best: Interval | None, other: Interval | 
 def _groups(models: Sequence[Model]) -> Iterator[tuple[str, Method, tuple[str, ...]]]:
     """Group, method and the tasks that every model has a comparable score of; groups of the same tasks once."""
     told: set[tuple[str, ...]] = set()
-    for method in _METHODS:
+    for method in METHODS:
         usable = [
             {
                 record.task: None
                 for record in model.main
-                if _method(record) == method and record.score is not None and record.comparable and record.weight is not None
+                if record.family == method and record.score is not None and record.comparable and record.weight is not None
             }
             for model in models
         ]
         common = [task for task in usable[0] if all(task in tasks for tasks in usable)]
-        for group in GROUPS:
+        for group in SHOWN_GROUPS:
             tasks = tuple(task for task in common if group in groups_of(task))
             if tasks and (method, *tasks) not in told:
                 told.add((method, *tasks))
@@ -364,9 +351,7 @@ def _weighted(records: Sequence[TaskResult]) -> tuple[float, float]:
 
 
 def _shares(records: Sequence[TaskResult]) -> Array:
-    weights = np.array([record.weight for record in records], np.float64)
-    shares: Array = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1 / len(weights))
-    return shares
+    return weight_shares([record.weight for record in records])
 
 
 def _averages(models: Sequence[Model], draws: _Draws) -> Iterator[AverageRow]:
@@ -476,7 +461,7 @@ class _Draws:
         return Side(side.name, msgspec.structs.replace(side.result, tasks=[record]), side.predictions_of)
 
     def _draw(self, model: int, record: TaskResult) -> _Draw | None:
-        name = model, record.task, _method(record)
+        name = model, record.task, record.family
         if name not in self._drawn:
             side = self._models[model].side
             try:
@@ -494,9 +479,9 @@ class _Draws:
 
 def _missing_notes(models: Sequence[Model]) -> Iterator[str]:
     """Which tasks some models have and others do not: these are in no average."""
-    for method in _METHODS:
-        scored = [{r.task for r in m.main if _method(r) == method and r.score is not None} for m in models]
-        everything = dict.fromkeys(r.task for m in models for r in m.main if _method(r) == method and r.score is not None)
+    for method in METHODS:
+        scored = [{r.task for r in m.main if r.family == method and r.score is not None} for m in models]
+        everything = dict.fromkeys(r.task for m in models for r in m.main if r.family == method and r.score is not None)
         for model, mine in zip(models, scored, strict=True):
             if lacking := [task for task in everything if task not in mine]:
                 few = ", ".join(map(printable, lacking[:6])) + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
@@ -510,30 +495,3 @@ def _published_notes(rows: Sequence[Row]) -> Iterator[str]:
         of_task = tasks[name].published
         if of_task and of_task.note:
             yield f"{name}, published {of_task.note}"
-
-
-def _curves(models: Sequence[Model]) -> Iterator[Curve]:
-    for number, model in enumerate(models):
-        taps = ordered_taps(model.result)
-        if len(taps) < 2:
-            continue
-        by_task: dict[tuple[str, Method], dict[str, TaskResult]] = {}
-        for record in model.result.tasks:
-            tap = record.tap or model.result.encoder.taps[0]
-            by_task.setdefault((record.task, _method(record)), {})[tap] = record
-        for (task, method), records in by_task.items():
-            some = [records.get(tap) for tap in taps]
-            first = next((record for record in some if record is not None), None)
-            if first is None or all(record is None or record.score is None for record in some):
-                continue
-            yield Curve(
-                task=task,
-                title=first.title,
-                method=method,
-                metric=first.metric,
-                higher_is_better=first.higher_is_better,
-                model=number,
-                taps=tuple(taps),
-                scores=tuple(record.score if record else None for record in some),
-                ci95=tuple(record.ci95 if record else None for record in some),
-            )

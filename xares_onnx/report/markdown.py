@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..evaluation.settings import METHODS
 from .board import AverageCell, AverageRow, Board, Row
 from .ci import markdown_cell
+from .curves import Curve
+from .profile import aspects
 from .remarks import headline, noise, plain_score, summary
 
 _MARKS = {"best": " ★", "within_noise": " ≈"}
@@ -24,11 +27,19 @@ def markdown(board: Board) -> str:
             [f"{name}, published", *(_published_average(row, name) for row in board.averages)] for name in board.published
         ]
         parts.append(_table(["weighted average", *heads], lines, words=1))
-    for method in ("head", "knn"):
+    for method in METHODS:
         rows = [row for row in board.rows if row.method == method]
         if rows:
             heads = [f"by {method}", "metric", *models, *(f"{name}, published" for name in board.published)]
             parts.append(_table(heads, [_cells(row, board) for row in rows], words=2))
+    if profile := _profile(board):
+        heads = ["what is kept", "by the task", "metric", "chance", *models]
+        parts.append(_table(heads, profile, words=3))
+    if board.shots:
+        counts = sorted({step for curve in board.shots for step in curve.steps}, key=int)
+        heads = ["by training clips per class", *(["model"] if many else []), *counts]
+        lines = [[c.title, *([models[c.model]] if many else []), *_shots(c, counts)] for c in board.shots]
+        parts.append(_table(heads, lines, words=2 if many else 1))
     remarks = ["★ best, ≈ within noise of the best. " + noise(board)] if many else []
     if any(not row.higher_is_better for row in board.rows):
         remarks.append("↓ lower is better.")
@@ -46,6 +57,30 @@ def _cells(row: Row, board: Board) -> list[str]:
         scores.append(plain_score(row, number) + (f" ({ci95[0]:.3f}-{ci95[1]:.3f})" if ci95 else ""))
     published = [f"{row.published[name]:.3f}" if name in row.published else "" for name in board.published]
     return [row.title, row.metric_name + ("" if row.higher_is_better else " ↓"), *scores, *published]
+
+
+def _profile(board: Board) -> list[list[str]]:
+    """The synthetic suite aspect by aspect, by head."""
+    rows = {row.task: row for row in board.rows if row.method == "head"}
+    return [
+        [
+            aspect.kept,
+            aspect.title,
+            aspect.metric,
+            "" if aspect.chance is None else f"{aspect.chance:.3f}",
+            *(plain_score(rows[aspect.task], number) for number in range(len(board.models))),
+        ]
+        for aspect in aspects(rows)
+    ]
+
+
+def _shots(curve: Curve, counts: Sequence[str]) -> list[str]:
+    scores = {
+        step: f"{score:.3f}" + (f" ({ci95[0]:.3f}-{ci95[1]:.3f})" if ci95 else "")
+        for step, score, ci95 in zip(curve.steps, curve.scores, curve.ci95, strict=True)
+        if score is not None
+    }
+    return [scores.get(count, "") for count in counts]
 
 
 def _average(cell: AverageCell) -> str:

@@ -34,6 +34,7 @@ _STAGES = {
     "prepare": ("preparing", "files"),
     "embed": ("embedding", "clips"),
     "train": ("training", "steps"),
+    "shots": ("training on few clips", "heads"),
     "measure": ("measuring", "rounds"),
     "check": ("checking", "properties"),
     "inspect": ("inspecting", "files"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import printable
 from .board import Board, Model, Row
+from .profile import NOTE, aspects
 
 MAX_LINES = 60  # of remarks a model
 _MAX_VALUE, _MAX_DEPTH = 300, 4
@@ -46,7 +47,8 @@ def headline(board: Board) -> str:
     """Who is best by how much, in one sentence; of a model alone, its average."""
     row = board.headline
     if row is None:
-        return "There is no average."
+        profiled = aspects({of_task.task for of_task in board.rows})
+        return f"There is no average{f': {NOTE}' if profiled else ''}."
     first, best = row.cells[0], board.models[0].label
     of = f"the weighted average of {len(row.tasks)} of {row.of} {row.group} tasks by {_BY[row.method]}"
     span = f" (95 %: {first.ci95[0]:.3f} to {first.ci95[1]:.3f})" if first.ci95 else ""

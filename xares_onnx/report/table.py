@@ -60,10 +60,9 @@ def board_table(board: Board) -> Table:
         if cell is not None
     }
     return [
-        _row(model, record, cells.get((number, record.task, method)), board.published)
+        _row(model, record, cells.get((number, record.task, record.family)), board.published)
         for number, model in enumerate(board.models)
         for record in model.result.tasks
-        for method in ("knn" if record.method == "knn" else "head",)
     ]
 
 

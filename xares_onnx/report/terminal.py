@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,9 @@ from ..embedding.store import Header
 from ..errors import printable
 from ..evaluation.averages import published_averages
 from ..evaluation.planning import Plan, PlanRow
-from ..evaluation.record import Average, Result, TaskResult
+from ..evaluation.record import SHOWN_GROUPS, Average, Result, TaskResult
+from .curves import shot_curves
+from .profile import NOTE, aspects
 from .tables import METRIC_NAMES, empty_table, grid_range, is_narrow
 from .taps import print_taps
 from .units import data_size, duration
@@ -85,9 +87,11 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
                 f"{first.task}: {dropped} of {first.clips.expected} clips dropped, the first {drop.key}: {drop.reason}"
             )
     console.print(table, soft_wrap=False)
-    if result.averages:
+    _print_profile(by_task, console)
+    if any(group in SHOWN_GROUPS for group in result.averages):
         console.print(_averages_table(result, console), soft_wrap=False)
     print_taps(result, console)
+    _print_shots(result, console)
     _print_published(main, console)
     settings = result.settings
     incomparable = [record for record in main if not record.comparable and record.status == "ok"]
@@ -106,6 +110,40 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     console.print(f"protocol {settings['protocol']}{seeds}; scores are fractions, higher is better{but}{notes}")
     if saved:
         console.print(f"saved {printable(saved)}")
+
+
+def _print_profile(by_task: Mapping[str, Mapping[str, TaskResult]], console: Console) -> None:
+    """What an encoder keeps, by the tasks of the synthetic suite."""
+    rows = aspects(by_task)
+    if not rows:
+        return
+    table = empty_table(console, ("what is kept", "by the task", "metric"), ("chance", "head", "knn"))
+    kept = ""
+    for row in rows:
+        scores = [_score_cells(by_task[row.task].get(method))[0] for method in ("head", "knn")]
+        chance = "" if row.chance is None else f"{row.chance:.3f}"
+        table.add_row("" if row.kept == kept else row.kept, row.title, row.metric, chance, *scores)
+        kept = row.kept
+    console.print(table, soft_wrap=False)
+    console.print(NOTE)
+
+
+def _print_shots(result: Result, console: Console) -> None:
+    """Scores by training clips per class."""
+    curves = list(shot_curves([result]))
+    if not curves:
+        return
+    counts = sorted({step for curve in curves for step in curve.steps}, key=int)
+    headings = [cell for count in counts for cell in ((count,) if is_narrow(console) else (count, "95 %"))]
+    table = empty_table(console, ("training clips per class",), headings)
+    for curve in curves:
+        cells = dict(zip(curve.steps, zip(curve.scores, curve.ci95, strict=True), strict=True))
+        row = []
+        for score, ci95 in (cells.get(count, (None, None)) for count in counts):
+            row += ["" if score is None else f"{score:.3f}", *([] if is_narrow(console) else [_interval(ci95)])]
+        table.add_row(printable(curve.title), *row)
+    console.print(table, soft_wrap=False)
+    console.print("few clips: the mean of 10 draws of training clips, scored on the task's test clips")
 
 
 def _print_published(records: Iterable[TaskResult], console: Console) -> None:
@@ -310,6 +348,8 @@ def _averages_table(result: Result, console: Console) -> Table:
     mean = () if is_narrow(console) else ("plain mean",)
     table = empty_table(console, ("weighted average",), ("head", "95 %", *mean, "tasks", "knn", "95 %", *mean, "tasks"))
     for group, methods in result.averages.items():
+        if group not in SHOWN_GROUPS:
+            continue
         cells = [cell for method in ("head", "knn") for cell in _average_cells(methods.get(method), len(mean))]
         table.add_row(group, *cells)
     return table

@@ -9,7 +9,7 @@ synthetic_pitch       pitch class of a steady tone       octave, harmonic spectr
 synthetic_timbre      waveform of a tone                 pitch, a slight glide
 synthetic_vowel       formants of a sung vowel           pitch, a slight glide, size of the speaker
 synthetic_colour      where the spectrum has its hump    its height, slope of the noise under it, length
-synthetic_tempo       bursts of noise in a second        their share of time, spectrum and depth, phase, length
+synthetic_tempo       bursts of noise per second        their share of time, spectrum and depth, phase, length
 synthetic_contour     two glides, each rises or falls    pitch, range, harmonic spectrum, length
 synthetic_tags        which of eight sources sound       their number, levels and pitches, hiss, length
 synthetic_events      when each of five sources sounds   their number, levels and pitches, overlaps, hiss
@@ -21,9 +21,9 @@ synthetic_number      how much noise is in a tone        pitch, harmonic spectru
 
 A clip's average spectrum settles timbre, vowel and colour, and much of pitch class, tags, captions and number. It says
 nothing of tempo and contour, which lie in the order of time alone: the bursts of every tempo fill the same share of the
-clip, the glides of every contour pass the same pitches at the same speed. Of events, notes and transcripts a single
-frame's spectrum says most; only of two kinds of event, a steady tone and two in turn, it cannot tell which it hears.
-Loudness has one distribution everywhere.
+clip, the glides of every contour pass the same pitches at the same speed. A single frame's spectrum settles most of
+events, notes and transcripts; it cannot tell two classes of event apart, a steady tone and two tones in turn. Loudness has
+the same distribution everywhere.
 
 Every draw comes from one generator, seeded by the version, the task and the split. The arithmetic, in
 float64, ends in 16-bit samples, so that a last-bit difference between two machines' sines is rounded away.
@@ -56,7 +56,7 @@ from .sound import SAMPLE_RATE, Waveform
 __all__ = ["LABELS", "SAMPLE_RATE", "SPLITS", "TASKS", "VERSION", "Clip", "build", "clips", "is_built"]
 
 VERSION = 1
-"""Raised whenever a byte of any shard changes: two versions' scores are not comparable."""
+"""Increases whenever a byte of any shard changes: scores of different versions are not comparable."""
 
 SPLITS: Mapping[str, int] = MappingProxyType({"train": 240, "valid": 60, "test": 180})
 """Clips in each split of every task: multiples of 60, so that 4, 5, 6 and 12 classes are all balanced."""
@@ -64,27 +64,27 @@ SPLITS: Mapping[str, int] = MappingProxyType({"train": 240, "valid": 60, "test":
 _MAKERS: Mapping[str, Callable[[int, Generator], tuple[Any, Waveform]]] = {**CLASS_TASKS, **SCENE_TASKS}
 
 TASKS: tuple[str, ...] = tuple(_MAKERS)
-"""The tasks' names: each is also the name of a task file and of its data folder."""
+"""The tasks' names, which are also those of their task files and data folders."""
 
 LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType({name: task.labels for name, task in CLASS_TASKS.items()})
-"""The classes of each task of one class a clip, in the order of its task file."""
+"""The classes of each task with one class per clip, in the order of its task file."""
 
 
 @dataclass(frozen=True)
 class Clip:
     key: str
     waveform: NDArray[np.float32]
-    """Shape (samples,), 16 kHz, in [-1, 1]: multiples of 2**-15, the very values that its file holds."""
+    """Shape (samples,), 16 kHz, in [-1, 1]: multiples of 2**-15, exactly the values in its file."""
     label: Any
     """The value of its json file: `{"label": class}` in the tasks of `LABELS`, else as the task file's target reads it."""
 
 
 def clips(task: str, split: str) -> Iterator[Clip]:
-    """Make the clips of one split, classes in turn; every call gives the same ones.
+    """Make the clips of one split, classes in turn; every call gives the same clips.
 
     Raises:
-        UnknownTaskError: `task` is none of `TASKS`.
-        KeyError: `split` is none of `SPLITS`.
+        UnknownTaskError: `task` is not one of `TASKS`.
+        KeyError: `split` is not one of `SPLITS`.
     """
     if task not in _MAKERS:
         raise UnknownTaskError.named(task, TASKS)
@@ -97,20 +97,19 @@ def clips(task: str, split: str) -> Iterator[Clip]:
 def build(task: str, folder: Path) -> None:
     """Write a task's shards, `train-000000.tar` and so on, into `folder`, in X-ARES's layout.
 
-    A shard is a webdataset tar of `<key>.wav` (16-bit, mono) and `<key>.json`. The folder
-    appears complete or not at all, and several processes may build the same one. Shards of this version are
-    left as they are; those of another version are replaced.
+    A shard is a webdataset tar of `<key>.wav` (16-bit, mono) and `<key>.json`. The folder appears complete or not at
+    all, and several processes may build the same one. Shards of this version are kept, those of another are replaced.
 
     Raises:
-        UnknownTaskError: `task` is none of `TASKS`.
-        DataError: `folder` holds something that this function did not make.
-        MachineError: it cannot be written.
+        UnknownTaskError: `task` is not one of `TASKS`.
+        DataError: `folder` contains files that this function did not make.
+        MachineError: The folder cannot be written.
     """
     if is_built(task, folder):
         return
     try:
         if folder.exists() and any(folder.iterdir()) and not (folder / _MARK_FILE).is_file():
-            raise DataError(f"{folder} holds files of another making; move them, or choose another folder")
+            raise DataError(f"{folder} contains files that were not built here; move them, or choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
             fresh = Path(aside, "fresh")
@@ -149,7 +148,7 @@ def _write_shard(path: Path, samples: Iterator[Clip]) -> None:
     from webdataset import TarWriter  # imports torch, which takes seconds
 
     with path.open("wb") as file:
-        # Closed whatever happens: one that is forgotten complains on stderr that its file is closed.
+        # A writer that is not closed complains on stderr, when it is collected, that its file is closed.
         with closing(TarWriter(file, user="", group="", encoder=False, mtime=0)) as shard:
             for clip in samples:
                 label = json.dumps(clip.label).encode()
@@ -159,7 +158,7 @@ def _write_shard(path: Path, samples: Iterator[Clip]) -> None:
 
 
 def _wav(waveform: NDArray[np.float32]) -> bytes:
-    """A 16-bit mono file; by the standard library, whose bytes do not depend on a version of libsndfile."""
+    """A 16-bit mono file, by the standard library: its bytes depend on no version of libsndfile."""
     file = io.BytesIO()
     with wave.open(file, "wb") as audio:
         audio.setnchannels(1)
@@ -172,7 +171,7 @@ def _wav(waveform: NDArray[np.float32]) -> bytes:
 def _put_in_place(task: str, fresh: Path, folder: Path, outdated: Path) -> None:
     """Rename `fresh` to `folder`, after moving an older version from there to `outdated`."""
     if is_built(task, folder):
-        return  # another process was sooner, with the same bytes
+        return  # another process was faster, and wrote the same bytes
     with suppress(FileNotFoundError):  # there is none, or another process has just moved it
         os.replace(folder, outdated)
     try:

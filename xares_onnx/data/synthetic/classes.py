@@ -1,4 +1,4 @@
-"""The synthetic tasks of one class a clip: each maker takes (class, samples, generator) and returns a signal of it."""
+"""The synthetic tasks with one class per clip: each maker takes (class, samples, generator) and returns a signal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ClassTask:
     make: Callable[[str, int, Generator], Signal]
     """(label, samples, generator) -> a signal of that class at any level."""
     hiss_decibels: Range | None = (-50.0, -35.0)
-    """Level of the white noise under the signal, relative to it; None where noise is the signal."""
+    """Level of the white noise under the signal, relative to it; None if the signal is noise itself."""
 
     def __call__(self, number: int, rng: Generator) -> tuple[dict[str, str], Waveform]:
         label = self.labels[number % len(self.labels)]
@@ -84,7 +84,7 @@ def _tempo(label: str, samples: int, rng: Generator) -> Signal:
 def _contour(label: str, samples: int, rng: Generator) -> Signal:
     """Two glides through the same 0.5 to 1 octave, each of half the clip, with a breath between them.
 
-    Every class passes every pitch equally often and equally fast, so all four have one average over time.
+    Every class passes every pitch equally often and equally fast, so all four have the same average over time.
     """
     span = rng.uniform(0.5, 1.0)
     lengths = (samples // 2, samples - samples // 2)

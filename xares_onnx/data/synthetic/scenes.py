@@ -1,4 +1,4 @@
-"""The synthetic tasks of every other kind: each maker takes (number, generator) and returns a clip's json and its waveform.
+"""The synthetic tasks of all other kinds: each maker takes (number, generator) and returns a clip's json and its waveform.
 
 `number` counts the clips of a split from 0; what must be balanced follows it.
 """
@@ -48,7 +48,7 @@ def _tags(number: int, rng: Generator) -> tuple[dict[str, str], Waveform]:
 # --- Events ---
 
 EVENTS = {"hum": "low", "beep": "middle", "siren": "middle", "whistle": "high", "hiss": "top"}
-"""The classes, and the band that each fills: events of one band never overlap, lest nobody can tell them apart."""
+"""The classes, and the band that each fills: events of one band never overlap, since they would sound like one."""
 
 _SCENE_SECONDS = 4.0
 _GAP_SECONDS = 0.1  # between two events of one band, and before the first event and after the last
@@ -161,7 +161,7 @@ _VOWELS_HZ: dict[str, tuple[float, ...]] = {  # formants
     **{vowel.upper(): formants for vowel, formants in FORMANTS_HZ.items()},
     "R": (490, 1350, 1690),  # as in "bird", from the same source
 }
-_BREATHS_HZ = {"H": 850, "F": 1900, "X": 3400, "S": 6000}  # where the noise of a consonant is strongest
+_BREATHS_HZ = {"H": 850, "F": 1900, "X": 3400, "S": 6000}  # centre of a consonant's noise
 _LETTERS = (*_VOWELS_HZ, *_BREATHS_HZ)
 _MURMUR_HZ = (250, 1200, 2200)  # formants of a voice behind closed lips
 _MURMUR_DECIBELS = -15.0
@@ -171,8 +171,8 @@ def _transcript(number: int, rng: Generator) -> tuple[dict[str, str], Waveform]:
     """One to four words of two to four letters. A word is a murmur out of which its letters rise; words part in silence.
 
     Pitch, speed and size of the speaker vary from clip to clip, length, pitch and level of a letter within one. Letters
-    and silences are short: where many frames look alike, the CTC loss keeps a linear head from writing anything. Some
-    clips are of one word, lest it learn to hold the space between words as if it were the blank.
+    and silences are short: if many frames look alike, the CTC loss keeps a linear head from writing anything. Some
+    clips are of one word, so that the head does not learn to use the space between words as the blank.
     """
     pitch, size, speed = 90 * 2.5 ** rng.uniform(), rng.uniform(0.92, 1.08), rng.uniform(0.85, 1.15)
     words, parts = [], []
@@ -208,7 +208,7 @@ def _voice(formants: tuple[float, ...], samples: int, pitch: float, size: float,
 
 
 def _number(number: int, rng: Generator) -> tuple[dict[str, float], Waveform]:
-    """A tone of 150 to 450 Hz in noise of any slope: 0 where the noise lies 20 dB under it, 10 where 20 dB over it."""
+    """A tone of 150 to 450 Hz in noise of any slope: 0 if the noise lies 20 dB under it, 10 if it lies 20 dB over it."""
     score = round(rng.uniform(0, 10), 1)
     samples = _samples(rng.uniform(1.0, 1.5))
     hertz = 150 * 3 ** rng.uniform() * glide(samples, rng.uniform(-0.05, 0.05))

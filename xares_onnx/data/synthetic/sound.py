@@ -1,4 +1,4 @@
-"""What all synthetic clips are made of: tones, noises, fades, and the recording that ends in 16 bits.
+"""The building blocks of all synthetic clips: tones, noises, fades, and the rounding to 16 bits.
 
 A `Signal` is float64, shape (samples,), at 16 kHz and any level.
 """
@@ -26,7 +26,7 @@ _CYCLE = 2**12  # points in one cycle of a tone; read linearly, its error lies b
 
 
 def tone(hertz: Signal, harmonics: Signal, rng: Generator) -> Signal:
-    """A periodic tone of a frequency at each sample, from its harmonics' amplitudes, in random phases.
+    """A periodic tone with a given frequency at each sample and given amplitudes of its harmonics, in random phases.
 
     One cycle is made as a table, without the harmonics that would alias at the highest frequency, and read at
     the running phase: a glide of eighty harmonics costs the same as a sine.
@@ -43,7 +43,7 @@ def tone(hertz: Signal, harmonics: Signal, rng: Generator) -> Signal:
 
 
 def any_harmonics(rng: Generator) -> Signal:
-    """Amplitudes of harmonics that fall by 3 to 9 dB an octave, each a few dB off."""
+    """Amplitudes of harmonics that fall by 3 to 9 dB per octave, each a few dB off."""
     return NUMBERS ** -rng.uniform(0.5, 1.5) * np.exp(0.4 * rng.standard_normal(NUMBERS.size))
 
 
@@ -56,7 +56,7 @@ def sung(formants: Signal, pitch: float) -> Signal:
 
 
 def glide(samples: int, octaves: float) -> Signal:
-    """Factors of frequency, shape (samples,), that rise by so many octaves around 1; negative falls."""
+    """Factors of frequency (samples,) that rise by this many octaves around 1; negative octaves fall."""
     return np.asarray(2 ** np.linspace(-octaves / 2, octaves / 2, samples))
 
 
@@ -70,9 +70,9 @@ def noise(samples: int, rng: Generator, decibels: Signal) -> Signal:
 
 
 def octaves(samples: int = LONGEST) -> Signal:
-    """Octaves over 50 Hz of the frequencies of which noise of so many samples is made; 0 below, lest a slope rumble.
+    """Octaves over 50 Hz of the frequencies that `noise` of so many samples consists of.
 
-    There are as many as the FFT of the next power of two gives.
+    There are as many as the FFT of the next power of two has. They are 0 below 50 Hz, so that a slope does not rumble.
     """
     return _octaves(2 ** (samples - 1).bit_length())
 
@@ -83,7 +83,7 @@ def _octaves(size: int) -> Signal:
 
 
 def hump(samples: int, hertz: float, slope: float) -> Signal:
-    """Levels for `noise` that fall by `slope` decibels an octave on either side of a frequency."""
+    """Levels for `noise` that fall by `slope` decibels per octave on both sides of a frequency."""
     return np.asarray(-slope * np.abs(octaves(samples) - np.log2(hertz / FLAT_BELOW_HZ)))
 
 
@@ -91,7 +91,7 @@ def record(signal: Signal, hiss_decibels: Range | None, rng: Generator) -> Wavef
     """Fade in and out, add hiss, set a random loudness and round to 16 bits: float32, shape (samples,).
 
     `hiss_decibels` is the level of the hiss relative to the signal; None adds none. Loudness is set by root mean
-    square, and not by peak, for a waveform's crest depends on its class.
+    square, not by peak, because a waveform's crest depends on its class.
     """
     signal = signal * fades(signal.size)
     if hiss_decibels is not None:

@@ -1,7 +1,7 @@
-"""Ten everyday sounds that scenes are put together from. Each is known by its spectrum; most also move in time.
+"""Ten everyday sounds that scenes consist of. Each can be recognised by its spectrum; most also move in time.
 
-A source takes (samples, shift, generator), where `shift` moves its pitch or its noise by so many octaves, and returns
-a signal of unit level. It lasts from the first sample to the last.
+A source takes (samples, shift, generator) and returns a signal of unit level that lasts from the first sample to the last.
+`shift` moves its pitch or its noise by so many octaves.
 """
 
 from __future__ import annotations

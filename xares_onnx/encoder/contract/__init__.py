@@ -1,1 +1,1 @@
-"""What a model takes and gives: what is declared, its front end, its frame law."""
+"""What a model takes and gives: declarations, front end, frame law."""

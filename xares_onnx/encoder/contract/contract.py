@@ -1,6 +1,6 @@
-"""The encoder contract (DESIGN section 4): what is declared about a model, by whom, and the law of its frames.
+"""The encoder contract: how a model is fed and read, and where each fact about it is from.
 
-Nothing here runs a model; `measure` does, and fills a `Contract` from declarations and measurements.
+Nothing here runs a model; `measuring` does, and fills a `Contract` from declarations and measurements.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ DEFAULT_CHUNK_SECONDS = 10.0
 
 
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
-    """How to feed a model and read it. Lengths are in samples at `sample_rate`; `sources` says where each field is from.
+    """How to feed a model and read it. Lengths are in samples at `sample_rate`.
 
     `input_layout` and `output_layout` name each axis: B the batch, T the samples or frames, F the bins of features, D the
-    dimension, 1 an axis of size one. A clip-only encoder (no T) has no hop and no frame centre. A model that takes features
-    has a `frontend`, which makes them of waveforms; lengths are in samples all the same, but for lengths and masks that
-    the model is fed, which count frames. Where the graph fixes the batch, `fixed_batch` is its size; where the samples are
-    fixed, every chunk is a window of `chunk_samples`, which gives `window_frames` frames, and the hop may be a fraction.
+    dimension, 1 an axis of size one. A clip-only encoder (no T) has no hop and no frame centre.
+
+    A model that takes features has a `frontend`, which makes them from waveforms; its lengths here are in samples too, and
+    only the lengths and masks that it is fed count frames. If the graph fixes the batch, `fixed_batch` is its size. If it
+    fixes the samples, every chunk is a window of `chunk_samples` that gives `window_frames` frames, and the hop may be a
+    fraction. `sources` says where each field is from.
     """
 
     input: str
@@ -61,16 +63,21 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
         """Whether every chunk has the one length that the model takes."""
         return self.min_samples == self.max_samples
 
+    @property
+    def law(self) -> FrameLaw | None:
+        """The law of its frames; None for a clip-only encoder, and for a window whose frames follow none."""
+        if self.hop_samples is None or self.receptive_field_samples is None:
+            return None
+        return FrameLaw(int(self.hop_samples), self.receptive_field_samples)
+
     def frames_of(self, samples: int) -> int:
-        """How many frames the model gives for an input; a clip-only encoder gives one vector."""
+        """How many frames the model gives for an input of samples; a clip-only encoder gives one vector."""
         if self.window_frames is not None:
             return self.window_frames
-        if self.hop_samples is None or self.receptive_field_samples is None:
-            return 1
-        return FrameLaw(int(self.hop_samples), self.receptive_field_samples).frames(samples)
+        return 1 if self.law is None else self.law.frames(samples)
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """Each field as {"value", "source"}, for the record."""
+        """Each field as {"value": …, "source": …}, for the record."""
         values = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("sources", "frontend")}
         values["input_kind"] = "waveform" if self.frontend is None else "features"
         for name in self.frontend.__struct_fields__ if self.frontend else ():
@@ -83,39 +90,30 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def remarks(contract: Contract) -> list[str]:
-    """What a user is told about a contract: what was assumed, and what it costs to meet it."""
+    """Notes for the user: what was assumed, and what the model's limits cost."""
     notes = []
     if assumed := [
         f"{name}={value:g}" if isinstance(value := getattr(contract, name), int | float) else f"{name}={value}"
         for name in ("sample_rate", "amplitude", "normalize", "hop_samples")
         if contract.sources.get(name, "").startswith("default")
     ]:
-        notes.append(f"assumed, because the model does not say: {', '.join(assumed)} (--contract changes it)")
+        notes.append(f"assumed, because the model does not declare it: {', '.join(assumed)} (--contract changes it)")
     if contract.frontend:
         notes.append(
-            f"the model takes features, made here by the preset {contract.frontend.preset}: {contract.frontend.described()} "
-            "(--contract frontend.KEY=VALUE changes what nobody declared)"
+            f"the model takes features, computed here by the preset {contract.frontend.preset}: "
+            f"{contract.frontend.described()} (--contract frontend.KEY=VALUE changes undeclared values)"
         )
     if contract.fixed_window:
-        filled = "copies of itself" if contract.frontend and contract.frontend.fill == "repeat" else "zeros"
+        filling = "copies of itself" if contract.frontend and contract.frontend.fill == "repeat" else "zeros"
         notes.append(
             f"the model takes windows of exactly {contract.chunk_samples} samples, so clips are cut into these, and "
-            f"the last one is filled up with {filled}"
+            f"the last one is filled up with {filling}"
         )
     if contract.fixed_batch is not None and contract.fixed_batch > 1:
         notes.append(
-            f"the model takes batches of exactly {contract.fixed_batch}, so each is one chunk repeated, at "
+            f"the model takes batches of exactly {contract.fixed_batch}, so each batch is one chunk repeated, at "
             f"{contract.fixed_batch} times the cost; export it with a dynamic batch axis to avoid that"
         )
     if contract.batch_coupled:
         notes.append("an item's embedding depends on its neighbours in a batch, so the model runs one item at a time")
     return notes
-
-
-# ---------------------------------------------------------------- declarations
-
-
-# ---------------------------------------------------------------- the frame law
-
-
-# ---------------------------------------------------------------- symbolic dimensions

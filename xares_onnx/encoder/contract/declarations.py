@@ -1,4 +1,4 @@
-"""What is declared of a model: on the command line, beside it, in its metadata, by its preprocessor; first wins."""
+"""What is declared about a model: on the command line, beside it, in its metadata, by its preprocessor; the first wins."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from .frontend import Frontend, make_frontend
 
 CONTRACT_VERSION = 1
 
-
-# What may be declared, and how its text is read. `xares.` stands before each in a model's metadata.
+# What may be declared, and how its text is read. In a model's metadata each has the prefix `xares.`.
 _DECLARABLE: dict[str, Callable[[str], Any]] = {
     "input_kind": str,
     "input": str,
@@ -44,35 +43,25 @@ _DECLARABLE: dict[str, Callable[[str], Any]] = {
     "source": str,
     **frontends.KEYS,
 }
-
-
 _CHOICES: dict[str, frozenset[str]] = {
     "input_kind": frozenset({"waveform", "features"}),
     "amplitude": frozenset({"unit", "int16"}),
     "normalize": frozenset({"none", "zscore"}),
     **frontends.CHOICES,
 }
-
-
 _COMMAND_LINE = "--contract"
 
-
-# sherpa-onnx's own words in metadata: two keys without the prefix, and a flag that says what `xares.amplitude` says.
+# sherpa-onnx's own metadata: two keys without the prefix, and a flag with the meaning of `xares.amplitude`.
 _PLAIN = ("sample_rate", "output_dim")
-
-
 _NORMALIZE_SAMPLES = {"unit": "1", "int16": "0"}
 
-
-# What a source says of features is void where one before it says that the model takes a waveform, or another preset.
-_OF_A_KIND = {"amplitude", "normalize", "input_layout", "min_samples", "max_samples", "chunk_samples"}
-
-
+# These depend on the kind of input: a source that declares another kind than the source before it does not count for them.
+_DEPEND_ON_INPUT = {"amplitude", "normalize", "input_layout", "min_samples", "max_samples", "chunk_samples"}
 _POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
 
 
 class Declaration(msgspec.Struct, frozen=True):
-    """A value somebody declared, and who."""
+    """A declared value, and where it was declared."""
 
     value: str | int | float
     source: str
@@ -82,18 +71,27 @@ Declarations = dict[str, Declaration]
 
 
 def declared_on_command_line(pairs: Iterable[str]) -> Declarations:
-    """`--contract KEY=VALUE` options."""
-    found: dict[str, Any] = {}
+    """Read `--contract KEY=VALUE` options.
+
+    Raises:
+        UsageError: An option is malformed, or its key or value is unknown.
+    """
+    values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"--contract {pair!r} must be KEY=VALUE, such as sample_rate=16000")
-        found[key.strip()] = value.strip()
-    return _read(found, _COMMAND_LINE, strict=True)
+        values[key.strip()] = value.strip()
+    return _read(values, _COMMAND_LINE, strict=True)
 
 
 def declared_in_sidecar(path: Path) -> Declarations:
-    """`<stem>.toml` beside the model, where there is one."""
+    """Read `<stem>.toml` beside a model; a missing file declares nothing.
+
+    Raises:
+        UsageError: A key is unknown.
+        ContractError: The file cannot be read, or a value is wrong.
+    """
     text = _small_text(path)
     if text is None:
         return {}
@@ -108,7 +106,11 @@ def declared_in_sidecar(path: Path) -> Declarations:
 
 
 def declared_in_metadata(metadata: Mapping[str, str]) -> Declarations:
-    """A model's own `metadata_props`: `xares.*` keys first, then sherpa-onnx's plain ones."""
+    """Read a model's own `metadata_props`: `xares.*` keys first, then sherpa-onnx's plain ones.
+
+    Raises:
+        ContractError: It is of an unknown contract version, or a value is wrong.
+    """
     plain = {key: metadata[key] for key in _PLAIN if key in metadata}
     if metadata.get("normalize_samples") in ("0", "1"):  # sherpa-onnx: 0 means samples scaled to 16-bit integers
         plain["amplitude"] = "unit" if metadata["normalize_samples"] == "1" else "int16"
@@ -119,9 +121,10 @@ def declared_in_metadata(metadata: Mapping[str, str]) -> Declarations:
 
 
 def metadata_with(metadata: Mapping[str, str], declared: Declarations) -> dict[str, str]:
-    """Metadata that declares this too. Whatever else it says is kept, except what said the same under another name.
+    """The metadata with these declarations added. Its other keys stay, except those with the same meaning.
 
-    Raises `ContractError` where it is of a contract version that this program does not know.
+    Raises:
+        ContractError: The metadata is of an unknown contract version.
     """
     _check_version(metadata)
     written = {"xares.contract_version": str(CONTRACT_VERSION)}
@@ -134,7 +137,11 @@ def metadata_with(metadata: Mapping[str, str], declared: Declarations) -> dict[s
 
 
 def declared_by_preprocessor(path: Path) -> Declarations:
-    """Hugging Face's `preprocessor_config.json` beside the model, where there is one."""
+    """Read Hugging Face's `preprocessor_config.json` beside a model; a missing file declares nothing.
+
+    Raises:
+        ContractError: The file cannot be read, or a value is wrong.
+    """
     text = _small_text(path)
     if text is None:
         return {}
@@ -146,7 +153,7 @@ def declared_by_preprocessor(path: Path) -> Declarations:
         raise ContractError(f"{path} beside the model is not a json object")
     try:
         return _read(declared_by_extractor(raw), path.name, strict=False)
-    except NotComputedError as error:  # an error only where nothing else says what goes in
+    except NotComputedError as error:  # an error only if nothing else declares the input
         rate = {"sample_rate": raw["sampling_rate"]} if "sampling_rate" in raw else {}
         return {
             **_read(rate, path.name, strict=False),
@@ -155,15 +162,17 @@ def declared_by_preprocessor(path: Path) -> Declarations:
 
 
 def merge(*by_precedence: Declarations) -> Declarations:
-    """The first declaration of each key wins; what is said of another kind of input, or another preset, is left out."""
+    """All declarations, of which the first of each key wins. Those for another kind of input or preset are left out."""
     merged: Declarations = {}
     for declarations in by_precedence:
         if _differ("input_kind", declarations, merged):
             declarations = {
-                key: by for key, by in declarations.items() if key not in _OF_A_KIND and not key.startswith(frontends.PREFIX)
+                key: declaration
+                for key, declaration in declarations.items()
+                if key not in _DEPEND_ON_INPUT and not key.startswith(frontends.PREFIX)
             }
         if _differ("frontend.preset", declarations, merged):
-            declarations = {key: by for key, by in declarations.items() if not key.startswith(frontends.PREFIX)}
+            declarations = {key: value for key, value in declarations.items() if not key.startswith(frontends.PREFIX)}
         merged = {**declarations, **merged}
     return merged
 
@@ -173,16 +182,24 @@ def _differ(key: str, one: Declarations, other: Declarations) -> bool:
 
 
 def declared_frontend(declared: Declarations, mels: int | None) -> tuple[Frontend, dict[str, str]]:
-    """The front end of a model that takes features, and where each of its fields is from, as `frontend.KEY`.
+    """The front end of a model that takes features, and where each of its fields is from.
 
-    `mels` are the bands that the graph shows, where nobody declares them. Raises `ContractError` where it cannot be made.
+    Args:
+        declared: What is declared of the model.
+        mels: The bands that the graph shows; they count only if nothing declares them.
+
+    Returns:
+        The front end, and the source of each field by its key `frontend.KEY`.
+
+    Raises:
+        ContractError: The declarations make no front end.
     """
-    said = {key: by for key, by in declared.items() if key.startswith(frontends.PREFIX)}
+    own = {key: declaration for key, declaration in declared.items() if key.startswith(frontends.PREFIX)}
     rate = declared["sample_rate"].value if "sample_rate" in declared else DEFAULT_SAMPLE_RATE
-    own = {key.removeprefix(frontends.PREFIX): by.value for key, by in said.items()}
-    frontend = make_frontend(own, int(rate), mels)
-    sources = {key: said[key].source if key in said else f"preset {frontend.preset}" for key in frontends.KEYS}
-    if mels and "frontend.mels" not in said:
+    values = {key.removeprefix(frontends.PREFIX): declaration.value for key, declaration in own.items()}
+    frontend = make_frontend(values, int(rate), mels)
+    sources = {key: own[key].source if key in own else f"preset {frontend.preset}" for key in frontends.KEYS}
+    if mels and "frontend.mels" not in own:
         sources["frontend.mels"] = "graph"
     return frontend, sources
 
@@ -200,22 +217,22 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
     for key, value in raw.items():
         name = key.removeprefix("xares.")
         if name not in _DECLARABLE:
-            if strict or name.startswith(frontends.PREFIX):  # other features than meant would be a wrong score
-                wrong = UsageError if strict else ContractError
-                raise wrong(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
+            if strict or name.startswith(frontends.PREFIX):  # other features than those meant give a wrong score
+                kind = UsageError if strict else ContractError
+                raise kind(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
             continue
         declarations[name] = Declaration(_value(name, value, source), source)
     of_features = next((name for name in declarations if name.startswith(frontends.PREFIX)), None)
     if of_features and declarations.setdefault("input_kind", Declaration("features", source)).value != "features":
-        wrong = UsageError if source == _COMMAND_LINE else ContractError
-        raise wrong(f"{source} declares both input_kind=waveform and {of_features}, which only features have; drop one")
+        kind = UsageError if source == _COMMAND_LINE else ContractError
+        raise kind(f"{source} declares both input_kind=waveform and {of_features}, which only features have; drop one")
     return declarations
 
 
 def _value(name: str, value: Any, source: str) -> str | int | float:
     reader = _DECLARABLE[name]
-    # On the command line a wrong value is wrong usage; beside or inside a model it is the model's.
-    wrong = UsageError if source == _COMMAND_LINE else ContractError
+    # On the command line a wrong value is wrong usage; beside or inside a model it is an error of the model.
+    error_class = UsageError if source == _COMMAND_LINE else ContractError
     try:
         parsed = reader(str(value).strip())
         if reader is float and not math.isfinite(parsed):
@@ -224,30 +241,30 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
             parsed.encode()
     except ValueError:
         kind = "a whole number" if reader is int else "a number" if reader is float else "UTF-8 text"
-        raise wrong(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
+        raise error_class(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
     if name in _POSITIVE and not 0 < parsed < 1 << 31:
-        raise wrong(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
+        raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
     low, high = frontends.RANGES.get(name, (-math.inf, math.inf))
     if name in frontends.RANGES and not low <= parsed <= high:
-        raise wrong(f"{source}: {name}={str(parsed)[:40]} must be from {low:g} to {high:g}")
+        raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from {low:g} to {high:g}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
-        raise wrong(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+        raise error_class(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
     if name == "input_layout" and not re.fullmatch(r"(?!.*([BTF]).*\1)[BTF1]*T[BTF1]*", parsed):
-        raise wrong(
-            f"{source}: {name}={parsed!r} must name each axis, B the batch, T the samples or frames, F the bins of features "
-            "and 1 one of size one, such as BT or BFT"
+        raise error_class(
+            f"{source}: {name}={parsed!r} must name each axis: B the batch, T the samples or frames, F the bins of "
+            "features, 1 an axis of size one, such as BT or BFT"
         )
     if name == "output_layout" and not re.fullmatch(r"(?!.*([BTD]).*\1)[BTD1]*D[BTD1]*", parsed):
-        raise wrong(
-            f"{source}: {name}={parsed!r} must name each axis, B the batch, T the frames, D the dimension and 1 one of size "
-            "one, such as BTD"
+        raise error_class(
+            f"{source}: {name}={parsed!r} must name each axis: B the batch, T the frames, D the dimension, 1 an axis of "
+            "size one, such as BTD"
         )
     return parsed  # type: ignore[no-any-return]
 
 
 def _small_text(path: Path, limit: int = 1 << 20) -> str | None:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        if path.exists() and not path.is_file():  # reading a pipe might never end
             raise ContractError(f"{path} beside the model cannot be read (it is not a regular file)")
         with path.open("rb") as file:
             data = file.read(limit + 1)

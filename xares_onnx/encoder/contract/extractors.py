@@ -1,4 +1,4 @@
-"""Hugging Face's feature extractors: what the json of one says, in the words of the contract.
+"""Hugging Face's feature extractors, translated into declarations of the contract.
 
 Source: the classes of these names in transformers 5. Only what can be computed exactly is translated.
 """
@@ -15,18 +15,19 @@ Values = dict[str, Any]
 
 
 class NotComputedError(Exception):
-    """The features cannot be made here; the text says why."""
+    """These features cannot be computed here; the text says why."""
 
 
 def declared_by_extractor(raw: Mapping[str, Any]) -> Values:
     """The declarations of a `preprocessor_config.json`, by contract key.
 
-    Raises `NotComputedError` for features that cannot be made from a waveform here.
+    Raises:
+        NotComputedError: Its features cannot be computed from a waveform here.
     """
     kind = raw.get("feature_extractor_type")
-    found: Values = {"sample_rate": raw["sampling_rate"]} if "sampling_rate" in raw else {}
+    rate: Values = {"sample_rate": raw["sampling_rate"]} if "sampling_rate" in raw else {}
     if kind in (None, "Wav2Vec2FeatureExtractor"):
-        return found | _zscore(raw)
+        return rate | _zscore(raw)
     if not isinstance(kind, str) or kind not in _EXTRACTORS:
         raise NotComputedError(f"{str(kind)[:60]}, which is not known here")
     try:
@@ -35,12 +36,12 @@ def declared_by_extractor(raw: Mapping[str, Any]) -> Values:
         raise NotComputedError(f"{kind}, whose settings cannot be read: {str(error)[:200]}") from error
     if raw.get("dither", 0.0) != 0.0:
         raise NotComputedError(f"{kind} with dither, which is random")
-    return found | values
+    return rate | values
 
 
 def _zscore(raw: Mapping[str, Any]) -> Values:
-    given = raw.get("do_normalize")
-    return {"normalize": "zscore" if given else "none"} if isinstance(given, bool) else {}
+    normalize = raw.get("do_normalize")
+    return {"normalize": "zscore" if normalize else "none"} if isinstance(normalize, bool) else {}
 
 
 def _whisper(raw: Mapping[str, Any]) -> Values:
@@ -66,7 +67,7 @@ def _ast(raw: Mapping[str, Any]) -> Values:
     if raw.get("do_normalize", True):
         values["frontend.mean"] = float(raw.get("mean", -4.2677393))
         values["frontend.std"] = 2 * float(raw.get("std", 4.5689974))
-    # torchaudio's windows are of 25 ms, those of the NumPy path of 400 samples: at 16 kHz they are the same.
+    # torchaudio's windows have 25 ms, those of the NumPy path 400 samples: the same at 16 kHz alone.
     rate = int(raw.get("sampling_rate", 16_000))
     if rate != 16_000:
         raise NotComputedError(f"ASTFeatureExtractor at {rate} Hz, where its two implementations differ")

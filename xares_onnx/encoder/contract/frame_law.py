@@ -1,4 +1,4 @@
-"""The law that says how many frames an input gives: fitted to counts, or read from a symbolic dimension."""
+"""How many frames an input gives: a law that is fitted to counts, or read from a symbolic dimension."""
 
 from __future__ import annotations
 
@@ -12,24 +12,33 @@ import msgspec
 class FrameLaw(msgspec.Struct, frozen=True):
     """frames(n) = floor((n - receptive_field) / hop) + 1, in samples.
 
-    `receptive_field` is the law's constant: a front end that pads is shorter by its padding, down to 0 and below.
+    `receptive_field` is the constant of this law: padding makes it shorter than what a frame sees, down to 0 and below.
     """
 
     hop: int
     receptive_field: int
 
     def frames(self, samples: int) -> int:
+        """How many frames an input of samples gives; 0 if it is too short for one."""
         return max(0, (samples - self.receptive_field) // self.hop + 1)
 
     def first_length_with(self, frames: int) -> int:
-        """The shortest input, in samples, that gives this many frames."""
+        """The shortest input that gives this many frames, in samples."""
         return self.receptive_field + (frames - 1) * self.hop
 
 
 def fit_frame_law(frames: Callable[[int], int], low: int, high: int) -> FrameLaw | None:
-    """The law behind a frame count, from its jumps between `low` and `high` samples; None where it follows none.
+    """The law behind a frame count, from two of its jumps between `low` and `high` samples.
 
-    Two jumps are found by bisection (the count must not decrease), so about 2 log2(high - low) counts are asked for.
+    The jumps are found by bisection, so `frames` is called about 2 log2(high - low) times. It must not decrease.
+
+    Args:
+        frames: The frame count for an input of samples.
+        low: The shortest input to try, in samples.
+        high: The longest.
+
+    Returns:
+        The law, or None if the count follows none. `law_holds` confirms it.
     """
     at_low, at_high = frames(low), frames(high)
     if at_high < at_low + 2 or at_low < 1:
@@ -43,7 +52,7 @@ def fit_frame_law(frames: Callable[[int], int], low: int, high: int) -> FrameLaw
 
 
 def law_holds(law: FrameLaw, frames: Callable[[int], int], low: int, high: int) -> bool:
-    """Whether counts agree with the law at both sides of its jumps next to `low` and `high`, and in between."""
+    """Whether a frame count follows the law: on both sides of its jumps next to `low` and `high`, and in between."""
     edges = [law.first_length_with(law.frames(low) + 1), law.first_length_with(law.frames(high))]
     lengths = {low, high, (low + high) // 2 | 1, *edges, *(edge - 1 for edge in edges)}
     return all(frames(n) == law.frames(n) for n in sorted(lengths) if low <= n <= high)
@@ -51,23 +60,23 @@ def law_holds(law: FrameLaw, frames: Callable[[int], int], low: int, high: int) 
 
 def _first_length(frames: Callable[[int], int], count: int, low: int, high: int) -> int:
     """The shortest length in (low, high] with at least `count` frames."""
-    below, reached = low, high
+    too_short, enough = low, high
     if frames(low) >= count:
         return low
-    while reached - below > 1:
-        middle = (below + reached) // 2
-        below, reached = (below, middle) if frames(middle) >= count else (middle, reached)
-    return reached
+    while enough - too_short > 1:
+        middle = (too_short + enough) // 2
+        too_short, enough = (too_short, middle) if frames(middle) >= count else (middle, enough)
+    return enough
 
 
-_MAX_EXPRESSION = 300
+_MAX_EXPRESSION = 300  # characters
 
 
 def frames_of_dimension(expression: str, samples_name: str) -> Callable[[int], int] | None:
-    """Frame count as a function of the input length, from a symbolic dimension such as `((samples//160)) + 1`.
+    """The frame count by input length, from a symbolic dimension such as `((samples//160)) + 1`.
 
-    The grammar is whole numbers, the one name `samples_name`, + - * // / and floor, ceil, min, max. Anything else gives
-    None: the dimension is then measured instead. Nothing is ever evaluated as Python.
+    The grammar is whole numbers, the one name `samples_name`, + - * // / and floor, ceil, min, max; nothing is ever
+    evaluated as Python. For anything else the result is None, and the count has to be measured.
     """
     if len(expression) > _MAX_EXPRESSION:
         return None

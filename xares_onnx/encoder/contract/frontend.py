@@ -1,6 +1,6 @@
-"""The front end of a model that takes features: what is declared of it, the presets, and how many frames it makes of a clip.
+"""The front end of a model that takes features: its settings, presets for them, and how many frames it gives.
 
-A front end is named by a preset; single keys change a part of it. `features` computes what is written here.
+A preset names a front end, and single keys change parts of it. `features` computes it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from ...errors import ContractError
+from .frame_law import FrameLaw
 
 Preset = Literal["whisper", "kaldi", "librosa"]
 PRESETS: tuple[str, ...] = ("whisper", "kaldi", "librosa")
@@ -18,7 +19,7 @@ MAX_BINS = 1024
 
 
 class Frontend(msgspec.Struct, frozen=True, kw_only=True):
-    """Log-mel energies of a waveform at `sample_rate`, step by step in this order. Every clip by itself; no dither.
+    """Log-mel energies of a waveform at `sample_rate`: the fields are its steps in order. Each clip by itself; no dither.
 
     Lengths are in samples. Frame i begins `hop_samples` after frame i - 1.
     """
@@ -33,9 +34,9 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
     fft_samples: int
     drop_last_frame: bool
     remove_dc: bool
-    """Each window loses its mean."""
+    """The mean of each window is subtracted from it."""
     preemphasis: float
-    """Times the sample before, taken away within each window, whose first sample stands in for the one before it."""
+    """This share of the previous sample is subtracted, within each window; the first sample's previous one is itself."""
     window: Literal["hann", "hamming", "povey", "rectangular"]
     window_periodic: bool
     power: float
@@ -57,31 +58,36 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
     log_reference: Literal["unit", "max"]
     """`max`: the clip's loudest value becomes 0."""
     log_range: float
-    """Values farther below the clip's loudest, in the logarithm's own unit, are raised to there; 0 for no limit."""
+    """Values farther than this below the clip's loudest, in the logarithm's unit, are raised; 0 for no limit."""
     normalize: Literal["none", "cmn", "cmvn"]
-    """Over the clip's frames each band loses its mean (`cmn`), and is divided by its standard deviation too (`cmvn`)."""
+    """Over the clip's frames, the mean of each band is subtracted (`cmn`); `cmvn` also divides by its standard deviation."""
     fill: Literal["silence", "zeros", "repeat"]
-    """What follows a clip that is shorter than its input: silent samples, frames of zeros, or as many more copies of the
-    clip as fit, and then silence."""
+    """What follows a clip that is shorter than its input: silent samples, frames of zeros, or as many copies of the clip as
+    fit, then silence."""
     mean: float
     std: float
     """Last, (feature - mean) / std."""
     stack_frames: int
-    """As many frames that follow each other become one; a remainder is left out."""
+    """This many consecutive frames become one; a remainder is left out."""
 
     @property
     def bins(self) -> int:
-        """Values a frame."""
+        """Values per frame."""
         return self.mels * self.stack_frames
 
     @property
     def frame_samples(self) -> int:
-        """From a frame to the next, once they are stacked."""
+        """The hop from one frame to the next, once they are stacked."""
         return self.hop_samples * self.stack_frames
 
     @property
     def receptive_samples(self) -> int:
-        """The constant of the law frames(n) = floor((n - constant) / hop) + 1."""
+        """The constant of its `law`."""
+        return self.window_law.receptive_field + (self.stack_frames - 1) * self.hop_samples
+
+    @property
+    def window_law(self) -> FrameLaw:
+        """How many windows it cuts from samples: its frames before they are stacked."""
         if self.padding == "none":
             constant = self.window_samples
         elif self.padding == "symmetric":
@@ -89,26 +95,31 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
         else:
             constant = self.fft_samples % 2
         dropped = self.hop_samples if self.drop_last_frame else 0
-        return constant + dropped + (self.stack_frames - 1) * self.hop_samples
+        return FrameLaw(self.hop_samples, constant + dropped)
 
     @property
     def first_center_samples(self) -> float:
-        """Where the first frame looks."""
+        """The centre of the first frame."""
         centers = {"none": self.window_samples / 2, "symmetric": self.hop_samples / 2}
         return centers.get(self.padding, 0.0) + (self.stack_frames - 1) * self.hop_samples / 2
 
+    @property
+    def law(self) -> FrameLaw:
+        """How many frames it makes of samples, once they are stacked."""
+        return FrameLaw(self.frame_samples, self.receptive_samples)
+
     def frames(self, samples: int) -> int:
-        return max(0, (samples - self.receptive_samples) // self.frame_samples + 1)
+        return self.law.frames(samples)
 
     def frames_held(self, samples: int) -> int:
-        """How many frames, at least 1, belong to the first samples: of a front end that centres, those centred on one."""
+        """How many frames, at least 1, belong to the first samples; if frames are centred, those centred on one of them."""
         if self.padding in ("reflect", "zeros"):
             return max(1, -(-samples // self.hop_samples) // self.stack_frames)
         return max(1, self.frames(samples))
 
     def samples_for(self, frames: int) -> int:
-        """The shortest waveform of so many frames."""
-        return max(1, self.receptive_samples + (frames - 1) * self.frame_samples)
+        """The shortest waveform that gives this many frames, in samples."""
+        return max(1, self.law.first_length_with(frames))
 
     def described(self) -> str:
         """One line for the user."""
@@ -152,23 +163,29 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def make_frontend(declared: Mapping[str, Any], sample_rate: int, mels: int | None = None) -> Frontend:
-    """The front end of a preset with what is declared, by key without the prefix. `mels` stands for undeclared bands.
+    """A preset with the declared values.
 
-    Raises `ContractError` where no preset is declared, or parts do not fit each other.
+    Args:
+        declared: Values by key without the prefix; `preset` is one of them.
+        sample_rate: In Hz.
+        mels: The number of bands, if none is declared.
+
+    Raises:
+        ContractError: No preset is declared, or values do not fit each other.
     """
     if "preset" not in declared:
         raise ContractError(
-            f"{', '.join(PREFIX + key for key in declared)} needs a preset beside it; say --contract "
-            f"{PREFIX}preset=whisper, or kaldi or librosa"
+            f"{', '.join(PREFIX + key for key in declared)} needs a preset; set --contract {PREFIX}preset=whisper, kaldi or "
+            "librosa"
         )
-    said = {key: value == "true" if _TYPES[key] is bool else value for key, value in declared.items()}
-    preset: str = said["preset"]
-    values = {**_preset(preset, sample_rate), **({"mels": mels} if mels else {}), **said}
+    changes = {key: value == "true" if _TYPES[key] is bool else value for key, value in declared.items()}
+    preset: str = changes["preset"]
+    values = {**_preset(preset, sample_rate), **({"mels": mels} if mels else {}), **changes}
     if preset == "kaldi":  # the next power of two
         values.setdefault("fft_samples", 1 << (values["window_samples"] - 1).bit_length())
     else:
         values.setdefault("fft_samples", max(values["window_samples"], _FFT[preset]))
-        if "window_samples" not in said:
+        if "window_samples" not in changes:
             values["window_samples"] = values["fft_samples"]
     frontend = Frontend(sample_rate=sample_rate, **values)
     _check(frontend)
@@ -259,4 +276,4 @@ def _check(frontend: Frontend) -> None:
         problem = "log_range and log_reference need a logarithm"
     else:
         return
-    raise ContractError(f"the declared front end cannot be: {problem}; correct its frontend.* keys")
+    raise ContractError(f"the declared front end is impossible: {problem}; correct its frontend.* keys")

@@ -1,6 +1,6 @@
 """Which input of a model takes the waveform or its features, and which others can be filled: lengths and a mask.
 
-No model runs here.
+Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ if TYPE_CHECKING:
 
 _LENGTH_NAMES = ("length", "lens", "num_samples", "n_samples")
 _MASK_NAMES = {"mask", "attention_mask", "input_mask", "audio_mask"}
+_WAVEFORM_NAMES = {"audio", "waveform", "input_values"}
 _FEATURE_NAMES = {"input_features", "input_values", "features", "feats", "speech", "x"}
 _HOW = (
-    "say it by --contract frontend.preset=whisper, or kaldi or librosa, and its keys (docs/vendors.md), or export the model "
-    "with its front end"
+    "declare --contract frontend.preset=whisper, kaldi or librosa, and its keys (docs/vendors.md), or export the model with "
+    "its front end"
 )
 _LISTED = 12  # names in a sentence
 _SHORTEST_WINDOW = 400  # samples; a fixed axis of fewer holds features or a state, not audio
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """The input for the waveform, or for the features that `frontend` makes of it, and what the graph fixes of it.
-
-    `layouts` are those that its shape allows, more than one only of features. `shape` is the graph's. `lengths` and `mask`
-    are the names of inputs that are filled beside it. `sources` say where the front end's fields are from.
-    """
+    """The inputs that are filled, and what the graph fixes of them."""
 
     audio: str
+    """The input for the waveform, or for the features that `frontend` makes of it."""
     layouts: tuple[str, ...]
+    """Those that its shape allows; only features may have more than one."""
     shape: tuple[int | str | None, ...]
+    """Its shape in the graph."""
     lengths: str | None
     mask: str | None
     frontend: Frontend | None = None
     sources: dict[str, str] = {}
+    """Where the front end's fields are from."""
 
     @property
     def time(self) -> int | str | None:
@@ -52,7 +53,7 @@ class Inputs(msgspec.Struct, frozen=True):
 
     @property
     def window(self) -> int | None:
-        """The only number of samples that it takes, where the graph fixes one."""
+        """The only number of samples that it takes, if the graph fixes one."""
         if not isinstance(self.time, int):
             return None
         return self.frontend.samples_for(self.time) if self.frontend else self.time
@@ -64,7 +65,17 @@ class Inputs(msgspec.Struct, frozen=True):
 
 
 def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations) -> Inputs:
-    """Raises `ContractError` where no input, or any of several, could take the audio, and for one nobody can fill."""
+    """Choose the input for the audio, and those for lengths and a mask.
+
+    Args:
+        nodes: The graph's inputs.
+        outputs: The graph's outputs, which show whether an input is a state.
+        declared: What is declared of the model, by contract key.
+
+    Raises:
+        ContradictionError: A declared input or layout is not the graph's.
+        ContractError: No input, or any of several, could take the audio; or nothing here can fill another input.
+    """
     by_name = {node.name: node for node in nodes}
     for key in ("input", "lengths_input", "mask_input"):
         if key in declared and declared[key].value not in by_name:
@@ -93,29 +104,30 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
         else:
             _refuse_state([other for other in nodes if other.name != audio.name], outputs)
             raise ContractError(
-                f"the model wants input {node.name!r} ({node.type}, shape {node.shape}) beside the "
+                f"the model needs input {node.name!r} ({node.type}, shape {node.shape}) beside the "
                 f"{'features' if features else 'waveform'}, which nothing here can fill; {_cure(node)}"
             )
     return Inputs(audio.name, layouts, tuple(audio.shape), lengths, mask, frontend, sources)
 
 
-def listed(found: Iterable[Any]) -> str:
-    names = [str(name) for name in found]
-    first, rest = names[:_LISTED], len(names) - _LISTED
-    quoted = ", ".join(repr(name[:40]) for name in first)
+def listed(items: Iterable[Any]) -> str:
+    """The first names in quotes, and how many more there are."""
+    names = [str(item) for item in items]
+    rest = len(names) - _LISTED
+    quoted = ", ".join(repr(name[:40]) for name in names[:_LISTED])
     return f"{quoted} and {rest} more" if rest > 0 else quoted or "none"
 
 
 def _refuse_state(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]) -> None:
-    """Raise `ContractError` where one of these wants an output of the call before: such a pair shares a name or a shape."""
+    """Raise `ContractError` if one of these inputs takes an output of the previous call: the two share a name or a shape."""
     for node in nodes:
         for output in outputs:
-            alike = output.type == node.type and len(output.shape) == len(node.shape)
-            same = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
-            if alike and (node.name.lower() in output.name.lower() or same):
+            same_rank = output.type == node.type and len(output.shape) == len(node.shape)
+            same_shape = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
+            if same_rank and (node.name.lower() in output.name.lower() or same_shape):
                 raise ContractError(
-                    f"the model keeps a state: input {node.name!r} wants output {output.name!r} of the call before, but "
-                    "every clip is embedded by itself; export it with the state inside, starting at zero"
+                    f"the model keeps a state: input {node.name!r} takes output {output.name!r} of the previous call, but "
+                    "each clip is embedded by itself; export it with the state inside, starting at zero"
                 )
 
 
@@ -123,20 +135,13 @@ def _waveform(
     nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations
 ) -> onnxruntime.NodeArg:
     floats = [node for node in nodes if node.type in FLOAT_TYPES and not _is_mask(node, declared)]
-    if len(floats) > 1:  # a state has a shape of its own
+    if len(floats) > 1:  # a state has another shape
         floats = [
             node for node in floats if (layout := input_layout(node.shape)) and _is_audio(node.shape, layout)
         ] or floats
     if not floats:
         raise ContractError(f"the model has no float input for a waveform; it has {listed(node.name for node in nodes)}")
-    if len(floats) > 1:
-        named = [node for node in floats if node.name in ("audio", "waveform", "input_values")]
-        if len(named) != 1:
-            _refuse_state(floats, outputs)
-            names = listed(node.name for node in floats)
-            raise ContractError(f"any of {names} could be the waveform; name it by --contract input=NAME")
-        return named[0]
-    return floats[0]
+    return _only_or_named(floats, _WAVEFORM_NAMES, "be the waveform", outputs)
 
 
 def _features(
@@ -145,59 +150,68 @@ def _features(
     floats = [node for node in nodes if node.type in FLOAT_TYPES and not _is_mask(node, declared)]
     if not floats:
         raise ContractError(f"the model has no float input for features; it has {listed(node.name for node in nodes)}")
-    if len(floats) > 1:
-        named = [node for node in floats if node.name.lower() in _FEATURE_NAMES]
-        if len(named) != 1:
-            _refuse_state(floats, outputs)
-            names = listed(node.name for node in floats)
-            raise ContractError(f"any of {names} could take the features; name it by --contract input=NAME")
-        return named[0]
-    return floats[0]
+    return _only_or_named(floats, _FEATURE_NAMES, "take the features", outputs)
 
 
-def _a_waveform(audio: onnxruntime.NodeArg, declared: Declarations) -> ContractError:
+def _only_or_named(
+    nodes: list[onnxruntime.NodeArg], usual: set[str], role: str, outputs: list[onnxruntime.NodeArg]
+) -> onnxruntime.NodeArg:
+    """The only one of several inputs, or the only one with a usual name."""
+    if len(nodes) == 1:
+        return nodes[0]
+    named = [node for node in nodes if node.name.lower() in usual]
+    if len(named) != 1:
+        _refuse_state(nodes, outputs)
+        names = listed(node.name for node in nodes)
+        raise ContractError(f"any of {names} could {role}; name it by --contract input=NAME")
+    return named[0]
+
+
+def _waveform_error(audio: onnxruntime.NodeArg, declared: Declarations) -> ContractError:
     return ContractError(
-        f"{declared['input_kind'].source} says that the model takes features, but input {audio.name!r} has shape "
-        f"{list(audio.shape)}, which is that of a waveform; if its front end is inside, say --contract input_kind=waveform"
+        f"{declared['input_kind'].source} says that the model takes features, but input {audio.name!r} has the shape of a "
+        f"waveform, {list(audio.shape)}; if its front end is inside, set --contract input_kind=waveform"
     )
 
 
 def _frontend(audio: onnxruntime.NodeArg, declared: Declarations) -> tuple[Frontend, dict[str, str]]:
-    """The declared front end; where nobody declares its bands, they are those that the input's shape shows."""
-    by = declared["input_kind"]
+    """The declared front end, and where its fields are from. Undeclared bands are those that the input's shape shows."""
+    kind = declared["input_kind"]
     if not any(key.startswith(PREFIX) for key in declared):
         if input_layout(audio.shape) and not any(isinstance(size, int) and size > 1 for size in audio.shape[-2:]):
-            raise _a_waveform(audio, declared)
-        raise ContractError(f"{by.source} says that input {audio.name!r} takes features, but not how to make them; {_HOW}")
+            raise _waveform_error(audio, declared)
+        raise ContractError(f"{kind.source} says that input {audio.name!r} takes features, but not how to make them; {_HOW}")
     frontend, sources = declared_frontend(declared, None)
     shown = None if PREFIX + "mels" in declared else bins_shown(audio.shape, frontend.bins)
     if shown and shown % frontend.stack_frames == 0:
         frontend, sources = declared_frontend(declared, shown // frontend.stack_frames)
-    return frontend, sources | {"input_kind": by.source}
+    return frontend, sources | {"input_kind": kind.source}
 
 
 def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: Declarations) -> tuple[str, ...]:
-    shape, by = list(audio.shape), declared.get("input_layout")
-    if by:
-        layout = str(by.value)
+    shape, declaration = list(audio.shape), declared.get("input_layout")
+    if declaration:
+        layout = str(declaration.value)
         if "F" not in layout:
-            raise ContractError(f"{by.source} declares input_layout={layout}, which has no axis F for the bins of features")
+            raise ContractError(
+                f"{declaration.source} declares input_layout={layout}, which has no axis F for the bins of features"
+            )
         sizes = dict(zip(layout, shape, strict=False))
         singles = [size for axis, size in zip(layout, shape, strict=False) if axis == "1"]
         fits = len(layout) == len(shape) and bins_fit(sizes["F"], sizes["T"], frontend.bins)
         if not fits or any(isinstance(size, int) and size != 1 for size in singles):
             raise ContractError(
-                f"{by.source} declares input_layout={layout}, but input {audio.name!r} has shape {shape}, and a frame "
-                f"{frontend.bins} bins"
+                f"{declaration.source} declares input_layout={layout}, but input {audio.name!r} has shape {shape}, and a "
+                f"frame has {frontend.bins} bins"
             )
         return (layout,)
     if input_layout(shape) and frontend.bins not in shape:
-        raise _a_waveform(audio, declared)
+        raise _waveform_error(audio, declared)
     layouts = feature_layouts(shape, frontend.bins)
     if not layouts:
         raise ContractError(
-            f"input {audio.name!r} has shape {shape}, and the front end gives {frontend.bins} bins a frame; say how many "
-            "bands by --contract frontend.mels=N, or which axis is what by --contract input_layout=BTF, or BFT"
+            f"input {audio.name!r} has shape {shape}, and the front end gives {frontend.bins} bins per frame; set the "
+            "number of bands by --contract frontend.mels=N, or the axes by --contract input_layout=BTF or BFT"
         )
     return tuple(layouts)
 
@@ -207,21 +221,23 @@ def _layout(audio: onnxruntime.NodeArg, declared: Declarations) -> str:
     layout = input_layout(shape)
     if layout is None and looks_like_features(shape):
         raise ContractError(
-            f"input {audio.name!r} has shape {shape}, which is that of features, and nothing says how to make them; {_HOW}"
+            f"input {audio.name!r} has the shape of features, {shape}, and nothing declares how to make them; {_HOW}"
         )
     if layout is None:
         raise ContractError(
             f"input {audio.name!r} has shape {shape}; a waveform input is [batch, samples], [batch, 1, samples], "
             "[batch, samples, 1] or [samples]"
         )
-    by = declared.get("input_layout")
-    if by and by.value != layout:
-        said = f"{by.source} declares input_layout={by.value}, but input {audio.name!r} has shape {shape}"
-        raise ContradictionError(said, about="input_layout")
-    if not by and not _is_audio(shape, layout):
+    declaration = declared.get("input_layout")
+    if declaration and declaration.value != layout:
+        raise ContradictionError(
+            f"{declaration.source} declares input_layout={declaration.value}, but input {audio.name!r} has shape {shape}",
+            about="input_layout",
+        )
+    if not declaration and not _is_audio(shape, layout):
         raise ContractError(
             f"input {audio.name!r} takes exactly {shape[layout.index('T')]} values, too few for a window of audio; export "
-            f"it with a dynamic samples axis, or say that they are samples by --contract input_layout={layout}"
+            f"it with a dynamic samples axis, or declare that they are samples by --contract input_layout={layout}"
         )
     return layout
 
@@ -244,5 +260,5 @@ def _is_lengths(node: onnxruntime.NodeArg, declared: Declarations) -> bool:
 
 def _cure(node: onnxruntime.NodeArg) -> str:
     if node.type in MASK_TYPES and len(node.shape) == 2:
-        return f"if it is a mask with ones for samples, say --contract mask_input={node.name}, else export it without"
+        return f"if it is a mask with ones for samples, set --contract mask_input={node.name}, else export it without"
     return "export it without that input"

@@ -1,4 +1,4 @@
-"""Which axis of an input or an output is what, from shapes and values alone. Nothing here runs a model."""
+"""What each axis of an input or an output holds, from shapes and values alone. Nothing here runs a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...errors import ContractError
 from ..contract.frontend import MAX_BINS
 
 _MOST_BANDS = 256  # a fixed axis of more is time, or another encoder's dimension
-_MOVES = 0.1  # of an axis: how far a change must move along it, from the first to the last quarter of the window
-_MOVES_ALONE = 0.5  # the same where no other axis can be the dimension, and chance moves a few values
+_MOVES = 0.1  # of an axis' length: how far a change must move along it, from the first to the last quarter of the window
+_MOVES_ALONE = 0.5  # the same if no other axis can be the dimension, and chance moves a few values
 
 
 def input_layout(shape: Sequence[Any]) -> str | None:
-    """The layout of a waveform input; None for a shape that holds no waveform."""
+    """The layout of a waveform input of this shape; None if the shape cannot hold one."""
     match len(shape), [i for i, size in enumerate(shape) if i and size == 1]:
         case 1, _:
             return "T"
@@ -31,11 +31,11 @@ def input_layout(shape: Sequence[Any]) -> str | None:
 
 
 def feature_layouts(shape: Sequence[Any], bins: int) -> list[str]:
-    """Every layout that an input of this shape may have for features of so many bins a frame.
+    """Every layout that an input of this shape may have for features with this many bins per frame.
 
-    The batch comes first, but for a batch of one; two axes are enough for a single clip.
+    The batch comes first, unless it is a batch of one. Two axes are enough for a single clip.
     """
-    found = []
+    layouts = []
     for time in range(len(shape)):
         for bands in range(len(shape)):
             rest = [axis for axis in range(len(shape)) if axis not in (time, bands)]
@@ -45,20 +45,23 @@ def feature_layouts(shape: Sequence[Any], bins: int) -> list[str]:
                 continue
             if all(shape[axis] == 1 for axis in single):
                 roles = {time: "T", bands: "F", batch: "B"}
-                found.append("".join(roles.get(axis, "1") for axis in range(len(shape))))
-    exact = [layout for layout in found if shape[layout.index("F")] == bins] or found
+                layouts.append("".join(roles.get(axis, "1") for axis in range(len(shape))))
+    exact = [layout for layout in layouts if shape[layout.index("F")] == bins] or layouts
     return [layout for layout in exact if layout.startswith("B")] or exact
 
 
 def bins_fit(bands: Any, time: Any, bins: int) -> bool:
-    """Whether axes of these sizes may hold so many bins, and frames. A free one holds none beside a fixed one that could."""
+    """Whether axes of these sizes may hold the bins, and the frames.
+
+    A dynamic axis does not hold bins if the other is fixed at a size that bands have.
+    """
     if isinstance(bands, int):
         return bands == bins
     return not isinstance(time, int) or time > _MOST_BANDS
 
 
 def bins_shown(shape: Sequence[Any], usual: int) -> int | None:
-    """How many bins a frame has by an input's shape: the `usual` number, or that of the one axis which could hold them."""
+    """Bins per frame by an input's shape: the `usual` number, or the size of the only axis that could hold them."""
     axes = _wide(shape)
     fixed = [size for size in axes if isinstance(size, int)]
     if usual in fixed or len(axes) != 2:
@@ -68,30 +71,33 @@ def bins_shown(shape: Sequence[Any], usual: int) -> int | None:
 
 
 def looks_like_features(shape: Sequence[Any]) -> bool:
-    """Whether an input's shape may be that of features: beside the batch two axes, and one of few values if any is fixed."""
+    """Whether an input's shape may be that of features: two axes beside the batch, and if any is fixed, a short one."""
     axes = [size for size in shape[1:] if size != 1]
     fixed = [size for size in axes if isinstance(size, int)]
     return len(axes) == 2 and (not fixed or min(fixed) <= _MOST_BANDS)
 
 
 def _wide(shape: Sequence[Any]) -> list[Any]:
-    """The axes of an input that are wider than one, but for the batch where that is the first of three."""
+    """The axes of an input that are wider than one, without the batch if that is the first of three."""
     wide = [size for size in shape if size != 1]
     return wide[1:] if len(wide) == 3 and shape[0] != 1 else wide
 
 
 def batch_axis(output: npt.NDArray[Any], pair: npt.NDArray[Any] | None, fixed_batch: int | None) -> int | None:
-    """The axis of an output that holds the batch, where there is one.
+    """The axis of an output that holds the batch; None if no axis does.
 
-    It doubles for a `pair` of waveforms; with a fixed batch of one waveform repeated it holds equal items. Where a batch
-    cannot be tried it is the first axis of size one.
+    It doubles for a `pair` of waveforms; with a fixed batch of one waveform repeated it holds equal items. If the model
+    takes no pair, it is the first axis of size one.
+
+    Raises:
+        ContractError: No axis holds a fixed batch.
     """
     axes = range(output.ndim)
     if fixed_batch is not None and fixed_batch > 1:
-        sized = [axis for axis in axes if output.shape[axis] == fixed_batch and _repeats(output, axis)]
-        if not sized:
+        repeating = [axis for axis in axes if output.shape[axis] == fixed_batch and _repeats(output, axis)]
+        if not repeating:
             raise ContractError(f"with a fixed batch of {fixed_batch} no axis holds the batch")
-        return sized[0]
+        return repeating[0]
     if pair is not None and pair.ndim == output.ndim:
         doubled = [axis for axis in axes if (output.shape[axis], pair.shape[axis]) == (1, 2)]
         if doubled:
@@ -100,7 +106,11 @@ def batch_axis(output: npt.NDArray[Any], pair: npt.NDArray[Any] | None, fixed_ba
 
 
 def growing_axis(short: tuple[int, ...], long: tuple[int, ...]) -> int | None:
-    """The axis that holds the frames, from an output's shape for a short and a longer input; None for a clip's vector."""
+    """The axis that holds the frames, from an output's shapes for a short and a longer input; None for one vector per clip.
+
+    Raises:
+        ContractError: No single axis grows.
+    """
     if len(short) != len(long):
         raise ContractError("its rank follows the input's length")
     grows = [axis for axis in range(len(short)) if long[axis] > short[axis]]
@@ -114,7 +124,17 @@ def moving_axis(
 ) -> int | None:
     """The axis that holds the frames of a fixed window: along it, a change moves as it moves in the window.
 
-    `firsts` are outputs for windows whose first quarter was changed, `lasts` for the last quarter. None for a clip's vector.
+    Args:
+        plain: The output for the window.
+        firsts: Outputs for windows whose first quarter was changed.
+        lasts: Outputs for windows whose last quarter was changed.
+        batch: The axis of the batch.
+
+    Returns:
+        The axis, or None for one vector per window.
+
+    Raises:
+        ContractError: The change moves along no axis, or along several.
     """
     wide = [axis for axis in range(plain.ndim) if axis != batch and plain.shape[axis] > 1]
     moved = {axis: _centre(lasts, plain, axis) - _centre(firsts, plain, axis) for axis in wide}
@@ -123,13 +143,17 @@ def moving_axis(
         return best[0] if best and moved[best[0]] > _MOVES_ALONE else None
     if moved[best[0]] < max(_MOVES, *(2 * abs(moved[axis]) for axis in best[1:])):
         raise ContractError(
-            "which axis holds the frames cannot be seen; say it by --contract output_layout=BTD, or BDT, axis by axis"
+            "no measurement shows which axis holds the frames; declare the axes, as in --contract output_layout=BTD or BDT"
         )
     return best[0]
 
 
 def output_layout(shape: tuple[int, ...], batch: int | None, time: int | None) -> str:
-    """The layout, as in `Contract.output_layout`, once the axes of batch and time are known; what is left holds the dim."""
+    """The layout, as in `Contract.output_layout`, of an output whose axes of batch and time are known.
+
+    Raises:
+        ContractError: The axes that are left cannot hold a dimension.
+    """
     rest = [axis for axis in range(len(shape)) if axis not in (batch, time)]
     wide = [axis for axis in rest if shape[axis] != 1]
     if len(wide) > 1:
@@ -139,7 +163,7 @@ def output_layout(shape: tuple[int, ...], batch: int | None, time: int | None) -
         raise ContractError(f"{problem}; an encoder gives [batch, frames, dim]")
     if not rest:
         raise ContractError(
-            "one value a frame is no embedding; an encoder gives [batch, frames, dim]"
+            "one value per frame is no embedding; an encoder gives [batch, frames, dim]"
             if time is not None
             else "a single value is no embedding; an encoder gives [batch, frames, dim]"
         )
@@ -154,7 +178,7 @@ def _repeats(output: npt.NDArray[Any], axis: int) -> bool:
 
 
 def _centre(changed: Sequence[npt.NDArray[Any]], plain: npt.NDArray[Any], axis: int) -> float:
-    """Where along an axis a change lies, from 0 to 1; the middle if nothing changed."""
+    """The centre of a change along an axis, from 0 to 1; the middle if nothing changed."""
     others = tuple(i for i in range(plain.ndim) if i != axis)
     weights = sum(np.abs(output.astype(np.float64) - plain).sum(axis=others) for output in changed)
     total = float(np.sum(weights))

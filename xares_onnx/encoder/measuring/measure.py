@@ -1,7 +1,7 @@
-"""Measure a model against the contract: layouts, dimension, the law of its frames, batch. Runs in the worker process.
+"""Measure a model: layouts, dimension, the law of its frames, batches. Runs in the worker process.
 
-Names and declarations may lie, so everything that can be measured is; a declaration that contradicts a measurement is
-a `ContractError`. The probe signal is seeded noise.
+Names and declarations may lie, so everything that can be measured is measured; a declaration that contradicts a measurement
+is an error. The probe signal is seeded noise.
 """
 
 from __future__ import annotations
@@ -19,19 +19,35 @@ from ..contract.declarations import Declarations
 from ..contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
 from ..limits import UNTRUSTED
 from ..session import Session
+from .frame_times import WINDOW_HOP, even_hop, first_center, first_center_in_window
 from .inputs import Inputs, choose_inputs, listed
 from .layouts import batch_axis, growing_axis, output_layout
 from .probe import Probe
 from .windows import Window
 
-COUPLING_TOLERANCE = 1e-3  # of the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
+COUPLING_TOLERANCE = 1e-3  # times the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
 _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}
 
 
 def measure_contract(
     session: Session, declared: Declarations, beat: Callable[[], None], *, max_dim: int = UNTRUSTED.dim
 ) -> Contract:
-    """The full contract of a loaded model. `beat` is called after every run: a sign of life."""
+    """Measure the contract of a loaded model.
+
+    Args:
+        session: The loaded model.
+        declared: What is declared of it, by contract key.
+        beat: Called after every run, as a sign of life.
+        max_dim: The largest dimension that an embedding may have.
+
+    Returns:
+        The contract, with the source of each field.
+
+    Raises:
+        ContradictionError: A declaration and a measurement differ.
+        ContractError: No contract fits the model; `about` says which property it lacks.
+        ModelError: The model fails on noise.
+    """
     probe = Probe(session, declared, beat)
     probe.max_dim = max_dim
     with concerning("input"):
@@ -68,22 +84,28 @@ def measure_contract(
     else:
         _measure_window(probe, samples)
     probe.update(**_measure_batch(probe, samples))
-    sources = {"input_kind": "graph", **inputs.sources, **probe.sources, "dim": "measured"}
-    named = {"input": "input", "input_layout": "input_layout", "lengths_input": "lengths_input", "mask_input": "mask_input"}
-    for field in named:
-        if getattr(probe.contract, field) is not None and field not in probe.sources:
-            sources[field] = declared[field].source if field in declared else "graph"
-    if inputs.fixed_batch is not None:
-        sources["fixed_batch"] = "graph"
-    sources["output"] = declared["output"].source if "output" in declared else sources.get("output", "graph")
-    sources.setdefault("output_layout", "measured")
-    probe.update(sources=sources)
+    probe.update(sources=_sources(probe, inputs))
     return probe.contract
 
 
+def _sources(probe: Probe, inputs: Inputs) -> dict[str, str]:
+    """Where each field of the contract is from: what no measurement recorded is declared, or from the graph."""
+    sources = {"input_kind": "graph", **inputs.sources, **probe.sources, "dim": "measured"}
+    for field in ("input", "input_layout", "lengths_input", "mask_input"):
+        if field not in probe.sources and getattr(probe.contract, field) is not None:
+            sources[field] = probe.declared[field].source if field in probe.declared else "graph"
+    if inputs.fixed_batch is not None:
+        sources["fixed_batch"] = "graph"
+    if "output" in probe.declared:
+        sources["output"] = probe.declared["output"].source
+    sources.setdefault("output", "graph")
+    sources.setdefault("output_layout", "measured")
+    return sources
+
+
 def _choose_input_layout(probe: Probe, inputs: Inputs, samples: int | None) -> None:
-    """Which axis holds the bins of features, where the graph does not say: the model takes one order and not the other."""
-    taken, problem = [], ""
+    """Set the only layout that the model accepts of those that the shape of its features allows."""
+    accepted, problem = [], ""
     for layout in inputs.layouts:
         probe.update(input_layout=layout)
         try:
@@ -91,25 +113,24 @@ def _choose_input_layout(probe: Probe, inputs: Inputs, samples: int | None) -> N
                 probe.shortest_probe()
             else:
                 probe.run_outputs(probe.float_outputs(), probe.noise(samples))
-            taken.append(layout)
+            accepted.append(layout)
         except ModelError as error:
             problem = problem or str(error)
-    if not taken:
+    if not accepted:
+        bins = inputs.frontend.bins if inputs.frontend else 0
+        raise ContractError(f"the model fails on {bins} bins per frame, whatever the order of its axes: {problem}")
+    if len(accepted) > 1:
+        flags = " or ".join(f"--contract input_layout={layout}" for layout in accepted)
         raise ContractError(
-            f"the model takes {inputs.frontend.bins if inputs.frontend else 0} bins a frame in no order: {problem}"
+            f"input {inputs.audio!r} has shape {list(inputs.shape)}, and the model accepts features in any order; set "
+            f"{flags} (B batch, T frames, F bins)"
         )
-    if len(taken) > 1:
-        flags = " or ".join(f"--contract input_layout={layout}" for layout in taken)
-        raise ContractError(
-            f"input {inputs.audio!r} has shape {list(inputs.shape)}, and the model takes features in any order; say "
-            f"{flags}, B the batch, T the frames, F the bins"
-        )
-    probe.update(input_layout=taken[0])
+    probe.update(input_layout=accepted[0])
     probe.sources["input_layout"] = "measured"
 
 
 def _measure_growing(probe: Probe, inputs: Inputs) -> int:
-    """A model that takes inputs of many lengths: its output, its frame law and its lengths. The length of the probe."""
+    """Measure a model that takes inputs of many lengths. Returns the samples of the shortest probe."""
     low = probe.shortest_probe()
     high = 3 * low + 1
     if probe.contract.max_samples:
@@ -117,13 +138,12 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
     _choose_output(probe, low, high)
     if "T" in probe.contract.output_layout:
         law = _measure_law(probe, inputs, low, high)
+        center, center_source = first_center(law, inputs.frontend)
         probe.update(
             hop_samples=probe.agree("hop_samples", law.hop),
             receptive_field_samples=probe.agree("receptive_field_samples", law.receptive_field),
-            first_frame_center_samples=probe.choose("first_frame_center_samples", _first_center(probe, law)),
+            first_frame_center_samples=probe.choose("first_frame_center_samples", center, center_source),
         )
-        if "first_frame_center_samples" not in probe.declared:
-            probe.sources["first_frame_center_samples"] = _why_there(probe)
     else:
         _refuse_frames_of_a_clip(probe)
     probe.update(min_samples=_measure_minimum(probe, low))
@@ -132,53 +152,34 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
     return low
 
 
-def _first_center(probe: Probe, law: FrameLaw) -> float:
-    """Half of the law's constant; a front end may shift it, since the frame that Whisper's drops at the end moves none."""
-    if (frontend := probe.contract.frontend) is None:
-        return law.receptive_field / 2
-    return frontend.first_center_samples + (law.receptive_field - frontend.receptive_samples) / 2
-
-
-def _why_there(probe: Probe) -> str:
-    front_end = ", from the front end's first frame" if probe.contract.frontend else ""
-    return f"default (receptive field / 2{front_end})"
-
-
-def _law_in_samples(probe: Probe, hop: int, receptive: int) -> FrameLaw:
-    """A law that was found in samples, or in frames of features."""
-    if (frontend := probe.contract.frontend) is None:
-        return FrameLaw(hop, receptive)
-    return FrameLaw(hop * frontend.frame_samples, frontend.receptive_samples + (receptive - 1) * frontend.frame_samples)
-
-
 # ---------------------------------------------------------------- fixed windows
 
 
 def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
-    """The only length that the model takes: by its graph, or declared as both the least and the most."""
+    """The only length that the model takes: by its graph, or declared as both its minimum and its maximum."""
     declared = {key: probe.declared[key] for key in ("min_samples", "max_samples", "chunk_samples") if key in probe.declared}
     if inputs.window is None:
-        least, most = declared.get("min_samples"), declared.get("max_samples")
-        if not least or not most or least.value != most.value:
+        shortest, longest = declared.get("min_samples"), declared.get("max_samples")
+        if not shortest or not longest or shortest.value != longest.value:
             return None
-        window, why = int(most.value), most.source
+        window, source = int(longest.value), longest.source
     else:
-        window, why = inputs.window, "graph (the input's axis is fixed)"
-    for key, by in declared.items():
-        if by.value != window:
+        window, source = inputs.window, "graph (the input's axis is fixed)"
+    for key, declaration in declared.items():
+        if declaration.value != window:
             raise ContradictionError(
-                f"{by.source} declares {key}={by.value}, but input {inputs.audio!r} takes exactly {window} samples"
-                f"{f' ({inputs.time} frames)' if inputs.frontend else ''}; correct the declaration",
+                f"{declaration.source} declares {key}={declaration.value}, but input {inputs.audio!r} takes exactly "
+                f"{window} samples{f' ({inputs.time} frames)' if inputs.frontend else ''}; correct the declaration",
                 about=key,
             )
     lengths = ("min_samples", "max_samples", "chunk_samples")
-    probe.sources.update({key: declared[key].source if key in declared else why for key in lengths})
+    probe.sources.update({key: declared[key].source if key in declared else source for key in lengths})
     probe.update(min_samples=window, max_samples=window, chunk_samples=window)
     return window
 
 
 def _measure_window(probe: Probe, samples: int) -> None:
-    """A model whose input is a fixed window: its output, and the times of the frames in the window."""
+    """Measure a model whose input is a fixed window: output, and the times of the frames in it."""
     window = _choose_output(probe, samples, samples)
     if "T" not in probe.contract.output_layout:
         _refuse_frames_of_a_clip(probe)
@@ -186,111 +187,93 @@ def _measure_window(probe: Probe, samples: int) -> None:
     frames = probe.frames(samples)
     if frames > samples:
         raise ContractError(
-            f"the model gives {frames} frames for {samples} samples, so most of them have no time of their own"
+            f"the model gives {frames} frames for {samples} samples; more frames than samples have no times of their own"
         )
     probe.update(window_frames=frames)
     assert window is not None
-    if measured := window.measure_frames():
-        law = _law_in_samples(probe, *measured)
+    frontend = probe.contract.frontend
+    (law,) = window.measure_laws([probe.contract])
+    if law is not None:
         hop: float = probe.agree("hop_samples", law.hop)
         receptive: int | None = probe.agree("receptive_field_samples", law.receptive_field)
-        center, why = _first_center(probe, law), _why_there(probe)
+        center, center_source = first_center(law, frontend)
     else:
-        even = _even_hop(probe, samples, frames)
-        hop = probe.choose("hop_samples", int(even) if even.is_integer() else even)
-        if "hop_samples" not in probe.declared:
-            probe.sources["hop_samples"] = "default (window / frames)"
+        hop = probe.choose("hop_samples", even_hop(samples, frames, frontend), WINDOW_HOP)
         receptive = probe.choose("receptive_field_samples", None)
-        in_the_middle, why = _window_center(probe, samples, frames, hop)
-        if in_the_middle < 0 or (in_the_middle == 0 and probe.contract.frontend is None):
+        center, center_source = first_center_in_window(samples, frames, hop, frontend)
+        if center < 0 or (center == 0 and frontend is None):
             raise ContradictionError(
-                f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames so far apart do not fit "
+                f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames at that hop do not fit "
                 f"into the window of {samples} samples; correct the declaration",
                 about="hop_samples",
             )
-        center = in_the_middle
         if receptive is not None:
-            center, why = _first_center(probe, FrameLaw(1, int(receptive))), _why_there(probe)
+            center, center_source = first_center(FrameLaw(1, int(receptive)), frontend)
     probe.update(
         hop_samples=hop,
         receptive_field_samples=receptive,
-        first_frame_center_samples=probe.choose("first_frame_center_samples", center),
+        first_frame_center_samples=probe.choose("first_frame_center_samples", center, center_source),
     )
-    if "first_frame_center_samples" not in probe.declared:
-        probe.sources["first_frame_center_samples"] = why
-
-
-def _even_hop(probe: Probe, samples: int, frames: int) -> float:
-    """The hop of so many frames that are spread evenly over a window, or over the frames of features in it."""
-    frontend = probe.contract.frontend
-    return (frontend.frames(samples) * frontend.frame_samples if frontend else samples) / frames
-
-
-def _window_center(probe: Probe, samples: int, frames: int, hop: float) -> tuple[float, str]:
-    """Where the first frame of a window looks, if nothing shows it, and why."""
-    frontend = probe.contract.frontend
-    if frontend is None:
-        return (samples - (frames - 1) * hop) / 2, "default (frames in the middle of the window)"
-    features = frontend.frames(samples)
-    if frontend.preset == "whisper" and hop == 2 * frontend.hop_samples and features == 2 * frames:
-        return frontend.first_center_samples, "default (as Whisper's encoder takes every other frame of features)"
-    span = (features - 1) * frontend.frame_samples - (frames - 1) * hop
-    return frontend.first_center_samples + span / 2, "default (frames in the middle of the features)"
 
 
 # ---------------------------------------------------------------- outputs
 
 
 def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
-    """The embedding output, its layout and dimension, from which axis grows with the input.
-
-    Where the input cannot grow (`low` is `high`) it is the axis along which a change moves; the `Window` is then returned.
-    """
+    """Set the embedding output, its layout and its dimension. Returns the `Window` if the input is one (`low` is `high`)."""
     names = probe.float_outputs()
     if "output" in probe.declared:
-        wanted = probe.declared["output"]
-        if wanted.value not in names:
-            said = f"{wanted.source}: the model has no float output {wanted.value!r}; it has {listed(names)}"
-            raise ContradictionError(said, about="output")
-        names = [str(wanted.value)]
+        output = probe.declared["output"]
+        if output.value not in names:
+            problem = f"{output.source}: the model has no float output {output.value!r}; it has {listed(names)}"
+            raise ContradictionError(problem, about="output")
+        names = [str(output.value)]
     layouts, problems, window = find_layouts(probe, names, low, high)
     if not layouts:
         raise next(iter(problems.values()))
     framed = [name for name in layouts if "T" in layouts[name]] or list(layouts)
     preferred = [name for name in framed if name in ("embeddings", "last_hidden_state")] or framed
     if len(preferred) > 1:
-        said = f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME"
-        raise ContractError(said, about="output")
+        problem = f"any of outputs {listed(preferred)} could be the embedding; name it by --contract output=NAME"
+        raise ContractError(problem, about="output")
     name = preferred[0]
     if len(names) > 1:
         probe.sources["output"] = "measured (the only one with frames)" if len(framed) == 1 else "graph (by name)"
-    by = probe.declared.get("output_layout")
-    if by and by.value != layouts[name]:
-        said = f"{by.source} declares output_layout={by.value}, but {layouts[name]} was measured"
-        raise ContradictionError(said, about="output_layout")
+    layout = probe.declared.get("output_layout")
+    if layout and layout.value != layouts[name]:
+        problem = f"{layout.source} declares output_layout={layout.value}, but {layouts[name]} was measured"
+        raise ContradictionError(problem, about="output_layout")
     probe.update(output=name, output_layout=layouts[name])
     dim = probe.embed(low).shape[2]
     if dim < 2:
-        each = "frame" if "T" in layouts[name] else "clip"
-        said = f"output {name!r} gives {dim} value a {each}; an embedding needs a dimension of 2 or more"
-        raise ContractError(said, about="output")
+        unit = "frame" if "T" in layouts[name] else "clip"
+        problem = f"output {name!r} gives {dim} value per {unit}; an embedding needs a dimension of 2 or more"
+        raise ContractError(problem, about="output")
     if dim > probe.max_dim:
-        said = f"output {name!r} has a dimension of {dim}, more than {probe.max_dim}; --trust lifts the limit"
-        raise ContractError(said, about="output")
+        raise too_wide(name, dim, probe.max_dim)
     probe.update(dim=probe.agree("output_dim", dim))
     if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
-        said = f"output {name!r} is the same for any input; name another by --contract output=NAME"
-        raise ContractError(said, about="constant")
+        problem = f"output {name!r} is the same for any input; name another by --contract output=NAME"
+        raise ContractError(problem, about="constant")
     return window
+
+
+def too_wide(output: str, dim: int, max_dim: int) -> ContractError:
+    return ContractError(
+        f"output {output!r} has a dimension of {dim}, more than {max_dim}; --trust lifts the limit", about="output"
+    )
 
 
 def find_layouts(
     probe: Probe, names: list[str], low: int, high: int
 ) -> tuple[dict[str, str], dict[str, ContractError], Window | None]:
-    """The layout of each output that can be an embedding, what is wrong with each other one, and a fixed window's `Window`.
+    """Find the layouts of outputs.
 
-    The frames are along the axis that is longer for `high` samples than for `low`; where both are the same, as in a fixed
-    window, along the axis on which a change moves.
+    The frames are along the axis that is longer for `high` samples than for `low`. If both are the same, the input is a
+    fixed window, and they are along the axis on which a change in the window moves.
+
+    Returns:
+        The layout of each output that can be an embedding, the problem of each other one, and the `Window`, if it is one.
     """
     window = Window(probe, names, low) if low == high else None
     short = window.plain if window else dict(zip(names, probe.run_outputs(names, probe.noise(low)), strict=True))
@@ -305,8 +288,8 @@ def find_layouts(
                 raise ContractError("it is empty")
             if not _same(short[name], again[name]):
                 raise ContractError(
-                    "it gives other values each time for the same input, so no score would repeat; export it in inference "
-                    "mode, without dropout or random numbers",
+                    "its values for one input differ from run to run, so scores would too; export it in inference mode, "
+                    "without dropout or random numbers",
                     about="random",
                 )
             batch = batch_axis(short[name], pair.get(name), probe.contract.fixed_batch)
@@ -317,27 +300,27 @@ def find_layouts(
                 "" if window else f" and {list(long[name].shape)} for {high}"
             )
             frozen = window is None and short[name].ndim > 2 and short[name].shape == long[name].shape
-            said = f"output {name!r} has shape {lengths}: {error}"
-            problems[name] = ContractError(said, about=error.about or ("time" if frozen else "output"))
+            problem = f"output {name!r} has shape {lengths}: {error}"
+            problems[name] = ContractError(problem, about=error.about or ("time" if frozen else "output"))
     return layouts, problems, window
 
 
 def _longer(probe: Probe, names: list[str], low: int, high: int) -> dict[str, npt.NDArray[Any]]:
-    """The outputs for a longer input than one that the model took."""
+    """The outputs for `high` samples, of a model that took `low`."""
     try:
         return dict(zip(names, probe.run_outputs(names, probe.noise(high)), strict=True))
     except ModelLimitError:
         raise
     except ModelError as error:
         raise ContractError(
-            f"the model takes {low} samples but not {high}, as if an export had frozen the length inside; export it with a "
-            f"dynamic samples axis, or declare the longest input by --contract max_samples=N ({error})",
+            f"the model takes {low} samples but not {high}, as if its export had frozen a length; export it with a dynamic "
+            f"samples axis, or declare the longest input by --contract max_samples=N ({error})",
             about="time",
         ) from error
 
 
 def _same(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
-    """Whether two runs agree, but for what the order of a GPU's sums may change."""
+    """Whether two runs agree, except for what the order of a GPU's sums may change."""
     if first.shape != second.shape:
         return False
     with np.errstate(invalid="ignore", over="ignore"):
@@ -346,7 +329,7 @@ def _same(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
 
 
 def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray[Any]]:
-    """The outputs for a batch of two, which show the axis of the batch; none where the model takes no such batch."""
+    """The outputs for a batch of two, which show the batch axis; none if the model takes no such batch."""
     if probe.contract.fixed_batch is not None or "B" not in probe.contract.input_layout:
         return {}
     try:
@@ -356,15 +339,15 @@ def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray
 
 
 def _window_time(probe: Probe, window: Window, name: str, batch: int | None) -> int | None:
-    """The axis of the frames in a window: as measured; as declared only where no measurement can tell."""
+    """The axis of the frames in a window: as measured, or as declared if no measurement shows it."""
     try:
         return window.time_axis(name, batch)
     except ContractError:
-        by = probe.declared.get("output_layout")
-        layout = str(by.value) if by else ""
-        if not by or "T" not in layout or len(layout) != window.plain[name].ndim:
+        declaration = probe.declared.get("output_layout")
+        layout = str(declaration.value) if declaration else ""
+        if not declaration or "T" not in layout or len(layout) != window.plain[name].ndim:
             raise
-        probe.sources["output_layout"] = by.source
+        probe.sources["output_layout"] = declaration.source
         return layout.index("T")
 
 
@@ -373,7 +356,7 @@ def _refuse_frames_of_a_clip(probe: Probe) -> None:
         key = min(contradicted)
         raise ContradictionError(
             f"{probe.declared[key].source} declares {key}={probe.declared[key].value}, but output "
-            f"{probe.contract.output!r} gives one vector a clip, which has no frames",
+            f"{probe.contract.output!r} gives one vector per clip, without frames",
             about=key,
         )
 
@@ -382,13 +365,13 @@ def _refuse_frames_of_a_clip(probe: Probe) -> None:
 
 
 def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
-    """The frame law: guessed from the symbolic dimension or the declarations, and confirmed; else found by bisection."""
+    """The frame law: of the declarations or the symbolic dimension if the model follows it, else found by bisection."""
     guesses: list[FrameLaw | None] = []
     hop, receptive = probe.declared.get("hop_samples"), probe.declared.get("receptive_field_samples")
     if hop and receptive:
         guesses.append(FrameLaw(int(hop.value), int(receptive.value)))
-    if counted := _symbolic_frames(probe, inputs):
-        guesses.append(fit_frame_law(counted, low, high))
+    if symbolic := _symbolic_frames(probe, inputs):
+        guesses.append(fit_frame_law(symbolic, low, high))
     for guess in guesses:
         if guess and law_holds(guess, probe.frames, low, high):
             return guess
@@ -397,23 +380,24 @@ def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
         counts = ", ".join(f"{n} -> {probe.frames(n)}" for n in (low, (low + high) // 2, high))
         raise ContractError(
             f"the frame count of output {probe.contract.output!r} follows no law floor((samples - receptive) / hop) + 1 "
-            f"(samples -> frames: {counts}), so frames have no time",
+            f"(samples -> frames: {counts}), so its frames have no times",
             about="frames",
         )
     return law
 
 
 def _symbolic_frames(probe: Probe, inputs: Inputs) -> Callable[[int], int] | None:
+    """The frame count that the graph's symbolic dimensions promise, if they promise one."""
     axis = probe.contract.output_layout.index("T")
     shape = next(node.shape for node in probe.session.outputs if node.name == probe.contract.output)
     time, frames = inputs.time, shape[axis] if axis < len(shape) else None
-    counted = frames_of_dimension(frames, time) if isinstance(time, str) and isinstance(frames, str) else None
+    count = frames_of_dimension(frames, time) if isinstance(time, str) and isinstance(frames, str) else None
     frontend = inputs.frontend
-    return counted if counted is None or frontend is None else lambda samples: counted(frontend.frames(samples))
+    return count if count is None or frontend is None else lambda samples: count(frontend.frames(samples))
 
 
 def _measure_minimum(probe: Probe, low: int) -> int:
-    """The shortest input that gives a frame: as declared, by the law, else the shortest of a few that works."""
+    """The shortest input that gives a frame: as declared, by the law, or the shortest of a few that works."""
     if declared := probe.choose("min_samples", None):
         try:
             if probe.frames(declared) >= 1:
@@ -442,12 +426,13 @@ def _choose_chunk(probe: Probe) -> int:
     chunk = int(probe.choose("chunk_samples", round(DEFAULT_CHUNK_SECONDS * contract.sample_rate)))
     if contract.max_samples is not None and chunk > contract.max_samples:
         if "chunk_samples" in probe.declared:
-            said = f"chunk_samples={chunk} is more than max_samples={contract.max_samples}"
-            raise ContradictionError(said, about="chunk_samples")
+            problem = f"chunk_samples={chunk} is more than max_samples={contract.max_samples}"
+            raise ContradictionError(problem, about="chunk_samples")
         chunk = contract.max_samples
     if chunk < contract.min_samples:
-        said = f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs"
-        raise _of_chunk(probe, said)
+        raise _chunk_error(
+            probe, f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs"
+        )
     return chunk
 
 
@@ -459,20 +444,20 @@ def _check_long_input(probe: Probe) -> None:
     except (ContractError, ModelLimitError):
         raise
     except ModelError as error:
-        raise _of_chunk(
+        raise _chunk_error(
             probe,
             f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
             f"one by --contract chunk_samples=N ({error})",
         ) from error
-    if frames != (foretold := contract.frames_of(contract.chunk_samples)):
-        raise _of_chunk(
+    if frames != (expected := contract.frames_of(contract.chunk_samples)):
+        raise _chunk_error(
             probe,
-            f"{contract.chunk_samples} samples give {frames} frames where shorter inputs foretell {foretold}; "
-            "declare a shorter --contract chunk_samples=N",
+            f"{contract.chunk_samples} samples give {frames} frames, and by the law of shorter inputs {expected}; declare a "
+            "shorter --contract chunk_samples=N",
         )
 
 
-def _of_chunk(probe: Probe, message: str) -> ContractError:
+def _chunk_error(probe: Probe, message: str) -> ContractError:
     kind = ContradictionError if "chunk_samples" in probe.declared else ContractError
     return kind(message, about="chunk_samples")
 
@@ -492,14 +477,19 @@ def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
 
 
 def loud_pair(probe: Probe, samples: int) -> npt.NDArray[np.float32]:
-    """(2, samples): noise, and a neighbour nine times as loud."""
+    """(2, samples): noise and a neighbour nine times as loud."""
     pair = probe.noise(samples, batch=2)
     pair[1] = np.clip(pair[1] * 9, -1, 1)
     return pair
 
 
 def batching(together: npt.NDArray[np.float32], alone: npt.NDArray[np.float32]) -> dict[str, bool]:
-    """What a `loud_pair`'s embeddings and those of its first item alone say of a model's batches."""
+    """The contract's fields on batches.
+
+    Args:
+        together: The embeddings of a `loud_pair`, (2, frames, dim).
+        alone: Those of its first item by itself, (1, frames, dim).
+    """
     if together.shape != (2, *alone.shape[1:]):
         return {"dynamic_batch": False, "batch_coupled": False}
     scale = float(np.abs(alone).max()) or 1.0

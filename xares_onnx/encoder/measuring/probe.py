@@ -1,4 +1,4 @@
-"""A model under probing: run on seeded noise, with the contract as far as it is known and where each field is from."""
+"""A model while it is measured: run on seeded noise, with the contract as far as it is known."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from ..contract.contract import Contract
 from ..contract.declarations import Declarations
 from ..session import Session
 
-_KEPT = 4  # inputs
+_KEPT = 4  # inputs whose outputs are remembered
 
 
 class Probe:
-    """The model under probing, with the contract as far as it is known."""
+    """A model while it is measured.
+
+    `contract` is what is known of it so far, and `sources` where each field is from. `declared` is never changed.
+    """
 
     contract: Contract
     max_dim: int
@@ -30,7 +33,7 @@ class Probe:
         self.declared = declared
         self.sources: dict[str, str] = {}
         self._beat = beat
-        self._known: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        self._results: dict[str, dict[str, npt.NDArray[Any]]] = {}  # outputs by the digest of the input
 
     @property
     def adapter(self) -> Adapter:
@@ -39,23 +42,29 @@ class Probe:
     def update(self, **fields: Any) -> None:
         self.contract = msgspec.structs.replace(self.contract, **fields)
 
-    def choose(self, key: str, default: Any) -> Any:
-        """A declared value, or the default; says which it was."""
+    def choose(self, key: str, default: Any, default_source: str = "default") -> Any:
+        """The declared value, or the default; records where it is from."""
         if key in self.declared:
             self.sources[key] = self.declared[key].source
             return self.declared[key].value
         if default is not None:
-            self.sources[key] = "default"
+            self.sources[key] = default_source
         return default
 
     def agree(self, key: str, measured: int) -> int:
-        """The measured value, which a declaration must not contradict."""
-        if key in self.declared and self.declared[key].value != measured:
-            by = self.declared[key]
+        """The measured value; records where it is from.
+
+        Raises:
+            ContradictionError: Another value is declared.
+        """
+        declaration = self.declared.get(key)
+        if declaration and declaration.value != measured:
             raise ContradictionError(
-                f"{by.source} declares {key}={by.value}, but {measured} was measured; correct the declaration", about=key
+                f"{declaration.source} declares {key}={declaration.value}, but {measured} was measured; correct the "
+                "declaration",
+                about=key,
             )
-        self.sources[key] = f"measured, as declared in {self.declared[key].source}" if key in self.declared else "measured"
+        self.sources[key] = f"measured, as declared in {declaration.source}" if declaration else "measured"
         return measured
 
     def float_outputs(self) -> list[str]:
@@ -70,29 +79,29 @@ class Probe:
         return noise
 
     def run_outputs(self, names: list[str], batch: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
-        """The named outputs; of the last few inputs they are kept, since several measurements ask for the same."""
+        """The named outputs for waveforms (items, samples); those of the last few inputs are remembered."""
         return self.run_values(names, self.adapter.values(batch))
 
     def run_again(self, names: list[str], samples: int) -> list[npt.NDArray[Any]]:
-        """The named outputs for the noise of so many samples, from a run of its own."""
-        self._known.clear()
+        """The named outputs for noise, from a new run."""
+        self._results.clear()
         return self.run_outputs(names, self.noise(samples))
 
     def run_values(self, names: list[str], values: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
-        """Outputs for what stands for waveforms: themselves, or features (items, frames, bins)."""
+        """The named outputs for what `Adapter.values` gives: waveforms, or features (items, frames, bins)."""
         feeds = self.adapter.feeds_of(values)
-        told = (f"{name} {feed.shape} ".encode() + feed.tobytes() for name, feed in feeds.items())
-        digest = hashlib.sha256(b"".join(told)).hexdigest()
-        known = self._known.pop(digest, {})
+        contents = (f"{name} {feed.shape} ".encode() + feed.tobytes() for name, feed in feeds.items())
+        digest = hashlib.sha256(b"".join(contents)).hexdigest()
+        results = self._results.pop(digest, {})
         try:
-            if not known.keys() >= set(names):
-                known = dict(zip(names, self.session.run_raw(names, feeds), strict=True))
-        finally:  # a model that fails is alive, too
+            if not results.keys() >= set(names):
+                results = dict(zip(names, self.session.run_raw(names, feeds), strict=True))
+        finally:  # a model that fails is alive too
             self._beat()
-        self._known[digest] = known
-        if len(self._known) > _KEPT:
-            del self._known[next(iter(self._known))]
-        return [known[name] for name in names]
+        self._results[digest] = results
+        if len(self._results) > _KEPT:
+            del self._results[next(iter(self._results))]
+        return [results[name] for name in names]
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         (result,) = self.run_outputs([self.contract.output], batch)
@@ -108,12 +117,12 @@ class Probe:
         return int(self.embed(samples).shape[1])
 
     def shortest_probe(self) -> int:
-        """About one second, or the first longer input that the model takes; a third of the most that it may take."""
-        least = int(self.declared["min_samples"].value) if "min_samples" in self.declared else 0
-        most = self.contract.max_samples
-        lengths = [max(least, seconds * self.contract.sample_rate) for seconds in (1, 2, 4, 10, 30)]
-        if most is not None:
-            lengths = [samples for samples in lengths if 3 * samples <= most] or [max(least, most // 3)]
+        """Samples of about a second, or of the first longer input that the model takes; at most a third of its maximum."""
+        shortest = int(self.declared["min_samples"].value) if "min_samples" in self.declared else 0
+        longest = self.contract.max_samples
+        lengths = [max(shortest, seconds * self.contract.sample_rate) for seconds in (1, 2, 4, 10, 30)]
+        if longest is not None:
+            lengths = [samples for samples in lengths if 3 * samples <= longest] or [max(shortest, longest // 3)]
         names = self.float_outputs()
         last_error: ModelError | None = None
         for samples in lengths:
@@ -125,4 +134,4 @@ class Probe:
             except ModelError as error:
                 last_error = error
         tried = ", ".join(f"{samples / self.contract.sample_rate:g}" for samples in lengths)
-        raise ContractError(f"the model takes no input of {tried} s: {last_error}", about="time")
+        raise ContractError(f"the model fails on inputs of {tried} s: {last_error}", about="time")

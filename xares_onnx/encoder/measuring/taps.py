@@ -1,6 +1,6 @@
-"""Taps: several outputs or inner tensors of a model, each with a contract of its own. Runs in the worker process.
+"""Taps: several outputs or inner tensors of a model, each with its own contract. Runs in the worker process.
 
-What concerns the input is measured once; every run gives all outputs, so that many taps take few runs.
+What concerns the input is measured once, and every run gives all outputs, so that many taps take few runs.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
 from ..exposure import ALL_LAYERS, Exposure
 from ..limits import UNTRUSTED
 from ..session import Session
+from .frame_times import WINDOW_HOP, even_hop, first_center, first_center_in_window
 from .layers import layers_of
-from .measure import batching, find_layouts, loud_pair, measure_contract
+from .measure import batching, find_layouts, loud_pair, measure_contract, too_wide
 from .probe import Probe
 
 
 class Measured(NamedTuple):
-    """The contract of the first tap, those of more taps by name, the inner tensors that had to be exposed, and remarks."""
+    """What was measured of a model and its taps."""
 
     contract: Contract
+    """Of the first tap."""
     more: dict[str, Contract]
+    """Of the other taps, by name."""
     exposure: Exposure | None
+    """The inner tensors that had to become outputs."""
     notes: list[str]
 
 
@@ -44,7 +48,21 @@ def measure_taps(
     *,
     max_dim: int = UNTRUSTED.dim,
 ) -> Measured:
-    """The contracts of all taps: outputs and inner tensors by name, or `all-layers`; without taps, of the model's output."""
+    """Measure the contracts of all taps.
+
+    Args:
+        model: The model's file, which is read to find layers.
+        open_session: Loads the model, with inner tensors as further outputs.
+        declared: What is declared of the model, by contract key.
+        taps: Names of outputs and inner tensors, or `all-layers`; none for the model's output.
+        beat: Called after every run, as a sign of life.
+        max_dim: The largest dimension that an embedding may have.
+
+    Raises:
+        ContradictionError: A declaration and a measurement differ.
+        ContractError: An output cannot be scored, or there are no layers.
+        ModelError: The model fails on noise.
+    """
     if tuple(taps) == (ALL_LAYERS,):
         return _measure_layers(model, open_session, declared, beat, max_dim)
     session, exposure = open_session(None), None
@@ -75,7 +93,7 @@ def _measure_layers(
     notes = []
     if exposure.tensors[-1] == contract.output:
         last, _ = names.popitem()
-        notes.append(f"{last} is the model's output {contract.output!r}, and stands under that name")
+        notes.append(f"{last} is the model's output {contract.output!r} and is listed under that name")
         exposure = Exposure(exposure.tensors[:-1])
     return Measured(*_more(open_session(exposure), contract, declared, names, beat, max_dim), exposure, notes)
 
@@ -88,38 +106,49 @@ def _more(
     beat: Callable[[], None],
     max_dim: int,
 ) -> tuple[Contract, dict[str, Contract]]:
-    """The first contract, and those of the outputs in `names`. All share their batches: one that must be alone decides."""
+    """The first contract, and those of the outputs in `names`.
+
+    All share their batches: if one output needs single items, all get them.
+    """
     outputs = _Outputs(session, contract, declared, beat)
     more = outputs.contracts(list(names.values()))
-    if wide := [one for one in more if one.dim > max_dim]:
-        said = f"output {wide[0].output!r} has a dimension of {wide[0].dim}, more than {max_dim}; --trust lifts the limit"
-        raise ContractError(said, about="output")
-    alike = {
-        "dynamic_batch": all(one.dynamic_batch for one in [contract, *more]),
-        "batch_coupled": any(one.batch_coupled for one in [contract, *more]),
+    if wide := [tap for tap in more if tap.dim > max_dim]:
+        raise too_wide(wide[0].output, wide[0].dim, max_dim)
+    every = [contract, *more]
+    shared = {
+        "dynamic_batch": all(tap.dynamic_batch for tap in every),
+        "batch_coupled": any(tap.batch_coupled for tap in every),
     }
-    contract, *more = (msgspec.structs.replace(one, **alike) for one in [contract, *more])
+    contract, *more = (msgspec.structs.replace(tap, **shared) for tap in every)
     return contract, dict(zip(names, more, strict=True))
 
 
 class _Outputs:
-    """Outputs beside the one that `main` is of. What holds for the input is taken from there."""
+    """Outputs beside that of the contract `main`, which says what holds for the input."""
 
     def __init__(self, session: Session, main: Contract, declared: Declarations, beat: Callable[[], None]) -> None:
-        least = {key: by for key, by in declared.items() if key == "min_samples"}
-        self._probe = Probe(session, least, beat)
+        shortest = {key: declaration for key, declaration in declared.items() if key == "min_samples"}
+        self._probe = Probe(session, shortest, beat)
         self._probe.contract = self._main = main
         self._drafts: list[Contract] = []
-        self._laws = [] if main.clip_only or main.fixed_window else [_law_of(main)]
+        self._laws = [main.law] if main.law and not main.fixed_window else []
         self._counts: dict[int, list[int]] = {}
 
     def contracts(self, names: list[str]) -> list[Contract]:
+        """A contract per output.
+
+        Raises:
+            ContractError: One cannot be scored.
+            ModelError: The model fails on noise.
+        """
         main, floats = self._main, self._probe.float_outputs()
-        if wrong := [name for name in names if name not in floats]:
-            raise ContractError(f"output {wrong[0]!r} is no float tensor, so it cannot be scored; leave it out of --taps")
+        if others := [name for name in names if name not in floats]:
+            raise ContractError(
+                f"output {others[0]!r} is not a float tensor, so it cannot be scored; leave it out of --taps"
+            )
         low = main.chunk_samples if main.fixed_window else self._probe.shortest_probe()
         high = low if main.fixed_window else min(3 * low + 1, main.max_samples or 3 * low + 1)
-        layouts, problems, _ = find_layouts(self._probe, names, low, high)
+        layouts, problems, window = find_layouts(self._probe, names, low, high)
         if problems:
             raise ContractError(f"{next(iter(problems.values()))}; leave it out of --taps")
         sources = {**main.sources, "output": "--taps", "output_layout": "measured", "dim": "measured"}
@@ -127,54 +156,69 @@ class _Outputs:
             msgspec.structs.replace(main, output=name, output_layout=layouts[name], window_frames=None, sources=sources)
             for name in names
         ]
+        framed = [draft for draft in self._drafts if "T" in draft.output_layout] if window else []
+        laws = dict(zip((draft.output for draft in framed), window.measure_laws(framed) if window else (), strict=True))
         measured = []
-        batched = zip(self._values(low), self._values(low, seed=1), self._batching(low), strict=True)
-        for i, (draft, (values, others, batched_how)) in enumerate(zip(self._drafts, batched, strict=True)):
+        runs = zip(self._values(low), self._values(low, seed=1), self._batching(low), strict=True)
+        for i, (draft, (values, other_values, batches)) in enumerate(zip(self._drafts, runs, strict=True)):
             if not np.isfinite(values).all():
                 raise ModelError(f"output {draft.output!r} gives NaN or infinity for {low} samples of quiet noise")
-            if np.array_equal(values, others):
+            if np.array_equal(values, other_values):
                 raise ContractError(f"output {draft.output!r} is the same for any input; leave it out of --taps")
             measured.append(
                 msgspec.structs.replace(
-                    draft, dim=values.shape[2], **batched_how, **self._frames(i, low, high, values.shape[1])
+                    draft,
+                    dim=values.shape[2],
+                    **batches,
+                    **self._frames(i, low, high, values.shape[1], laws.get(draft.output)),
                 )
             )
         return measured
 
-    def _frames(self, i: int, low: int, high: int, at_low: int) -> dict[str, Any]:
-        """The contract's fields of the frames of output number `i`."""
+    def _frames(self, i: int, low: int, high: int, at_low: int, window_law: FrameLaw | None) -> dict[str, Any]:
+        """The contract's fields on the frames of output number `i`, which has `at_low` of them for `low` samples."""
         draft, main = self._drafts[i], self._main
         if "T" not in draft.output_layout:
             return {"hop_samples": None, "receptive_field_samples": None, "first_frame_center_samples": None}
         if main.fixed_window:
-            if at_low == main.window_frames:
-                return {"window_frames": at_low}
-            hop = low / at_low
-            why = dict.fromkeys(("hop_samples", "first_frame_center_samples"), "default (window / frames)")
-            return {
-                "window_frames": at_low,
-                "hop_samples": int(hop) if hop.is_integer() else hop,
-                "receptive_field_samples": None,
-                "first_frame_center_samples": hop / 2,
-                "sources": {**draft.sources, **why},
-            }
-        law = self._law(i, low, high)
+            return {"window_frames": at_low} | self._frames_of_window(draft, window_law, low, at_low)
+        law = self._growing_law(i, low, high)
         if self._counted(main.chunk_samples)[i] != law.frames(main.chunk_samples):
             raise ContractError(
-                f"output {draft.output!r} gives other frames for {main.chunk_samples} samples than shorter inputs foretell; "
+                f"output {draft.output!r} does not follow the law of shorter inputs at {main.chunk_samples} samples; "
                 "declare a shorter --contract chunk_samples=N"
             )
-        if not main.clip_only and law == _law_of(main):
+        return self._frames_of_law(draft, law)
+
+    def _frames_of_law(self, draft: Contract, law: FrameLaw) -> dict[str, Any]:
+        """An output that follows the main output's law has its declared first centre too."""
+        if law == self._main.law:
             return {}
-        why = dict.fromkeys(("hop_samples", "receptive_field_samples"), "measured")
+        center, center_source = first_center(law, self._main.frontend)
+        sources = dict.fromkeys(("hop_samples", "receptive_field_samples"), "measured")
         return {
             "hop_samples": law.hop,
             "receptive_field_samples": law.receptive_field,
-            "first_frame_center_samples": law.receptive_field / 2,
-            "sources": {**draft.sources, **why, "first_frame_center_samples": "default (receptive field / 2)"},
+            "first_frame_center_samples": center,
+            "sources": {**draft.sources, **sources, "first_frame_center_samples": center_source},
         }
 
-    def _law(self, i: int, low: int, high: int) -> FrameLaw:
+    def _frames_of_window(self, draft: Contract, law: FrameLaw | None, samples: int, frames: int) -> dict[str, Any]:
+        if law is not None:
+            return self._frames_of_law(draft, law)
+        if frames == self._main.window_frames:
+            return {}
+        frontend = self._main.frontend
+        hop = even_hop(samples, frames, frontend)
+        center, center_source = first_center_in_window(samples, frames, hop, frontend)
+        return {
+            "hop_samples": hop,
+            "receptive_field_samples": None,
+            "first_frame_center_samples": center,
+            "sources": {**draft.sources, "hop_samples": WINDOW_HOP, "first_frame_center_samples": center_source},
+        }
+
+    def _growing_law(self, i: int, low: int, high: int) -> FrameLaw:
         """The frame law of output number `i`: one that another output follows too, else found by bisection."""
 
         def counted(samples: int) -> int:
@@ -183,17 +227,17 @@ class _Outputs:
         for law in self._laws:
             if law_holds(law, counted, low, high):
                 return law
-        law_found = fit_frame_law(counted, low, high)
-        if law_found is None or not law_holds(law_found, counted, low, high):
+        fitted = fit_frame_law(counted, low, high)
+        if fitted is None or not law_holds(fitted, counted, low, high):
             raise ContractError(
-                f"the frame count of output {self._drafts[i].output!r} follows no law, so its frames have no time; "
+                f"the frame count of output {self._drafts[i].output!r} follows no law, so its frames have no times; "
                 "leave it out of --taps"
             )
-        self._laws.append(law_found)
-        return law_found
+        self._laws.append(fitted)
+        return fitted
 
     def _counted(self, samples: int) -> list[int]:
-        """Frames of every output; each length is run once."""
+        """How many frames each output has; each length is run once."""
         if samples not in self._counts:
             self._counts[samples] = [values.shape[1] for values in self._values(samples)]
         return self._counts[samples]
@@ -214,9 +258,3 @@ class _Outputs:
             return [{"dynamic_batch": False, "batch_coupled": self._main.batch_coupled}] * len(self._drafts)
         pair = loud_pair(self._probe, samples)
         return [batching(*both) for both in zip(self._run(pair), self._run(pair[:1]), strict=True)]
-
-
-def _law_of(contract: Contract) -> FrameLaw:
-    assert contract.hop_samples is not None
-    assert contract.receptive_field_samples is not None
-    return FrameLaw(int(contract.hop_samples), contract.receptive_field_samples)

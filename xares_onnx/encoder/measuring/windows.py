@@ -1,26 +1,32 @@
-"""Frames of a model whose input is a fixed window: nothing grows there, so parts of the window are changed instead.
+"""Frames of a model whose input is a fixed window: nothing can grow, so parts of the window are changed instead.
 
-What changes in the output says which axis holds the frames, and of a local model exactly which samples each frame sees.
+What changes in the output shows which axis holds the frames, and for a local model exactly which samples each frame sees.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..contract.frame_law import fit_frame_law, law_holds
+from ..adapter import Adapter
+from ..contract.contract import Contract
+from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
+from .frame_times import law_in_samples
 from .layouts import moving_axis
 from .probe import Probe
 
-_CHANGES = 3  # noises, since one may by chance move a few values along an axis that holds no frames
+_CHANGES = 3  # noises, because one may by chance change a few values along an axis that holds no frames
 
 
 class Window:
-    """A fixed window of `samples` and what the outputs `names` are for one noise.
+    """A fixed window of noise, and the outputs `names` for it.
 
-    Of a model that takes features it is a window of so many frames of them: each is changed as a whole.
+    `length` counts its values along time: samples, or frames of features, which are changed as a whole. `plain` are the
+    outputs by name.
     """
 
     def __init__(self, probe: Probe, names: list[str], samples: int) -> None:
@@ -33,46 +39,71 @@ class Window:
         self._lasts = [self._changed(names, self.length - quarter, self.length, seed) for seed in range(1, _CHANGES + 1)]
 
     def time_axis(self, name: str, batch: int | None) -> int | None:
-        """The axis of an output that holds frames; None for one vector a window. `ContractError` where it cannot be seen."""
+        """The axis of an output that holds frames; None for one vector per window.
+
+        Raises:
+            ContractError: No measurement shows it.
+        """
         firsts, lasts = ([outputs[name] for outputs in group] for group in (self._firsts, self._lasts))
         return moving_axis(self.plain[name], firsts, lasts, batch)
 
-    def measure_frames(self) -> tuple[int, int] | None:
-        """Hop and receptive field (`FrameLaw`'s) from the samples, or frames of features, that each output frame sees.
+    def measure_laws(self, contracts: Sequence[Contract]) -> list[FrameLaw | None]:
+        """The frame law of each contract's output, in samples, from what each of its frames sees.
 
-        None where frames see the whole window, as with attention or a normalisation over it.
+        None if its frames see the whole window, as with attention or a normalisation over it.
         """
-        (output,) = self._probe.run_values([self._probe.contract.output], self._noise)
-        plain = self._probe.adapter.frames(output, 1)[0]
-        low, high = self.length // 4, 3 * self.length // 4
+        names = [contract.output for contract in contracts]
+        adapters = [Adapter(contract, self._probe.session.types) for contract in contracts]
 
-        def differ(start: int, stop: int) -> npt.NDArray[np.intp]:
-            (output,) = self._changed([self._probe.contract.output], start, stop, 1).values()
-            frames = self._probe.adapter.frames(output, 1)[0]
-            return np.flatnonzero((frames != plain).any(axis=1))
+        def frames_of(outputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
+            return [adapter.frames(outputs[name], 1)[0] for name, adapter in zip(names, adapters, strict=True)]
 
-        def ended(samples: int) -> int:
-            """How many frames lie within the first samples."""
-            changed = differ(samples, self.length)
-            return int(changed[0]) if len(changed) else len(plain)
+        plain = frames_of(dict(zip(names, self._probe.run_values(names, self._noise), strict=True)))
 
-        def begun(samples: int) -> int:
-            """How many frames see any of the first samples."""
-            changed = differ(0, samples)
-            return int(changed[-1]) + 1 if len(changed) else 0
+        @functools.cache
+        def changed_frames(start: int, stop: int) -> list[npt.NDArray[np.intp]]:
+            """The frames of each output that see any of the values from `start` to `stop`."""
+            changed = frames_of(self._changed(names, start, stop, 1))
+            return [np.flatnonzero((a != b).any(axis=1)) for a, b in zip(changed, plain, strict=True)]
 
-        ends = fit_frame_law(ended, low, high)
-        if ends is None or not law_holds(ends, ended, low, high):
-            return None
-        if begun(low) == len(plain):  # a recurrent model: a frame sees all that came before it
-            return ends.hop, ends.receptive_field
-        begins = fit_frame_law(begun, low, high)
-        if begins is None or begins.hop != ends.hop or not law_holds(begins, begun, low, high):
-            return None
-        return ends.hop, ends.receptive_field + begins.receptive_field - 1
+        def law_of(number: int) -> FrameLaw | None:
+            def changed(start: int, stop: int) -> npt.NDArray[np.intp]:
+                return changed_frames(start, stop)[number]
+
+            law = _law_of_local_frames(changed, len(plain[number]), self.length)
+            return None if law is None else law_in_samples(law, contracts[number].frontend)
+
+        return [law_of(number) for number in range(len(contracts))]
 
     def _changed(self, names: list[str], start: int, stop: int, seed: int) -> dict[str, npt.NDArray[Any]]:
-        """Outputs for other noise from `start` to `stop`, as loud as before, so that little else moves."""
+        """The outputs for other noise from `start` to `stop`, as loud as before, so that little else changes."""
         noise = self._noise.copy()
         noise[:, start:stop] = np.random.default_rng(seed).permuted(self._noise[0], axis=0)[: stop - start]
         return dict(zip(names, self._probe.run_values(names, noise), strict=True))
+
+
+def _law_of_local_frames(
+    changed_frames: Callable[[int, int], npt.NDArray[np.intp]], frames: int, length: int
+) -> FrameLaw | None:
+    """The law of frames that each see a part of the window, in the window's values; None if it shows none."""
+    low, high = length // 4, 3 * length // 4
+
+    def complete(values: int) -> int:
+        """How many frames see the first values alone."""
+        changed = changed_frames(values, length)
+        return int(changed[0]) if len(changed) else frames
+
+    def begun(values: int) -> int:
+        """How many frames see any of the first values."""
+        changed = changed_frames(0, values)
+        return int(changed[-1]) + 1 if len(changed) else 0
+
+    ends = fit_frame_law(complete, low, high)
+    if ends is None or not law_holds(ends, complete, low, high):
+        return None
+    if begun(low) == frames:  # a recurrent model: a frame sees all that came before it
+        return ends
+    begins = fit_frame_law(begun, low, high)
+    if begins is None or begins.hop != ends.hop or not law_holds(begins, begun, low, high):
+        return None
+    return FrameLaw(ends.hop, ends.receptive_field + begins.receptive_field - 1)

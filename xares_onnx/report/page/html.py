@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,10 +18,14 @@ import jinja2
 from markupsafe import Markup
 
 from ...errors import printable
+from ...evaluation.settings import METHODS
 from ...version import __version__
-from ..board import Board, Curve, Model, Row
+from ..board import Board, Model, Row
+from ..curves import Curve
+from ..profile import NOTE, Aspect, aspects
 from ..remarks import costs, headline, noise, remarks, short, summary
 from ..tables import grid_range
+from ..taps import best_note
 from ..units import data_size
 from . import plots
 from .listening import Listening, load_sounds
@@ -65,16 +69,20 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "headline": headline(board),
         "js": Markup(js),
         "layer_tables": [table for number in range(len(board.models)) for table in _layer_tables(board, number)],
+        "layer_note": best_note(curve.best_on_test for curve in board.curves),
         "layers": list(_layers(board)),
         "lead": summary(board),
         "many": len(board.models) > 1,
-        "methods": [(method, rows) for method in ("head", "knn") if (rows := [r for r in board.rows if r.method == method])],
+        "methods": [(method, rows) for method in METHODS if (rows := [r for r in board.rows if r.method == method])],
         "mistake_notes": listening.notes,
         "mistakes": [_drawn(board, mistakes) for mistakes in found],
         "noise": noise(board),
         "notes": board.notes,
         "policy": _policy(css, js),
+        "profile": list(_profile(board)),
+        "profile_note": NOTE,
         "remarks": remarked,
+        "shots": list(_shots(board)),
         "signs": plots.legend(board.models),
         "sounds": listening.sounds,
         "tuned": any(cell and grid_range(cell.record) for row in board.rows for cell in row.cells),
@@ -84,9 +92,11 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
     shown = {
         "headline": ("Averages", True),
         "tasks": ("Tasks", True),
+        "profile": ("Profile", page["profile"]),
         "domains": ("By domain", page["domains"]),
         "costs": ("Score and cost", True),
         "layers": ("Layer by layer", page["layers"]),
+        "shots": ("Few clips", page["shots"]),
         "mistakes": ("Mistakes", found),
         "remarks": ("What to know", remarked or page["gates"]),
         "settings": ("Contract and settings", True),
@@ -104,12 +114,13 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "score": lambda value: "" if value is None else f"{value:.3f}",
         "span": lambda ci95: f"{ci95[0]:.3f}{_DASH}{ci95[1]:.3f}" if ci95 else "",
         "size": data_size,
+        "grid": grid_range,
     }
-    environment.filters["grid"] = grid_range
+    environment.filters |= filters
     return environment
 
 
@@ -144,6 +155,11 @@ def _domains(board: Board) -> Iterator[tuple[str, Markup]]:
         yield domain, plots.dumbbells(board, mine, f"Scores of the {printable(domain)} tasks")
 
 
+def _profile(board: Board) -> Iterator[tuple[Aspect, Row]]:
+    rows = {row.task: row for row in board.rows if row.method == "head"}
+    return ((aspect, rows[aspect.task]) for aspect in aspects(rows))
+
+
 def _has_score(row: Row) -> bool:
     return any(cell is not None and cell.score is not None for cell in row.cells)
 
@@ -165,27 +181,35 @@ def _layers(board: Board) -> Iterator[dict[str, Any]]:
         first = lines[0]
         row = next(row for row in board.rows if (row.task, row.method) == (first.task, first.method))
         metric = row.metric_name + ("" if first.higher_is_better else ", lower is better")
-        drawing = plots.curves(board, lines, f"{printable(first.title)} layer by layer, {method}")
+        drawing = plots.curves(board, lines, f"{printable(first.title)} layer by layer, {method}", _taps(lines))
         yield {"drawing": drawing, "title": first.title, "method": method, "metric": metric}
+
+
+def _taps(lines: Sequence[Curve]) -> str:
+    return f"{max(len(line.steps) for line in lines)} taps, input to output"
+
+
+def _shots(board: Board) -> Iterator[dict[str, Any]]:
+    """A drawing and a table per task, with a line per model."""
+    groups: dict[str, list[Curve]] = {}
+    for curve in board.shots:
+        groups.setdefault(curve.task, []).append(curve)
+    for lines in groups.values():
+        title = lines[0].title
+        drawing = plots.curves(board, lines, f"{printable(title)} by training clips per class", "training clips per class")
+        rows = [(line.model, list(zip(line.scores, line.ci95, strict=True))) for line in lines]
+        yield {"drawing": drawing, "title": title, "counts": lines[0].steps, "rows": rows}
 
 
 def _layer_tables(board: Board, number: int) -> Iterator[dict[str, Any]]:
     mine = [curve for curve in board.curves if curve.model == number]
     if not mine:
         return
-    best = [best_tap(curve) for curve in mine]
     rows = [
-        (tap, [(curve.scores[i], i == first) for curve, first in zip(mine, best, strict=True)])
-        for i, tap in enumerate(mine[0].taps)
+        (tap, [(curve.scores[i], i == curve.best, curve.best_on_test) for curve in mine])
+        for i, tap in enumerate(mine[0].steps)
     ]
     yield {"model": number, "headings": [f"{curve.title}, {curve.method}" for curve in mine], "rows": rows}
-
-
-def best_tap(curve: Curve) -> int:
-    """Number of the tap with the best score."""
-    sign = 1.0 if curve.higher_is_better else -1.0
-    scored = {i: sign * score for i, score in enumerate(curve.scores) if score is not None}
-    return max(scored, key=lambda i: scored[i])
 
 
 def _drawn(board: Board, found: Mistakes) -> _Mistakes:

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from ...errors import printable
 from ...evaluation.record import Interval
 from ...metrics.bootstrap import Array
-from ..board import Board, Curve, Model, Row
+from ..board import Board, Model, Row
+from ..curves import Curve
 
 SERIES = 8  # colours of models, which then start again with other shapes
 _EMPTY = Markup("")
@@ -153,41 +154,40 @@ class _Names:
         return _text(end if left else start, height, name, "end" if left else "start")
 
 
-def curves(board: Board, lines: Sequence[Curve], name: str) -> Markup:
-    """Scores from the first tap to the output, a line a model, of one task and method."""
+def curves(board: Board, lines: Sequence[Curve], name: str, axis: str) -> Markup:
+    """Scores step by step, a line per model, of one task and method; `axis` says what the steps are."""
     width, height, left, bottom, top, right = 340, 200, 44, 40, 12, 12
     shown = [s for line in lines for s in line.scores if s is not None]
     ends = [e for line in lines for ci in line.ci95 if ci for e in ci] + shown
     low, high = min(ends), max(ends)
     margin = 0.05 * (high - low) or 0.05
     low, high = low - margin, high + margin
-    taps = max(len(line.taps) for line in lines)
 
-    def x_of(tap: int, of: int) -> float:
-        return left + (width - left - right) * (tap / (of - 1) if of > 1 else 0.5)
+    def x_of(step: int, of: int) -> float:
+        return left + (width - left - right) * (step / (of - 1) if of > 1 else 0.5)
 
     def y_of(score: float) -> float:
         return top + (height - top - bottom) * (1 - (score - low) / (high - low))
 
     parts = [_axis_y(y_of, _ticks(low, high), left, width - right)]
-    parts.append(_text(left, height - 22, _cut(lines[0].taps[0], 18), "start"))
-    parts.append(_text(width - right, height - 22, _cut(lines[0].taps[-1], 18), "end"))
-    parts.append(_text((left + width - right) / 2, height - 6, f"{taps} taps, input to output", "middle"))
+    parts.append(_text(left, height - 22, _cut(lines[0].steps[0], 18), "start"))
+    parts.append(_text(width - right, height - 22, _cut(lines[0].steps[-1], 18), "end"))
+    parts.append(_text((left + width - right) / 2, height - 6, axis, "middle"))
     for line in lines:
         points = [
-            (x_of(i, len(line.taps)), y_of(s), s, line.ci95[i], tap)
-            for i, (s, tap) in enumerate(zip(line.scores, line.taps, strict=True))
+            (x_of(i, len(line.steps)), y_of(s), s, line.ci95[i], step)
+            for i, (s, step) in enumerate(zip(line.scores, line.steps, strict=True))
             if s is not None
         ]
         d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in points)
         parts.append(Markup('<path class="curve s{}" d="{}"/>').format(line.model % SERIES, d))
-        for x, y, score, ci95, tap in points:
+        for x, y, score, ci95, step in points:
             if ci95:
                 d = f"M{x:.1f} {y_of(ci95[0]):.1f}V{y_of(ci95[1]):.1f}"
                 parts.append(Markup('<path class="ci s{}" d="{}"/>').format(line.model % SERIES, d))
             label = board.models[line.model].label
-            parts.append(marker(line.model, x, y, f"{label}, {printable(tap)}: {score:.3f}{_said(ci95)}", 3.5))
-    return _svg(width, height, name, "A line a model from the first layer to the output.", parts)
+            parts.append(marker(line.model, x, y, f"{label}, {printable(step)}: {score:.3f}{_said(ci95)}", 3.5))
+    return _svg(width, height, name, f"A line per model; {axis}.", parts)
 
 
 def heat_map(matrix: Array, classes: Sequence[str], name: str) -> Markup:

@@ -38,19 +38,24 @@ class Captions(Kind):
             return None
         return "X-ARES's captions use BERT's vocabulary; name its vocab.txt by --vocabulary to be comparable"
 
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
-        from ...probes.retrieval import train_retrieval
+    def steps(self) -> int:
+        from ...probes.retrieval import SWEEP
+
+        return SWEEP.steps if self.protocol.corrected else super().steps()
+
+    def train(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
+        from ...probes.retrieval import SWEEP, train_retrieval
 
         results = train_retrieval(
             self.dataset.embeddings,
             self.dataset.labels,
             self.dataset.clip_of_crop,
             self.crop_rows(),
-            self.task.head,
+            SWEEP if self.protocol.corrected else self.task.head,
             range(seeds),
             vocabulary=None if self.protocol.corrected else self.tools.vocabulary,
             arithmetic=self.protocol.name,
-            on_epoch=on_epoch,
+            on_epoch=on_step,
         )
         return outcomes_of(results)
 

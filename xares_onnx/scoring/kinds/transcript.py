@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from ...metrics.statistics import per_clip, ratio, word_accuracy
 from ..folds import Fold
 from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
+
+if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+    from ...probes.sweep import Sweep
 
 
 class Transcript(Kind):
@@ -47,17 +50,32 @@ class Transcript(Kind):
             return None
         return "X-ARES transcribes with a language model; name Qwen2.5-0.5B's folder by --lm to be comparable"
 
-    def train(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
+    def steps(self) -> int:
+        plan = self._plan
+        return plan.steps if plan else super().steps()
+
+    @property
+    def _plan(self) -> Sweep | None:
+        """How the head is swept, if it is."""
+        if not self.protocol.corrected:
+            return None
         if self.task.head.kind == "llm":
-            return self._train_llm(seeds, on_epoch)
+            from ...probes import llm
+
+            return llm.SWEEP
+        from ...probes import ctc
+
+        return ctc.SWEEP
+
+    def train(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
+        if self.task.head.kind == "llm":
+            return self._train_llm(seeds, on_step)
         from ...probes.ctc import train_ctc
 
-        rows = self.clip_rows()
-        return outcomes_of(
-            train_ctc(self.dataset.frames, self._normalised, rows, self.task.head, range(seeds), on_epoch=on_epoch)
-        )
+        rows, settings = self.clip_rows(), self._plan or self.task.head
+        return outcomes_of(train_ctc(self.dataset.frames, self._normalised, rows, settings, range(seeds), on_epoch=on_step))
 
-    def _train_llm(self, seeds: int, on_epoch: Callable[[int], None]) -> list[Outcome]:
+    def _train_llm(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
         from ...probes.llm import train_llm
 
         assert self.tools.language_model is not None
@@ -65,13 +83,13 @@ class Transcript(Kind):
             self.dataset.frames,
             self.dataset.labels,
             self.clip_rows(),
-            self.task.head,
+            self._plan or self.task.head,
             range(seeds),
             language_model=self.tools.language_model,
             checkpoints=self.tools.checkpoints,
             name=self.tools.identity,
             least_score=-math.inf if self.protocol.corrected else 0.0,
-            on_epoch=on_epoch,
+            on_epoch=on_step,
         )
         return outcomes_of(results)
 

@@ -1,0 +1,93 @@
+"""The best tap: chosen on the selection clips, and said if it could not be."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from report_results import record, result, right
+from rich.console import Console
+
+from xares_onnx.evaluation.differences import Side
+from xares_onnx.evaluation.record import Result, TaskResult
+from xares_onnx.probes.tuning import Convergence, Trial, Tuning
+from xares_onnx.report.board import make_board
+from xares_onnx.report.page.html import html
+from xares_onnx.report.taps import best_note, best_tap, print_taps, selection_score
+
+ESC = "esc50"
+TAPS = ("embeddings", "layer.0", "layer.1")
+
+
+def tuned(tap: str | None, right_clips: int, selection: float | None, **options: Any) -> TaskResult:
+    """The record of a head with two settings, of which the other selects worse."""
+    lower = None if selection is None else selection - 0.1
+    tuning = Tuning(
+        setting="L2 strength",
+        tried=[Trial(setting=1.0, selection=lower, test=0.99), Trial(setting=0.1, selection=selection, test=0.5)],
+        chosen=[0.1],
+        convergence=Convergence(iterations=1, limit_reached=False),
+        train=1.0,
+    )
+    return record(ESC, right(range(right_clips)), tap=tap, tuning=tuning, **options)
+
+
+def layers(*records: TaskResult) -> Result:
+    return result(records, taps=TAPS)
+
+
+def printed(of: Result) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_taps(of, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_selection_score_is_of_the_chosen_setting() -> None:
+    assert selection_score(tuned(None, 60, 0.7)) == 0.7
+    assert selection_score(tuned(None, 60, None)) is None
+    assert selection_score(record(ESC, right(range(60)))) is None
+
+
+def test_the_best_tap_is_the_best_on_the_selection_clips() -> None:
+    """The output is best on the test clips, layer.1 on the selection clips: its test score is what is told."""
+    of = layers(tuned(None, 90, 0.6), tuned("layer.0", 70, 0.7), tuned("layer.1", 80, 0.8))
+    best = best_tap(of.tasks)
+    assert best is not None
+    assert (best.record.tap, best.record.score, best.on_test) == ("layer.1", 0.8, False)
+    text = printed(of)
+    row = next(line for line in text.splitlines() if line.startswith("| best"))
+    assert row.replace("|", "").split() == ["best", "layer.1"]
+    assert "the best on the selection clips" in text
+    assert "flatters" not in text
+    (curve,) = make_board([Side.of_result("a", of)]).curves
+    assert (curve.steps[curve.best or 0], curve.best_on_test) == ("layer.1", False)
+    assert "the best on the selection clips." in html(make_board([Side.of_result("a", of)]))
+
+
+def test_equal_taps_leave_the_one_next_to_the_input() -> None:
+    of = layers(tuned(None, 90, 0.7), tuned("layer.0", 70, 0.7), tuned("layer.1", 80, 0.7))
+    row = next(line for line in printed(of).splitlines() if line.startswith("| best"))
+    assert "layer.0" in row
+    (curve,) = make_board([Side.of_result("a", of)]).curves
+    assert curve.best == 0
+
+
+def test_without_selection_the_best_is_marked_as_of_the_test_clips() -> None:
+    some = (tuned(None, 60, None, method="knn"), tuned("layer.0", 90, None, method="knn"))
+    text = printed(layers(*some))
+    row = next(line for line in text.splitlines() if line.startswith("| best"))
+    assert row.replace("|", "").split() == ["best", "layer.0", "(test)"]
+    assert "so its score flatters it" in text
+    assert "(test)" in html(make_board([Side.of_result("a", layers(*some))]))
+
+
+def test_one_tap_without_selection_leaves_the_test_clips_to_choose() -> None:
+    best = best_tap([tuned(None, 60, 0.9), tuned("layer.0", 90, None)])
+    assert best is not None
+    assert (best.record.tap, best.on_test) == ("layer.0", True)
+
+
+def test_what_was_done_is_told_of_both_kinds() -> None:
+    assert best_note([True, False]).count(";") == 1
+    assert best_tap([]) is None

@@ -1,0 +1,195 @@
+"""Heads without an optimum: trained at several learning rates, each until it gets no better on the selection clips.
+
+The first seed's head is trained at every rate and chooses one for its fold; the other seeds are trained at that. A sweep by
+every seed would cost as many trainings as seeds times rates, to choose among the same rates on the same few clips. Each
+training stops on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import ScoreUndefinedError
+from .training import RUNAWAY, HeadResult, Indices, OnEpoch, Rows, Selection
+from .tuning import Convergence, Trial, Tuning
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How heads are swept: constant learning `rates`, ascending, and when each training stops.
+
+    A training ends after `patience` epochs that were no better than the best one before, with an output or a loss that is
+    not finite, or after `epochs`. Better is a higher selection score, or the same score at a lower loss. Of equally good
+    rates the lower is chosen. Without selection clips the rate in the middle is taken, and all `epochs`.
+    """
+
+    rates: tuple[float, ...]
+    batch_size: int
+    epochs: int
+    patience: int
+
+    @property
+    def steps(self) -> int:
+        """Epochs of all rates; what `Clock` counts up to."""
+        return len(self.rates) * self.epochs
+
+
+class Clock:
+    """Tells `on_epoch` how many of a sweep's `steps` all its trainings are worth so far.
+
+    A training that stops early is worth all its epochs.
+    """
+
+    def __init__(self, plan: Sweep, folds: int, seeds: int, on_epoch: OnEpoch) -> None:
+        self._plan, self._on_epoch = plan, on_epoch
+        self._trainings = folds * (len(plan.rates) + seeds - 1)
+        self._before, self._steps = 0, 0
+
+    def epoch_ended(self, epoch: int) -> None:
+        """Of the training in progress."""
+        steps = (self._before * self._plan.epochs + epoch) * self._plan.steps // (self._trainings * self._plan.epochs)
+        if steps > self._steps:
+            self._steps = steps
+            self._on_epoch(steps)
+
+    def trainings_ended(self, count: int = 1) -> None:
+        self._before += count
+        self.epoch_ended(0)
+
+
+class Learner(Protocol):
+    """One head, while it is trained at one rate."""
+
+    epoch: int
+    """The last that was trained; not 0 if an interrupted training goes on."""
+    selection: Selection
+
+    def train(self) -> None:
+        """One epoch."""
+
+    def selected(self) -> tuple[float, float]:
+        """Score and mean loss of the present weights on the selection clips, nan without any.
+
+        Raises `ScoreUndefinedError` if an output is not finite.
+        """
+
+    def keep(self) -> None:
+        """Remember the present weights as the best."""
+
+    def save(self) -> None:
+        """Write what is needed to go on after this epoch, if anything is to be written."""
+
+    def finish(self) -> None:
+        """Put the best weights in place, and let go of what only training needs."""
+
+    def score(self, rows: Indices) -> float:
+        """Of the present weights on some rows, higher is better; nan if it is not defined."""
+
+    def predict(self) -> tuple[Indices, Any]:
+        """Test examples and predictions by the present weights, as in `HeadResult`."""
+
+
+def swept(
+    make: Callable[[int, float], Learner], fold: int, rows: Rows, seeds: Sequence[int], plan: Sweep, clock: Clock
+) -> Iterator[HeadResult]:
+    """Train the heads of one fold, by ascending seed. At most two learners exist at a time.
+
+    Args:
+        make: A fresh learner of a seed, to be trained at a rate.
+        fold: Number of the fold.
+        rows: Of the fold.
+        seeds: At least one; the smallest chooses the rate.
+        plan: What is tried.
+        clock: Shared by all folds.
+
+    Raises:
+        ScoreUndefinedError: No rate gives a head with finite outputs, or the head at the chosen rate has others on the
+            test rows.
+    """
+    first, *others = sorted(seeds)
+    rates = plan.rates if len(rows.valid) else (plan.rates[len(plan.rates) // 2],)
+    trials: list[Trial] = []
+    leader: tuple[float, Learner] | None = None
+    any_limit_reached = False
+    for rate in rates:
+        learner = make(first, rate)
+        any_limit_reached |= _train(learner, rows, plan, clock)
+        trials.append(_trial(learner, rate, rows))
+        if learner.selection.epoch and (leader is None or learner.selection.exceeds(leader[1].selection)):
+            leader = rate, learner
+        del learner
+    clock.trainings_ended(len(plan.rates) - len(rates))
+    if leader is None:
+        raise ScoreUndefinedError(RUNAWAY)
+    rate, learner = leader
+    del leader
+    yield _result(learner, fold, first, rows, rate, trials, any_limit_reached)
+    for seed in others:
+        del learner
+        learner = make(seed, rate)
+        limit_reached = _train(learner, rows, plan, clock)
+        if not learner.selection.epoch:
+            raise ScoreUndefinedError(RUNAWAY)
+        yield _result(learner, fold, seed, rows, rate, trials, any_limit_reached or limit_reached)
+
+
+def _train(learner: Learner, rows: Rows, plan: Sweep, clock: Clock) -> bool:
+    """Train to the end, and tell whether that was the most epochs."""
+    selects, finite = len(rows.valid) > 0, True
+    while finite and learner.epoch < plan.epochs:
+        if selects and learner.epoch - learner.selection.epoch >= plan.patience:
+            break
+        learner.epoch += 1
+        learner.train()
+        try:
+            score, loss = learner.selected()
+        except ScoreUndefinedError:
+            score, loss = math.nan, math.inf
+        finite = not math.isinf(loss) and math.isnan(loss) != selects
+        if finite:
+            if learner.selection.better(score, learner.epoch, loss):
+                learner.keep()
+            learner.save()
+            clock.epoch_ended(learner.epoch)
+    clock.trainings_ended()
+    learner.finish()
+    return selects and finite and learner.epoch - learner.selection.epoch < plan.patience
+
+
+def _trial(learner: Learner, rate: float, rows: Rows) -> Trial:
+    if not learner.selection.epoch:
+        return Trial(setting=rate, selection=None, test=None)
+    return Trial(setting=rate, selection=_known(learner.selection.score), test=_known(_score(learner, rows.test)))
+
+
+def _result(
+    learner: Learner, fold: int, seed: int, rows: Rows, rate: float, trials: list[Trial], limit_reached: bool
+) -> HeadResult:
+    selection = learner.selection
+    # As many as selection has, so that the two are alike: how many clips there are to confuse decides a recall.
+    count = min(len(rows.valid) or len(rows.test), len(rows.train))
+    trained = rows.train[np.linspace(0, len(rows.train) - 1, count).astype(np.int64)]
+    tuning = Tuning(
+        setting="learning rate",
+        tried=trials,
+        chosen=[rate],
+        convergence=Convergence(iterations=selection.epoch, limit_reached=limit_reached),
+        train=_known(_score(learner, trained)),
+    )
+    return HeadResult(fold, seed, *learner.predict(), selection.epoch, selection.score, tuning)
+
+
+def _score(learner: Learner, rows: Indices) -> float:
+    try:
+        return learner.score(rows)
+    except ScoreUndefinedError:
+        return math.nan
+
+
+def _known(score: float) -> float | None:
+    return score if math.isfinite(score) else None

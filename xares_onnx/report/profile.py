@@ -1,0 +1,47 @@
+"""The synthetic suite as a profile: what an encoder keeps of a sound, an aspect at a time.
+
+It has no average: one would rank encoders by how many of its attributes they keep, and real tasks rank them otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..data.catalog import shipped_tasks
+from .tables import METRIC_NAMES
+
+NOTE = "the synthetic suite says what an encoder keeps, not how good it is on real sound, so it has no average"
+_ASPECTS = {
+    "pitch": ("synthetic_pitch",),
+    "timbre": ("synthetic_timbre", "synthetic_vowel"),
+    "noise": ("synthetic_colour", "synthetic_number"),
+    "order in time": ("synthetic_contour", "synthetic_tempo"),
+    "what sounds when": ("synthetic_events", "synthetic_notes", "synthetic_transcript"),
+    "what sounds together": ("synthetic_tags", "synthetic_captions"),
+}
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """A task and what it asks for; `chance` is the accuracy of a guess."""
+
+    kept: str
+    task: str
+    title: str
+    metric: str
+    chance: float | None
+
+
+def aspects(tasks: Collection[str]) -> list[Aspect]:
+    """Those of the tasks that belong to the profile, aspect by aspect."""
+    rows = []
+    for kept, names in _ASPECTS.items():
+        for name in names:
+            if name not in tasks:
+                continue
+            task = shipped_tasks()[name]
+            metric = METRIC_NAMES[task.score.metric] + ("" if task.score.higher_is_better else ", lower is better")
+            chance = 1 / len(task.target.class_names) if task.kind == "class" else None
+            rows.append(Aspect(kept, name, task.title, metric, chance))
+    return rows

@@ -148,7 +148,9 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a head is trained.
 
-    `positive_weight` multiplies the loss of present classes in heads that decide class by class (tags, events).
+    `positive_weight` multiplies the loss of present classes in heads that decide class by class (tags, events). `epochs`,
+    `batch_size` and `learning_rate` are X-ARES's, with its defaults, and serve `--protocol xares`: `corrected` fits a head
+    until it has converged, or chooses these on the selection clips.
     """
 
     kind: HeadKind = "linear"

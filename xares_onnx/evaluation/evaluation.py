@@ -295,7 +295,14 @@ def plan(
             if has_data(task, folder):
                 crops = Protocol(protocol).crops(task)
                 planned.append((prepare(task, folder, Digests(cache), limit, observer), crops))
-        return make_plan(encoder, planned, Store(cache / "store"), seeds=settings.seeds, observer=observer)
+        return make_plan(
+            encoder,
+            planned,
+            Store(cache / "store"),
+            protocol=Protocol(protocol),
+            seeds=settings.seeds,
+            observer=observer,
+        )
 
 
 def default_output(model: Path, sha256: str) -> Path:

@@ -105,8 +105,15 @@ def test_the_best_rate_on_selection_is_chosen(curves: Sequence[Curve], chosen: f
     assert result.tuning.setting == "learning rate"
 
 
+def test_a_loss_that_still_falls_keeps_a_training_going() -> None:
+    """As that of CTC, which at first writes something random, and then nothing, before it writes what is right."""
+    random, silent = [(0.2, 9.0), (0.2, 9.0)], [(0.0, loss) for loss in (5.0, 4.0, 3.0, 2.0, 1.9)]
+    done = run([[*random, *silent, (0.8, 1.8), (0.8, 1.8)]], patience=3)
+    assert (done.results[0].best_epoch, done.learners[0].epoch) == (8, 11)
+
+
 def test_patience_counts_from_the_best_epoch_and_weights_are_of_it() -> None:
-    done = run([[(0.1, 5), (0.3, 5), (0.2, 5), (0.3, 5), (0.25, 1)]], patience=3)
+    done = run([[(0.1, 5), (0.3, 5), (0.2, 5), (0.3, 5), (0.25, 5)]], patience=3)
     (result,), (learner,) = done.results, done.learners
     assert (learner.epoch, result.best_epoch, result.valid_score) == (5, 2, 0.3)
     assert result.predictions == (0.001, 0, 2)
@@ -130,11 +137,11 @@ def test_the_maximum_holds_and_is_said(epochs: int, limit_reached: bool) -> None
     assert done.results[0].tuning.convergence.limit_reached is limit_reached
 
 
-def test_a_trials_maximum_is_said_though_another_rate_is_chosen() -> None:
+def test_a_slow_rates_maximum_is_not_that_of_the_chosen_one() -> None:
     rising = [(0.01 * epoch, 1.0) for epoch in range(1, 40)]
     (result,) = run([rising, [(0.9, 1)]]).results
     assert result.tuning is not None
-    assert (result.tuning.chosen, result.tuning.convergence.limit_reached) == ([0.01], True)
+    assert (result.tuning.chosen, result.tuning.convergence.limit_reached) == ([0.01], False)
 
 
 @pytest.mark.parametrize("end", [(math.nan, math.nan), (0.9, math.nan), (0.9, math.inf), (-math.inf, 0)])
@@ -197,7 +204,8 @@ def test_whatever_the_curves_limits_hold_and_steps_rise_to_all(
     done = run(curves, seeds=range(seeds), epochs=epochs, patience=patience)
     for learner in done.learners:
         assert learner.epoch <= epochs
-        assert learner.epoch - learner.selection.epoch <= patience
+        assert learner.epoch - learner.selection.improved <= patience
+        assert learner.selection.epoch <= learner.selection.improved
         assert (learner.selection.score, -learner.selection.loss) == max(
             (learner.curve[min(epoch, len(learner.curve) - 1)][0], -learner.curve[min(epoch, len(learner.curve) - 1)][1])
             for epoch in range(learner.epoch)

@@ -17,6 +17,8 @@ from xares_onnx.embedding.store import Store
 from xares_onnx.errors import UsageError, worst_exit_code
 from xares_onnx.evaluation.evaluation import Evaluation, _torch_device, evaluate, plan
 from xares_onnx.evaluation.record import TaskResult
+from xares_onnx.probes import ctc, llm, retrieval
+from xares_onnx.probes.sweep import Sweep
 from xares_onnx.progress import Note
 
 # Score that an encoder which hears the tones reaches, and one that hears nothing does not; of an error, the greatest.
@@ -293,6 +295,27 @@ def test_berts_vocabulary_makes_captions_comparable(folder: Path, tmp_path: Path
     assert any("--vocabulary is not used" in note for note in corrected.result.notes)
 
 
+@pytest.mark.parametrize("name", ["captions", "transcript"])
+def test_corrected_sweeps_and_xares_trains_as_the_task_says(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, function = {"captions": (retrieval, "train_retrieval"), "transcript": (ctc, "train_ctc")}[name]
+    train, given, outcomes = getattr(module, function), [], []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        given.extend(argument for argument in arguments if hasattr(argument, "batch_size"))
+        outcomes.append(train(*arguments, **options))
+        return outcomes[-1]
+
+    monkeypatch.setattr(module, function, watched)
+    monkeypatch.setattr(module, "SWEEP", short := Sweep((1e-3, 1e-2), 16, epochs=2, patience=1))
+    run(folder, name, seeds=2)
+    run(folder, name, protocol="xares", seeds=2)
+    assert given[0] is short
+    assert (given[1].epochs, given[1].learning_rate) == {"captions": (8, 1e-3), "transcript": (30, 0.03)}[name]
+    assert [result.tuning is not None for results in outcomes for result in results] == [True, True, False, False]
+
+
 def spelt_out(count: int, seed: int) -> Clips:
     """Texts of four letters and a space, a tone of 100 ms each, no pause: an encoder of that hop gives a frame each."""
     rng, clips = np.random.default_rng(seed), {}
@@ -304,8 +327,9 @@ def spelt_out(count: int, seed: int) -> Clips:
     return clips
 
 
-def test_the_llm_head_from_audio_to_a_score(taught_lm: Path, tmp_path: Path) -> None:
+def test_the_llm_head_from_audio_to_a_score(taught_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder hears five tones; the language model writes what the adapter tells it, letter by letter."""
+    monkeypatch.setattr(llm, "SWEEP", Sweep((1e-4, 1e-2), 8, epochs=20, patience=4))
     splits = {
         split: spelt_out(count, seed) for seed, (split, count) in enumerate({"train": 96, "valid": 16, "test": 24}.items())
     }
@@ -320,11 +344,13 @@ def test_the_llm_head_from_audio_to_a_score(taught_lm: Path, tmp_path: Path) -> 
     assert record.score > 0.5
     said = corrected.result.settings["lm"]
     assert (said["name"], len(said["digest"]), said["device"]) == (taught_lm.name, 64, "cpu")
-    (checkpoint,) = (tmp_path / "cache" / "checkpoints").iterdir()
-    written = checkpoint.stat().st_mtime_ns
+    checkpoints = list((tmp_path / "cache" / "checkpoints").iterdir())
+    assert len(checkpoints) == len(llm.SWEEP.rates)
+    written = [checkpoint.stat().st_mtime_ns for checkpoint in checkpoints]
     again = run(tmp_path, "spoken", heads=["spoken=llm"], seeds=1, output=tmp_path / "llm.json", **arguments)
     assert only(again).score == record.score
-    assert checkpoint.stat().st_mtime_ns == written  # each epoch writes it: nothing was trained again
+    # Each epoch writes one: nothing was trained again.
+    assert [checkpoint.stat().st_mtime_ns for checkpoint in checkpoints] == written
     task.write_text(task.read_text().replace("epochs = 30", "epochs = 1"))
     xares = run(tmp_path, "spoken", protocol="xares", seeds=1, device="CPUExecutionProvider", **arguments)
     assert xares.result.settings["lm"]["device"] == "cpu"  # where the encoder was asked to run

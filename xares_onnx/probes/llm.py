@@ -252,6 +252,8 @@ class _Training:
             "best_epoch": str(self.selection.epoch),
             "score": repr(self.selection.score),
             "loss": repr(self.selection.loss),
+            "lowest_loss": repr(self.selection.lowest_loss),
+            "improved": str(self.selection.improved),
             "sha256": _content_digest(tensors),
         }
         write_aside(self._path, save(tensors, state))
@@ -277,7 +279,11 @@ class _Training:
             self._adam.state[parameter] = {k: m if k == "step" else m.to(device) for k, m in moments.items()}
         self.epoch = int(state["epoch"])
         self.selection.epoch, self.selection.score = int(state["best_epoch"]), float(state["score"])
-        self.selection.loss = float(state.get("loss", "0.0"))
+        if isinstance(self._settings, Sweep):
+            self.selection.loss, self.selection.lowest_loss = float(state["loss"]), float(state["lowest_loss"])
+            self.selection.improved = int(state["improved"])
+        else:  # which has no losses
+            self.selection.loss = self.selection.lowest_loss = 0.0
 
 
 def _check_positions(frames: Frames, folds: Sequence[Rows], language_model: LanguageModel) -> None:

@@ -23,9 +23,10 @@ from .tuning import Convergence, Trial, Tuning
 class Sweep:
     """How heads are swept: constant learning `rates`, ascending, and when each training stops.
 
-    A training ends after `patience` epochs that were no better than the best one before, with an output or a loss that is
-    not finite, or after `epochs`. Better is a higher selection score, or the same score at a lower loss. Of equally good
-    rates the lower is chosen. Without selection clips the rate in the middle is taken, and all `epochs`.
+    A training ends after `patience` epochs in which neither the score nor the loss on the selection clips was better than
+    ever (a CTC head writes nothing for a while, though its loss falls), with an output or a loss that is not finite, or
+    after `epochs`. The best epoch, and then the best rate, is that of the highest score; of equal ones that of the lowest
+    loss; of equals the first, and the lower rate. Without selection clips the rate in the middle is taken, and all `epochs`.
     """
 
     rates: tuple[float, ...]
@@ -114,35 +115,34 @@ def swept(
     first, *others = sorted(seeds)
     rates = plan.rates if len(rows.valid) else (plan.rates[len(plan.rates) // 2],)
     trials: list[Trial] = []
-    leader: tuple[float, Learner] | None = None
-    any_limit_reached = False
+    leader: tuple[float, Learner, bool] | None = None
     for rate in rates:
         learner = make(first, rate)
-        any_limit_reached |= _train(learner, rows, plan, clock)
+        limit_reached = _train(learner, rows, plan, clock)
         trials.append(_trial(learner, rate, rows))
         if learner.selection.epoch and (leader is None or learner.selection.exceeds(leader[1].selection)):
-            leader = rate, learner
+            leader = rate, learner, limit_reached
         del learner
     clock.trainings_ended(len(plan.rates) - len(rates))
     if leader is None:
         raise ScoreUndefinedError(RUNAWAY)
-    rate, learner = leader
+    rate, learner, limit_reached = leader
     del leader
-    yield _result(learner, fold, first, rows, rate, trials, any_limit_reached)
+    yield _result(learner, fold, first, rows, rate, trials, limit_reached)
     for seed in others:
         del learner
         learner = make(seed, rate)
         limit_reached = _train(learner, rows, plan, clock)
         if not learner.selection.epoch:
             raise ScoreUndefinedError(RUNAWAY)
-        yield _result(learner, fold, seed, rows, rate, trials, any_limit_reached or limit_reached)
+        yield _result(learner, fold, seed, rows, rate, trials, limit_reached)
 
 
 def _train(learner: Learner, rows: Rows, plan: Sweep, clock: Clock) -> bool:
     """Train to the end, and tell whether that was the most epochs."""
     selects, finite = len(rows.valid) > 0, True
     while finite and learner.epoch < plan.epochs:
-        if selects and learner.epoch - learner.selection.epoch >= plan.patience:
+        if selects and learner.epoch - learner.selection.improved >= plan.patience:
             break
         learner.epoch += 1
         learner.train()
@@ -158,7 +158,7 @@ def _train(learner: Learner, rows: Rows, plan: Sweep, clock: Clock) -> bool:
             clock.epoch_ended(learner.epoch)
     clock.trainings_ended()
     learner.finish()
-    return selects and finite and learner.epoch - learner.selection.epoch < plan.patience
+    return selects and finite and learner.epoch - learner.selection.improved < plan.patience
 
 
 def _trial(learner: Learner, rate: float, rows: Rows) -> Trial:

@@ -66,17 +66,21 @@ class HeadResult:
 class Selection:
     """The choice of the epoch: the first strict maximum of the validation score; without scores (nan) the last epoch.
 
-    With losses, the lower one decides between equal scores.
+    With losses, the lower one decides between equal scores; `improved` is the last epoch in which either was at its best.
     """
 
     def __init__(self) -> None:
         self.score, self.loss, self.epoch = -math.inf, math.inf, 0
+        self.lowest_loss, self.improved = math.inf, 0
 
     def better(self, score: float, epoch: int, loss: float = 0.0) -> bool:
         """Whether this epoch is to be kept instead of the one before."""
+        if loss < self.lowest_loss:
+            self.lowest_loss, self.improved = loss, epoch
         if not math.isnan(score) and not (score, -loss) > (self.score, -self.loss):
             return False
         self.score, self.loss, self.epoch = score, loss, epoch
+        self.improved = epoch
         return True
 
     def exceeds(self, other: Selection) -> bool:

@@ -60,9 +60,9 @@ def test_evaluate_prints_a_plain_table_and_saves(world: World, tmp_path: Path) -
     ]
     assert out.isascii()
     assert "\x1b" not in out + err
-    assert "protocol corrected, 3 seeds" in out
+    assert "protocol corrected; scores are fractions, higher is better; grid: lowest and highest score" in out
     assert f"saved {tmp_path / 'mine.json'}" in out
-    assert "good: training done, 6 epochs" in err
+    assert "good: training done, 12 steps" in err
 
 
 def test_json_alone_on_stdout(world: World) -> None:
@@ -122,8 +122,8 @@ def test_a_limit_is_marked_at_every_score(world: World) -> None:
 
 def test_progress_is_told_only_of_what_was_done(world: World, tmp_path: Path) -> None:
     lines = [run(*world.evaluate("--tasks", world.good, "--cache", str(tmp_path / "new")))[2].splitlines() for _ in range(2)]
-    assert lines[0] == ["good: embedding done, 44 clips", "good: training done, 6 epochs"]
-    assert lines[1] == ["good: training done, 6 epochs"]
+    assert lines[0] == ["good: embedding done, 44 clips", "good: training done, 12 steps"]
+    assert lines[1] == ["good: training done, 12 steps"]
 
 
 # ---------------------------------------------------------------- exit codes

@@ -17,6 +17,7 @@ from xares_onnx.evaluation.differences import (
     Difference,
     Differences,
     Side,
+    check_settings,
     find_differences,
     gate_of,
     mcnemar,
@@ -24,9 +25,17 @@ from xares_onnx.evaluation.differences import (
     signed,
     verdict_of,
 )
+from xares_onnx.probes.tuning import Convergence, Trial, Tuning
 from xares_onnx.scoring.scoring import Predictions, clips_of
 
 Bools = NDArray[np.bool_]
+TUNING = Tuning(
+    setting="L2 strength",
+    tried=[Trial(setting=0.1, selection=0.6, test=0.5)],
+    chosen=[0.1],
+    convergence=Convergence(iterations=5, limit_reached=False, relative_gradient_norm=1e-5),
+    train=0.9,
+)
 
 
 def only(found: Differences) -> Difference:
@@ -310,7 +319,6 @@ def test_verdicts_and_gates() -> None:
     [
         ({"protocol": "xares"}, {}, UsageError, "--protocol corrected and b with xares"),
         ({"limit": 40}, {}, UsageError, "--limit None and b with 40"),
-        ({"seeds": 1}, {}, UsageError, "--seeds 3 and b with 1"),
         ({}, {"definition_digest": "other"}, UsageError, "defined otherwise"),
         ({}, {"data_digest": "other"}, DataError, "other data of esc50"),
         ({}, {"score": 0.123}, DataError, "another run's"),
@@ -322,6 +330,29 @@ def test_what_means_something_else_is_refused(settings: Any, fields: Any, error:
     b = Side("b", result([changed], settings=settings), lambda of: kept)
     with pytest.raises(error, match=message):
         find_differences(side("a", {"esc50": kept}), b)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "method", "draws"),
+    [("corrected", "linear", False), ("corrected", "retrieval", True), ("xares", "linear", True), ("xares", "knn", False)],
+)
+def test_only_heads_that_draw_need_the_same_seeds(protocol: str, method: str, draws: bool) -> None:
+    settings = {"protocol": protocol, "seeds": 3}
+    a = Side("a", result([], settings=settings), lambda of: {})
+    if draws:
+        with pytest.raises(UsageError, match="--seeds 3 and b with 1"):
+            check_settings(a, "b", {**settings, "seeds": 1}, {method})
+    else:
+        check_settings(a, "b", {**settings, "seeds": 1}, {method})
+
+
+def test_a_head_of_an_earlier_version_is_refused() -> None:
+    kept = classes({"x": outcomes(1, 20)})
+    tuned = msgspec.structs.replace(record("esc50", accuracy(kept)), tuning=TUNING)
+    b = Side("b", result([tuned]), lambda of: kept)
+    with pytest.raises(UsageError, match="the head of esc50 in a was trained by an earlier version"):
+        find_differences(side("a", {"esc50": kept}), b)
+    assert only(find_differences(b, b)).alike
 
 
 def test_knn_has_no_seeds_to_differ_in() -> None:

@@ -106,11 +106,17 @@ def test_a_task_scores_the_same_in_any_company(world: World) -> None:
 
 
 def test_seeds_add_heads_and_change_none(world: World) -> None:
-    one, four = world.run(world.tones, seeds=1), world.run(world.tones, seeds=4)
+    one, four = (world.run(world.tones, seeds=seeds, protocol="xares") for seeds in (1, 4))
     assert records(four, method="linear")[0].per_seed[0] == records(one, method="linear")[0].score
     assert len(set(records(four, method="linear")[0].per_seed)) > 1
     assert records(four, method="knn")[0].per_seed == [records(one, method="knn")[0].score]
     assert four.result.settings["seeds"] == 4
+
+
+def test_converged_heads_have_no_seeds(world: World) -> None:
+    one, four = world.run(world.tones, seeds=1), world.run(world.tones, seeds=4)
+    assert [record.per_seed for record in records(four)] == [[record.score] for record in records(one)]
+    assert [record.ci95 for record in records(four)] == [record.ci95 for record in records(one)]
 
 
 def test_digests_name_data_and_definition(world: World) -> None:
@@ -138,7 +144,7 @@ def test_the_two_protocols(world: World) -> None:
     assert (corrected.result.settings["protocol"], published.result.settings["protocol"]) == ("corrected", "xares")
     assert (corrected.result.settings["seeds"], published.result.settings["seeds"]) == (3, 1)
     rows = corrected.predictions["crops", "linear"]
-    assert len(rows["key"]) == 16 * 3
+    assert len(rows["key"]) == 16
     rows = published.predictions["crops", "linear"]
     assert [np.sum(rows["key"] == key) for key in np.unique(rows["key"])] == [2] * 16
     record = records(published, method="linear")[0]
@@ -451,11 +457,13 @@ def test_notes_are_told_and_recorded(world: World, tmp_path: Path, monkeypatch: 
     assert records(done)[0].notes == [note.removeprefix("two: ") for note in notes if note.startswith("two: ")]
 
 
-def test_progress_counts_every_clip_and_epoch(world: World) -> None:
+@pytest.mark.parametrize(("protocol", "total_steps"), [("corrected", 12), ("xares", 3)])
+def test_progress_counts_every_clip_and_step(world: World, tmp_path: Path, protocol: str, total_steps: int) -> None:
+    """A step is a fit of a converged head, or an epoch."""
     told: list[Event] = []
     task = world.task("counted", three(11), epochs=3)
-    world.run(task, observer=told.append)
-    for stage, total in (("embed", 64), ("train", 3)):
+    world.run(task, observer=told.append, protocol=protocol, cache=tmp_path)
+    for stage, total in (("embed", 64), ("train", total_steps)):
         steps = [event for event in told if isinstance(event, Progress) and event.stage == stage]
         assert [event.done for event in steps] == sorted(event.done for event in steps)
         assert (steps[0].done, steps[-1].done) == (0, total)

@@ -168,7 +168,6 @@ def test_a_score_that_is_gone_fails_and_one_not_asked_for_is_skipped() -> None:
 @pytest.mark.parametrize(
     ("settings", "fields", "error", "message"),
     [
-        ({"seeds": 1}, {}, UsageError, "--seeds 3 and this run with 1"),
         ({"limit": 9}, {}, UsageError, "--limit"),
         ({"protocol": "xares"}, {}, UsageError, "--protocol"),
         ({}, {"definition_digest": "other"}, UsageError, "defined otherwise in base.json"),

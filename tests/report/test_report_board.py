@@ -204,7 +204,6 @@ def test_predictions_of_another_run_are_an_error(tmp_path: Path) -> None:
             UsageError,
             "--protocol corrected and b.json with xares",
         ),
-        ({"settings": {"protocol": "corrected", "seeds": 3, "limit": None}}, {}, UsageError, "--seeds 1"),
         ({"settings": {"protocol": "corrected", "seeds": 1, "limit": 50}}, {}, UsageError, "--limit None"),
         ({}, {ESC: {"data_digest": "e" * 64}}, DataError, "other data of esc50"),
         ({}, {ESC: {"definition_digest": "e" * 64}}, UsageError, "esc50 is defined otherwise"),

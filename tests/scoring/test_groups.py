@@ -439,7 +439,13 @@ def test_predictions_whose_groups_are_no_texts_are_refused(done: Evaluation, tmp
     record = done.result.tasks[0]
     file = tmp_path / str(record.predictions)
     file.parent.mkdir()
-    np.savez(file, **{**read_predictions(done.path, record), "group": np.zeros(44, np.int64)})
+    np.savez(
+        file,
+        **{
+            **read_predictions(done.path, record),
+            "group": np.zeros(len(done.predictions["mine", "linear"]["key"]), np.int64),
+        },
+    )
     with pytest.raises(DataError, match="group must be a text"):
         read_predictions(tmp_path / done.path.name, record)
 

@@ -407,6 +407,7 @@ def test_an_encoder_that_hears_nothing_predicts_the_mean() -> None:
     """A constant embedding leaves a head its bias alone."""
     s = scene(NUMBER)
     s.problem.embeddings[:] = 1
+    s.problem.numbers[:] += 0.1
     kind = s.kind(NUMBER)
     scored = score(kind, "linear", kind.train(1, lambda epoch: None))
     assert "pearson" not in scored.metrics

@@ -233,6 +233,16 @@ def check_alike(a: Side, record: TaskResult, name: str, definition: str | None, 
         raise DataError(f"{a.name} was scored on other data of {record.task} than {name}; evaluate one of them again")
 
 
+def check_heads_alike(a: Side, ours: TaskResult, name: str, theirs: TaskResult) -> None:
+    """`UsageError` if one head's setting was chosen on the selection clips and the other's was not."""
+    if (ours.tuning is None) != (theirs.tuning is None):
+        older = a.name if ours.tuning is None else name
+        raise UsageError(
+            f"the head of {ours.task} in {older} was trained by an earlier version, with settings that nothing chose, so "
+            "the two scores cannot be compared; evaluate again"
+        )
+
+
 def verified(side: Side, record: TaskResult) -> tuple[Predictions, list[Scorer]]:
     """The predictions and scorers of a record; `DataError` where they do not give the score that is recorded."""
     predictions = side.predictions_of(record)
@@ -260,6 +270,7 @@ def paired(a: Side, ours: TaskResult, b: Side, theirs: TaskResult) -> Estimate |
 
 def _difference(a: Side, ours: TaskResult, b: Side, theirs: TaskResult, tolerance: float) -> tuple[Difference, Estimate]:
     """Judged alone; also with its spread."""
+    check_heads_alike(a, ours, b.name, theirs)
     (mine, scorers_a), (other, scorers_b) = verified(a, ours), verified(b, theirs)
     clips_a, clips_b = clips_of(mine), clips_of(other)
     common = {fold: [key for key in keys if key in set_b] for fold, keys, set_b in _by_fold(clips_a, clips_b)}

@@ -299,8 +299,7 @@ class _Scoring:
             if not np.isfinite(block).all():
                 raise undefined()
             activation = self._objective.activation(head, block)
-            means = np.add.reduceat(activation, bounds[first:last] - bounds[first], axis=0, dtype=np.float64)
-            means /= np.diff(bounds[first : last + 1])[:, None]
+            means = _means(activation, bounds[first : last + 1] - bounds[first])
             if not np.isfinite(means).all():
                 raise undefined()
             targets = self._objective.targets[crops[bounds[first:last]]]
@@ -308,6 +307,16 @@ class _Scoring:
 
         parts = list(self._pool.map(part, len(firsts) - 1))
         return found, np.concatenate([predictions for predictions, _ in parts]), sum(loss for _, loss in parts)
+
+
+def _means(activation: npt.NDArray[Any], bounds: Indices) -> Floats:
+    """Means of the rows from each bound to the next; of equal rows exactly these."""
+    first = activation[bounds[:-1]].astype(np.float64)
+    counts = np.diff(bounds)
+    if (counts == 1).all():
+        return first
+    distances = activation - np.repeat(first, counts, axis=0)
+    return np.asarray(first + np.add.reduceat(distances, bounds[:-1], axis=0) / counts[:, None])
 
 
 def undefined() -> ScoreUndefinedError:

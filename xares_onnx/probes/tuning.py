@@ -47,7 +47,10 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def remarks(tuning: Tuning) -> list[str]:
-    """What a reader of the score must know: a fit that did not come to its end, a choice at the end of the grid."""
+    """What a reader of the score must know: a fit that did not come to its end, a choice at the end of the grid.
+
+    An end that inner settings equal is chosen by the loss alone, as where selection has every clip right: it needs no note.
+    """
     notes = []
     if tuning.convergence.limit_reached:
         norm = tuning.convergence.relative_gradient_norm
@@ -57,7 +60,12 @@ def remarks(tuning: Tuning) -> list[str]:
             else f"a fit stopped before it had converged (relative gradient norm {norm:.1g} at the end), so the score is "
             "that of its last iteration"
         )
-    ends = [trial.setting for trial in (tuning.tried[0], tuning.tried[-1])]
+    inner = max((trial.selection for trial in tuning.tried[1:-1] if trial.selection is not None), default=-math.inf)
+    ends = [
+        trial.setting
+        for trial in (tuning.tried[0], tuning.tried[-1])
+        if trial.selection is not None and trial.selection > inner
+    ]
     if at_end := [value for value in tuning.chosen if value in ends]:
         values = " and ".join(f"{value:g}" for value in sorted(set(at_end)))
         notes.append(

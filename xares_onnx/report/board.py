@@ -19,7 +19,16 @@ import numpy as np
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataMissingError, UsageError, printable
 from ..evaluation.averages import published_averages
-from ..evaluation.differences import SIGNIFICANT, Side, check_alike, check_settings, groups_of, paired, verified
+from ..evaluation.differences import (
+    SIGNIFICANT,
+    Side,
+    check_alike,
+    check_heads_alike,
+    check_settings,
+    groups_of,
+    paired,
+    verified,
+)
 from ..evaluation.record import SHOWN_GROUPS, Interval, Result, TaskResult
 from ..metrics.bootstrap import Array, Indices
 from ..metrics.intervals import Estimate, Scale, adjusted, average, estimates, interval, p_value
@@ -193,6 +202,7 @@ def check_comparable(sides: Sequence[Side]) -> None:
         check_settings(a, b.name, b.result.settings, {method for _, method, _ in common})
         for name in common:
             check_alike(a, ours[name], b.name, theirs[name].definition_digest, theirs[name].data_digest)
+            check_heads_alike(a, ours[name], b.name, theirs[name])
 
 
 def _check_numbers(side: Side) -> None:

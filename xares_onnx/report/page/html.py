@@ -117,8 +117,8 @@ def _environment() -> jinja2.Environment:
         "score": lambda value: "" if value is None else f"{value:.3f}",
         "span": lambda ci95: f"{ci95[0]:.3f}{_DASH}{ci95[1]:.3f}" if ci95 else "",
         "size": data_size,
-        "grid": grid_range,
     }
+    environment.filters["grid"] = grid_range
     return environment
 
 

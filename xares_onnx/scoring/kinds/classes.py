@@ -62,7 +62,7 @@ class Classes(PooledKind):
         ]
 
     def search_selection(self) -> float | None:
-        """Search the training clips without those held out. X-ARES may select on the test clips, so under it there is none."""
+        """Search the training clips without those held out. X-ARES may select on test clips: none for it."""
         if not self.protocol.corrected or not all(len(fold.valid) for fold in self.folds):
             return None
         answers = [self._nearest(fold.train, fold.valid) for fold in self.folds]

@@ -144,7 +144,12 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`positive_weight` multiplies the loss of what is there, where a head decides class by class (tags, events)."""
+    """`positive_weight` multiplies the loss of what is there, if a head decides class by class (tags, events).
+
+    `epochs`, `batch_size` and `learning_rate` are those of X-ARES for its tasks, and the defaults are its own for a task
+    that does not say. They serve `--protocol xares`; `corrected` fits a head until it has converged, or chooses them on the
+    selection clips.
+    """
 
     kind: HeadKind = "linear"
     epochs: int = 10

@@ -227,7 +227,14 @@ def plan(
             if has_data(task, folder):
                 crops = Protocol(protocol).crops(task)
                 found.append((prepare(task, folder, Digests(cache), limit, observer), crops))
-        return make_plan(encoder, found, Store(cache / "store"), seeds=settings.seeds, observer=observer)
+        return make_plan(
+            encoder,
+            found,
+            Store(cache / "store"),
+            protocol=Protocol(protocol),
+            seeds=settings.seeds,
+            observer=observer,
+        )
 
 
 def default_output(model: Path, sha256: str) -> Path:

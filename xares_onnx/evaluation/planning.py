@@ -23,10 +23,12 @@ from ..errors import ClipError, DiskFullError
 from ..progress import Doing, Note, Observer
 from ..scoring.folds import CROSS_VALIDATION_FOLDS
 from ..scoring.kinds import kind_of
+from ..scoring.protocol import Protocol
 
 _SAMPLED_CLIPS = 24  # a shard
 _BYTES_A_CLIP = 250  # key and json beside the vectors
 _HEAD_FLOPS_A_SECOND = 2e10  # of one core
+_PASSES_TO_CONVERGE = 120  # over the rows of a fold, for every strength and the last fit
 _FRAME_BYTES = 2  # a value of a stored frame
 # Products a row where a head has no classes: characters; five captions through two towers of 1024; a model of 0.5 B weights.
 _WEIGHTS = {"linear": 768, "ctc": 30 * 768, "retrieval": 5 * 4 << 20, "llm": 500_000_000}
@@ -63,15 +65,24 @@ def make_plan(
     data: Sequence[tuple[TaskData, CropSettings]],
     store: Store,
     *,
+    protocol: Protocol,
     seeds: int,
     observer: Observer,
 ) -> Plan:
     """Count clips, sample their durations, and time the model on two chunks a thread."""
     rtf = measure_rtf(encoder, observer)
-    return Plan([_row(encoder, task_data, crops, store, rtf, seeds) for task_data, crops in data], rtf)
+    return Plan([_row(encoder, task_data, crops, store, rtf, protocol, seeds) for task_data, crops in data], rtf)
 
 
-def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rtf: float, seeds: int) -> PlanRow:
+def _row(
+    encoder: Encoder,
+    data: TaskData,
+    crops: CropSettings,
+    store: Store,
+    rtf: float,
+    protocol: Protocol,
+    seeds: int,
+) -> PlanRow:
     task = data.task
     clips, to_embed, seconds, seconds_to_embed = 0, 0, 0.0, 0.0
     frames = kind_of(task).needs_frames
@@ -88,7 +99,9 @@ def _row(encoder: Encoder, data: TaskData, crops: CropSettings, store: Store, rt
     rows = seconds * _frame_rate(encoder.contract) if frames else seconds / crop
     weights = dim * len(task.target.class_names) if task.target.class_names else _WEIGHTS[task.head.kind]
     taps = encoder.info.taps
-    flops = 6.0 * rows * task.head.epochs * folds * seeds * weights * len(taps)
+    converges = protocol.corrected and task.head.kind == "linear"
+    passes = _PASSES_TO_CONVERGE if converges else task.head.epochs * seeds
+    flops = 6.0 * rows * passes * folds * weights * len(taps)
     vectors = sum(4 * tap.contract.dim for tap in taps) / crop
     return PlanRow(
         task=task.name,

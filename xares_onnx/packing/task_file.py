@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-from ..data.catalog import shipped_tasks
-from ..data.synthetic import SPLITS
-from ..data.task import METRICS, Head
+from ..data.task import HEADS, METRICS
 from .labels import Labels
 
 _WIDTH = 120
-
-# Heads are trained as those of a shipped task of the kind are: of the built-in suite, which has few clips, or of X-ARES.
-_MODELS = {
-    "class": ("synthetic_pitch", "esc50"),
-    "tags": ("synthetic_tags", "fsd50k"),
-    "events": ("synthetic_events", "desed"),
-    "captions": ("synthetic_captions", "clotho"),
-    "transcript": ("synthetic_transcript", "librispeech"),
-    "number": ("synthetic_number", "speechocean762"),
-}
-_MANY_CLIPS = 1000
 
 
 @dataclass(frozen=True)
@@ -50,8 +34,6 @@ def write_task(
 ) -> str:
     """The TOML. `parts` has the clips of each split or, by its number, each fold; `group` is a key of each clip's json."""
     tested = sum(parts.values()) if folds else parts["test"]
-    trained = tested - max(parts.values()) if folds else parts["train"]
-    head = _head(labels.kind, trained)
     if folds:
         shards = f'folds = {{ pattern = "fold-{{fold}}-*.tar", numbers = {sorted(map(int, parts))} }}'
     else:
@@ -71,7 +53,7 @@ def write_task(
         *_pairs({"kind": labels.kind, **labels.target(classes, numbers)}),
         "",
         "[head]",
-        *_pairs({key: getattr(head, key) for key in ("kind", "epochs", "batch_size", "learning_rate")}),
+        *_pairs({"kind": HEADS[labels.kind][0]}),
         "",
         "[score]",
         *_pairs({"metric": metric}),
@@ -79,14 +61,6 @@ def write_task(
         *_pairs({"knn": True} if labels.kind == "class" else {}),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _head(kind: str, trained: int) -> Head:
-    """How to train on so many clips. On fewer than the built-in suite has, for more epochs: as many steps."""
-    small, large = (shipped_tasks()[name].head for name in _MODELS[kind])
-    if trained >= _MANY_CLIPS:
-        return large
-    return msgspec.structs.replace(small, epochs=math.ceil(small.epochs * max(1, SPLITS["train"] / trained)))
 
 
 def _pairs(values: Mapping[str, Any]) -> list[str]:

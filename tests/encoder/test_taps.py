@@ -456,14 +456,19 @@ def test_the_table_of_layers(world: World, tmp_path: Path) -> None:
     for name in names:
         scores = [record["score"] for record in result["tasks"] if (record["tap"] or "embeddings") == name]
         assert rows[name] == [f"{score:.3f}" for score in scores]
-    for column, method in enumerate(("linear", "knn")):
-        mine = {r["tap"] or "embeddings": r["score"] for r in result["tasks"] if r["method"] == method}
-        assert mine[rows["best"][column]] == max(mine.values())
-    assert "chosen on the test clips themselves" in out
+    heads, neighbours = (
+        {r["tap"] or "embeddings": r for r in result["tasks"] if r["method"] == method} for method in ("linear", "knn")
+    )
+    by_head = {tap: max(trial["selection"] for trial in record["tuning"]["tried"]) for tap, record in heads.items()}
+    by_knn = {tap: record["selection"] for tap, record in neighbours.items()}
+    for column, selection in enumerate((by_head, by_knn)):
+        assert selection[rows["best"][column]] == max(selection.values())
+    assert "the best tap is the best on the selection clips" in out
+    assert "flatters" not in out
     assert rows["Tones tones"][2] == rows["embeddings"][0]
     board = make_board([Side.read(output)])
     for curve in board.curves:
-        assert curve.taps == tuple(names)
+        assert curve.steps == tuple(names)
         method = "knn" if curve.method == "knn" else "linear"
         assert list(curve.scores) == [
             r["score"]

@@ -88,6 +88,14 @@ def test_one_tap_without_selection_leaves_the_test_clips_to_choose() -> None:
     assert (best.record.tap, best.on_test) == ("layer.0", True)
 
 
+def test_a_knn_has_a_selection_score_of_its_own() -> None:
+    scores = ((None, 90, 0.6), ("layer.0", 70, 0.8))
+    of = [record(ESC, right(range(n)), "knn", tap, selection=selection) for tap, n, selection in scores]
+    best = best_tap(of)
+    assert best is not None
+    assert (best.record.tap, best.on_test) == ("layer.0", False)
+
+
 def test_what_was_done_is_told_of_both_kinds() -> None:
     assert best_note([True, False]).count(";") == 1
     assert best_tap([]) is None

@@ -175,3 +175,17 @@ def test_counts_are_checked() -> None:
     for wrong in (0, -1, 1001):
         with pytest.raises(UsageError, match=f"--shots {wrong} must lie between 1 and 1000"):
             checked_shots([wrong])
+
+
+def test_the_nearest_neighbours_of_selection_clips() -> None:
+    """Of the training clips without those held out; none under X-ARES's protocol."""
+    from xares_onnx.probes.knn import knn_cosine
+
+    of = kind(folds=2)
+    fold, labels = of.folds[0], of.classes
+    x = of.dataset.embeddings
+    _, expected = knn_cosine(x[fold.train], labels[fold.train], x[fold.valid], fold.valid)
+    assert of.search_selection() == pytest.approx((expected == labels[fold.valid]).mean())
+    assert Classes(TASK, Protocol("xares"), of.dataset, of.folds, of.tools).search_selection() is None
+    without = [replace(fold, valid=fold.valid[:0], held_out=fold.valid[:0])]
+    assert Classes(TASK, of.protocol, of.dataset, without, of.tools).search_selection() is None

@@ -81,6 +81,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     per_fold: list[float] = []
     per_seed: list[float] = []
     n_test: int = 0
+    selection: float | None = None
+    """A kNN's score on the selection clips, by which the best of several taps is chosen; of a head see `tuning`."""
     shots: list[Shots] = []
     """The head's score with few training clips per class, if `--shots` asked for it."""
     weight: float | None = None

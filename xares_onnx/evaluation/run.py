@@ -191,6 +191,7 @@ class Run:
         self._estimates[tap][task.name, name] = scored.estimate
         seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
         shots = self._shots(kind) if method == "head" else []
+        several = len(self._encoder.info.taps) > 1
         self.results.append(
             _task_result(
                 task,
@@ -204,6 +205,7 @@ class Run:
                 per_fold=scored.per_fold,
                 per_seed=scored.per_seed,
                 n_test=scored.n_test,
+                selection=kind.search_selection() if method == "knn" and several else None,
                 shots=shots,
                 predictions=prediction_file(self._output, task.name, by) if self._output else None,
                 tuning=scored.tuning,

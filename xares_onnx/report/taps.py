@@ -1,7 +1,7 @@
 """Scores by tap: a row per output or layer, a column per task and method, and the best tap.
 
 The best tap is the one with the best score on the selection clips, so that its score on the test clips does not flatter it.
-A kNN selects nothing: its best tap is chosen on the test clips, and marked.
+Where a tap has no such score, the best is chosen on the test clips, and marked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Best:
 
 
 def selection_score(record: TaskResult) -> float | None:
-    """The head's score on the selection clips, higher is better: the best of the settings it tried; None without one."""
+    """The score on the selection clips, higher is better: a kNN's, or a head's by the best of its settings; None without."""
+    if record.method == "knn":
+        return record.selection
     tried = record.tuning.tried if record.tuning else []
     scores = [trial.selection for trial in tried if trial.selection is not None]
     return max(scores, default=None)

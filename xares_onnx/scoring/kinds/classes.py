@@ -56,18 +56,27 @@ class Classes(PooledKind):
 
     def search(self) -> list[Outcome]:
         """Search every training clip, those held out for a head's selection too: kNN selects nothing."""
+        return [
+            Outcome(number, 0, *self._nearest(np.concatenate([fold.train, fold.held_out]), fold.test))
+            for number, fold in enumerate(self.folds)
+        ]
+
+    def search_selection(self) -> float | None:
+        """Search the training clips without those held out. X-ARES may select on test clips: none for it."""
+        if not self.protocol.corrected or not all(len(fold.valid) for fold in self.folds):
+            return None
+        answers = [self._nearest(fold.train, fold.valid) for fold in self.folds]
+        return float(np.mean([(self.classes[clips] == predictions).mean() for clips, predictions in answers]))
+
+    def _nearest(self, train: Indices, test: Indices) -> tuple[Indices, Indices]:
+        """(examples, their predicted classes) of the test clips among the training clips."""
         from ...probes.knn import knn_cosine, knn_xares
 
         search = knn_cosine if self.protocol.corrected else knn_xares
         labels, examples = self.classes[self.dataset.clip_of_crop], self.examples_of_crops
         embeddings = self.dataset.embeddings
-        outcomes = []
-        for number, fold in enumerate(self.folds):
-            train = self.dataset.crops_of(np.concatenate([fold.train, fold.held_out]))
-            test = self.dataset.crops_of(fold.test)
-            found = search(embeddings[train], labels[train], embeddings[test], examples[test])
-            outcomes.append(Outcome(number, 0, *found))
-        return outcomes
+        searched, asked = self.dataset.crops_of(train), self.dataset.crops_of(test)
+        return search(embeddings[searched], labels[searched], embeddings[asked], examples[asked])
 
     @classmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:

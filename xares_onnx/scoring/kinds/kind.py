@@ -109,6 +109,10 @@ class Kind(ABC):
         """The same by a kNN, for kinds that know one."""
         raise NotImplementedError(f"there is no kNN for {self.task.kind}")
 
+    def search_selection(self) -> float | None:
+        """The kNN's score on the selection clips, higher is better, by which taps are chosen; None without such clips."""
+        return None
+
     @classmethod
     @abstractmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:

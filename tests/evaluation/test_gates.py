@@ -171,7 +171,7 @@ def test_a_score_that_is_gone_fails_and_one_not_asked_for_is_skipped() -> None:
         ({"seeds": 1}, {}, UsageError, "--seeds 3 and this run with 1"),
         ({"limit": 9}, {}, UsageError, "--limit"),
         ({"protocol": "xares"}, {}, UsageError, "--protocol"),
-        ({}, {"definition_digest": "other"}, UsageError, "defined otherwise in base.json"),
+        ({}, {"definition_digest": "other"}, UsageError, "defined differently in base.json"),
         ({}, {"task": "desed"}, UsageError, "a score of none of the tasks"),
         ({}, {"score": 0.5}, DataError, "another run's"),
         ({}, {"predictions": None}, DataMissingError, "keeps no predictions"),
@@ -320,4 +320,16 @@ def test_a_baseline_of_other_data_is_refused_before_anything_is_embedded(tmp_pat
 
 def test_a_users_task_is_gated_by_its_name() -> None:
     own: Task = msgspec.structs.replace(ESC50, name="mine")
-    Gates.read(None, None, ["mine=0.5", "own=0.5"]).check([own], SETTINGS)
+    floors = Gates.read(None, None, ["mine=0.5", "mine:knn=0.5", "own=0.5"])
+    floors.check([own], SETTINGS)
+    average = Average(weighted=0.6, mean=0.6, ci95=None, tasks=1, complete=True, missing=[])
+    scores = result([record("mine", 0.4), record("mine", 0.7, method="knn")], averages={"own": {"head": average}})
+    gates = floors.judge(Side("this run", scores, lambda _: {}))
+    assert [(gate.task, gate.method, gate.status, gate.score) for gate in gates] == [
+        ("mine", "head", "fail", 0.4),
+        ("mine", "knn", "pass", 0.7),
+        ("own", "head", "pass", 0.6),
+    ]
+    for text, message in (("esc50=0.5", "names no task that is to be scored"), ("public=0.5", "no task of public")):
+        with pytest.raises(UsageError, match=message):
+            Gates.read(None, None, [text]).check([own], SETTINGS)

@@ -47,7 +47,7 @@ def check_declarations(bench: Bench, tolerance: float | None) -> Outcome:
     if against:
         return failed(
             "; ".join(against.values()),
-            "export anew if what is declared was meant",
+            "if the declaration is right, export the model again",
             measured=len(against),
             tolerance=0,
             unit="contradicted",

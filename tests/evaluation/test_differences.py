@@ -175,13 +175,21 @@ def test_a_clip_may_be_tested_in_several_folds() -> None:
 
 
 def test_seeds_share_a_resample() -> None:
-    """B loses one clip with one seed and wins another with the next: the mean is 0, and so it is of a clip's own seeds."""
-    a = np.ones((2, 30), int)
-    b = a.copy()
-    a[1], b[0] = 0, 0  # with every clip: +1 and -1
-    found = compared(classes({"t": a}), classes({"t": b}))
+    """The clips that B loses with one seed it wins with the other, so a shared resample always gives 0.
+
+    A resample for each seed would not: the interval would be about 0.25 wide on each side.
+    """
+    a = np.array([[1, 0] * 15, [0, 1] * 15])
+    found = compared(classes({"t": a}), classes({"t": 1 - a}))
+    assert found.per_seed == [0, 0]
+    assert found.ci95 == pytest.approx((-3 / 30, 3 / 30), rel=0.05)  # the rule of three alone
+
+
+def test_two_seeds_that_contradict_each_other_tell_nothing() -> None:
+    a = np.array([[1] * 30, [0] * 30])
+    found = compared(classes({"t": a}), classes({"t": 1 - a}))
     assert found.per_seed == [-1, 1]
-    assert found.ci95 == (-1, 1)  # whatever the clips: two seeds that say the opposite tell nothing
+    assert found.ci95 == (-1, 1)
 
 
 def test_average_precision_is_paired_and_moved_to_its_score() -> None:
@@ -319,7 +327,7 @@ def test_verdicts_and_gates() -> None:
     [
         ({"protocol": "xares"}, {}, UsageError, "--protocol corrected and b with xares"),
         ({"limit": 40}, {}, UsageError, "--limit None and b with 40"),
-        ({}, {"definition_digest": "other"}, UsageError, "defined otherwise"),
+        ({}, {"definition_digest": "other"}, UsageError, "defined differently"),
         ({}, {"data_digest": "other"}, DataError, "other data of esc50"),
         ({}, {"score": 0.123}, DataError, "another run's"),
     ],

@@ -55,8 +55,8 @@ def test_a_floor_names_a_task_a_method_and_a_score(text: str, floor: Floor) -> N
         ("esc50=nan", "must read TASK=SCORE"),
         ("esc50=inf", "must read TASK=SCORE"),
         ("esc50=-0.1", "must read TASK=SCORE"),
-        ("esc50:mlp=0.8", "'mlp' is no method"),
-        ("esc50:=0.8", "'' is no method"),
+        ("esc50:mlp=0.8", "method 'mlp' must be one of head, knn, "),
+        ("esc50:=0.8", "method '' must be one of"),
     ],
 )
 def test_a_floor_that_cannot_be_read(text: str, message: str) -> None:
@@ -68,14 +68,14 @@ def test_a_floor_that_cannot_be_read(text: str, message: str) -> None:
     ("text", "settings", "message"),
     [
         ("esc5=0.8", {}, "did you mean 'esc50'"),
-        ("desed=0.8", {}, "names no task that is to be scored"),
+        ("desed=0.8", {}, "names a task that is not selected"),
         ("esc50=80", {}, "write 0.8 for 80 %"),
         ("esc50:ctc=0.8", {}, "esc50 is scored by linear and knn"),
         ("clotho:knn=0.8", {}, "clotho is scored by retrieval"),
-        ("esc50=0.8", {"methods": ["knn"]}, "asks for a head score, which --method knn leaves out"),
-        ("esc50:knn=0.8", {"methods": ["head"]}, "asks for a knn score"),
-        ("music=0.8", {}, "no task of music is to be scored"),
-        ("public=0.8", {"limit": 9}, "under --limit no score enters one"),
+        ("esc50=0.8", {"methods": ["knn"]}, "needs a head score, which --method knn leaves out"),
+        ("esc50:knn=0.8", {"methods": ["head"]}, "needs a knn score"),
+        ("music=0.8", {}, "no task of music is selected"),
+        ("public=0.8", {"limit": 9}, "with --limit there is none"),
         ("public:linear=0.8", {}, "write public:head"),
         ("public=1.5", {}, "write 0.015"),
     ],
@@ -170,8 +170,8 @@ def test_a_score_that_is_gone_fails_and_one_not_asked_for_is_skipped() -> None:
     [
         ({"limit": 9}, {}, UsageError, "--limit"),
         ({"protocol": "xares"}, {}, UsageError, "--protocol"),
-        ({}, {"definition_digest": "other"}, UsageError, "defined otherwise in base.json"),
-        ({}, {"task": "desed"}, UsageError, "a score of none of the tasks"),
+        ({}, {"definition_digest": "other"}, UsageError, "defined differently in base.json"),
+        ({}, {"task": "desed"}, UsageError, "base.json has no score of any selected task"),
         ({}, {"score": 0.5}, DataError, "another run's"),
         ({}, {"predictions": None}, DataMissingError, "keeps no predictions"),
         ({}, {"predictions": "base.predictions/gone.npz"}, DataMissingError, "keep them beside base.json"),
@@ -198,7 +198,7 @@ def test_a_baseline_of_other_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tolerance_needs_a_baseline() -> None:
-    with pytest.raises(UsageError, match="name one"):
+    with pytest.raises(UsageError, match="requires --baseline"):
         Gates.read(None, 0.02, [])
 
 
@@ -319,4 +319,16 @@ def test_a_baseline_of_other_data_is_refused_before_anything_is_embedded(tmp_pat
 
 def test_a_users_task_is_gated_by_its_name() -> None:
     own: Task = msgspec.structs.replace(ESC50, name="mine")
-    Gates.read(None, None, ["mine=0.5", "own=0.5"]).check([own], SETTINGS)
+    floors = Gates.read(None, None, ["mine=0.5", "mine:knn=0.5", "own=0.5"])
+    floors.check([own], SETTINGS)
+    average = Average(weighted=0.6, mean=0.6, ci95=None, tasks=1, complete=True, missing=[])
+    scores = result([record("mine", 0.4), record("mine", 0.7, method="knn")], averages={"own": {"head": average}})
+    gates = floors.judge(Side("this run", scores, lambda _: {}))
+    assert [(gate.task, gate.method, gate.status, gate.score) for gate in gates] == [
+        ("mine", "head", "fail", 0.4),
+        ("mine", "knn", "pass", 0.7),
+        ("own", "head", "pass", 0.6),
+    ]
+    for text, message in (("esc50=0.5", "names a task that is not selected"), ("public=0.5", "no task of public")):
+        with pytest.raises(UsageError, match=message):
+            Gates.read(None, None, [text]).check([own], SETTINGS)

@@ -191,7 +191,7 @@ def test_predictions_of_another_run_are_an_error(tmp_path: Path) -> None:
     a, b = (save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66)))
     other = save(tmp_path / "other", "a", {ESC: right(range(50))})
     shutil.copy(other.parent / "a.predictions/esc50.linear.npz", tmp_path / "a.predictions/esc50.linear.npz")
-    with pytest.raises(DataError, match=r"a\.json says 0\.6 of esc50, and its predictions give 0\.5"):
+    with pytest.raises(DataError, match=r"a\.json records 0\.6 for esc50, but its predictions give 0\.5"):
         board(a, b)
 
 
@@ -206,7 +206,7 @@ def test_predictions_of_another_run_are_an_error(tmp_path: Path) -> None:
         ),
         ({"settings": {"protocol": "corrected", "seeds": 1, "limit": 50}}, {}, UsageError, "--limit None"),
         ({}, {ESC: {"data_digest": "e" * 64}}, DataError, "other data of esc50"),
-        ({}, {ESC: {"definition_digest": "e" * 64}}, UsageError, "esc50 is defined otherwise"),
+        ({}, {ESC: {"definition_digest": "e" * 64}}, UsageError, "esc50 is defined differently"),
         ({}, {ESC: {"score": 1e300}}, UsageError, "a number of esc50 that no evaluation gives"),
     ],
 )

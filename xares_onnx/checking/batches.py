@@ -1,4 +1,4 @@
-"""Properties of several items in a call, and of the same item twice."""
+"""Properties of calls with several items, and of the same item twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_dynamic_batch(bench: Bench, tolerance: float | None) -> Outcome:
             unit="items",
         )
     three = _three(bench)
-    bench.ask(three, three[1:2])
+    bench.run_ahead(three, three[1:2])
     try:
         output = bench.embed_batch(three)
         alone = bench.embed(three[1], normalized=True)
@@ -41,7 +41,8 @@ def check_dynamic_batch(bench: Bench, tolerance: float | None) -> Outcome:
         problem = str(error)
     if problem or not contract.dynamic_batch:
         return failed(
-            f"a batch of {3 if problem else 2} fails, though the graph lets one in" + (f": {problem}" if problem else ""),
+            f"a batch of {3 if problem else 2} fails, though the graph's batch axis is free"
+            + (f": {problem}" if problem else ""),
             "export with a dynamic batch axis, and let no operator keep the batch of the example",
             measured=2 if contract.dynamic_batch else 1,
             tolerance="any",
@@ -51,7 +52,7 @@ def check_dynamic_batch(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def check_batch_invariance(bench: Bench, tolerance: float | None) -> Outcome:
-    """An item alone against the same item between a louder and a quieter one."""
+    """Compare an item alone with the same item between a louder and a quieter one."""
     contract = bench.contract
     if (why := _takes_one(bench)) or contract.fixed_batch is not None:
         return skipped(why or f"the graph fixes the batch at {contract.fixed_batch}, and it is filled with one clip")
@@ -65,9 +66,9 @@ def check_batch_invariance(bench: Bench, tolerance: float | None) -> Outcome:
         by = f"differs by {worst:.1e} of the largest value" if worst else "is the same to the last bit"
         return passed(f"beside a louder neighbour an item {by}", **figure)
     says = f"an item differs by {worst:.1e} of the largest value beside a louder neighbour"
-    cost = "the model is run one item at a time, which costs speed on a GPU and nothing on the CPU"
+    cost = "the model is run one item at a time, which is slower on a GPU and as fast on the CPU"
     if bench.facts.precision == "int8-dynamic":
-        return warned(f"{says}, as dynamic quantisation takes one scale a batch", f"nothing to do: {cost}", **figure)
+        return warned(f"{says}, as dynamic quantisation uses one scale per batch", f"nothing to do: {cost}", **figure)
     if bench.facts.precision == "fp16" and worst <= _HALF_TOLERANCE:
         return warned(f"{says}, which half precision may explain", f"nothing to do: {cost}", **figure)
     return failed(
@@ -78,7 +79,7 @@ def check_batch_invariance(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def check_determinism(bench: Bench, tolerance: float | None) -> Outcome:
-    """The same input again, from two threads at once."""
+    """Run the same input again, from two threads at once."""
     signal = bench.normalized(bench.signals["noise"])
     first = bench.embed(signal, normalized=True)
     with ThreadPoolExecutor(2) as pool:
@@ -87,7 +88,7 @@ def check_determinism(bench: Bench, tolerance: float | None) -> Outcome:
     figure = {"measured": _rounded(worst), "tolerance": limit, "unit": "of the largest"}
     if worst > limit:
         return failed(
-            f"the same input again gives another embedding, by {worst:.1e} of the largest value",
+            f"the same input gives another embedding the second time, by {worst:.1e} of the largest value",
             "export in evaluation mode (model.eval()): dropout or noise is still in the graph",
             **figure,
         )
@@ -95,10 +96,10 @@ def check_determinism(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def _takes_one(bench: Bench) -> str:
-    """Why a model takes one clip a call by design; empty where it does not."""
+    """Why a model takes one clip per call by design; empty if it takes more."""
     contract = bench.contract
     if "B" not in contract.input_layout or "B" not in contract.output_layout:
-        return "the model has no batch axis and takes one clip a call"
+        return "the model has no batch axis and takes one clip per call"
     return "the graph fixes the batch at 1" if contract.fixed_batch == 1 else ""
 
 

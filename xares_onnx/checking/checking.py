@@ -1,7 +1,7 @@
-"""The verb: resolve a model, then measure one property after another in its process, and lose nothing that was measured.
+"""The `check` command: resolve a model, then measure one property after another in its process.
 
-Each property is a call of its own. A model that hangs or dies in one is stopped there: that property fails, those before it
-stand, and those after it are skipped.
+Each property is a call of its own. If the model hangs or dies in one, its process is stopped: that property fails, those
+before it stand, and those after it are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .parity import Reference, compare, read_reference, reference_of_model, soun
 from .registry import INPUTS, LOADS, PARITY, PROPERTIES, Property
 from .settings import Setting, make_settings
 
-# Where an error that ends the measuring of a contract shows; about anything else, the contract is not resolved.
+# The property that fails if an error about this key ends the measuring of a contract; for any other key it is `contract`.
 _PROPERTY_OF = {
     "input": INPUTS,
     "input_layout": INPUTS,
@@ -70,26 +70,46 @@ def check(
     settings: Mapping[str, Any] | None = None,
     observer: Observer = ignore,
 ) -> CheckReport:
-    """Measure what an encoder must be, without data; `reference` is another model, or a `.npz` (see `read_reference`).
+    """Measure, without data, whether a model has every property that an encoder needs.
 
-    `settings` has a severity ("error", "warn", "off") or {severity, tolerance} a property; `trust` lifts the limits on size,
-    memory and time. A model that is faulty, or cannot be used, is reported, not raised. Raises `UsageError` for arguments
-    that cannot be, `MachineError` for this machine.
+    A faulty or unusable model is reported, not raised.
+
+    Args:
+        model: An `.onnx` file, or a folder that holds one.
+        reference: Another model to agree with, or a `.npz` of waveforms and embeddings.
+        contract: Declarations, as "KEY=VALUE".
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, or the name of an ONNX Runtime provider.
+        threads: Number of threads; the number of usable cores by default.
+        cache: Folder that keeps the measured contract.
+        trust: Whether to lift the limits on the model's size, memory and time.
+        settings: By property, a severity ("error", "warn", "off"), or a mapping of `severity` and `tolerance`.
+        observer: Receives notes and progress.
+
+    Returns:
+        The report, with one finding per property.
+
+    Raises:
+        UsageError: An argument is invalid, or the reference cannot be used.
+        MachineError: This machine cannot run the model.
+
+    Example:
+        >>> check("model.onnx").named("fail")
+        []
     """
     started = time.perf_counter()
-    chosen = make_settings(settings or {}, "settings")
+    by_property = make_settings(settings or {}, "settings")
     npz = read_reference(Path(reference)) if reference is not None and Path(reference).suffix == ".npz" else None
-    run = _Check(str(model), chosen, observer)
-    with ExitStack() as open_things:
+    run = _Check(str(model), by_property, observer)
+    with ExitStack() as stack:
         options = ModelOptions(device=device, threads=threads, contract=tuple(contract), trust=trust)
-        subject = run.resolve(open_things, options, cache)
+        subject = run.resolve(stack, options, cache)
         if subject is not None:
             run.measure_all(subject, run.reference(Path(reference), npz) if reference is not None else None)
     return run.report(time.perf_counter() - started)
 
 
 class _Check:
-    """One check on its way: findings so far, and why there may be no more."""
+    """One check in progress: the findings so far, and why the model is unusable, if it is."""
 
     def __init__(self, model: str, settings: Mapping[str, Setting], observer: Observer) -> None:
         self.model, self.settings, self.observer = model, settings, observer
@@ -100,7 +120,7 @@ class _Check:
 
     # ---------------------------------------------------------------- resolving
 
-    def resolve(self, open_things: ExitStack, options: ModelOptions, cache: Path | None) -> Subject | None:
+    def resolve(self, stack: ExitStack, options: ModelOptions, cache: Path | None) -> Subject | None:
         """The model with its contract; None if it has none, which the findings then explain.
 
         A declaration that a measurement contradicts is set aside, and the model measured again without it.
@@ -109,7 +129,7 @@ class _Check:
         while True:
             try:
                 encoder = open_encoder(self.model, options, without=tuple(contradicted), cache=cache, observer=self.observer)
-                self.encoder = open_things.enter_context(encoder)
+                self.encoder = stack.enter_context(encoder)
                 self.facts = self._read_facts(encoder)
             except ContradictionError as error:
                 if error.about is None or error.about in contradicted:
@@ -126,24 +146,26 @@ class _Check:
         return encoder.call(read_facts, encoder.info.path, encoder.info.scan, returns=ModelFacts, observer=self.observer)
 
     def _record_refusal(self, error: ModelError, contradicted: Mapping[str, str]) -> None:
-        """A model without a contract: the property that says why, the one or two that held before it, the rest skipped."""
-        contractual = isinstance(error, ContractError) or error.about is not None
-        name = _PROPERTY_OF.get(error.about or "", "contract") if contractual else LOADS
-        if isinstance(error, ModelLimitError):
-            name = LOADS
-        if name in (LOADS, INPUTS):
+        """Findings on a model without a contract.
+
+        One property fails by the error. The model has loaded if the error is about a part of its contract. Declarations that
+        were contradicted before fail too, and everything else is skipped.
+        """
+        cause = _property_of(error)
+        if cause in (LOADS, INPUTS):
             self.unusable = str(error)
-        outcomes = {name: failed(str(error), _REMEDIES[name])}
-        if name != LOADS and error.about is not None:
+        outcomes = {cause: failed(str(error), _REMEDIES[cause])}
+        if cause != LOADS and error.about is not None:
             outcomes[LOADS] = passed("read and loaded within the limits of time and memory")
-        for key, why in contradicted.items():
-            wrong = "hop" if key == "hop_samples" else "declarations"
-            outcomes.setdefault(wrong, failed(why, "export anew if what is declared was meant"))
-        for of in PROPERTIES.values():
-            self._record(of, outcomes.get(of.name, skipped(f"not measured, because {name} failed")), 0.0)
+        for key, contradiction in contradicted.items():
+            property_name = "hop" if key == "hop_samples" else "declarations"
+            outcomes.setdefault(property_name, failed(contradiction, "if the declaration is right, export the model again"))
+        rest = skipped(f"not measured, because {cause} failed")
+        for item in PROPERTIES.values():
+            self._record(item, outcomes.get(item.name, rest), 0.0)
 
     def reference(self, path: Path, npz: Reference | None) -> Reference:
-        """What parity is held against: a file's embeddings, or those of another model for the same sounds."""
+        """The reference of parity: the embeddings of a file, or those that another model gives for the same sounds."""
         assert self.encoder is not None
         own = self.encoder.contract
         if npz is not None:
@@ -164,45 +186,45 @@ class _Check:
     # ---------------------------------------------------------------- measuring
 
     def measure_all(self, subject: Subject, reference: Reference | None) -> None:
-        """Every property that is not switched off."""
-        stopped = ""
-        for done, of in enumerate(PROPERTIES.values()):
-            self.observer(Progress("check", Path(self.model).name, done, len(PROPERTIES)))
+        """Measure every property that is not switched off."""
+        stopped_at = ""
+        for number, item in enumerate(PROPERTIES.values()):
+            self.observer(Progress("check", Path(self.model).name, number, len(PROPERTIES)))
             started = time.perf_counter()
-            if self._setting(of).severity == "off":
+            if self._setting(item).severity == "off":
                 outcome = skipped("switched off")
-            elif stopped:
-                outcome = skipped(f"not measured, because {stopped} stopped the model's process")
+            elif stopped_at:
+                outcome = skipped(f"not measured, because {stopped_at} stopped the model's process")
             else:
                 try:
-                    outcome = self._measured(of, subject, reference)
+                    outcome = self._measure(item, subject, reference)
                 except ModelError as error:
                     outcome = failed(str(error), "let the model run on any sound within its limits of time and memory")
-                    if of.name == LOADS or isinstance(error, ModelLimitError) or error.about == "process":
-                        self.unusable, stopped = str(error), of.name
-            self._record(of, outcome, time.perf_counter() - started)
+                    if item.name == LOADS or isinstance(error, ModelLimitError) or error.about == "process":
+                        self.unusable, stopped_at = str(error), item.name
+            self._record(item, outcome, time.perf_counter() - started)
         self.observer(Progress("check", Path(self.model).name, len(PROPERTIES), len(PROPERTIES)))
 
-    def _measured(self, of: Property, subject: Subject, reference: Reference | None) -> Outcome:
+    def _measure(self, item: Property, subject: Subject, reference: Reference | None) -> Outcome:
         assert self.encoder is not None
-        tolerance = self._setting(of).tolerance
-        if of.name == PARITY:
+        tolerance = self._setting(item).tolerance
+        if item.name == PARITY:
             if reference is None:
                 return skipped("there is no reference; name one by --reference")
             return compare(self.encoder, reference, subject.facts.precision, tolerance)
-        return self.encoder.call(measure_property, subject, of.name, tolerance, returns=Outcome, observer=self.observer)
+        return self.encoder.call(measure_property, subject, item.name, tolerance, returns=Outcome, observer=self.observer)
 
     # ---------------------------------------------------------------- recording
 
-    def _setting(self, of: Property) -> Setting:
-        return self.settings.get(of.name, Setting())
+    def _setting(self, item: Property) -> Setting:
+        return self.settings.get(item.name, Setting())
 
-    def _record(self, of: Property, outcome: Outcome, seconds: float) -> None:
-        outcome = self._setting(of).applied(outcome)
-        self.findings[of.name] = Finding(
-            property=of.name,
-            group=of.group,
-            title=of.title,
+    def _record(self, item: Property, outcome: Outcome, seconds: float) -> None:
+        outcome = self._setting(item).applied(outcome)
+        self.findings[item.name] = Finding(
+            property=item.name,
+            group=item.group,
+            title=item.title,
             status=outcome.status,
             says=outcome.says,
             measured=outcome.measured,
@@ -227,8 +249,16 @@ class _Check:
         )
 
 
+def _property_of(error: ModelError) -> str:
+    """The property that an error while resolving a model belongs to."""
+    about_contract = isinstance(error, ContractError) or error.about is not None
+    if isinstance(error, ModelLimitError) or not about_contract:
+        return LOADS
+    return _PROPERTY_OF.get(error.about or "", "contract")
+
+
 def measure_property(subject: Subject, name: str, tolerance: float | None, *, tell: Tell) -> Outcome:
-    """One property, in the worker, on the bench that it keeps for the model."""
+    """Measure one property. Runs in the worker, which keeps the model under test between calls."""
     measure = PROPERTIES[name].measure
     assert measure is not None
     return measure(bench_of(subject, tell), tolerance)

@@ -1,4 +1,4 @@
-"""Properties of the file and its contract: whether it loads, what it declares, and whether that is so."""
+"""Properties of the file and its contract: whether it loads, what it declares, and whether that is true."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from ..encoder.contract.contract import Contract
 from .findings import Outcome, failed, passed, skipped, warned
 from .model_under_test import Bench
 
-# What no measurement can tell, and who ships a model knows.
+# Only those who ship a model know these; no measurement can tell them.
 SHIPPED_WITH = ("sample_rate", "amplitude", "normalize", "license", "source")
 _OUTPUT_KEYS = ("output", "output_layout", "output_dim")
-_OLDEST_OPSET = 7  # ONNX Runtime's promise begins there
+_OLDEST_OPSET = 7  # the oldest that ONNX Runtime promises to run
 
 
 def check_loads(bench: Bench, tolerance: float | None) -> Outcome:
@@ -43,19 +43,19 @@ def check_output(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def check_declarations(bench: Bench, tolerance: float | None) -> Outcome:
-    against = {key: why for key, why in bench.subject.contradicted.items() if key != "hop_samples"}
-    if against:
+    contradicted = {key: message for key, message in bench.subject.contradicted.items() if key != "hop_samples"}
+    if contradicted:
         return failed(
-            "; ".join(against.values()),
-            "export anew if what is declared was meant",
-            measured=len(against),
+            "; ".join(contradicted.values()),
+            "if the declaration is right, export the model again",
+            measured=len(contradicted),
             tolerance=0,
             unit="contradicted",
         )
     agreeing = [name for name, source in bench.contract.sources.items() if "as declared" in source]
     agreeing = [name for name in agreeing if name != "hop_samples"]
     return passed(
-        f"{', '.join(agreeing)} as declared" if agreeing else "nothing that is declared contradicts what was measured",
+        f"{', '.join(agreeing)} as declared" if agreeing else "no declaration contradicts the measurements",
         measured=0,
         tolerance=0,
         unit="contradicted",
@@ -67,19 +67,19 @@ def check_hop(bench: Bench, tolerance: float | None) -> Outcome:
     hop = contract.hop_samples
     if hop is None:
         if against := bench.subject.contradicted.get("hop_samples"):
-            return failed(against, "remove hop_samples from what is declared")
-        return skipped("the model gives one vector a clip, which has no hop")
+            return failed(against, "remove the declaration of hop_samples")
+        return skipped("the model gives one vector per clip, which has no hop")
     length = f"{hop:g} samples, {1000 * hop / contract.sample_rate:g} ms"
     if against := bench.subject.contradicted.get("hop_samples"):
         return failed(
             against,
-            "with a wrong hop every frame label is at a wrong time; export anew if the declared one was meant",
+            "with a wrong hop every frame label is at a wrong time; if the declared hop is right, export the model again",
             measured=hop,
             tolerance="as declared",
             unit="samples",
         )
-    how = contract.sources.get("hop_samples", "measured")
-    return passed(f"{length} ({how})", measured=hop, tolerance="as declared", unit="samples")
+    source = contract.sources.get("hop_samples", "measured")
+    return passed(f"{length} ({source})", measured=hop, tolerance="as declared", unit="samples")
 
 
 def check_metadata(bench: Bench, tolerance: float | None) -> Outcome:

@@ -1,6 +1,6 @@
-"""What a model's file says of itself: versions, operators, precision. Parses a stranger's protobuf, in the worker.
+"""Facts from a model's file: versions, operators, precision. Parses an untrusted protobuf, in the worker.
 
-`scan_model` must have passed the file before.
+Call it only after `scan_model` has accepted the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a check leaves: a finding a property, and what was found of the model."""
+"""The report of a check: one finding per property, and facts about the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATUSES: tuple[Status, ...] = ("fail", "warn", "pass", "skip")
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What one property came to. A figure is `measured` in `unit` and held against `tolerance`, where it has one."""
+    """The outcome of one property: a figure `measured` in `unit`, and its `tolerance`, if the property has them."""
 
     status: Status
     says: str
@@ -23,7 +23,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """An outcome under its property's name. `says` is one sentence, `remedy` what to do about a warning or a failure."""
+    """An outcome with its property. `says` is one sentence, `remedy` the way to mend a warning or a failure."""
 
     property: str
     group: str
@@ -39,7 +39,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The file itself: `operators` counts nodes by type, `precision` is that of most of its weights' arithmetic."""
+    """Facts about the file: `operators` counts nodes by type, `precision` is that of most of its arithmetic."""
 
     sha256: str
     bytes: int
@@ -54,9 +54,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked model. `unusable` is the sentence that says why it cannot be used at all, and then not all was measured.
+    """The report of a check. If the model cannot be used at all, `unusable` says why, and some properties are skipped.
 
-    `contract` holds each field as {"value", "source"}; it and `model` are None where they could not be had.
+    `contract` holds each field as {"value", "source"}; it and `model` are None if they could not be determined.
     """
 
     schema_version: int = 1
@@ -71,7 +71,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def exit_code(self) -> int:
-        """0 all pass or warn, 1 a usable model is faulty, 3 it cannot be used."""
+        """0 if every property passes or warns, 1 if a usable model is faulty, 3 if the model cannot be used."""
         if self.unusable is not None:
             return 3
         return int(bool(self.named("fail")))

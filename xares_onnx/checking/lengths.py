@@ -1,4 +1,4 @@
-"""Properties of time: lengths that work, frames that follow one law, and what padding and chunks do."""
+"""Properties of time: which lengths work, whether frames follow one law, and the effect of padding and chunks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .findings import Outcome, failed, passed, skipped, warned
 from .model_under_test import Bench, cosines
 from .signals import Signal
 
-_LONGEST_SECONDS = 30.0  # that a check runs for a declared maximum
-_SHORTEST_SECONDS = 1.0  # shorter pieces are padded to this anyway
+_LONGEST_SECONDS = 30.0  # a longer declared maximum is not tried
+_SHORTEST_SECONDS = 1.0  # shorter pieces are padded to this length anyway
 
 
 def check_dynamic_time(bench: Bench, tolerance: float | None) -> Outcome:
@@ -47,13 +47,15 @@ def check_dynamic_time(bench: Bench, tolerance: float | None) -> Outcome:
             details=tuple(bad),
         )
     listed = ", ".join(map(str, lengths))
-    return passed(f"runs at {listed} samples and all that the law was measured at", measured=0, tolerance=0, unit="failed")
+    return passed(
+        f"runs at {listed} samples, and at all lengths at which the law was measured", measured=0, tolerance=0, unit="failed"
+    )
 
 
 def check_frame_law(bench: Bench, tolerance: float | None) -> Outcome:
     contract = bench.contract
     if contract.clip_only:
-        return skipped("the model gives one vector a clip")
+        return skipped("the model gives one vector per clip")
     if contract.fixed_window:
         return skipped(f"every window gives {contract.window_frames} frames")
     wrong = []
@@ -63,9 +65,9 @@ def check_frame_law(bench: Bench, tolerance: float | None) -> Outcome:
         except ModelLimitError:
             raise
         except ModelError:
-            continue  # dynamic-time's
-        if frames != (foretold := contract.frames_of(samples)):
-            wrong.append(f"{samples} samples give {frames} frames, not {foretold}")
+            continue  # dynamic-time reports it
+        if frames != (expected := contract.frames_of(samples)):
+            wrong.append(f"{samples} samples give {frames} frames, not {expected}")
     law = f"floor((samples - {contract.receptive_field_samples}) / {contract.hop_samples}) + 1"
     if wrong:
         return failed(
@@ -89,14 +91,14 @@ def check_min_length(bench: Bench, tolerance: float | None) -> Outcome:
     says = f"{contract.min_samples} samples give {contract.frames_of(contract.min_samples)} frame(s)"
     if seconds > most:
         return warned(
-            f"{says}, shorter ones none, so clips under {seconds:g} s are filled up with zeros",
+            f"{says}, and shorter inputs give none, so clips under {seconds:g} s are padded with zeros",
             "let the model take shorter inputs, if it can",
             **figure,
         )
     by_law = max(contract.receptive_field_samples or 1, 1)
     if contract.sources.get("min_samples") == "measured" and not contract.clip_only and contract.min_samples > by_law:
         return warned(
-            f"{says}, but the law gives a frame from {by_law} samples on, where the model fails or gives NaN",
+            f"{says}, but by the law {by_law} samples should give one, and there the model fails or gives NaN",
             f"mend the model at one frame, or declare min_samples={contract.min_samples}",
             **figure,
         )
@@ -119,20 +121,20 @@ def check_max_length(bench: Bench, tolerance: float | None) -> Outcome:
             raise
         except ModelError as error:
             return failed(
-                f"max_samples={longest} is declared, but there {error}", "declare the longest that works", **figure
+                f"max_samples={longest} is declared, but at that length {error}", "declare the longest that works", **figure
             )
-        if frames != (foretold := contract.frames_of(longest)):
+        if frames != (expected := contract.frames_of(longest)):
             return failed(
-                f"{longest} samples give {frames} frames, where {foretold} were foretold",
+                f"{longest} samples give {frames} frames, but the law gives {expected}",
                 "declare the longest max_samples at which the law holds",
                 **figure,
             )
     declared = f"max_samples={contract.max_samples}" if contract.max_samples else "no maximum"
-    return passed(f"runs at {seconds:g} s, the longest that was tried; {declared} declared", **figure)
+    return passed(f"runs at {seconds:g} s, the longest tried; {declared} declared", **figure)
 
 
 def check_padding(bench: Bench, tolerance: float | None) -> Outcome:
-    """A clip padded with zeros as short clips are, against the clip by itself, on the frames that both have."""
+    """Compare a clip padded with zeros, as short clips are, with the clip alone, on the frames that both have."""
     contract = bench.contract
     if contract.fixed_window:
         return skipped("the model takes one length, so nothing runs without padding")
@@ -149,15 +151,15 @@ def check_padding(bench: Bench, tolerance: float | None) -> Outcome:
     if alike < least:
         return warned(
             f"zeros after a clip change its own frames: cosine {alike:.4f} to the frames without them",
-            "give the model an input `lengths` or `attention_mask` that it heeds, or know that clips under 1 s, and tails, "
-            "are embedded with zeros behind them",
+            "give the model an input `lengths` or `attention_mask` that it respects, or accept that clips under 1 s, and "
+            "tails, are embedded with zeros after them",
             **figure,
         )
     return passed(f"zeros after a clip leave its frames at cosine {alike:.4f}", **figure)
 
 
 def check_chunking(bench: Bench, tolerance: float | None) -> Outcome:
-    """Two chunks by themselves, against both as one input, on the frames that both have."""
+    """Compare two chunks alone with both as one input, on the frames that both have."""
     contract, half = bench.contract, bench.samples
     if contract.fixed_window:
         return skipped("the model takes one length")
@@ -167,7 +169,7 @@ def check_chunking(bench: Bench, tolerance: float | None) -> Outcome:
     if half < max(contract.min_samples, 1):
         return skipped(f"half a chunk of {contract.chunk_samples} samples is less than the model takes")
     together = np.concatenate([bench.signals["speech-like"][:half], bench.signals["chirp"][:half]])
-    together = bench.normalized(together)  # by the clip, before it is cut
+    together = bench.normalized(together)  # over the clip, before it is cut
     whole = bench.embed(together, normalized=True)
     first, second = (bench.embed(part, normalized=True) for part in (together[:half], together[half:]))
     if contract.clip_only:
@@ -184,7 +186,7 @@ def check_chunking(bench: Bench, tolerance: float | None) -> Outcome:
     says = f"{len(alike)} frames at cosine {mean:.4f} to those of the whole, the least {float(alike.min()):.4f}"
     if mean < least:
         return warned(
-            f"what a frame says depends on where chunks begin: {says}",
+            f"frames depend on where chunks begin: {says}",
             "declare the chunk_samples that the encoder was trained with; scores change with the chunk length",
             **figure,
         )
@@ -192,8 +194,10 @@ def check_chunking(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def _lengths(bench: Bench) -> list[int]:
-    """The shortest, the last before one more frame, and two odd ones of about one and two seconds; a chunk's length has been
-    tried where the contract was measured."""
+    """Lengths to try: the shortest, the longest with as many frames, and two odd ones of about one and two seconds.
+
+    Measuring the contract has tried the length of a chunk already.
+    """
     contract = bench.contract
     hop, rate = int(contract.hop_samples or 1), contract.sample_rate
     least, most = contract.min_samples, contract.chunk_samples

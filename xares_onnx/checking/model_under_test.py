@@ -1,4 +1,4 @@
-"""A model on the bench: loaded once, and asked each thing once. Lives in the worker process."""
+"""A model under test: loaded once, and run once per signal. Lives in the worker process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROBE_SECONDS = 2.0
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """A model to check, as it was resolved; `contradicted` holds what is said against each wrong declaration. Picklable."""
+    """A resolved model to check. `contradicted` gives, by key, the message about each wrong declaration. Picklable."""
 
     spec: ModelSpec
     facts: ModelFacts
@@ -33,9 +33,9 @@ class Subject(msgspec.Struct, frozen=True):
 
 
 class Bench:
-    """The model with its contract, and what it gave for every signal so far.
+    """The model with its contract, and its output for every signal so far.
 
-    A probe is `samples` long: two seconds in whole hops, or what the model takes.
+    Signals are `samples` long: two seconds in whole hops, or as long as the model takes.
     """
 
     def __init__(self, subject: Subject, session: Session) -> None:
@@ -45,21 +45,21 @@ class Bench:
         self.samples = self._probe_samples()
         self.signals = make_signals(self.samples, self.contract.sample_rate)
         self.tell: Tell = lambda event: None
-        self._known: dict[str, Frames | ModelError] = {}
+        self._outputs: dict[str, Frames | ModelError] = {}
 
     @property
     def facts(self) -> ModelFacts:
         return self.subject.facts
 
     def normalized(self, waveform: Signal, held: int | None = None) -> Signal:
-        """A waveform as its clip is normalised, by what of it is no padding."""
+        """A waveform (samples,) after the contract's normalisation, of which the first `held` samples are not padding."""
         if self.contract.normalize != "zscore":
             return waveform
-        own = len(waveform) if held is None else held
-        return np.concatenate([zscore(waveform[:own]), waveform[own:]])
+        length = len(waveform) if held is None else held
+        return np.concatenate([zscore(waveform[:length]), waveform[length:]])
 
     def run(self, batch: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> Frames:
-        """(items, frames, dim) for normalised waveforms (items, samples), always asked anew. Raises `ModelError`."""
+        """Run the model: (items, frames, dim) for normalised waveforms (items, samples). Raises `ModelError`."""
         output = self.session.run(batch, self.contract, held)
         self.tell(Beat())
         if output.shape[0] != len(batch) or output.shape[2] != self.contract.dim or not output.shape[1]:
@@ -70,59 +70,62 @@ class Bench:
         return output
 
     def embed(self, waveform: Signal, held: int | None = None, *, normalized: bool = False) -> Frames:
-        """(frames, dim) for a waveform (samples,), asked once. Raises `ModelError`."""
+        """(frames, dim) for a waveform (samples,), run once and then remembered. Raises `ModelError`."""
         if not normalized:
             waveform = self.normalized(waveform, held)
         frames: Frames = self.embed_batch(waveform[None], None if held is None else [held])[0]
         return frames
 
     def embed_batch(self, batch: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> Frames:
-        """(items, frames, dim) for normalised waveforms (items, samples), asked once. Raises `ModelError`."""
+        """(items, frames, dim) for normalised waveforms (items, samples), run once and then remembered.
+
+        Raises `ModelError`; it is remembered too, unless a limit was exceeded.
+        """
         digest = hashlib.sha256(batch.tobytes() + f"{batch.shape}{held}".encode()).hexdigest()
-        if digest not in self._known:
+        if digest not in self._outputs:
             try:
-                self._known[digest] = self.run(batch, held)
+                self._outputs[digest] = self.run(batch, held)
             except ModelLimitError:
                 raise
             except ModelError as error:
-                self._known[digest] = error
-        known = self._known[digest]
-        if isinstance(known, ModelError):
-            raise known
-        return known
+                self._outputs[digest] = error
+        output = self._outputs[digest]
+        if isinstance(output, ModelError):
+            raise output
+        return output
 
-    def ask(self, *batches: npt.NDArray[np.float32]) -> None:
-        """Normalised batches (items, samples), from as many threads as may call the model; `embed` then has them at hand."""
+    def run_ahead(self, *batches: npt.NDArray[np.float32]) -> None:
+        """Run normalised batches (items, samples) in parallel, so that `embed` and `embed_batch` find their outputs."""
 
-        def asked(batch: npt.NDArray[np.float32]) -> None:
+        def run(batch: npt.NDArray[np.float32]) -> None:
             try:
                 self.embed_batch(batch)
             except ModelLimitError:
                 raise
             except ModelError:
-                pass  # whoever embeds it meets the error again
+                pass  # `embed` raises it again
 
         with ThreadPoolExecutor(self.subject.spec.callers) as pool:
-            list(pool.map(asked, batches))
+            list(pool.map(run, batches))
 
     def embed_all(self, waveforms: Iterable[Signal]) -> list[Frames | ModelError]:
-        """Each waveform's frames (frames, dim), or why there are none."""
-        prepared = [self.normalized(waveform) for waveform in waveforms]
-        self.ask(*(waveform[None] for waveform in prepared))
-        found: list[Frames | ModelError] = []
-        for waveform in prepared:
+        """The frames (frames, dim) of each waveform, or the error that it causes."""
+        normalized = [self.normalized(waveform) for waveform in waveforms]
+        self.run_ahead(*(waveform[None] for waveform in normalized))
+        outputs: list[Frames | ModelError] = []
+        for waveform in normalized:
             try:
-                found.append(self.embed(waveform, normalized=True))
+                outputs.append(self.embed(waveform, normalized=True))
             except ModelLimitError:
                 raise
             except ModelError as error:
-                found.append(error)
-        return found
+                outputs.append(error)
+        return outputs
 
     def finite(self) -> dict[str, Frames]:
-        """Frames of every signal for which the model gives finite ones."""
-        found = zip(self.signals, self.embed_all(self.signals.values()), strict=True)
-        return {name: frames for name, frames in found if not isinstance(frames, ModelError) and np.isfinite(frames).all()}
+        """The frames of every signal, by name, if all their values are finite."""
+        outputs = zip(self.signals, self.embed_all(self.signals.values()), strict=True)
+        return {name: frames for name, frames in outputs if not isinstance(frames, ModelError) and np.isfinite(frames).all()}
 
     def _probe_samples(self) -> int:
         contract = self.contract
@@ -134,34 +137,34 @@ class Bench:
         return whole if whole >= contract.min_samples else samples
 
 
-def difference(found: npt.NDArray[np.floating], expected: npt.NDArray[np.floating]) -> float:
-    """The largest difference, as a share of the largest expected value; infinite where one has NaN or another shape."""
-    if found.shape != expected.shape:
+def difference(actual: npt.NDArray[np.floating], expected: npt.NDArray[np.floating]) -> float:
+    """The largest difference, as a share of the largest expected value; infinite for NaN or another shape."""
+    if actual.shape != expected.shape:
         return float("inf")
     scale = float(np.abs(expected).max(initial=0.0)) or 1.0
     with np.errstate(invalid="ignore", over="ignore"):
-        share = float(np.abs(found.astype(np.float64) - expected).max(initial=0.0)) / scale
+        share = float(np.abs(actual.astype(np.float64) - expected).max(initial=0.0)) / scale
     return share if np.isfinite(share) else float("inf")
 
 
-def cosines(found: npt.NDArray[np.floating], expected: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """Cosine of each row with its counterpart, (rows,): 1 where both are zero, 0 where one is."""
-    a, b = found.astype(np.float64), expected.astype(np.float64)
+def cosines(actual: npt.NDArray[np.floating], expected: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Cosine (rows,) of each row with its counterpart: 1 if both are zero, 0 if one is."""
+    a, b = actual.astype(np.float64), expected.astype(np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     both_zero = ~a.any(axis=-1) & ~b.any(axis=-1)
     with np.errstate(invalid="ignore", over="ignore"):
-        found_cosines = np.where(norms > 0, (a * b).sum(axis=-1) / np.where(norms > 0, norms, 1.0), both_zero.astype(float))
-    return np.asarray(np.clip(np.nan_to_num(found_cosines, nan=0.0), -1.0, 1.0))
+        values = np.where(norms > 0, (a * b).sum(axis=-1) / np.where(norms > 0, norms, 1.0), both_zero.astype(float))
+    return np.asarray(np.clip(np.nan_to_num(values, nan=0.0), -1.0, 1.0))
 
 
-_held: Bench | None = None
+_bench: Bench | None = None
 
 
 def bench_of(subject: Subject, tell: Tell) -> Bench:
-    """The worker's one bench, made at its first use."""
-    global _held
+    """The worker's one bench, created at its first use."""
+    global _bench
     session = open_session(subject.spec, tell)
-    if _held is None or _held.subject != subject or _held.session is not session:
-        _held = Bench(subject, session)
-    _held.tell = tell
-    return _held
+    if _bench is None or _bench.subject != subject or _bench.session is not session:
+        _bench = Bench(subject, session)
+    _bench.tell = tell
+    return _bench

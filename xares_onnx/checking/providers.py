@@ -1,4 +1,4 @@
-"""Properties of where a model runs: nodes that fell to the CPU, and whether the CPU gives the same."""
+"""Properties of the provider: nodes that fell back to the CPU, and whether the CPU gives the same embeddings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _COMPARED = ("noise", "speech-like", "chirp")
 
 
 def check_placement(bench: Bench, tolerance: float | None) -> Outcome:
-    """Nodes that another provider was asked for and the CPU got."""
+    """Count the nodes that run on the CPU although another provider was chosen."""
     spec = bench.subject.spec
     if spec.info.provider == CPU:
         return skipped("the model ran on the CPU, where every node belongs")
     placed = Session(Path(spec.info.path), spec.device, record_placement=True).placement
     if placed is None:
-        return skipped("this ONNX Runtime does not tell where nodes are placed; a later one does")
+        return skipped("this ONNX Runtime does not report where nodes are placed; a later one does")
     fallen = Counter(printable(operator) for provider, operator in placed if provider == CPU)
     most = 0.0 if tolerance is None else tolerance
     figure = {"measured": fallen.total(), "tolerance": most, "unit": f"of {len(placed)} nodes"}
@@ -32,7 +32,7 @@ def check_placement(bench: Bench, tolerance: float | None) -> Outcome:
         listed = ", ".join(f"{count} {name}" for name, count in fallen.most_common(8))
         return warned(
             f"{fallen.total()} of {len(placed)} nodes fell to the CPU: {listed}",
-            "each way to the CPU and back waits for the device; export with operators that the provider has",
+            "each copy to the CPU and back waits for the device; export with operators that the provider has",
             details=tuple(f"{name}: {count}" for name, count in fallen.most_common()),
             **figure,
         )
@@ -40,10 +40,10 @@ def check_placement(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def check_devices(bench: Bench, tolerance: float | None, other: Session | None = None) -> Outcome:
-    """The same sounds on the CPU (or in the session `other`) and where the model ran."""
+    """Compare the same sounds on the CPU (or in the session `other`) and on the model's provider."""
     spec = bench.subject.spec
     if spec.info.provider == CPU and other is None:
-        return skipped("there is no other provider that the model was asked to run on")
+        return skipped("the model ran on the CPU alone")
     limit = TOLERANCES[bench.facts.precision] if tolerance is None else tolerance
     try:
         other = other or Session(Path(spec.info.path), "cpu")

@@ -1,4 +1,4 @@
-"""Every property in its order, with its stable name. docs/check.md describes them one by one."""
+"""Every property in order, with its stable name. docs/check.md describes each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOADS, INPUTS = "loads", "inputs"
 
 @dataclass(frozen=True)
 class Property:
-    """A property: `measure` asks the bench, in the worker. `tolerance` is whether a user may set one."""
+    """A property. `measure` runs the model, in the worker; `tolerance` is whether a user may set one."""
 
     name: str
     group: str
@@ -27,8 +27,8 @@ class Property:
 _FILE, _TIME, _BATCH, _VALUES, _AGREES, _COST = "file and contract", "time", "batch", "values", "agreement", "cost"
 
 PROPERTIES: dict[str, Property] = {
-    made.name: made
-    for made in (
+    item.name: item
+    for item in (
         Property(LOADS, _FILE, "loads within limits", contracts.check_loads),
         Property(INPUTS, _FILE, "every input can be filled", contracts.check_inputs),
         Property("contract", _FILE, "the contract is resolved", contracts.check_contract),

@@ -1,4 +1,4 @@
-"""A property that another machine would show: 8-bit weights whose products overflow on CPUs without VNNI."""
+"""A property that only some machines show: 8-bit weights whose products overflow on CPUs without VNNI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import printable
 from .findings import Outcome, passed, skipped, warned
 from .model_under_test import Bench
 
-_NAMED = 3  # products that the sentence names; all are in the details
+_NAMED = 3  # products in the sentence; the details list all
 _HERE = {
     "exact": "this processor adds in 32 bits, so no figure here shows it",
     "saturating": "this processor is one of them, so every figure here has it",
@@ -22,7 +22,7 @@ _HERE = {
 
 
 def check_saturation(bench: Bench, tolerance: float | None) -> Outcome:
-    """Found by arithmetic on weights and types, whatever this machine does."""
+    """Computed from weights and types, so it does not depend on this machine."""
     path = Path(bench.subject.spec.info.path)
     products = []
     for product in integer_products(onnx.load_model(path, format="protobuf", load_external_data=False), path.parent):

@@ -1,4 +1,4 @@
-"""How much each property counts, and against what figure: `[tool.xares-onnx.check]` of the user's pyproject.toml.
+"""The severity and tolerance of each property: `[tool.xares-onnx.check]` of the user's pyproject.toml.
 
 [tool.xares-onnx.check]
 metadata = "error"                                    # error | warn | off
@@ -24,13 +24,13 @@ _SECTION = "tool.xares-onnx.check"
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """`severity` None leaves an outcome as it was measured; `tolerance` None is the property's own."""
+    """`severity` None leaves an outcome as measured; `tolerance` None means the property's own."""
 
     severity: Severity | None = None
     tolerance: float | None = None
 
     def applied(self, outcome: Outcome) -> Outcome:
-        """An outcome as this severity has it: `error` makes a warning fail, `warn` makes a failure a warning."""
+        """The outcome under this severity: `error` turns a warning into a failure, `warn` a failure into a warning."""
         if outcome.status in ("warn", "fail") and self.severity is not None:
             return msgspec.structs.replace(outcome, status="fail" if self.severity == "error" else "warn")
         return outcome
@@ -40,7 +40,7 @@ Settings = Mapping[str, Setting]
 
 
 def read_settings(start: Path) -> dict[str, Setting]:
-    """Settings of the nearest pyproject.toml from `start` upward; none where there is none. Raises `UsageError`."""
+    """Settings of the nearest pyproject.toml from `start` upward, if any. Raises `UsageError` for an invalid file."""
     for folder in (start, *start.parents):
         path = folder / "pyproject.toml"
         if path.is_file():
@@ -55,14 +55,17 @@ def read_settings(start: Path) -> dict[str, Setting]:
     section = tool.get("xares-onnx", {}) if isinstance(tool, dict) else {}
     if not isinstance(section, dict):
         raise UsageError(f"{path}: [tool.xares-onnx] must be a table")
-    for key in section:  # other words may be another program's, but not a slip of this one
+    for key in section:  # an unknown key may be another program's, but not a misspelled `check`
         if key != "check" and (close := nearest(key, ["check"])):
             raise UsageError(f"{path}: [tool.xares-onnx] has no {key!r}{close}")
     return make_settings(section.get("check", {}), f"{path}, [{_SECTION}]")
 
 
 def make_settings(raw: Any, where: str) -> dict[str, Setting]:
-    """Settings from a table of property -> severity, or {severity, tolerance}. Raises `UsageError`, which says `where`."""
+    """Settings from a table of property to severity, or to {severity, tolerance}.
+
+    Raises `UsageError` for an invalid table; `where` says in the message where it stands.
+    """
     if not isinstance(raw, Mapping):
         raise UsageError(f"{where} must be a table of properties")
     return {name: _setting(name, value, where) for name, value in raw.items()}

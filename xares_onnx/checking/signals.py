@@ -1,4 +1,4 @@
-"""The signals that a model is asked with: seeded, mono, in [-1, 1], and as different from each other as sounds are."""
+"""The test signals: seeded, mono, in [-1, 1], and as different from each other as sounds are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FULL_SCALE_HZ, TONE_HZ = 100.0, 440.0
 def make_signals(samples: int, rate: int) -> dict[str, Signal]:
     """Every signal by name, (samples,) each at `rate` Hz."""
     time = np.arange(samples) / rate
-    made = (make(time, np.random.default_rng(number)) for number, make in enumerate(_MAKERS.values()))
-    return {name: signal.astype(np.float32) for name, signal in zip(_MAKERS, made, strict=True)}
+    signals = (make(time, np.random.default_rng(number)) for number, make in enumerate(_MAKERS.values()))
+    return {name: signal.astype(np.float32) for name, signal in zip(_MAKERS, signals, strict=True)}
 
 
 def _noise(time: npt.NDArray[np.float64], random: np.random.Generator) -> npt.NDArray[np.float64]:
@@ -44,7 +44,7 @@ def _clicks(time: npt.NDArray[np.float64], random: np.random.Generator) -> npt.N
 
 
 def _chirp(time: npt.NDArray[np.float64], random: np.random.Generator) -> npt.NDArray[np.float64]:
-    """From 80 Hz up to 0.2 cycles a sample."""
+    """From 80 Hz up to 0.2 cycles per sample."""
     top = 0.2 / max(time[1] - time[0], 1e-9) if len(time) > 1 else 100.0
     seconds = max(float(time[-1]), 1e-9)
     growth = np.log(top / 80.0) / seconds

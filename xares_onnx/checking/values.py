@@ -1,4 +1,4 @@
-"""Properties of what comes out: finite, different for different sounds, and of more than one dimension."""
+"""Properties of the embeddings: finite, different for different sounds, and of more than one dimension."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..errors import ModelError
 from .findings import Outcome, failed, passed, skipped, warned
 from .model_under_test import Bench, cosines
 
-_CHANGES = 1e-4  # of the largest value: less is no change
-_COLLAPSED, _COLLAPSED_SHARE = 1.2, 0.002  # dimensions, and as a share of those that there are
+_CHANGES = 1e-4  # the least change that counts, as a share of the largest value
+_COLLAPSED, _COLLAPSED_SHARE = 1.2, 0.002  # in dimensions, and as a share of all dimensions
 _NARROW_SHARE = 0.005
 
 
@@ -54,7 +54,7 @@ def check_varies(bench: Bench, tolerance: float | None) -> Outcome:
     if over_time < limit:
         return failed(
             f"all frames of a clip are the same, though its sound changes: by {over_time:.1e} of the largest value",
-            "export frames before they are averaged, or one vector a clip as [batch, dim]",
+            "export frames before they are averaged, or one vector per clip as [batch, dim]",
             **{**figure, "measured": float(f"{over_time:.3g}")},
         )
     return passed(f"signals differ by {over_inputs:.2g}, frames by {over_time:.2g} of the largest value", **figure)
@@ -83,7 +83,7 @@ def check_rank(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def check_gain(bench: Bench, tolerance: float | None) -> Outcome:
-    """The same sound at -20 and +6 dB: how far the embedding turns."""
+    """How far the embedding of the same sound turns at -20 and +6 dB."""
     clip = bench.signals["speech-like"]
     plain = bench.embed(clip)
     gains = (-20, 6)
@@ -97,7 +97,7 @@ def check_gain(bench: Bench, tolerance: float | None) -> Outcome:
     says = ", ".join(f"{decibels:+d} dB: cosine {cosine:.4f}" for decibels, cosine in alike.items())
     if min(alike.values()) < least:
         return warned(
-            says, "normalise the level inside the model, or declare amplitude or normalize as it was trained", **figure
+            says, "normalise the level inside the model, or declare amplitude or normalize as in training", **figure
         )
     return passed(says, **figure)
 
@@ -105,7 +105,9 @@ def check_gain(bench: Bench, tolerance: float | None) -> Outcome:
 def effective_rank(rows: npt.NDArray[np.floating]) -> float:
     """exp of the entropy of the singular values of centred rows (rows, dim): 1 for a line, at most dim."""
     centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
-    gram = centred.T @ centred if rows.shape[1] <= len(rows) else centred @ centred.T  # the smaller of two with its values
+    gram = (
+        centred.T @ centred if rows.shape[1] <= len(rows) else centred @ centred.T
+    )  # either has these singular values; take the smaller
     if not np.isfinite(gram).all():
         return 0.0
     values = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None))

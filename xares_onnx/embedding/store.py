@@ -1,7 +1,7 @@
-"""The embedding store (DESIGN section 8): one safetensors file a source shard, with a `.jsonl` beside it.
+"""The embedding store: one safetensors file per source shard, with a `.jsonl` beside it.
 
-A file's name is a digest of everything that shapes its numbers, so a name that exists is right and whole: both parts are
-written aside, and the tensors are renamed into place last. Two processes may write the same store.
+A file's name is a digest of everything that shapes its numbers, so a file that exists is right and whole: both parts are
+written under other names, and the tensors are renamed into place last. Two processes may write to the same store.
 
 Frames may be larger than memory: they are written as they come, and mapped when they are read.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import time
@@ -29,14 +30,14 @@ from ..data.shards import Drop
 from ..files import TEMPORARY_SUFFIX, disk_error, write_aside
 
 STORE_VERSION = 2
-_HEADER_BYTES = 4096  # of the tensors file: known before it is, so that frames can be written first; and a page, for mapping
+_HEADER_BYTES = 4096  # reserved for the header, so that frames can be written before it; a page, which mapping needs
 _FLOAT16_MAX = 65504.0
-_BLUR = 0.01  # error of float16 against a frame's own spread
+_BLUR = 0.01  # float16's largest error in a frame, as a share of the frame's own spread
 _COPIED_AT_ONCE = 1 << 22
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """First line of the `.jsonl`: what these embeddings are, for people, and the counts of the shard."""
+    """First line of the `.jsonl`: what was embedded, for people, and the shard's counts."""
 
     store_version: int
     model: str
@@ -49,7 +50,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Clip(msgspec.Struct, frozen=True):
-    """A clip that was embedded: its key within the shard, its seconds, the text of its json."""
+    """An embedded clip: its key within the shard, its seconds, and the text of its json."""
 
     key: str
     seconds: float
@@ -58,9 +59,9 @@ class Clip(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of all crops: `values` (frames, dim) float16 or float32, `times` (frames,) seconds from the clip's start.
+    """Frames of all crops: `values` (frames, dim) float16 or float32, `times` (frames,) in seconds from the clip's start.
 
-    Crop i has rows offsets[i] to offsets[i + 1]. Read from a store, `values` is mapped, not loaded.
+    Crop i has the rows from offsets[i] to offsets[i + 1]. A store maps `values` instead of loading them.
     """
 
     values: npt.NDArray[np.float16] | npt.NDArray[np.float32]
@@ -70,7 +71,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class EmbeddedShard:
-    """`pooled` (crops, dim) float32; `clip_of_crop` (crops,) int64 into `clips`; what was lost; frames where asked for."""
+    """`pooled` (crops, dim) float32, `clip_of_crop` (crops,) int64 into `clips`, dropped clips, and frames if kept."""
 
     header: Header
     pooled: npt.NDArray[np.float32]
@@ -82,8 +83,8 @@ class EmbeddedShard:
 
 def store_key(shaping: dict[str, Any]) -> str:
     """Digest of everything that shapes the numbers."""
-    named = {"store_version": STORE_VERSION, **shaping}
-    return hashlib.sha256(msgspec.json.encode(named, order="deterministic")).hexdigest()[:40]
+    content = {"store_version": STORE_VERSION, **shaping}
+    return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:40]
 
 
 class Store:
@@ -96,9 +97,11 @@ class Store:
         return self._tensors(key).exists() and self._rows(key).exists()
 
     def write(self, key: str, shard: EmbeddedShard, spool: FrameSpool | None = None) -> None:
-        """Put a shard into the store, with the frames that `spool` has gathered.
+        """Put a shard into the store, with the frames of `spool`. A partly written shard is never visible.
 
-        Raises `DiskFullError` or `MachineError`; nothing half-written is ever visible.
+        Raises:
+            DiskFullError: The disk is full.
+            MachineError: The disk cannot be written to.
         """
         lines = [msgspec.json.encode(shard.header)]
         lines += [msgspec.json.encode({"clip": msgspec.to_builtins(clip)}) for clip in shard.clips]
@@ -112,11 +115,11 @@ class Store:
             write_aside(self._tensors(key), _header(names) + b"".join(array.tobytes() for array in tensors.values()))
 
     def spool(self, key: str, dim: int) -> FrameSpool:
-        """Where frames are gathered before the shard is whole."""
+        """A file for the frames of a shard, before the shard is whole."""
         return FrameSpool(self._tensors(key), dim)
 
     def read(self, key: str) -> EmbeddedShard | None:
-        """The shard, or None where it is not there or was damaged after it was written."""
+        """The shard, or None if it is missing or was damaged after it was written."""
         path = self._tensors(key)
         try:
             with safe_open(path, framework="numpy") as file:
@@ -127,7 +130,7 @@ class Store:
             clips = [msgspec.convert(row["clip"], Clip) for row in rows if "clip" in row]
             drops = [msgspec.convert(row["drop"], Drop) for row in rows if "drop" in row]
             pooled, clip_of_crop = arrays["pooled"], arrays["clip_of_crop"]
-            frames = Frames(_mapped(path), arrays["offsets"], arrays["times"]) if "offsets" in arrays else None
+            frames = Frames(_mapped_frames(path), arrays["offsets"], arrays["times"]) if "offsets" in arrays else None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, msgspec.MsgspecError):
             return None
         whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
@@ -140,7 +143,7 @@ class Store:
         return EmbeddedShard(header, pooled, clip_of_crop, clips, drops, frames)
 
     def entries(self) -> Iterator[tuple[str, Header, int, float]]:
-        """(key, header, bytes, last used as a time stamp) of every shard."""
+        """Of every shard its key, header, bytes and the time of its last use (seconds since the epoch)."""
         for tensors in sorted(self.root.glob("*/*.safetensors")):
             rows = tensors.with_suffix(".jsonl")
             try:
@@ -152,18 +155,18 @@ class Store:
                 continue
 
     def touch(self, key: str) -> None:
-        """Mark as used, for `cache prune --older-than`."""
+        """Mark a shard as used now, for `cache prune --older-than`."""
         try:
             os.utime(self._tensors(key))
         except OSError:
-            pass  # a store on a read-only disk still serves
+            pass  # a store on a read-only disk still works
 
     def remove(self, key: str) -> int:
-        """Bytes freed."""
+        """Remove a shard; the bytes that this freed."""
         return sum(_unlink(path) for path in (self._tensors(key), self._rows(key)))
 
     def remove_leftovers(self, older_than_seconds: float = 3600) -> int:
-        """Bytes freed of parts that a killed run left; younger ones may belong to a run that goes on."""
+        """Remove the parts that killed runs left; the bytes that this freed. Younger parts may belong to a present run."""
         freed, now = 0, time.time()
         known = {key for key, *_ in self.entries()}
         for path in self.root.glob("*/*"):
@@ -171,7 +174,7 @@ class Store:
                 continue
             try:
                 age = now - path.stat().st_mtime
-            except FileNotFoundError:  # another process has put it in place, or removed it
+            except FileNotFoundError:  # another process has renamed or removed it
                 continue
             if age > older_than_seconds:
                 freed += _unlink(path)
@@ -185,10 +188,10 @@ class Store:
 
 
 class FrameSpool:
-    """Frames of one shard on their way into the store: a file that is renamed into place when the rest is known.
+    """Frames of one shard on their way into the store: a file that is renamed into place when the shard is whole.
 
-    float16, or float32 where float16 would overflow, or blur more than one frame in a hundred by 1 % of its spread: that is
-    decided for each chunk of a clip. A context manager: what was not finished is removed.
+    Frames are rounded to float16, except the chunks of a clip in which float16 would overflow, or would change more than one
+    frame in a hundred by 1 % of its spread or more. As a context manager it removes an unfinished file.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
@@ -201,11 +204,11 @@ class FrameSpool:
         self._file = self._open()
 
     def add(self, values: npt.NDArray[np.float32], times: npt.NDArray[np.float64]) -> None:
-        """More frames (frames, dim) of the crop in progress, with their times (frames,)."""
+        """Append frames (frames, dim) to the crop in progress, with their times (frames,) in seconds."""
         fits = _fits_float16(values)
         if not fits and self._dtype is np.float16:
             self._widen()
-        # Rounded in a wide file too: a clip's frames must not depend on whether a neighbour needed float32.
+        # Rounded in a float32 file too: a clip's frames must not depend on whether a neighbour needed float32.
         rounded = values.astype(np.float16) if fits else values
         try:
             self._file.write(np.ascontiguousarray(rounded, self._dtype).data)
@@ -218,7 +221,7 @@ class FrameSpool:
         self._offsets.append(self._frames)
 
     def drop_from(self, crop: int) -> None:
-        """Forget crop number `crop` and all that came after it."""
+        """Remove crop number `crop` and every later one."""
         self._frames = self._offsets[crop]
         times = np.concatenate([*self._times, np.empty(0)])
         self._times = [times[: self._frames]]
@@ -226,10 +229,10 @@ class FrameSpool:
         self._file.seek(self._end_of_frames())
         self._file.truncate()
 
-    def finish(self, more: dict[str, npt.NDArray[Any]], path: Path) -> None:
-        """Append the other tensors, put the header before everything, and rename the file to `path`."""
+    def finish(self, others: dict[str, npt.NDArray[Any]], path: Path) -> None:
+        """Append the other tensors, write the header at the start, and rename the file to `path`."""
         times, offsets = np.concatenate([*self._times, np.empty(0)]), np.array(self._offsets, np.int64)
-        tensors = {"times": times, "offsets": offsets, **more}
+        tensors = {"times": times, "offsets": offsets, **others}
         shapes = {"frames": (np.dtype(self._dtype), (self._frames, self._dim))}
         shapes |= {name: (array.dtype, array.shape) for name, array in tensors.items()}
         try:
@@ -263,7 +266,7 @@ class FrameSpool:
         return _HEADER_BYTES + self._frames * self._dim * np.dtype(self._dtype).itemsize
 
     def _widen(self) -> None:
-        """Write anew, in float32, what is there in float16."""
+        """Replace the file of float16 by one of float32."""
         narrow, left = self._file, self._end_of_frames() - _HEADER_BYTES
         self._file, self._dtype = self._open(), np.float32
         narrow.seek(_HEADER_BYTES)
@@ -271,7 +274,7 @@ class FrameSpool:
             while left > 0:
                 block = narrow.read(min(left, _COPIED_AT_ONCE))
                 if not block:
-                    raise OSError(errno.EIO, "it became shorter while it was read")
+                    raise OSError(errno.EIO, "the file became shorter while it was read")
                 self._file.write(np.frombuffer(block, np.float16).astype(np.float32).data)
                 left -= len(block)
         except OSError as error:
@@ -289,46 +292,66 @@ class FrameSpool:
 
 
 def _fits_float16(values: npt.NDArray[np.float32]) -> bool:
-    if not values.size or not np.abs(values).max() <= _FLOAT16_MAX:
-        return not values.size
+    """Whether frames (frames, dim) survive float16: none overflows, and at most one in a hundred is blurred."""
+    if not values.size:
+        return True
+    if not np.abs(values).max() <= _FLOAT16_MAX:  # NaN included
+        return False
     error = values - values.astype(np.float16)
     blurred = np.abs(error).max(axis=1) > _BLUR * values.std(axis=1)
     return bool(blurred.mean() <= _BLUR)
 
 
+# ---------------------------------------------------------------- the safetensors format
+#
+# A file is the length of its header (8 bytes, little-endian), the header (JSON, padded with spaces), and the bytes of the
+# tensors one after another. The header gives each tensor's dtype, shape, and where its bytes begin and end, counted from the
+# end of the header.
+
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
 _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
+_FRAME_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 
-def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], length: int = 8) -> bytes:
-    """The head of a safetensors file (8 bytes of length, then JSON) whose tensors follow, at least `length` long."""
-    described, start = {}, 0
+def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], least_bytes: int = 0) -> bytes:
+    """Length and header of a file with these tensors (dtype, shape) in order, padded to `least_bytes` in all."""
+    entries, start = {}, 0
     for name, (dtype, shape) in tensors.items():
         stop = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        described[name] = {"dtype": _DTYPES[dtype.name], "shape": shape, "data_offsets": [start, stop]}
+        entries[name] = {"dtype": _DTYPES[dtype.name], "shape": shape, "data_offsets": [start, stop]}
         start = stop
-    text = msgspec.json.encode(described)
-    text = text.ljust(max(length - 8, -(-len(text) // 8) * 8))
-    return len(text).to_bytes(8, "little") + text
+    text = msgspec.json.encode(entries)
+    aligned = math.ceil(len(text) / _ALIGNMENT) * _ALIGNMENT
+    text = text.ljust(max(aligned, least_bytes - _LENGTH_BYTES))
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _mapped(path: Path) -> npt.NDArray[Any]:
-    """`frames` of a tensors file, mapped. Raises `ValueError` or `KeyError` where the file is not one of this store's."""
+def _mapped_frames(path: Path) -> npt.NDArray[Any]:
+    """The tensor `frames` of a file, mapped. Raises `ValueError` or `KeyError` if this store did not write the file."""
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        described = json.loads(file.read(min(size, _HEADER_BYTES)))["frames"]
-    dtype = np.dtype({"F16": np.float16, "F32": np.float32}[described["dtype"]])
-    shape = tuple(described["shape"])
-    if not np.prod(shape, dtype=np.int64):
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        entry = json.loads(file.read(min(length, _HEADER_BYTES)))["frames"]
+    dtype, shape = _FRAME_DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if not np.prod(shape, dtype=np.int64):  # an empty file part cannot be mapped
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", 8 + size + described["data_offsets"][0], shape).view(np.ndarray)
+    first_byte = _LENGTH_BYTES + length + entry["data_offsets"][0]
+    return np.memmap(path, dtype, "r", first_byte, shape).view(np.ndarray)
 
 
 def prune(
     store: Store, *, older_than_days: int | None = None, model: str | None = None, everything: bool = False
 ) -> tuple[int, int]:
-    """(shards removed, bytes freed): the chosen embeddings, and whatever killed runs left.
+    """Remove the chosen embeddings, and the parts that killed runs left.
 
-    An age and a model together choose what fits both; neither chooses nothing.
+    Args:
+        store: The store.
+        older_than_days: Choose shards that were not used for so long.
+        model: Choose shards of this model, by file name or the start of its SHA-256.
+        everything: Choose every shard.
+
+    Returns:
+        Shards removed, and bytes freed. With an age and a model only shards that fit both are removed; with neither, none.
     """
     removed, freed = 0, store.remove_leftovers()
     for key, header, _, used in list(store.entries()):

@@ -1,4 +1,4 @@
-"""Averages of scores over tasks: ours with intervals, and those of X-ARES's published scores."""
+"""Averages of scores over tasks: of our scores, with intervals, and of X-ARES's published scores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ def averages(
     own_tasks: Sequence[Task] = (),
     protocol: str = "corrected",
 ) -> Averages:
-    """Averages by group and method, weighted as the tasks say and plain, over the tasks that have a score.
+    """Weighted and plain averages by group and method, over the tasks that have a comparable score and a weight.
 
-    `estimates` holds each score with its spread by (task, method): tasks are independent, so an average's interval comes
-    from averaging them. A task without a weight, or whose score is not comparable, is in no average. `own_tasks`
-    may hold a user's: they make a group `own`, and are in no other, so that the others mean the same for everybody. Under
-    the protocol `xares` tasks that X-ARES's runs skip are in none.
+    A user's own tasks form the group `own` and enter no other, so that the other groups mean the same for everybody. Under
+    the protocol `xares`, the tasks that X-ARES's runs skip enter none.
+
+    Args:
+        results: Records of one tap.
+        estimates: Each score with its spread, by (task, method). Tasks are independent, so an average's interval comes from
+            averaging these.
+        own_tasks: Tasks that may not be shipped ones.
+        protocol: Whose weights apply.
+
+    Returns:
+        Averages by group and method, without empty ones.
     """
     shipped = shipped_tasks()
     tasks = {**shipped, **{task.name: task for task in own_tasks}}
@@ -58,9 +66,9 @@ def averages(
 
 
 def weight_shares(weights: Sequence[float | None]) -> Array:
-    """What part of an average each task has, (tasks,): in proportion to its weight; equal parts if no task has a weight.
+    """Each task's share of an average (tasks,): in proportion to its weight, or equal if all weights are 0.
 
-    The parts add up to 1, so `shares @ scores` is the weighted average.
+    Shares add up to 1, so `shares @ scores` is the weighted average.
     """
     values = np.array(weights, np.float64)
     total = values.sum()
@@ -69,11 +77,11 @@ def weight_shares(weights: Sequence[float | None]) -> Array:
 
 
 def published_averages(results: Iterable[TaskResult], method: Method) -> dict[str, float]:
-    """Weighted averages of published scores by encoder, over those of `results` that have a score of the method: of the
-    encoders that all of these tasks have a published score of.
+    """Weighted averages of published scores, over the results that have a score by the method.
 
-    They are computed from the published columns: the averages that X-ARES's README prints under its MLP columns (0.699,
-    0.490, 0.632, 0.598 over the public tasks) are not those of the columns and weights (0.694, 0.484, 0.626, 0.593).
+    They hold the encoders with a published score of each of these tasks. They come from the published columns: the averages
+    that X-ARES's README prints under its MLP columns (0.699, 0.490, 0.632, 0.598 over the public tasks) do not follow from
+    the columns and weights, which give 0.694, 0.484, 0.626, 0.593.
     """
     rows = [r for r in results if r.score is not None and r.published and r.weight and r.family == method]
     encoders = [name for name in (rows[0].published if rows else {}) if all(name in row.published for row in rows)]

@@ -1,6 +1,6 @@
-"""Gates of an evaluation: scores that must not fall below a number, and not behind a baseline.
+"""Gates of an evaluation: scores must not fall below a number, nor behind a baseline.
 
-What was asked for is read and checked before anything is embedded; what was found is judged at the end and recorded.
+The gates are read and checked before any embedding, judged at the end, and recorded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ORDER = ("fail", "warn", "pass", "skip")
 
 @dataclass(frozen=True)
 class Floor:
-    """The least score of a task, or of an average, by a method; the greatest where a score is an error."""
+    """The lowest accepted score of a task or an average by a method; the highest if the score is an error."""
 
     task: str
     method: str
@@ -43,7 +43,7 @@ class Floor:
 
     @classmethod
     def parsed(cls, text: str) -> Floor:
-        """From TASK[:METHOD]=SCORE; the method is `head` where none is named."""
+        """A floor from TASK[:METHOD]=SCORE; the method is `head` by default. Raises `UsageError` for another text."""
         name, _, number = text.rpartition("=")
         task, _, method = name.partition(":")
         methods = (*METHODS, *HEAD_KINDS)
@@ -54,7 +54,7 @@ class Floor:
         if not task or not 0 <= score < float("inf"):
             raise UsageError(f"--fail-under {text!r} must read TASK=SCORE or TASK:METHOD=SCORE, such as esc50:knn=0.8")
         if ":" in name and method not in methods:
-            raise UsageError(f"--fail-under {text!r}: {method!r} is no method; write {', '.join(methods)}")
+            raise UsageError(f"--fail-under {text!r}: method {method!r} must be one of {', '.join(methods)}")
         return cls(task, method or "head", score)
 
     @property
@@ -67,7 +67,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Gates:
-    """What a result must hold against: a baseline with a tolerance, and floors."""
+    """The gates that a result must pass: a baseline with a tolerance, and floors."""
 
     baseline: Side | None = None
     tolerance: float = TOLERANCE
@@ -75,23 +75,23 @@ class Gates:
 
     @classmethod
     def read(cls, baseline: Path | None, tolerance: float | None, fail_under: Sequence[str]) -> Gates:
-        """Raises `UsageError` for a baseline that is no result, a tolerance without one, or a floor that cannot be read."""
+        """Gates from options. Raises `UsageError` for an unreadable baseline or floor, or a tolerance without a baseline."""
         if tolerance is not None and baseline is None:
-            raise UsageError("--tolerance is of a comparison with --baseline RESULT.json; name one")
+            raise UsageError("--tolerance requires --baseline RESULT.json")
         tolerance = TOLERANCE if tolerance is None else tolerance
         check_tolerance(tolerance)
         floors = tuple(Floor.parsed(text) for text in fail_under)
         return cls(None if baseline is None else Side.read(baseline), tolerance, floors)
 
     def check(self, tasks: Sequence[Task], settings: Mapping[str, Any]) -> None:
-        """Before anything is embedded: `UsageError` or `DataError` where these tasks and settings could not be judged."""
+        """Before any embedding, raise `UsageError` or `DataError` if these tasks and settings could not be judged."""
         for floor in self.floors:
             _check_floor(floor, tasks, settings)
         if self.baseline is None:
             return
         records = self._records(tasks, settings["methods"])
         if not records:
-            raise UsageError(f"{self.baseline.name} has a score of none of the tasks that are to be scored; name others")
+            raise UsageError(f"{self.baseline.name} has no score of any selected task; name others by --tasks")
         self.check_settings(tasks, settings)
         definitions = {task.name: task.digest() for task in tasks}
         for record in records:
@@ -99,33 +99,33 @@ class Gates:
             verified(self.baseline, record)
 
     def check_settings(self, tasks: Sequence[Task], settings: Mapping[str, Any]) -> None:
-        """`UsageError` where the baseline was scored in another way."""
+        """Raise `UsageError` if the baseline was scored in another way."""
         if self.baseline is not None:
             methods = {record.method for record in self._records(tasks, settings["methods"])}
             check_settings(self.baseline, "this run", settings, methods)
 
     def check_data(self, task: Task, data_digest: str) -> None:
-        """`DataError` where the baseline has a score of the task on other data."""
+        """Raise `DataError` if the baseline scored the task on other data."""
         if self.baseline is not None:
             for record in self.baseline.scored().values():
                 if record.task == task.name:
                     check_alike(self.baseline, record, "this run", None, data_digest)
 
     def judge(self, side: Side) -> list[Gate]:
-        """Every gate with what became of it, what failed first."""
-        found = [_judged_floor(floor, side.result) for floor in self.floors]
+        """Every gate with its status, failed ones first."""
+        gates = [_judged_floor(floor, side.result) for floor in self.floors]
         if self.baseline is not None:
-            found += _judged_baseline(self.baseline, side, self.tolerance)
-        return sorted(found, key=lambda gate: _ORDER.index(gate.status))
+            gates += _judged_baseline(self.baseline, side, self.tolerance)
+        return sorted(gates, key=lambda gate: _ORDER.index(gate.status))
 
     def described(self) -> dict[str, Any]:
-        """For the record of settings."""
-        against = self.baseline and {"file": self.baseline.name, "model_sha256": self.baseline.result.encoder.sha256}
+        """The gates as the result records them among its settings."""
+        baseline = self.baseline and {"file": self.baseline.name, "model_sha256": self.baseline.result.encoder.sha256}
         floors = [f"{floor.task}:{floor.method}={floor.score:g}" for floor in self.floors]
-        return {"baseline": against, "tolerance": self.tolerance if against else None, "fail_under": floors}
+        return {"baseline": baseline, "tolerance": self.tolerance if baseline else None, "fail_under": floors}
 
     def _records(self, tasks: Sequence[Task], methods: Sequence[str]) -> list[TaskResult]:
-        """The baseline's scores that a run of these tasks by `head` or `knn` has too."""
+        """The baseline's scores that a run of these tasks by these methods will have too."""
         assert self.baseline is not None
         heads = {task.name: task.head.kind for task in tasks}
         return [
@@ -138,38 +138,38 @@ class Gates:
 
 
 def _names(method: str) -> tuple[str, str]:
-    """What a method may be called: a head by its kind too."""
+    """The names of a method: its own and its family's."""
     return (method, family_of(method))
 
 
 def _check_floor(floor: Floor, tasks: Sequence[Task], settings: Mapping[str, Any]) -> None:
     text = f"--fail-under {floor.task}:{floor.method}={floor.score:g}"
     if floor.family not in settings["methods"]:
-        raise UsageError(f"{text} asks for a {floor.family} score, which --method {settings['methods'][0]} leaves out")
+        raise UsageError(f"{text} needs a {floor.family} score, which --method {settings['methods'][0]} leaves out")
     if floor.task in GROUPS:
         if settings["limit"] is not None:
-            raise UsageError(f"{text} asks for an average, and under --limit no score enters one; name a task")
+            raise UsageError(f"{text} needs an average, and with --limit there is none; name a task")
         if floor.method not in METHODS:
             raise UsageError(f"{text}: an average is over heads of every kind; write {floor.task}:head")
-        weighed = [task for task in tasks if task.weight_under(settings["protocol"]) is not None]
-        if not any(floor.task in groups_of(task.name) for task in weighed):
-            raise UsageError(f"{text}: no task of {floor.task} is to be scored")
+        weighted = [task for task in tasks if task.weight_under(settings["protocol"]) is not None]
+        if not any(floor.task in groups_of(task.name) for task in weighted):
+            raise UsageError(f"{text}: no task of {floor.task} is selected")
     else:
-        named = {task.name: task for task in tasks}
-        if floor.task not in named:
-            raise UsageError(f"{text} names no task that is to be scored{nearest(floor.task, [*named, *GROUPS])}")
-        task = named[floor.task]
+        by_name = {task.name: task for task in tasks}
+        if floor.task not in by_name:
+            raise UsageError(f"{text} names a task that is not selected{nearest(floor.task, [*by_name, *GROUPS])}")
+        task = by_name[floor.task]
         if floor.method not in (_names("knn") if task.knn else ()) + _names(task.head.kind):
             raise UsageError(f"{text}: {task.name} is scored by {task.head.kind}{' and knn' if task.knn else ''}")
         if not task.score.higher_is_better:
-            return  # an error has no bound
+            return  # an error has no upper bound
     if floor.score > 1:
         raise UsageError(f"{text}: scores are fractions; write {floor.score / 100:g} for {floor.score:g} %")
 
 
 def _judged_floor(floor: Floor, result: Result) -> Gate:
     base: dict[str, Any] = {"gate": "fail_under", "task": floor.task, "method": floor.method, "limit": floor.score}
-    better = True
+    higher_is_better = True
     score: float | None
     if floor.task in GROUPS:
         average = result.averages.get(floor.task, {}).get(floor.family)
@@ -177,62 +177,63 @@ def _judged_floor(floor: Floor, result: Result) -> Gate:
     else:
         record = next((record for record in result.tasks if floor.is_for(record)), None)
         score, why = (record.score, f"{record.status}: {record.reason}") if record else (None, "it was not scored")
-        better = record is None or record.higher_is_better
+        higher_is_better = record is None or record.higher_is_better
     if score is None:
         return Gate(**base, status="fail", message=f"no score ({why})")
-    held = score >= floor.score if better else score <= floor.score
-    words = ("reaches", "is below") if better else ("stays within", "is above")
-    message = f"{score:.3f} {words[not held]} {floor.score:g}"
-    return Gate(**base, status="pass" if held else "fail", message=message, score=score)
+    passes = score >= floor.score if higher_is_better else score <= floor.score
+    verbs = ("reaches", "is below") if higher_is_better else ("stays within", "is above")
+    message = f"{score:.3f} {verbs[not passes]} {floor.score:g}"
+    return Gate(**base, status="pass" if passes else "fail", message=message, score=score)
 
 
 def _judged_baseline(baseline: Side, side: Side, tolerance: float) -> list[Gate]:
     differences = find_differences(baseline, side, tolerance)
-    found = [_gate(difference, difference.task, difference.method, tolerance) for difference in differences.tasks]
-    found += [_gate(average, average.group, average.method, tolerance) for average in differences.averages]
-    here = {identity(record): record for record in side.result.tasks}
+    gates = [_gate(difference, difference.task, difference.method) for difference in differences.tasks]
+    gates += [_gate(average, average.group, average.method) for average in differences.averages]
+    records, scored_before = {identity(record): record for record in side.result.tasks}, baseline.scored()
     for unpaired in differences.unpaired:
-        record = here.get((unpaired.task, unpaired.method, unpaired.tap))
-        lost = record is not None and (unpaired.task, unpaired.method, unpaired.tap) in baseline.scored()
-        found.append(
+        name = (unpaired.task, unpaired.method, unpaired.tap)
+        # A score that this run should have and the baseline has: to lose it is no smaller loss than a low score.
+        lost = name in records and name in scored_before
+        gates.append(
             Gate(
                 gate="baseline",
                 task=unpaired.task,
                 method=unpaired.method,
                 tap=unpaired.tap,
-                # A score that the baseline has and this run was to have and has not is no smaller loss than a low one.
                 status="fail" if lost else "skip",
                 message=unpaired.reason,
                 limit=tolerance,
             )
         )
-    return found
+    return gates
 
 
-def _gate(found: Difference | AverageDifference, task: str, method: str, tolerance: float) -> Gate:
-    status = gate_of(found.ci95, found.tolerance)
+def _gate(difference: Difference | AverageDifference, task: str, method: str) -> Gate:
+    status = gate_of(difference.ci95, difference.tolerance)
     return Gate(
         gate="baseline",
         task=task,
         method=method,
-        tap=found.tap,
+        tap=difference.tap,
         status=status,
-        message=loss(found, status),
-        limit=found.tolerance,
-        score=found.b,
-        difference=found.difference,
-        ci95=found.ci95,
+        message=loss(difference, status),
+        limit=difference.tolerance,
+        score=difference.b,
+        difference=difference.difference,
+        ci95=difference.ci95,
     )
 
 
-def loss(found: Difference | AverageDifference, status: Literal["pass", "warn", "fail"]) -> str:
-    """What a gate says of a difference: the scores, how far apart, and what that means for the tolerance."""
-    between = (
-        f", 95 % between {signed(found.ci95[0])} and {signed(found.ci95[1])}" if found.ci95 else ", without an interval"
-    )
+def loss(difference: Difference | AverageDifference, status: Literal["pass", "warn", "fail"]) -> str:
+    """A gate's message on a difference: both scores, their distance, and what that means for the tolerance."""
+    between = ", without an interval"
+    if difference.ci95 is not None:
+        low, high = difference.ci95
+        between = f", 95 % between {signed(low)} and {signed(high)}"
     meaning = {
-        "fail": f"worse by more than {found.tolerance:g} for certain",
-        "warn": f"too few test clips to tell whether it is worse by more than {found.tolerance:g}",
-        "pass": f"not worse by more than {found.tolerance:g}",
+        "fail": f"worse by more than {difference.tolerance:g} for certain",
+        "warn": f"too few test clips to tell whether it is worse by more than {difference.tolerance:g}",
+        "pass": f"not worse by more than {difference.tolerance:g}",
     }[status]
-    return f"{found.a:.3f} -> {found.b:.3f} ({signed(found.difference)}{between}): {meaning}"
+    return f"{difference.a:.3f} -> {difference.b:.3f} ({signed(difference.difference)}{between}): {meaning}"

@@ -1,4 +1,4 @@
-"""What an evaluation will read, write and take, before it is run."""
+"""Estimates of what an evaluation will read and write, and how long it will take."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ from ..scoring.folds import CROSS_VALIDATION_FOLDS
 from ..scoring.kinds import kind_of
 from ..scoring.protocol import Protocol
 
-_SAMPLED_CLIPS = 24  # a shard
-_BYTES_A_CLIP = 250  # key and json beside the vectors
-_HEAD_FLOPS_A_SECOND = 2e10  # of one core
+_SAMPLED_CLIPS = 24  # per shard
+_BYTES_PER_CLIP = 250  # key and json beside the vectors
+_HEAD_FLOPS_PER_SECOND = 2e10  # of one core
 _PASSES_TO_CONVERGE = 120  # over the rows of a fold, for every strength and the last fit
-_FRAME_BYTES = 2  # a value of a stored frame
-# Products a row where a head has no classes: characters; five captions through two towers of 1024; a model of 0.5 B weights.
-_WEIGHTS = {"linear": 768, "ctc": 30 * 768, "retrieval": 5 * 4 << 20, "llm": 500_000_000}
-_DISK_SECONDS = 900.0  # a slow disk is not a model that hangs
-_PIPELINE_OVERHEAD = 1.1  # decoding and storing beside the model
+_FRAME_BYTES = 2  # per value of a stored frame
+_WEIGHTS = {  # about how many weights each row passes through, for heads whose task has no classes
+    "linear": 768,  # one number from a vector
+    "ctc": 30 * 768,  # 30 characters
+    "retrieval": 5 * 4 * 1024**2,  # five captions, each through two towers of two layers of 1024 x 1024
+    "llm": 500_000_000,  # a language model
+}
+_DISK_SECONDS = 900.0  # longest silence while a slow disk is read
+_PIPELINE_OVERHEAD = 1.1  # decoding and storing, as a factor on the model's time
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One task; `disk_bytes` and the seconds are of what is still to be done, and estimates."""
+    """One task. `disk_bytes` and the seconds are estimates of the work that remains."""
 
     task: str
     clips: int
@@ -51,6 +55,8 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
+    """The rows of the tasks; `rtf` is the seconds of embedding per second of audio."""
+
     rows: list[PlanRow]
     rtf: float
 
@@ -69,7 +75,19 @@ def make_plan(
     seeds: int,
     observer: Observer,
 ) -> Plan:
-    """Count clips, sample their durations, and time the model on two chunks a thread."""
+    """Count clips, sample their durations, and time the model on two chunks per thread.
+
+    Args:
+        encoder: The encoder to time.
+        data: Data of each task, with the crops that its protocol takes.
+        store: The store that may hold some embeddings already.
+        seeds: Trainings of each head.
+        observer: Receives notes and progress.
+
+    Raises:
+        ModelError: The model fails.
+        DataError: A shard cannot be read.
+    """
     rtf = measure_rtf(encoder, observer)
     return Plan([_row(encoder, task_data, crops, store, rtf, protocol, seeds) for task_data, crops in data], rtf)
 
@@ -84,52 +102,58 @@ def _row(
     seeds: int,
 ) -> PlanRow:
     task = data.task
-    clips, to_embed, seconds, seconds_to_embed = 0, 0, 0.0, 0.0
+    clips, clips_to_embed, seconds, seconds_to_embed = 0, 0, 0.0, 0.0
     frames = kind_of(task).needs_frames
     for path, spec in shard_specs(encoder, task.name, list(data.plans.values()), crops, store, frames=frames).items():
         count, length = _clips_and_seconds(encoder, path, spec)
         clips, seconds = clips + count, seconds + length
         if not _is_stored(spec, store):
-            to_embed, seconds_to_embed = to_embed + count, seconds_to_embed + length
-    crop = crops.seconds or (seconds / clips if clips else 1.0)
-    dim = encoder.contract.dim
-    digests = data.shard_digests()
-    overlapping = not task.data.folds and digests["train"] & digests["test"]
-    folds = len(data.parts) if task.data.folds else CROSS_VALIDATION_FOLDS if overlapping else 1
-    rows = seconds * _frame_rate(encoder.contract) if frames else seconds / crop
-    weights = dim * len(task.target.class_names) if task.target.class_names else _WEIGHTS[task.head.kind]
-    taps = encoder.info.taps
+            clips_to_embed, seconds_to_embed = clips_to_embed + count, seconds_to_embed + length
+    crop_seconds = crops.seconds or (seconds / clips if clips else 1.0)
+    taps, classes = encoder.info.taps, len(task.target.class_names or ())
+    rows = seconds * _frame_rate(encoder.contract) if frames else seconds / crop_seconds
+    weights = encoder.contract.dim * classes if classes else _WEIGHTS[task.head.kind]
     converges = protocol.corrected and task.head.kind == "linear"
     passes = _PASSES_TO_CONVERGE if converges else task.head.epochs * seeds
-    flops = 6.0 * rows * passes * folds * weights * len(taps)
-    vectors = sum(4 * tap.contract.dim for tap in taps) / crop
+    flops = 6.0 * rows * passes * _folds(data) * weights * len(taps)  # per weight 2 forward, 4 backward
+    pooled_bytes_per_second = sum(4 * tap.contract.dim for tap in taps) / crop_seconds
     return PlanRow(
         task=task.name,
         clips=clips,
-        clips_to_embed=to_embed,
+        clips_to_embed=clips_to_embed,
         hours=seconds / 3600,
-        disk_bytes=seconds_to_embed * (vectors + _frame_bytes_a_second(encoder) * frames)
-        + to_embed * _BYTES_A_CLIP * len(taps),
+        disk_bytes=seconds_to_embed * (pooled_bytes_per_second + _frame_bytes_per_second(encoder) * frames)
+        + clips_to_embed * _BYTES_PER_CLIP * len(taps),
         embed_seconds=seconds_to_embed * rtf * _PIPELINE_OVERHEAD,
-        train_seconds=flops / _HEAD_FLOPS_A_SECOND,
+        train_seconds=flops / _HEAD_FLOPS_PER_SECOND,
     )
 
 
+def _folds(data: TaskData) -> int:
+    """Folds that the protocol trains: the task's own, or those of cross-validation if train and test share shards."""
+    if data.task.data.folds:
+        return len(data.parts)
+    digests = data.shard_digests()
+    return CROSS_VALIDATION_FOLDS if digests["train"] & digests["test"] else 1
+
+
 def check_disk(encoder: Encoder, data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer) -> None:
-    """Say what the frames of all taps will take in the store. Raises `DiskFullError` where there is not so much room."""
+    """Note how much room the frames of all taps need in the store. Raises `DiskFullError` if there is less."""
     missing = {path: spec for path, spec in specs.items() if not _is_stored(spec, store)}
-    need = sum(_clips_and_seconds(encoder, path, spec)[1] for path, spec in missing.items()) * _frame_bytes_a_second(encoder)
+    need = sum(_clips_and_seconds(encoder, path, spec)[1] for path, spec in missing.items()) * _frame_bytes_per_second(
+        encoder
+    )
     if not need:
         return
     store.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(store.root).free
-    takes = f"frames of {len(encoder.info.taps)} taps take about {need / 1e9:.2f} GB"
+    demand = f"frames of {len(encoder.info.taps)} taps take about {need / 1e9:.2f} GB"
     if need > free:
         raise DiskFullError(
-            f"{data.task.name}: {takes}, and {store.root} has {free / 1e9:.2f} GB free; free some, name another --cache, or "
-            "fewer --taps"
+            f"{data.task.name}: {demand}, and {store.root} has {free / 1e9:.2f} GB free; free some, name another --cache, "
+            "or fewer --taps"
         )
-    observer(Note(f"{data.task.name}: {takes} in the store, which has {free / 1e9:.1f} GB free"))
+    observer(Note(f"{data.task.name}: {demand} in the store, which has {free / 1e9:.1f} GB free"))
 
 
 def _is_stored(spec: EmbedSpec, store: Store) -> bool:
@@ -137,7 +161,7 @@ def _is_stored(spec: EmbedSpec, store: Store) -> bool:
 
 
 def _clips_and_seconds(encoder: Encoder, path: Path, spec: EmbedSpec) -> tuple[int, float]:
-    """How many clips of a shard are wanted, and about how long they are together."""
+    """The number of selected clips of a shard, and their estimated total seconds."""
     count = len(index_shard(path).samples) if spec.selected is None else len(spec.selected)
     return count, encoder.call(mean_seconds, path, returns=float) * count
 
@@ -146,21 +170,21 @@ def _frame_rate(contract: Contract) -> float:
     return contract.sample_rate / contract.hop_samples if contract.hop_samples else 0.0
 
 
-def _frame_bytes_a_second(encoder: Encoder) -> float:
-    """Of all taps together."""
+def _frame_bytes_per_second(encoder: Encoder) -> float:
+    """Stored bytes per second of audio, all taps together."""
     contracts = [tap.contract for tap in encoder.info.taps]
     return sum((_FRAME_BYTES * contract.dim + 8) * _frame_rate(contract) for contract in contracts)
 
 
 def mean_seconds(path: Path, *, tell: Tell) -> float:
-    """Mean duration by the headers of clips taken at equal steps through the shard. Runs in the worker, as all decoding."""
+    """Mean duration, from the headers of clips at equal steps through the shard. Runs in the worker."""
     tell(Doing("reading the shard", _DISK_SECONDS))
     index = index_shard(path)
     step = max(1, len(index.samples) // _SAMPLED_CLIPS)
-    found = []
+    durations = []
     for sample in index.samples[::step]:
         try:
-            found.append(audio.duration(read_extent(path, sample.audio)))
+            durations.append(audio.duration(read_extent(path, sample.audio)))
         except ClipError:
             continue
-    return float(np.mean(found)) if found else 0.0
+    return float(np.mean(durations)) if durations else 0.0

@@ -1,4 +1,4 @@
-"""What a comparison found, as a record, and the sentence that sums it up."""
+"""The record of a comparison, and the sentence that sums it up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .differences import AverageDifference, Difference, Unpaired, gate_of
 Outcome = Literal["better", "worse", "mixed", "same", "unclear"]
 
 
-_NAMED = 3  # losses and gains that a verdict names one by one
+_NAMED = 3  # the most losses, and the most gains, that a verdict names one by one
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,24 +25,24 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     dim: int | None
     provider: str | None
     instruction_sets: list[str] | None
-    """Of the processor, those by which ONNX Runtime chooses its kernels; null where they were not recorded."""
+    """Instruction sets of the processor by which ONNX Runtime chooses its kernels; null if they were not recorded."""
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of work for each second of audio. `ratio` is that of A over that of B: above 1, B is faster."""
+    """Seconds of work per second of audio. `ratio` is A's over B's: above 1, B is faster."""
 
     rtf_a: float
     rtf_b: float
     ratio: float
     low: float | None = None
-    """95 % interval of the ratio; null where the two were recorded in runs of their own."""
+    """95 % interval of the ratio; null if each was recorded in a run of its own."""
     high: float | None = None
     together: bool
-    """Whether both were measured in turns on this machine, and not each in a run of its own."""
+    """Whether both were measured in turns on this machine, rather than each in a run of its own."""
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Most resident memory of each model's process while it was timed, the program itself included."""
+    """Peak resident memory of each model's process while it was timed, the program itself included."""
 
     bytes_a: int
     bytes_b: int
@@ -55,7 +55,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """B against A. Differences are positive where B is better."""
+    """B against A. Differences are positive if B is better."""
 
     verdict: str
     outcome: Outcome
@@ -80,13 +80,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def failed(self) -> list[Difference | AverageDifference]:
-        """Where B is for certain worse by more than the tolerance."""
-        every: list[Difference | AverageDifference] = [*self.tasks, *self.averages]
-        return [found for found in every if gate_of(found.ci95, found.tolerance) == "fail"]
+        """The scores and averages in which B is certainly worse by more than the tolerance."""
+        differences: list[Difference | AverageDifference] = [*self.tasks, *self.averages]
+        return [difference for difference in differences if gate_of(difference.ci95, difference.tolerance) == "fail"]
 
 
-def outcome_of(found: Sequence[Difference]) -> Outcome:
-    verdicts = {difference.verdict for difference in found}
+def outcome_of(differences: Sequence[Difference]) -> Outcome:
+    verdicts = {difference.verdict for difference in differences}
     if {"better", "worse"} <= verdicts:
         return "mixed"
     if "better" in verdicts or "worse" in verdicts:
@@ -94,60 +94,66 @@ def outcome_of(found: Sequence[Difference]) -> Outcome:
     return "same" if verdicts == {"same"} else "unclear"
 
 
-def verdict(found: Comparison) -> str:
-    """One line to act on: what B loses and gains for certain, what cannot be told, and what it costs."""
+def verdict(comparison: Comparison) -> str:
+    """One line to act on: what B certainly loses and gains, what too few clips leave open, and the costs."""
+    tasks = comparison.tasks
     parts = []
     for state, verb in (("worse", "loses"), ("better", "gains")):
-        certain = sorted((d for d in found.tasks if d.verdict == state), key=lambda d: -abs(d.difference))
+        certain = sorted((d for d in tasks if d.verdict == state), key=lambda d: -abs(d.difference))
         if certain:
-            named = ", ".join(f"{amount(d)} on {_score_name(d, found.tasks)}{_doubt(d)}" for d in certain[:_NAMED])
-            more = f" and on {len(certain) - _NAMED} more" if len(certain) > _NAMED else ""
-            parts.append(f"{verb} {named}{more}")
-    same = [d for d in found.tasks if d.verdict == "same"]
-    unclear = [d for d in found.tasks if d.verdict == "unclear"]
-    if found.tasks and all(d.alike for d in found.tasks):
+            listed = ", ".join(f"{amount(d)} on {_score_name(d, tasks)}{_doubt(d)}" for d in certain[:_NAMED])
+            others = f" and on {len(certain) - _NAMED} more" if len(certain) > _NAMED else ""
+            parts.append(f"{verb} {listed}{others}")
+    same = [d for d in tasks if d.verdict == "same"]
+    unclear = [d for d in tasks if d.verdict == "unclear"]
+    if tasks and all(d.alike for d in tasks):
         parts.append("every clip is scored alike")
     if same:
-        parts.append(f"the same within {100 * found.tolerance:g} {_points(found.tolerance)} on {_count(same, found)}")
+        within = f"{100 * comparison.tolerance:g} {_points(comparison.tolerance)}"
+        parts.append(f"the same within {within} on {len(same)} of {len(tasks)} scores")
     if unclear:
-        parts.append(f"no difference beyond noise, but too few clips to exclude one, on {_count(unclear, found)}")
-    if not found.tasks:
+        count = f"{len(unclear)} of {len(tasks)} scores"
+        parts.append(f"no difference beyond noise, but too few clips to exclude one, on {count}")
+    if not tasks:
         parts.append("no score to compare")
-    for average in found.averages[:1]:  # of heads, over the widest group
-        known = {"same": ", the same within the tolerance", "unclear": ", which may be noise"}.get(average.verdict, "")
-        what = "kNN" if average.method == "knn" else "head"
+    for average in comparison.averages[:1]:  # of heads, over the widest group
+        certainty = {"same": ", the same within the tolerance", "unclear": ", which may be noise"}.get(average.verdict, "")
+        method = "kNN" if average.method == "knn" else "head"
         sign = "-" if average.difference < 0 else "+"
-        parts.append(f"{sign}{amount(average)} in the {what} average over {average.group} tasks{known}")
-    costs = [*_speed_words(found.speed), *([f"{factor(found.size_ratio)} the size"] if found.size_ratio else [])]
-    if found.memory is not None:
-        costs.append(f"{factor(found.memory.bytes_b / found.memory.bytes_a)} the memory")
-    names = "B against A" if found.a.file == found.b.file else f"{found.b.file} against {found.a.file}"
-    return f"{names}: {'; '.join([*parts, *([', '.join(costs)] if costs else [])])}"
+        parts.append(f"{sign}{amount(average)} in the {method} average over {average.group} tasks{certainty}")
+    costs = _speed_words(comparison.speed)
+    if comparison.size_ratio:
+        costs.append(f"{factor(comparison.size_ratio)} the size")
+    if comparison.memory is not None:
+        costs.append(f"{factor(comparison.memory.bytes_b / comparison.memory.bytes_a)} the memory")
+    if costs:
+        parts.append(", ".join(costs))
+    a, b = comparison.a.file, comparison.b.file
+    names = "B against A" if a == b else f"{b} against {a}"
+    return f"{names}: {'; '.join(parts)}"
 
 
-def amount(found: Difference | AverageDifference) -> str:
-    """How much, and half the width of its interval: 0.8 +- 0.5 points; in units of the error, where a score is one."""
-    half = (found.ci95[1] - found.ci95[0]) / 2 if found.ci95 else float("nan")
-    size = abs(found.difference)
-    if isinstance(found, Difference) and not found.higher_is_better:
+def amount(difference: Difference | AverageDifference) -> str:
+    """The size of a difference and half the width of its interval: 0.8 +- 0.5 points; an error's in its own unit."""
+    half = (difference.ci95[1] - difference.ci95[0]) / 2 if difference.ci95 else float("nan")
+    size = abs(difference.difference)
+    if isinstance(difference, Difference) and not difference.higher_is_better:
         return f"{size:.3f} +- {half:.3f}"
     digits = 1 if 100 * max(size, half) >= 0.1 else 2
     return f"{100 * size:.{digits}f} +- {100 * half:.{digits}f} points"
 
 
-def _score_name(found: Difference, among: Sequence[Difference]) -> str:
-    several = sum(other.task == found.task for other in among) > 1
-    tap = f" at {found.tap}" if found.tap else ""
-    return f"{found.title}{tap}" + (f" ({'kNN' if found.family == 'knn' else found.method})" if several else "")
+def _score_name(difference: Difference, differences: Sequence[Difference]) -> str:
+    """The task's title, with tap and method if the differences have several scores of the task."""
+    several = sum(other.task == difference.task for other in differences) > 1
+    tap = f" at {difference.tap}" if difference.tap else ""
+    method = "kNN" if difference.family == "knn" else difference.method
+    return f"{difference.title}{tap}" + (f" ({method})" if several else "")
 
 
-def _doubt(found: Difference) -> str:
-    """The interval is over clips; heads of other seeds may tell another story."""
-    return " (not with every seed)" if any(value * found.difference < 0 for value in found.per_seed) else ""
-
-
-def _count(some: Sequence[Difference], found: Comparison) -> str:
-    return f"{len(some)} of {len(found.tasks)} scores"
+def _doubt(difference: Difference) -> str:
+    """A remark if a seed has the opposite sign: the interval is mostly over clips."""
+    return " (not with every seed)" if any(value * difference.difference < 0 for value in difference.per_seed) else ""
 
 
 def _points(tolerance: float) -> str:

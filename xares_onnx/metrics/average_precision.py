@@ -1,4 +1,4 @@
-"""Average precision, of any resample of the clips."""
+"""Average precision of any resample of the clips."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from .bootstrap import Array, Indices
 
 
 class AveragePrecisionScorer:
-    """Macro average precision: over the classes with positives, or over all (X-ARES), where one without positives has 0.
+    """Macro average precision: the mean over the classes with positives, or over all classes, as X-ARES computes it.
 
-    `scores` (seeds, examples, classes), `targets` (examples, classes) bool, `clip_of_example` (examples,) in 0..clips-1.
-    Average precision is the sum over thresholds of precision times the recall that the threshold adds; examples of equal
-    score share a threshold (as scikit-learn's average_precision_score).
+    Average precision is the sum over thresholds of the precision times the recall that the threshold adds. Examples of equal
+    score share a threshold, as in scikit-learn's `average_precision_score`.
+
+    Args:
+        scores: (seeds, examples, classes); a larger score means that the class is more likely.
+        targets: (examples, classes).
+        clip_of_example: (examples,) numbers of clips.
+        clips: Number of clips.
+        present_only: Whether to leave out classes without positives; else these count as 0.
     """
 
     def __init__(
@@ -44,21 +50,21 @@ class AveragePrecisionScorer:
         weights = np.ascontiguousarray(counts.T, np.float32)
         for seed, ranking in self._ranked:
             precision = ranking.average_precision(weights)
-            found = ~np.isnan(precision)
-            total[found, seed] += precision[found]
-            present[found, seed] += 1
+            defined = ~np.isnan(precision)
+            total[defined, seed] += precision[defined]
+            present[defined, seed] += 1
         with np.errstate(invalid="ignore"):
             return total / (present if self._present_only else self._classes)
 
 
 class _Ranking:
-    """One class's examples in the order of falling score, cut after every threshold that adds a positive."""
+    """The examples of one class by falling score, cut after each threshold that adds a positive."""
 
     def __init__(
         self, scores: npt.NDArray[np.float32], targets: npt.NDArray[np.bool_], clip_of: Indices, clips: int
     ) -> None:
         order = np.argsort(-scores, kind="stable")
-        ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) + 1  # of runs of equal scores
+        ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) + 1  # of each run of equal scores
         hits = np.cumsum(targets[order])[ends - 1]
         ends = ends[np.diff(hits, prepend=0) > 0]
         bounds = np.concatenate([[0], ends])
@@ -69,7 +75,7 @@ class _Ranking:
         self._positives = _rows_of(clip_of[order][positive], np.concatenate([[0], np.cumsum(positive)[ends - 1]]), clips)
 
     def average_precision(self, weights: npt.NDArray[np.float32]) -> Array:
-        """(n,) from the weights of the clips, (clips, n); nan where no positive has a weight."""
+        """(n,) from weights of the clips (clips, n); nan if no positive has a weight."""
         positives = (self._positives @ weights).astype(np.float64)
         above, hits = np.cumsum(self._examples @ weights, axis=0, dtype=np.float64), np.cumsum(positives, axis=0)
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,9 +1,9 @@
-"""Metrics, and the bootstrap interval of any of them.
+"""The bootstrap of any metric.
 
-A score of one fold is a function of how often each of its test clips counts: once each for the score itself, as drawn for a
-bootstrap resample. Most metrics are functions of sums of per-clip statistics (`SumScorer`): accuracy's are (examples right,
-examples), where an example is a clip, or a crop under `--protocol xares`. Average precision ranks, so it has a scorer of its
-own.
+The score of a fold is a function of how often each of its test clips counts: once for the score itself, and as often as
+drawn for a bootstrap resample. Most metrics are functions of sums of per-clip statistics (`SumScorer`). For accuracy these
+are (examples right, examples); an example is a clip, or a crop under `--protocol xares`. Average precision ranks examples,
+so it has a scorer of its own.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _DRAWS_AT_ONCE = 1 << 22
 class Scorer(Protocol):
     """The score of one fold's `clips` test clips, for every seed.
 
-    `limits` is None, except where a metric favours repeated clips: a clip ranked beside its own copies ranks too well. Then
-    it is the least and the greatest score that these clips can have.
+    `limits` is None for most metrics. A metric that ranks favours repeated clips, since a clip ranks well beside its own
+    copies; for such a metric `limits` holds the least and the greatest score that these clips can have.
     """
 
     clips: int
     limits: tuple[float, float] | None
 
     def __call__(self, counts: Array) -> Array:
-        """How often each clip counts, (n, clips), to scores (n, seeds)."""
+        """Scores (n, seeds) from how often each clip counts (n, clips)."""
 
 
 class SumScorer:
-    """A score that is a function of the sums of per-clip statistics (seeds, clips, k)."""
+    """A score that `from_sums` computes from sums of per-clip statistics (seeds, clips, k): (..., k) to (...)."""
 
     limits: tuple[float, float] | None = None
 
@@ -55,19 +55,27 @@ class SumScorer:
 
 
 def point(scorers: Sequence[Scorer]) -> Array:
-    """(folds, seeds): the scores themselves, every clip counted once."""
+    """The scores themselves (folds, seeds), with every clip counted once."""
     return np.stack([scorer(np.ones((1, scorer.clips)))[0] for scorer in scorers])
 
 
 def bootstrap(
     scorers: Sequence[Scorer], rng: np.random.Generator, groups: Sequence[Indices] | None = None, resamples: int = RESAMPLES
 ) -> Array:
-    """(2000,) replicates of a score: clips resampled within each fold, the mean over folds, then over seeds.
+    """Replicates of a score: the mean over folds and seeds, of clips resampled within each fold.
 
-    If `groups` (clips,) are given by fold, whole groups of clips are resampled: clips of a speaker are right together.
+    All seeds of a fold share a resample. If a metric favours repeated clips, its replicates are shifted so that their mean
+    is the score: with few positives, average precision may be higher in every resample than in the sample.
 
-    All seeds of a fold share a resample. Where a metric favours repeated clips (with few positives, average precision may be
-    higher in every resample than in the sample), the replicates are moved so that their mean is the score.
+    Args:
+        scorers: One per fold.
+        rng: Source of the random draws.
+        groups: For each fold, the group (clips,) of each clip; then whole groups are resampled, since clips of one speaker
+            tend to be right together.
+        resamples: Number of replicates.
+
+    Returns:
+        Replicates (resamples,).
     """
     replicates: Array = bootstrap_together([scorers], rng, groups, resamples)[0]
     return replicates
@@ -79,19 +87,20 @@ def bootstrap_together(
     groups: Sequence[Indices] | None = None,
     resamples: int = RESAMPLES,
 ) -> Array:
-    """(models, 2000) replicates, as `bootstrap` makes them, of several models' scores of the same clips.
+    """Replicates (models, resamples) of several models' scores of the same clips, as `bootstrap` makes them.
 
-    Every resample serves all models, so that their replicates differ by what the models do and not by what was drawn.
+    Every resample serves all models, so their replicates differ by the models alone and not by the draw. `models` holds each
+    model's scorers by fold.
     """
     total = np.zeros((len(models), resamples))
     with one_thread():
         for number, fold in enumerate(zip(*models, strict=True)):
-            total += _of_fold(fold, rng, None if groups is None else groups[number], resamples)
+            total += _fold_replicates(fold, rng, None if groups is None else groups[number], resamples)
     return total / len(models[0])
 
 
-def _of_fold(fold: Sequence[Scorer], rng: np.random.Generator, groups: Indices | None, resamples: int) -> Array:
-    """(models, resamples) replicates of one fold's score."""
+def _fold_replicates(fold: Sequence[Scorer], rng: np.random.Generator, groups: Indices | None, resamples: int) -> Array:
+    """Replicates (models, resamples) of one fold's score."""
     (clips,) = {scorer.clips for scorer in fold}
     names, group_of_clip = (None, None) if groups is None else np.unique(groups, return_inverse=True)
     units = clips if names is None else len(names)
@@ -103,10 +112,10 @@ def _of_fold(fold: Sequence[Scorer], rng: np.random.Generator, groups: Indices |
         counts = np.bincount(drawn.ravel(), minlength=n * units).reshape(n, units).astype(np.float64)
         if group_of_clip is not None:
             counts = counts[:, group_of_clip]
-        for of_model, scorer in zip(replicates, fold, strict=True):
-            of_model[start : start + n] = scorer(counts).mean(axis=1)
-    for of_model, scorer in zip(replicates, fold, strict=True):
+        for row, scorer in zip(replicates, fold, strict=True):
+            row[start : start + n] = scorer(counts).mean(axis=1)
+    for row, scorer in zip(replicates, fold, strict=True):
         if scorer.limits:
-            of_model += scorer(np.ones((1, clips))).mean() - np.nanmean(of_model)
-            of_model.clip(*scorer.limits, out=of_model)
+            row += scorer(np.ones((1, clips))).mean() - np.nanmean(row)
+            row.clip(*scorer.limits, out=row)
     return replicates

@@ -1,14 +1,14 @@
 """How far a score, or a difference of two, may be off: the one place where replicates become an interval.
 
-Three things vary: which test clips (or groups of clips: speakers, recordings) were drawn, and for heads that draw which
-seeds. The first is the variance of the bootstrap's replicates, the second the variance between the seeds' scores. They are
-added, with Satterthwaite's degrees of freedom, so that three seeds are taken for no more than they are.
+Two things vary: the test clips (or groups of clips: speakers, recordings), and the seeds of heads with random draws. The
+first gives the variance of the bootstrap's replicates, the second the variance between the scores of the seeds. They are
+added, with Satterthwaite's degrees of freedom, so that three seeds count for no more than they are.
 
-A share's interval is Wilson's (1927), for the number of clips that would give a plain share that variance: it covers near 0
-and 1, stays within them, and holds the score. For the accuracy of one seed and ungrouped clips this is Wilson's itself; a
-design effect of groups, as in Dean and Pagano (2015), comes with the variance. A difference's interval is symmetric, and its
-variance is never below that of an exact bound: where no clip tells two models apart, 3 / n. An error's is symmetric in its
-logarithm.
+The interval of a share is Wilson's (1927), for the number of clips that would give a plain share this variance: it covers
+near 0 and 1, stays within them, and holds the score. For the accuracy of one seed and ungrouped clips it is Wilson's own; a
+design effect of groups, as in Dean and Pagano (2015), enters by the variance. The interval of a difference is symmetric, and
+its variance has an exact lower bound: 3 / n if no clip tells the two models apart. The interval of an error is symmetric in
+its logarithm.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .bootstrap import LEVEL, RESAMPLES, Array, Indices, Scorer, bootstrap_toget
 
 POWER = 0.8
 _NORMAL = float(special.ndtri((1 + LEVEL) / 2))
-_UNSEEN = (3 / _NORMAL) ** 2  # half the interval is 3 / n where no clip of n tells two models apart (rule of three)
-_LEARNT_SLOWLY = 0.06  # how much a variance of one clip per clip weighs beside the measured one: by bench/coverage.py
+_UNSEEN = (3 / _NORMAL) ** 2  # half the interval is 3 / n if no clip of n tells two models apart (rule of three)
+_PRIOR_WEIGHT = 0.06  # of the variance of a single clip, beside the measured variance; chosen by bench/coverage.py
 
 Bounds = tuple[float, float]
 Scale = Literal["share", "error", "difference"]
@@ -34,12 +34,16 @@ Scale = Literal["share", "error", "difference"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score with what is known of its spread.
+    """A score and its spread.
 
-    `replicates` (2000,) are those of resampled clips, spread as the score itself is: n clips drawn from n vary too little by
-    (n - 1) / n. `seeds` holds for each training that drew the deviations (seeds,) from their mean. `clips` is how many
-    clips of equal weight tell as much: infinite for an error, which has no largest loss. `freedom` counts what was
-    resampled, less one per fold.
+    Attributes:
+        score: The score itself.
+        replicates: (resamples,) scores of resampled clips, spread as the score itself is: n clips drawn from n vary too
+            little by the factor (n - 1) / n, which is corrected.
+        seeds: For each training with random draws, the deviations (seeds,) of the seeds' scores from their mean.
+        clips: How many clips of equal weight tell as much; infinite for an error, which has no largest loss.
+        freedom: Number of resampled clips or groups, less one per fold.
+        scale: What the score is: a share, an error, or a difference.
     """
 
     score: float
@@ -50,10 +54,10 @@ class Estimate:
     scale: Scale
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference from another model's score, where both were estimated together (or with equal generators)."""
+        """The difference from another model's score; both were estimated together, or with equal generators."""
         seeds: tuple[Array, ...] = (*self.seeds, *(-deviations for deviations in other.seeds))
-        if [len(mine) for mine in self.seeds] == [len(theirs) for theirs in other.seeds]:
-            seeds = tuple(mine - theirs for mine, theirs in zip(self.seeds, other.seeds, strict=True))
+        if [len(deviations) for deviations in self.seeds] == [len(deviations) for deviations in other.seeds]:
+            seeds = tuple(a - b for a, b in zip(self.seeds, other.seeds, strict=True))
         return Estimate(
             self.score - other.score,
             self.replicates - other.replicates,
@@ -65,11 +69,11 @@ class Estimate:
 
     @property
     def unvaried(self) -> bool:
-        """Whether no resample and no seed changes it: of a difference, that both models score every clip alike."""
+        """Whether every resample and every seed gives the same; for a difference, both models then score clips alike."""
         return bool((self.replicates == self.score).all()) and not any(deviations.any() for deviations in self.seeds)
 
     def variance(self) -> tuple[float, float] | None:
-        """The variance of clips and seeds together, and its degrees of freedom; None where most resamples have no score."""
+        """The variance over clips and seeds, and its degrees of freedom; None if most resamples have no score."""
         defined = self.replicates[np.isfinite(self.replicates)]
         if 2 * len(defined) < len(self.replicates):
             return None
@@ -91,20 +95,30 @@ def estimates(
     scale: Scale = "share",
     resamples: int = RESAMPLES,
 ) -> list[Estimate]:
-    """Several models' scores of the same clips: each resample serves all, so that their difference is of what they do.
+    """Estimate the scores of several models on the same clips.
 
-    `models` holds each one's scorers by fold; `groups` (clips,) by fold the number of each clip's group, where groups are
-    resampled in place of clips. Every fold has at least two of what is resampled, or its score is taken for certain.
+    Each resample serves all models, so that their differences are due to the models alone. A fold with a single clip or
+    group counts as certain, since it cannot be resampled.
+
+    Args:
+        models: Each model's scorers by fold.
+        rng: Source of the random draws.
+        groups: For each fold, the group (clips,) of each clip; then groups are resampled instead of clips.
+        scale: What the scores are: shares or errors.
+        resamples: Number of replicates.
+
+    Returns:
+        One estimate per model.
     """
     clips = np.array([scorer.clips for scorer in models[0]], np.float64)
     units = clips if groups is None else np.array([len(np.unique(of_fold)) for of_fold in groups], np.float64)
     widening = np.sqrt((1 / np.maximum(units - 1, 1)).sum() / (1 / units).sum())
     equal = len(units) ** 2 / (1 / units).sum()
-    made = []
+    of_models = []
     for scorers, replicates in zip(models, bootstrap_together(models, rng, groups, resamples), strict=True):
         per_seed = point(scorers).mean(axis=0)
         score = float(per_seed.mean())
-        made.append(
+        of_models.append(
             Estimate(
                 score,
                 score + widening * (replicates - score),
@@ -114,11 +128,11 @@ def estimates(
                 scale,
             )
         )
-    return made
+    return of_models
 
 
 def average(shares: Sequence[float] | Array, scores: Sequence[Estimate]) -> Estimate:
-    """The weighted average of independent scores, or of differences. A share counts as its task weighs."""
+    """The weighted average of independent scores, or of differences; `shares` (scores,) are the weights, with the sum 1."""
     weights = np.asarray(shares, np.float64)
     inverse = math.fsum(w**2 / score.clips for w, score in zip(weights, scores, strict=True))
     scales = {score.scale for score in scores}
@@ -133,7 +147,7 @@ def average(shares: Sequence[float] | Array, scores: Sequence[Estimate]) -> Esti
 
 
 def interval(estimate: Estimate) -> Bounds | None:
-    """The 95 % interval, which holds the score; None where most resamples have none."""
+    """The 95 % interval, which holds the score; None if most resamples have no score."""
     spread = estimate.variance()
     if spread is None or not math.isfinite(estimate.score):
         return None
@@ -141,7 +155,7 @@ def interval(estimate: Estimate) -> Bounds | None:
     score, reach = estimate.score, _quantile((1 + LEVEL) / 2, freedom)
     if estimate.scale == "difference":
         half = reach * math.sqrt(variance)
-        most = 1.0 if math.isfinite(estimate.clips) else math.inf  # between two shares
+        most = 1.0 if math.isfinite(estimate.clips) else math.inf  # the largest difference of two shares
         return max(score - half, -most), min(score + half, most)
     if estimate.scale == "error":
         factor = math.exp(min(reach * math.sqrt(variance) / score, 700.0)) if score > 0 else 1.0
@@ -152,9 +166,9 @@ def interval(estimate: Estimate) -> Bounds | None:
 def _wilson(score: float, variance: float, clips: float, reach: float) -> Bounds:
     """Wilson's interval for the number of clips that would give a share this variance.
 
-    Few wrong clips tell their variance badly, and none not at all: beside what was measured stands that of one clip a clip.
+    A few wrong clips determine the variance badly, and none not at all, so the prior variance of a single clip is mixed in.
     """
-    number = (score * (1 - score) + _LEARNT_SLOWLY / clips) / (variance + _LEARNT_SLOWLY / clips**2)
+    number = (score * (1 - score) + _PRIOR_WEIGHT / clips) / (variance + _PRIOR_WEIGHT / clips**2)
     scaled = reach**2 / number
     centre = (score + scaled / 2) / (1 + scaled)
     half = reach / (1 + scaled) * math.sqrt(score * (1 - score) / number + scaled / number / 4)
@@ -162,7 +176,7 @@ def _wilson(score: float, variance: float, clips: float, reach: float) -> Bounds
 
 
 def p_value(difference: Estimate) -> float:
-    """How likely a difference as large would be if there were none: below 0.05 where the interval excludes 0."""
+    """The probability of so large a difference by chance; below 0.05 if the interval excludes 0."""
     spread = difference.variance()
     if spread is None:
         return 1.0
@@ -173,7 +187,7 @@ def p_value(difference: Estimate) -> float:
 
 
 def detectable(difference: Estimate) -> float | None:
-    """The smallest true difference that clips and seeds like these find for certain in four cases of five."""
+    """The smallest true difference that clips and seeds like these detect with a probability of 0.8."""
     spread = difference.variance()
     if spread is None:
         return None
@@ -182,7 +196,7 @@ def detectable(difference: Estimate) -> float | None:
 
 
 def adjusted(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's (1995): of those that are at most 0.05, one in twenty is false in the mean."""
+    """P-values after Benjamini and Hochberg (1995): of those up to 0.05, one in twenty is false on average."""
     p = np.asarray(p_values, np.float64)
     if not len(p):
         return []

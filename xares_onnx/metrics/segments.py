@@ -1,7 +1,7 @@
 """Events in time to active frames, and active frames to the segments that are scored.
 
-Two arithmetics. On the clock, the default: a frame is an instant, a segment an interval, and neither the number of segments
-nor their targets depend on the encoder. And X-ARES's, which counts in frames (`xares_…`).
+There are two ways. On the clock, the default: a frame is an instant and a segment an interval, so neither the number of
+segments nor their targets depend on the encoder. X-ARES's way counts in frames (`xares_…`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def frame_targets(events: Events, times: Floats, classes: int) -> Bools:
     """(frames, classes): a frame is active where an event covers its centre, onset <= time < offset.
 
     `times` (frames,) are the centres in seconds, ascending, at least one. An event that covers no centre marks the frame
-    whose centre is nearest to its middle (the earlier of two), so events beyond the clip are to be left out first:
+    whose centre is nearest to its middle (the earlier of two). So leave out events beyond the clip first, by
     `Events.within`.
     """
     starts, stops = (np.searchsorted(times + TOLERANCE_SECONDS, instants) for instants in (events.onsets, events.offsets))
@@ -34,15 +34,15 @@ def frame_targets(events: Events, times: Floats, classes: int) -> Bools:
 
 
 def segment_count(seconds: float, segment_seconds: float) -> int:
-    """Segments of a clip, the short last one too; a remainder of 1 us or less is rounding, and no segment. At least one."""
+    """Number of segments of a clip, at least one; a short last one counts unless it is 1 us or less, which is rounding."""
     return max(1, int(np.ceil((seconds - TOLERANCE_SECONDS) / segment_seconds)))
 
 
 def segment_targets(events: Events, seconds: float, segment_seconds: float, classes: int) -> Bools:
-    """(segments, classes): a segment is active where an event overlaps it by more than 1 us.
+    """(segments, classes): a segment is active if an event overlaps it by more than 1 us.
 
-    Segment k is [k L, (k+1) L), cut off at the clip's end. An event that overlaps no segment by so much counts for the one
-    that it begins in.
+    Segment k is [k L, (k+1) L), cut off at the clip's end. An event without such an overlap counts for the segment in which
+    it begins.
     """
     events = events.within(seconds)
     count = segment_count(seconds, segment_seconds)
@@ -52,7 +52,7 @@ def segment_targets(events: Events, seconds: float, segment_seconds: float, clas
 
 
 def segment_predictions(active: Bools, times: Floats, seconds: float, segment_seconds: float) -> Bools:
-    """(segments, classes): a segment is active where a frame is whose centre lies in it.
+    """(segments, classes): a segment is active if a frame is whose centre lies in it.
 
     `active` (frames, classes), `times` as for `frame_targets`. A segment without a centre takes the frame whose centre is
     nearest to its middle, so a hop may be longer than a segment. A centre past the clip's end counts for the last segment.
@@ -64,7 +64,7 @@ def segment_predictions(active: Bools, times: Floats, seconds: float, segment_se
     segments = np.empty((count, active.shape[1]), np.bool_)
     segments[filled] = np.logical_or.reduceat(active, bounds[filled], axis=0)
     empty = np.flatnonzero(bounds[:-1] == bounds[1:])
-    # Not the middle of a last segment that is cut short; but where that is empty, the last frame is nearest to either.
+    # A short last segment has another middle; but if it is empty, the last frame is nearest to either.
     segments[empty] = active[_nearest(times, (empty.astype(np.float64) + 0.5) * segment_seconds)]
     return segments
 
@@ -93,7 +93,7 @@ def _painted(rows: int, classes: int, starts: Indices, stops: Indices, events: E
 def xares_frame_targets(events: Events, frames: int, hop_seconds: float, classes: int) -> Bools:
     """(frames, classes): an event covers the frames ceil(onset / hop) to ceil(offset / hop), exclusive.
 
-    An event between two multiples of the hop is lost, as there.
+    An event between two multiples of the hop is lost, as in X-ARES.
     """
     starts, stops = (
         np.ceil(instants / hop_seconds).astype(np.int64).clip(0, frames) for instants in (events.onsets, events.offsets)
@@ -102,7 +102,10 @@ def xares_frame_targets(events: Events, frames: int, hop_seconds: float, classes
 
 
 def xares_segments(active: Bools, hop_seconds: float, segment_seconds: float) -> Bools:
-    """(segments, classes): whether any of ceil(segment / hop) frames (frames, classes) is active; the rest is dropped."""
+    """(segments, classes): whether any of its ceil(segment / hop) frames is active. `active` is (frames, classes).
+
+    Frames after the last whole segment are dropped.
+    """
     width = int(np.ceil(segment_seconds / hop_seconds))
     count = len(active) // width
     return np.asarray(active[: count * width].reshape(count, width, active.shape[1]).any(axis=1))
@@ -112,16 +115,16 @@ def xares_segments(active: Bools, hop_seconds: float, segment_seconds: float) ->
 
 
 def segment_counts(targets: Bools, predictions: Bools) -> Indices:
-    """(classes, 3): true positives, false positives and false negatives of two (segments, classes)."""
+    """(classes, 3): true positives, false positives and false negatives. Both arguments are (segments, classes)."""
     columns = (targets & predictions, ~targets & predictions, targets & ~predictions)
     return np.stack([column.sum(axis=0, dtype=np.int64) for column in columns], axis=1)
 
 
 def segment_f1(counts: npt.NDArray[Any], average: Average, *, present_only: bool) -> Floats:
-    """F1 = 2 TP / (2 TP + FP + FN) of counts (..., classes, 3), to (...,): the mean over classes (macro) or of all (micro).
+    """F1 = 2 TP / (2 TP + FP + FN) from counts (..., classes, 3), to (...): the mean over classes (macro) or pooled (micro).
 
-    0 where there is neither a positive nor a prediction, as scikit-learn's `zero_division=0`. With `present_only` the macro
-    mean is over the classes that have positives, and either average is nan where no class has one.
+    F1 is 0 without positives and predictions, as with scikit-learn's `zero_division=0`. With `present_only` the macro mean
+    is over the classes that have positives, and either average is nan if no class has one.
     """
     present = counts[..., 0] + counts[..., 2] > 0
     if average == "micro":

@@ -9,39 +9,43 @@ from .bootstrap import Array, Indices
 
 
 def per_clip(values: Array, clips: Indices, order: Indices) -> Array:
-    """(clips, k) sums over each clip's examples, clips as in `order` (sorted), from values (examples, k) and their clips."""
+    """Sums (clips, k) over the examples of each clip.
+
+    `values` (examples, k) and `clips` (examples,) belong together; `order` (clips,) holds the clips, sorted.
+    """
     statistics = np.zeros((len(order), values.shape[1]))
     np.add.at(statistics, np.searchsorted(order, clips), values)
     return statistics
 
 
 def accuracy_statistics(right: npt.NDArray[np.bool_], clips: Indices, order: Indices) -> Array:
-    """(clips, 2): examples right and examples of each clip in `order`, from each example's outcome and clip."""
+    """(clips, 2): right examples and all examples of each clip in `order`, from each example's outcome and clip."""
     return per_clip(np.stack([right, np.ones(len(right))], axis=1), clips, order)
 
 
 def ratio(sums: Array) -> Array:
-    """(..., 2) sums of (part, whole) to shares (...): accuracy."""
+    """Shares (...) from sums (..., 2) of part and whole: accuracy, error rates."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[..., 0] / sums[..., 1]
 
 
 def word_accuracy(sums: Array) -> Array:
-    """(..., 2) sums of (word errors, words) to max(0, 1 - word error rate) (...)."""
+    """max(0, 1 - word error rate) (...) from sums (..., 2) of word errors and words."""
     return np.maximum(0, 1 - ratio(sums))
 
 
 def recall_both_ways(sums: Array) -> Array:
-    """(..., 4) sums of (captions that rank their clip first, captions, clips that rank a caption of theirs first, clips).
+    """The mean (...) of text-to-audio and audio-to-text recall.
 
-    The mean of text-to-audio and audio-to-text recall.
+    From sums (..., 4) of captions that rank their clip first, captions, clips that rank one of their captions first, and
+    clips.
     """
     return (ratio(sums[..., :2]) + ratio(sums[..., 2:])) / 2
 
 
 def error_statistics(predictions: Array, targets: Array) -> Array:
-    """(examples, 8) of numbers: squared error, absolute error, 1, and the moments that a correlation needs."""
-    # Moments of large numbers would cancel out. About its median a constant leaves exactly nothing; its mean may be rounded.
+    """(examples, 8): squared error, absolute error, 1, and the moments that a correlation needs."""
+    # About the median, moments of large numbers do not cancel out, and a constant becomes exactly 0; a mean may be rounded.
     x, y = predictions - np.median(predictions), targets - np.median(targets)
     error = predictions - targets
     return np.stack([error**2, np.abs(error), np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)

@@ -13,16 +13,16 @@ Counts = npt.NDArray[np.int64]
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-    """Of each utterance, word errors (substitutions, deletions and insertions) and words of the reference (utterances, 2).
+    """(utterances, 2): word errors (substitutions, deletions and insertions), and words of the reference.
 
-    Words are what white space separates. The word error rate is the ratio of the two sums. `ValueError` for a reference
-    without words, or another number of hypotheses than of references.
+    White space separates words. The word error rate is the ratio of the two sums. Raises `ValueError` for a reference
+    without words, or if the numbers of references and hypotheses differ.
     """
     return _errors([text.split() for text in references], [text.split() for text in hypotheses])
 
 
 def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-    """`word_errors` of characters, one space between words being one of them (utterances, 2)."""
+    """(utterances, 2): the same for characters, with one space between words as a character."""
     return _errors([[*" ".join(text.split())] for text in references], [[*" ".join(text.split())] for text in hypotheses])
 
 

@@ -31,18 +31,6 @@ if TYPE_CHECKING:
     from ..download.download import TaskReport
 
 _NOT_COMPARABLE = "*"
-# What is done in a stage, and to what.
-_STAGES = {
-    "prepare": ("preparing", "files"),
-    "embed": ("embedding", "clips"),
-    "train": ("training", "steps"),
-    "measure": ("measuring", "rounds"),
-    "check": ("checking", "properties"),
-    "inspect": ("inspecting", "files"),
-    "write": ("packing", "clips"),
-    "download": ("downloading", "bytes"),
-    "verify": ("verifying", "bytes"),
-}
 
 
 def print_result(result: Result, console: Console, *, saved: str | None = None) -> None:

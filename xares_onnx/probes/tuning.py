@@ -27,7 +27,7 @@ class Convergence(msgspec.Struct, frozen=True, kw_only=True):
     iterations: int
     """Iterations of the solver, or the epoch that was kept."""
     limit_reached: bool
-    """Whether this fit or a trial's ended because it had no iterations or epochs left."""
+    """Whether it ended because it had no iterations or epochs left; of a convex head, this fit or a trial's."""
     relative_gradient_norm: float | None = None
     """Null for a head that is not fitted to an optimum."""
 

@@ -307,6 +307,8 @@ def test_verdicts_and_gates() -> None:
     for ci95, expected in cases.items():
         assert (verdict_of(ci95, 0.01), gate_of(ci95, 0.01)) == expected, ci95
     assert (verdict_of(None, 0.01), gate_of(None, 0.01)) == ("unclear", "warn")
+    for ci95, verdict in {(0.001, 0.002): "same", (0.001, 0.05): "unclear", (-0.05, -0.001): "unclear"}.items():
+        assert verdict_of(ci95, 0.01, p_adjusted=0.06) == verdict  # chance among many differences
     assert [signed(value) for value in (-1e-17, -0.0004, 0.0126, -0.0126)] == ["+0.000", "+0.000", "+0.013", "-0.013"]
 
 

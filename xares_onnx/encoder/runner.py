@@ -67,7 +67,7 @@ class ChunkRunner:
         self._keep_padding = keep_padding
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[_Frames], bool]]:
-        """(job, chunk, kept frames (frames, dim) of each tap, whether it is the job's last chunk), in the order of the jobs."""
+        """(job, chunk, kept frames (frames, dim) of each tap, whether it is the job's last), in the order of the jobs."""
         # One window runs while the next is collected. If a window is one chunk, each thread has its next chunk ready.
         ahead = 1 if self._batching.window_samples else 2 * self._callers
         waiting: deque[list[tuple[_Piece, Future[list[list[_Frames]]], int]]] = deque()

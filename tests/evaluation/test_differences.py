@@ -150,6 +150,18 @@ def test_clips_are_resampled_within_folds() -> None:
     assert found.ci95 == pytest.approx((-0.25 - half, -0.25 + half), rel=0.05)
 
 
+def test_groups_are_resampled_whole() -> None:
+    """Ten groups of 20 clips, of which B loses five: as uncertain as ten clips, not as 200."""
+
+    def grouped(kept: Predictions) -> Predictions:
+        return {**kept, "group": np.array([f"speaker {int(key[-4:]) // 20}" for key in kept["key"].tolist()])}
+
+    a, b = (classes({"t": outcome[None]}) for outcome in (np.ones(200, int), np.repeat([1, 0] * 5, 20)))
+    alone, whole = (found.ci95 for found in (compared(a, b), compared(grouped(a), grouped(b))))
+    assert whole[1] - whole[0] > 3 * (alone[1] - alone[0])  # type: ignore[index]
+    assert compared(a, grouped(b)).ci95 == whole
+
+
 def test_a_clip_may_be_tested_in_several_folds() -> None:
     sizes = {"x": 12, "y": 6}
     keys = {fold: [f"shared.tar/{i}" for i in range(size)] for fold, size in sizes.items()}
@@ -289,6 +301,9 @@ def test_averages_are_of_independent_tasks() -> None:
     limited = [msgspec.structs.replace(r, comparable=False) for r in made["a"].result.tasks]
     partial = Side("a", result(limited), made["a"].predictions_of)
     assert find_differences(partial, made["b"]).averages == []
+    assert find_differences(made["b"], partial).averages == []
+    single = msgspec.structs.replace(made["a"].result, tasks=made["a"].result.tasks[:1])
+    assert find_differences(Side("a", single, made["a"].predictions_of), made["b"]).averages == []
 
 
 def test_verdicts_and_gates() -> None:
@@ -332,6 +347,15 @@ def test_what_means_something_else_is_refused(settings: Any, fields: Any, error:
     b = Side("b", result([changed], settings=settings), lambda of: kept)
     with pytest.raises(error, match=message):
         find_differences(side("a", {"esc50": kept}), b)
+
+
+@pytest.mark.parametrize(("method", "option"), [("retrieval", "vocabulary"), ("llm", "lm")])
+def test_files_of_a_head_must_be_the_same(method: str, option: str) -> None:
+    a, b = (
+        Side(name, result([record("clotho", 0.5, method=method)], settings={option: name}), lambda _: {}) for name in "ab"
+    )
+    with pytest.raises(UsageError, match=f"a was scored with another --{option}"):
+        find_differences(a, b)
 
 
 def test_knn_has_no_seeds_to_differ_in() -> None:

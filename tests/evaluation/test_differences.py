@@ -260,6 +260,14 @@ def test_clips_that_one_has_alone_are_left_out_and_counted() -> None:
     assert both.difference == pytest.approx(accuracy(kept) - accuracy(lacking))
 
 
+def test_a_fold_that_only_one_has_gives_no_difference() -> None:
+    one, two = classes({"x": outcomes(1, 20)}), classes({"x": outcomes(1, 20), "y": outcomes(2, 20)})
+    for a, b in ((one, two), (two, one)):
+        found = find_differences(side("a", {"esc50": a}), side("b", {"esc50": b}))
+        assert found.tasks == []
+        assert [lost.reason for lost in found.unpaired] == ["a fold has no clip that both have predictions of"]
+
+
 def test_what_one_has_alone_is_said() -> None:
     kept = classes({"x": outcomes(1, 20)})
     a, b = side("a", {"esc50": kept, "desed": kept}), side("b", {"esc50": kept})

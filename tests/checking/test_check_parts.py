@@ -113,7 +113,7 @@ def test_placement_is_told_by_onnx_runtime(tmp_path: Path) -> None:
             "warn",
             "3 of 4 nodes fell to the CPU: 2 Shape, 1 If",
         ),
-        (None, "skip", "does not tell where nodes are placed"),
+        (None, "skip", "does not report where nodes are placed"),
     ],
 )
 def test_nodes_that_fell_to_the_cpu_are_named(

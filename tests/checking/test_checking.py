@@ -134,7 +134,7 @@ def test_a_collapsed_layer_in_8_bits(tmp_path: Path, shared_process: None) -> No
     """Quantised as it comes, a batch has one scale: that is no fault, but said."""
     report = checked(in_8_bits(collapsed=False), tmp_path)
     assert (report.named("fail"), report.named("warn")) == ([], ["batch-invariance"])
-    assert "dynamic quantisation takes one scale a batch" in found(report, "batch-invariance")
+    assert "dynamic quantisation uses one scale per batch" in found(report, "batch-invariance")
     assert report.model is not None
     assert report.model.precision == "int8-dynamic"
     report = checked(in_8_bits(collapsed=True), tmp_path)

@@ -534,9 +534,9 @@ def test_a_model_that_was_replaced_after_it_was_measured_is_not_used(tmp_path: P
             loaded.embed([noise(16_000)], RATE)
 
 
-def test_a_frame_count_that_was_not_foretold_is_refused(plain: Encoder) -> None:
+def test_a_frame_count_against_the_law_is_refused(plain: Encoder) -> None:
     """As of a model that keeps the law at the lengths that were probed, and nowhere else."""
     contract = msgspec.structs.replace(plain.contract, receptive_field_samples=RECEPTIVE - HOP)
     spec = msgspec.structs.replace(plain.spec, info=msgspec.structs.replace(plain.info, contract=contract))
-    with pytest.raises(ContractError, match=r"frames for 16000 samples where .* were foretold"):
+    with pytest.raises(ContractError, match=r"frames for 16000 samples, but its frame law gives"):
         Encoder(spec, plain.worker).embed([noise(16_000)], RATE)

@@ -159,6 +159,18 @@ def test_clips_are_resampled_within_folds() -> None:
     assert found.ci95 == pytest.approx((-0.25 - half, -0.25 + half), rel=0.05)
 
 
+def test_groups_are_resampled_whole() -> None:
+    """Ten groups of 20 clips, of which B loses five: as uncertain as ten clips, not as 200."""
+
+    def grouped(kept: Predictions) -> Predictions:
+        return {**kept, "group": np.array([f"speaker {int(key[-4:]) // 20}" for key in kept["key"].tolist()])}
+
+    a, b = (classes({"t": outcome[None]}) for outcome in (np.ones(200, int), np.repeat([1, 0] * 5, 20)))
+    alone, whole = (found.ci95 for found in (compared(a, b), compared(grouped(a), grouped(b))))
+    assert whole[1] - whole[0] > 3 * (alone[1] - alone[0])  # type: ignore[index]
+    assert compared(a, grouped(b)).ci95 == whole
+
+
 def test_a_clip_may_be_tested_in_several_folds() -> None:
     sizes = {"x": 12, "y": 6}
     keys = {fold: [f"shared.tar/{i}" for i in range(size)] for fold, size in sizes.items()}
@@ -257,6 +269,14 @@ def test_clips_that_one_has_alone_are_left_out_and_counted() -> None:
     assert both.difference == pytest.approx(accuracy(kept) - accuracy(lacking))
 
 
+def test_a_fold_that_only_one_has_gives_no_difference() -> None:
+    one, two = classes({"x": outcomes(1, 20)}), classes({"x": outcomes(1, 20), "y": outcomes(2, 20)})
+    for a, b in ((one, two), (two, one)):
+        found = find_differences(side("a", {"esc50": a}), side("b", {"esc50": b}))
+        assert found.tasks == []
+        assert [lost.reason for lost in found.unpaired] == ["a fold has no clip that both have predictions of"]
+
+
 def test_what_one_has_alone_is_said() -> None:
     kept = classes({"x": outcomes(1, 20)})
     a, b = side("a", {"esc50": kept, "desed": kept}), side("b", {"esc50": kept})
@@ -298,6 +318,9 @@ def test_averages_are_of_independent_tasks() -> None:
     limited = [msgspec.structs.replace(r, comparable=False) for r in made["a"].result.tasks]
     partial = Side("a", result(limited), made["a"].predictions_of)
     assert find_differences(partial, made["b"]).averages == []
+    assert find_differences(made["b"], partial).averages == []
+    single = msgspec.structs.replace(made["a"].result, tasks=made["a"].result.tasks[:1])
+    assert find_differences(Side("a", single, made["a"].predictions_of), made["b"]).averages == []
 
 
 def test_verdicts_and_gates() -> None:
@@ -316,6 +339,8 @@ def test_verdicts_and_gates() -> None:
     for ci95, expected in cases.items():
         assert (verdict_of(ci95, 0.01), gate_of(ci95, 0.01)) == expected, ci95
     assert (verdict_of(None, 0.01), gate_of(None, 0.01)) == ("unclear", "warn")
+    for ci95, verdict in {(0.001, 0.002): "same", (0.001, 0.05): "unclear", (-0.05, -0.001): "unclear"}.items():
+        assert verdict_of(ci95, 0.01, p_adjusted=0.06) == verdict  # chance among many differences
     assert [signed(value) for value in (-1e-17, -0.0004, 0.0126, -0.0126)] == ["+0.000", "+0.000", "+0.013", "-0.013"]
 
 
@@ -361,6 +386,15 @@ def test_a_head_of_an_earlier_version_is_refused() -> None:
     with pytest.raises(UsageError, match="the head of esc50 in a was trained by an earlier version"):
         find_differences(side("a", {"esc50": kept}), b)
     assert only(find_differences(b, b)).alike
+
+
+@pytest.mark.parametrize(("method", "option"), [("retrieval", "vocabulary"), ("llm", "lm")])
+def test_files_of_a_head_must_be_the_same(method: str, option: str) -> None:
+    a, b = (
+        Side(name, result([record("clotho", 0.5, method=method)], settings={option: name}), lambda _: {}) for name in "ab"
+    )
+    with pytest.raises(UsageError, match=f"a was scored with another --{option}"):
+        find_differences(a, b)
 
 
 def test_knn_has_no_seeds_to_differ_in() -> None:

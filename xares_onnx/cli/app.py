@@ -1,4 +1,4 @@
-"""What every command shares: the app, how errors and output leave it, options. Each module beside this one adds commands.
+"""The app that every command shares, and its errors and output. Each module beside this one adds commands.
 
 Heavy imports happen inside the commands, so that `--help` is quick.
 """
@@ -38,7 +38,7 @@ R = TypeVar("R")
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that everything is put away as on Ctrl-C."""
+    """SIGTERM, as an exception, so that everything is closed as on Ctrl-C."""
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def say(text: str) -> None:
 
 
 def put(text: str | bytes, stream: IO[Any]) -> None:
-    """Write at once. Where whoever reads it is gone, the work and its exit code do not depend on that."""
+    """Write and flush. If the reader has gone, work and exit code do not change."""
     try:
         stream.write(text)
         stream.flush()

@@ -36,8 +36,8 @@ FORMATS = ("text", "json", "junit", "github")
 @app.command()
 @reported
 def compare(
-    a: Annotated[Path, typer.Argument(help="What is there: an .onnx file, a folder with one, or a result.json.")],
-    b: Annotated[Path, typer.Argument(help="What is to take its place: likewise.")],
+    a: Annotated[Path, typer.Argument(help="The present model: an .onnx file, a folder with one, or a result.json.")],
+    b: Annotated[Path, typer.Argument(help="Its replacement: likewise.")],
     tasks: TasksOption = None,
     suite: SuiteOption = None,
     data: DataOption = None,
@@ -55,7 +55,7 @@ def compare(
     allow_drops: DropsOption = False,
     trust: TrustOption = False,
     tolerance: Annotated[
-        float, typer.Option(help="Loss that is tolerated, in score; exit code 1 where B loses more for certain.")
+        float, typer.Option(help="Tolerated loss of score, as a fraction; exit code 1 if B certainly loses more.")
     ] = 0.01,
     format_: FormatOption = "text",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; of the text, the verdict alone.")] = False,
@@ -73,7 +73,7 @@ def compare(
         raise UsageError(f"--threads {threads} must be 1 or more")
     settings: dict[str, Any] = {"methods": split(method) or None, "protocol": protocol}
     with TerminalObserver(quiet=quiet) as observer:
-        found = comparison.compare(
+        result = comparison.compare(
             a,
             b,
             split(tasks),
@@ -94,25 +94,25 @@ def compare(
             observer=observer,
             **settings,
         )
-    title = f"{found.b.file} against {found.a.file}"
+    title = f"{result.b.file} against {result.a.file}"
     if format_ == "json":
-        put_json(found)
+        put_json(result)
     elif format_ == "junit":
-        put(ci.junit(title, report.cases(found)), sys.stdout)
+        put(ci.junit(title, report.cases(result)), sys.stdout)
     elif format_ == "github":
-        text = report.markdown(found)
+        text = report.markdown(result)
         file = None if b.is_absolute() else b.as_posix()
         written = ci.write_step_summary(text)
-        put(ci.github(title, report.cases(found), file=file, summary=found.verdict if written else text), sys.stdout)
+        put(ci.github(title, report.cases(result), file=file, summary=result.verdict if written else text), sys.stdout)
     elif quiet:
-        put(f"{printable(found.verdict)}\n", sys.stdout)
+        put(f"{printable(result.verdict)}\n", sys.stdout)
     else:
-        report.print_comparison(found, stdout_console())
-    for failure in found.failures:
+        report.print_comparison(result, stdout_console())
+    for failure in result.failures:
         say(f"{failure.model}: {failure.message}")
-    if found.failed:
-        first = found.failed[0]
+    if result.failed:
+        first = result.failed[0]
         name = report.score_name(first)
-        say(f"B is worse by more than {first.tolerance:g} for certain on {len(found.failed)} of the scores, {name} first")
-    codes = [failure.exit_code for failure in found.failures] + [1] * bool(found.failed)
+        say(f"B is worse by more than {first.tolerance:g} for certain on {len(result.failed)} of the scores, {name} first")
+    codes = [failure.exit_code for failure in result.failures] + [1] * bool(result.failed)
     raise typer.Exit(worst_exit_code(codes))

@@ -102,9 +102,9 @@ def evaluate(
     names = split(tasks)
     with TerminalObserver(quiet=quiet) as observer:
         if plan:
-            made = evaluation.plan(model, names, **arguments, observer=observer)
+            estimate = evaluation.plan(model, names, **arguments, observer=observer)
         else:
-            done = evaluation.evaluate(
+            scored = evaluation.evaluate(
                 model,
                 names,
                 **arguments,
@@ -120,22 +120,22 @@ def evaluate(
             )
     if plan:
         if json_:
-            put_json({"tasks": made.rows, "total": made.total, "rtf": made.rtf})
+            put_json({"tasks": estimate.rows, "total": estimate.total, "rtf": estimate.rtf})
         else:
-            terminal.print_plan(made, stdout_console())
+            terminal.print_plan(estimate, stdout_console())
         return
     if json_:
-        put(done.json().encode(), sys.stdout.buffer)
+        put(scored.json().encode(), sys.stdout.buffer)
     elif not quiet:
-        if done.result.gates:
-            report.print_gates(done.result.gates, stdout_console())
-        terminal.print_result(done.result, stdout_console(), saved=str(done.path))
-    for error in done.errors:
+        if scored.result.gates:
+            report.print_gates(scored.result.gates, stdout_console())
+        terminal.print_result(scored.result, stdout_console(), saved=str(scored.path))
+    for error in scored.errors:
         say(one_line(error))
-    failed = [gate for gate in done.result.gates if gate.status == "fail"]
+    failed = [gate for gate in scored.result.gates if gate.status == "fail"]
     for gate in failed:
         say(f"{gate.gate.replace('_', '-')}: {gate.task} {gate.method}: {gate.message}")
-    raise typer.Exit(worst_exit_code([*(error.exit_code for error in done.errors), *[1] * bool(failed)]))
+    raise typer.Exit(worst_exit_code([*(error.exit_code for error in scored.errors), *[1] * bool(failed)]))
 
 
 def _counts(shots: list[str] | None) -> list[int]:

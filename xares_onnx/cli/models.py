@@ -1,4 +1,4 @@
-"""`export` and `annotate`: make a model file, or make one say what it is."""
+"""`export` and `annotate`: write a model file, or a copy that declares its contract."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: <family>.onnx]")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or fp16: of weights and arithmetic behind the front end.")] = "fp32",
     quantize: Annotated[
-        str | None, typer.Option(help="int8-dynamic: linear layers in 8 bits, right on every CPU; a clip at a time.")
+        str | None, typer.Option(help="int8-dynamic: linear layers in 8 bits, correct on every CPU; one clip per call.")
     ] = None,
     debug: DebugOption = False,
 ) -> None:
@@ -68,14 +68,16 @@ def annotate(
     from ..report.observer import TerminalObserver
 
     with TerminalObserver() as observer:
-        done = write(model, contract, output, trust=trust, observer=observer)
-    said = [
-        f"{key}={value}" + (f" (was {done.replaced[key]})" if key in done.replaced else "")
-        for key, value in done.written.items()
+        annotation = write(model, contract, output, trust=trust, observer=observer)
+    changes = [
+        f"{key}={value}" + (f" (was {annotation.replaced[key]})" if key in annotation.replaced else "")
+        for key, value in annotation.written.items()
     ]
-    said += [f"{key} dropped (was {value})" for key, value in done.replaced.items() if key not in done.written]
-    text = f"{done.path}: {', '.join(said) or 'nothing new'}"
-    for title, names in (("unchanged", done.kept), ("weights copied", done.copied)):
+    changes += [
+        f"{key} dropped (was {value})" for key, value in annotation.replaced.items() if key not in annotation.written
+    ]
+    text = f"{annotation.path}: {', '.join(changes) or 'nothing new'}"
+    for title, names in (("unchanged", annotation.kept), ("weights copied", annotation.copied)):
         if names:
             text += f"; {title}: {', '.join(names)}"
     put(f"{printable(text)}\n", sys.stdout)

@@ -1,4 +1,4 @@
-"""Options that several commands have, with the words that `--help` has for them."""
+"""Options that several commands share, with their help texts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ TasksOption = Annotated[
 ]
 SuiteOption = Annotated[str | None, typer.Option(help="all, public, speech, environment, music, private or synthetic.")]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Folder with a folder of shards a task. [default: $XARES_ONNX_DATA, ./env]")
+    Path | None, typer.Option("--data", help="Folder with one folder of shards per task. [default: $XARES_ONNX_DATA, ./env]")
 ]
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", help="Folder of stored embeddings. [default: $XARES_ONNX_CACHE, the user's cache]")
 ]
 MethodOption = Annotated[list[str] | None, typer.Option("--method", help="head, knn; both by default.")]
-SeedsOption = Annotated[int | None, typer.Option(help="Heads a fold. [default: 3; 1 under xares]")]
-LimitOption = Annotated[int | None, typer.Option(help="At most N clips a split, chosen by key hash.")]
+SeedsOption = Annotated[int | None, typer.Option(help="Heads per fold. [default: 3; 1 under xares]")]
+LimitOption = Annotated[int | None, typer.Option(help="At most N clips per split, chosen by key hash.")]
 HeadOption = Annotated[
-    list[str] | None, typer.Option("--head", help="TASK=KIND, a head other than the task's own: librispeech=llm.")
+    list[str] | None, typer.Option("--head", help="TASK=KIND, a head in place of the task's own: librispeech=llm.")
 ]
 LanguageModelOption = Annotated[
     str | None, typer.Option("--lm", help="Folder of a causal language model, for the llm head.")
@@ -35,7 +35,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an O
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")]
 DropsOption = Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you know where it is from.")
+    bool, typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you trust its origin.")
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text, json, junit or github.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback of an error.")]

@@ -75,13 +75,13 @@ def report(
     put(f"wrote {output}\n", sys.stdout)
 
 
-def _format(output: Path | None, given: str | None) -> str:
-    if given is not None:
-        if given not in FORMATS.values():
-            raise UsageError(f"--format {given!r} must be html, md, csv or model-index")
-        return given
+def _format(output: Path | None, name: str | None) -> str:
+    if name is not None:
+        if name not in FORMATS.values():
+            raise UsageError(f"--format {name!r} must be html, md, csv or model-index")
+        return name
     if output is None:
         return "md"
     if output.suffix.lower() not in FORMATS:
-        raise UsageError(f"-o {output} must end in {_ENDINGS}, or --format say what it is to be")
+        raise UsageError(f"-o {output} must end in {_ENDINGS}, or --format must name the format")
     return FORMATS[output.suffix.lower()]

@@ -1,8 +1,8 @@
-"""How far two models' embeddings of the same clips are apart.
+"""How far apart two models' embeddings of the same clips are.
 
-Cosine asks whether a clip's vector points the same way, as a quantised copy's should. Linear CKA (Kornblith et al. 2019,
-https://arxiv.org/abs/1905.00414) compares which clips are alike to each model, whatever the dimensions: 1 where one model's
-vectors are those of the other but for rotation and scale.
+The cosine tells whether a clip's vectors point the same way, as those of a quantised copy should. Linear CKA (Kornblith et
+al. 2019, https://arxiv.org/abs/1905.00414) compares which clips are similar to each model, whatever the dimensions: it is 1
+if one model's vectors are those of the other but for rotation and scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float64]
 
 
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one task, over all clips that both models have embedded; cosines are null where dimensions differ."""
+    """The drift over all clips of a task that both models have embedded; cosines are null if dimensions differ."""
 
     task: str
     clips: int
@@ -28,11 +28,11 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
     """The cosine that one clip in twenty falls below."""
     cosine_min: float | None
     cka: float | None
-    """Null where one model gives every clip the same vector."""
+    """Null if one model gives every clip the same vector."""
 
 
 def find_drift(task: str, shards: Iterable[tuple[EmbeddedShard, EmbeddedShard]]) -> Drift:
-    """From both models' embeddings of the same shards, read one after another."""
+    """The drift from both models' embeddings of the same shards, which are read one after another."""
     cosines: list[Array] = []
     moments: _Moments | None = None
     clips = 0
@@ -45,23 +45,23 @@ def find_drift(task: str, shards: Iterable[tuple[EmbeddedShard, EmbeddedShard]])
             cosines.append(_cosine(x, y))
         moments = moments or _Moments(x.mean(axis=0), y.mean(axis=0))
         moments.add(x, y)
-    found = np.concatenate(cosines) if cosines else None
+    values = np.concatenate(cosines) if cosines else None
     return Drift(
         task=task,
         clips=clips,
-        cosine_mean=None if found is None else float(found.mean()),
-        cosine_p05=None if found is None else float(np.quantile(found, 0.05)),
-        cosine_min=None if found is None else float(found.min()),
+        cosine_mean=None if values is None else float(values.mean()),
+        cosine_p05=None if values is None else float(np.quantile(values, 0.05)),
+        cosine_min=None if values is None else float(values.min()),
         cka=moments.cka() if moments else None,
     )
 
 
 def _paired(a: EmbeddedShard, b: EmbeddedShard) -> tuple[Array, Array]:
-    """(clips, dim of each): a vector a clip, the mean over its crops, of the clips that both have."""
+    """A vector per clip, the mean over its crops, of the clips that both have: (clips, dim of A), (clips, dim of B)."""
     rows = {clip.key: row for row, clip in enumerate(b.clips)}
     common = [(i, rows[clip.key]) for i, clip in enumerate(a.clips) if clip.key in rows]
-    mine, other = (np.array([pair[side] for pair in common], np.int64) for side in (0, 1))
-    return _clip_vectors(a)[mine], _clip_vectors(b)[other]
+    rows_a, rows_b = (np.array([pair[side] for pair in common], np.int64) for side in (0, 1))
+    return _clip_vectors(a)[rows_a], _clip_vectors(b)[rows_b]
 
 
 def _clip_vectors(shard: EmbeddedShard) -> Array:
@@ -71,15 +71,15 @@ def _clip_vectors(shard: EmbeddedShard) -> Array:
 
 
 def _cosine(x: Array, y: Array) -> Array:
-    """(clips,); two vectors of zeros are alike."""
+    """Cosines (clips,); two vectors of zeros have 1."""
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found: Array = np.where(norms > 0, (x * y).sum(axis=1) / norms, (x == y[:, : x.shape[1]]).all(axis=1))
-    return found.clip(-1, 1)
+        cosines: Array = np.where(norms > 0, (x * y).sum(axis=1) / norms, (x == y[:, : x.shape[1]]).all(axis=1))
+    return cosines.clip(-1, 1)
 
 
 class _Moments:
-    """Sums that linear CKA needs, about a first guess of the means so that large means do not cancel out."""
+    """The sums that linear CKA needs, about a first guess of the means, so that large means do not cancel out."""
 
     def __init__(self, about_x: Array, about_y: Array) -> None:
         self._about = about_x, about_y

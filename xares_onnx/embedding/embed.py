@@ -1,7 +1,7 @@
-"""The embed stage: shards to workers to store.
+"""The embedding stage: from shards to the store.
 
-The unit of work is one picklable call, `embed_shard(spec)`: a local worker process runs it today, other machines may run it
-later. Decoding and resampling run ahead of the model in their own threads.
+The unit of work is one picklable call, `embed_shard(spec)`, which a local worker process runs; other machines could run it
+too. Decoding and resampling run ahead of the model in threads of their own.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from .store import STORE_VERSION, Clip, EmbeddedShard, FrameSpool, Header, Store
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
 _LONG_SECONDS = 900.0
-_DECODING_SECONDS = 300  # longest wait for one clip; a long recording is not a model that hangs
-_DISK_SECONDS = 900.0  # nor is a slow disk
-_SECONDS_AHEAD = 900.0  # of audio that may wait, decoded, for the model
+_DECODING_SECONDS = 300  # longest wait for one clip: a long recording is no hanging model
+_DISK_SECONDS = 900.0  # longest wait for a slow disk
+_SECONDS_AHEAD = 900.0  # most decoded audio that waits for the model
 
 
 class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One shard's embedding: everything that `embed_shard` needs, and nothing that it could look up itself."""
+    """Everything that `embed_shard` needs to embed one shard."""
 
     model: ModelSpec
     task: str
@@ -59,12 +59,12 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     store: Path
 
     def key(self, tap: int = 0) -> str:
-        """Name of the result in the store for tap number `tap`: a digest of everything that shapes the numbers."""
+        """The name in the store of the embeddings of tap number `tap`: a digest of everything that shapes the numbers."""
         info = self.model.info
         contract = msgspec.structs.replace(info.taps[tap].contract, sources={}, license=None, source=None)
-        # What is exposed keeps ONNX Runtime from fusing it away, which may change the last digits.
+        # ONNX Runtime cannot fuse exposed tensors away, which may change the last digits.
         exposed = {} if info.exposure is None else {"exposed": info.exposure}
-        # Bytes may be multiplied otherwise on another processor; a float model keeps the name that it always had.
+        # Another processor may multiply 8-bit numbers differently. A float model keeps its old name.
         products = {"pair_sums": processor.pair_sums()} if info.scan.integers else {}
         return store_key(
             {
@@ -72,7 +72,7 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
                 **products,
                 "model": info.scan.sha256,
                 "contract": contract,
-                # A chunk that shares no call is the same whatever the rule is: 1, as it was before there was one.
+                # The batch rule does not affect chunks that share no call; they keep the old name, with 1.
                 "batch": 1 if info.batching.items == 1 else info.batching,
                 "provider": info.provider,
                 "onnxruntime": info.onnxruntime,
@@ -86,12 +86,12 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-# The crops of a clip, its seconds before cropping, its json.
+# The crops of a clip, its seconds before cropping, and its json.
 _DecodedClip = tuple[list[audio.Waveform], float, str]
 
 
 class ShardReport(msgspec.Struct, frozen=True):
-    """What one call of `embed_shard` did. `seconds` is wall time, `audio_seconds` what was embedded."""
+    """The report of one call of `embed_shard`: `seconds` of wall time for `audio_seconds` of audio."""
 
     key: str
     clips: int
@@ -102,7 +102,7 @@ class ShardReport(msgspec.Struct, frozen=True):
 def shard_specs(
     encoder: Encoder, task: str, plans: Sequence[ShardPlan], crops: CropSettings, store: Store, *, frames: bool
 ) -> dict[Path, EmbedSpec]:
-    """The unit of work of every shard; with `frames` every frame is kept, else only the mean of each crop."""
+    """The unit of work of every shard. With `frames` all frames are kept, else only the mean of each crop."""
     return {
         plan.path: EmbedSpec(
             model=encoder.spec,
@@ -122,7 +122,22 @@ def shard_specs(
 def embed_shards(
     encoder: Encoder, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer
 ) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
-    """Every shard's embeddings by the first tap, from the store where it has all taps; and reports of what was made."""
+    """Embed every shard whose taps are not all in the store.
+
+    Args:
+        encoder: The encoder.
+        specs: The unit of work of each shard.
+        store: Where embeddings are kept.
+        observer: Receives progress.
+
+    Returns:
+        Every shard's embeddings of the first tap, and a report for each shard that was embedded now.
+
+    Raises:
+        ModelError: The model fails.
+        DataError: A shard changed or cannot be read.
+        MachineError: The store cannot be written.
+    """
     shards: dict[Path, EmbeddedShard] = {}
     missing: dict[Path, int] = {}
     more = range(1, len(encoder.info.taps))
@@ -140,7 +155,7 @@ def embed_shards(
     for path, clips in missing.items():
         observer(Progress("embed", task, done, total))
         spec = specs[path]
-        embedded = _stored(spec, store, more)  # a shard of the same content, or another process, may have made it meanwhile
+        embedded = _stored(spec, store, more)  # an equal shard or another process may have stored it
         if embedded is None:
             watch = _offset(observer, task, done, total)
             reports.append(encoder.call(embed_shard, spec, returns=ShardReport, observer=watch))
@@ -152,12 +167,12 @@ def embed_shards(
 
 
 def shards_of_tap(specs: Mapping[Path, EmbedSpec], store: Store, tap: int) -> dict[Path, EmbeddedShard]:
-    """The embeddings of tap number `tap`, after `embed_shards`: read one tap at a time, since all may be more than fits."""
+    """The embeddings of tap number `tap`, after `embed_shards`; tap by tap, since all together may not fit in memory."""
     return {path: _written(store, spec.key(tap)) for path, spec in specs.items()}
 
 
 def _stored(spec: EmbedSpec, store: Store, more: Sequence[int]) -> EmbeddedShard | None:
-    """A shard's embeddings by the first tap, if those by `more` taps are there too, and whole."""
+    """A shard's embeddings of the first tap, if those of the taps `more` are stored and whole too."""
     first = store.read(spec.key())
     return first if first is not None and all(store.read(spec.key(tap)) is not None for tap in more) else None
 
@@ -197,7 +212,7 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
             gathered.append(_Gathered(tap.contract, spool))
         decoded = _Decoded(spec, samples, info.contract.sample_rate, lambda: tell(Beat()))
         _run(spec, session, decoded, gathered, len(samples), tell)
-        if stamp(spec.shard) != spec.shard_stamp:  # the digest names the result, so the content must be what was digested
+        if stamp(spec.shard) != spec.shard_stamp:  # the content must be that of the digest, which names the embeddings
             raise DataError(f"shard {spec.shard} changed while it was read; run again")
         drops += decoded.drops
         for number, of_tap in enumerate(gathered):
@@ -219,7 +234,7 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
 def _run(
     spec: EmbedSpec, session: Session, decoded: _Decoded, gathered: Sequence[_Gathered], expected: int, tell: Tell
 ) -> None:
-    """Every clip through the model, and into what each tap gathers."""
+    """Run every clip through the model, and gather the frames of each tap."""
     runner = ChunkRunner(
         session,
         spec.model,
@@ -247,7 +262,7 @@ def _run(
 
 
 class _Gathered:
-    """What one tap has given of a shard so far: a pooled row each crop, frames where they are kept, and their clips."""
+    """The embeddings of one tap so far: a pooled row per crop, frames if they are kept, and the clips."""
 
     def __init__(self, contract: Contract, spool: FrameSpool | None) -> None:
         self.contract = contract
@@ -291,7 +306,7 @@ class _Gathered:
 
 
 class _Pool:
-    """Mean over the frames of one crop, summed in float64; a clip-only encoder's chunk vectors by their length."""
+    """The mean over the frames of one crop, summed in float64; chunk vectors of a clip-only encoder weigh by length."""
 
     def __init__(self, *, clip_only: bool) -> None:
         self._clip_only = clip_only
@@ -310,14 +325,14 @@ class _Pool:
 
 
 class _Decoded:
-    """Iterates over the crops of a shard's samples as jobs, decoded a few clips ahead of whoever asks."""
+    """The crops of a shard's samples as jobs, decoded a few clips ahead of the consumer."""
 
     def __init__(
         self, spec: EmbedSpec, samples: Sequence[Sample], rate: int, beat: Callable[[], None] = lambda: None
     ) -> None:
         self._spec = spec
         self._beat = beat
-        self._one_at_a_time = threading.Lock()  # long recordings, which take a gigabyte while they are decoded
+        self._one_at_a_time = threading.Lock()  # long recordings take a gigabyte while they are decoded
         self._samples = samples
         self._rate = rate
         self._longest = 0.0  # seconds, of the clips so far
@@ -329,7 +344,7 @@ class _Decoded:
         with ThreadPoolExecutor(self._spec.model.threads) as pool:
             for sample in self._samples:
                 waiting.append((sample, pool.submit(self._decode, sample)))
-                # Long recordings are decoded fewer at a time: what waits is bounded in seconds, too.
+                # Of long recordings fewer are decoded at a time: the waiting seconds are bounded, too.
                 ahead = min(2 * self._spec.model.threads, int(_SECONDS_AHEAD / max(self._longest, 1.0)))
                 while len(waiting) > ahead:
                     yield from self._jobs(*waiting.popleft())
@@ -349,7 +364,7 @@ class _Decoded:
         return crops, len(samples) / rate, label
 
     def _beat_sometimes(self) -> None:
-        """A window of many clips is collected before the first of them has a result."""
+        """Send a sign of life: many clips may be collected before the first one has a result."""
         if (now := time.perf_counter()) - self._last_beat > 1.0:
             self._last_beat = now
             self._beat()

@@ -1,4 +1,4 @@
-"""Which chunks share a call of the model, so that a GPU is busy with more than one clip at a time."""
+"""Which chunks share a call of the model, so that a GPU works on more than one clip at a time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import msgspec
 
 
 class Batching(msgspec.Struct, frozen=True):
-    """Which chunks share a call: equally long ones out of `window_samples` of consecutive chunks, so that a shard's calls
-    depend on the shard alone.
+    """The rule by which chunks share a call: equally long ones of a window of consecutive chunks.
+
+    So the calls of a shard depend on the shard alone.
     """
 
     items: int = 1
@@ -20,7 +21,7 @@ class Batching(msgspec.Struct, frozen=True):
     """A window ends with the chunk that makes it this long."""
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Numbers of a window's chunks, which have `lengths`, in the groups that share a call; the longest first."""
+        """The numbers of a window's chunks in each call, from their lengths in samples; the longest chunks first."""
         groups: list[list[int]] = []
         for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
             length = lengths[number]

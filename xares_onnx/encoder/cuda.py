@@ -1,7 +1,7 @@
-"""CUDA for ONNX Runtime: its libraries in NVIDIA's wheels, wherever those are installed, and why it may not start.
+"""CUDA for ONNX Runtime: its libraries in NVIDIA's wheels, wherever they are installed, and why CUDA may not start.
 
-`pip install` of PyTorch with CUDA, or of onnxruntime-gpu[cuda,cudnn], brings the libraries into folders that no loader
-searches. ONNX Runtime looks into those beside itself; here every folder of `sys.path` is offered to it.
+`pip install` of PyTorch with CUDA, or of onnxruntime-gpu[cuda,cudnn], puts the libraries into folders that no loader
+searches. ONNX Runtime searches the folders beside itself; this module adds those in every folder of `sys.path`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _CUDNN = "libcudnn.so.9"  # optional to ONNX Runtime: a model without convolutio
 
 @functools.cache
 def load_libraries(runtime: Any) -> tuple[str, ...]:
-    """Load CUDA's and cuDNN's libraries into this process for `runtime`, the module onnxruntime: names of the missing ones.
+    """Load CUDA's and cuDNN's libraries into this process; the names of missing ones. `runtime` is the module onnxruntime.
 
-    An ONNX Runtime before 1.21 loads them by itself alone; nothing is then known to be missing.
+    ONNX Runtime before 1.21 loads them itself, and does not report missing ones.
     """
     preload = getattr(runtime, "preload_dlls", None)
     if preload is None:
@@ -30,10 +30,10 @@ def load_libraries(runtime: Any) -> tuple[str, ...]:
     with contextlib.redirect_stdout(io.StringIO()):
         for folder in _wheel_folders():
             preload(directory=str(folder))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it tells what it lacks on stdout, and nowhere else
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):  # it reports missing libraries on stdout only
         preload()
-    missing = re.findall(r"^Failed to load (?:.*[/\\])?([^\s:/\\]+):", said.getvalue(), re.MULTILINE)
+    missing = re.findall(r"^Failed to load (?:.*[/\\])?([^\s:/\\]+):", output.getvalue(), re.MULTILINE)
     if sys.platform == "linux" and not _loads(_CUDNN):
         missing.append(_CUDNN)
     return tuple(dict.fromkeys(missing))
@@ -45,7 +45,7 @@ def _wheel_folders() -> list[Path]:
 
 
 def why_no_cuda(runtime: Any, *, driver: bool) -> str:
-    """What is missing where CUDA does not start, and what to do about it."""
+    """Why CUDA does not start, and what to do about it."""
     if not driver:
         return "this machine has no NVIDIA driver (libcuda.so.1); install it, or run with --device cpu"
     if missing := load_libraries(runtime):
@@ -59,7 +59,7 @@ def why_no_cuda(runtime: Any, *, driver: bool) -> str:
 
 
 def _cuda_version(runtime: Any) -> str:
-    """The version that this ONNX Runtime was built for, as far as it tells."""
+    """The CUDA version that this ONNX Runtime was built for, if it reports one."""
     return f"CUDA {getattr(runtime, 'cuda_version', '') or 'of the version that ONNX Runtime was built for'}"
 
 

@@ -1,4 +1,4 @@
-"""A model's file to its contract, and to the open session. Runs in the worker process."""
+"""From a model's file to its contract, and to the open session. Runs in the worker process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .session import CPU, Session, cuda_may_work
 from .spec import EncoderInfo, ModelSpec, Tap
 from .worker import Beat, Tell, limit_memory
 
-_CUDA_SECONDS = 90.0  # longest first load: CUDA's and cuDNN's libraries are gigabytes, which may come from a cold disk
+_CUDA_SECONDS = 90.0  # longest first load: CUDA's and cuDNN's libraries are gigabytes, perhaps on a cold disk
 
 
 def resolve(
@@ -31,11 +31,14 @@ def resolve(
     declared: Declarations,
     beside: Declarations,
     taps: Sequence[str] = (),
-    unheard: Sequence[str] = (),
+    ignored: Sequence[str] = (),
     trust: bool = False,
     *,
     tell: Tell,
 ) -> EncoderInfo:
+    """Scan, load and measure a model. `beside` holds the declarations of a preprocessor file beside it; declarations of
+    `ignored` keys are left out. Raises `ModelError`.
+    """
     from .measuring.taps import measure_taps
 
     path = Path(model)
@@ -57,27 +60,27 @@ def resolve(
     if any(stamp(file) != then for file, then in stamps.items()):
         raise ModelError(f"{path} was replaced while it was read; run again")
     tell(Doing("measuring the model", patience))
-    heard = merge(declared, declared_in_metadata(scan.metadata), beside)
-    heard = {key: declaration for key, declaration in heard.items() if key not in unheard}
+    declarations = merge(declared, declared_in_metadata(scan.metadata), beside)
+    declarations = {key: declaration for key, declaration in declarations.items() if key not in ignored}
     budget = measuring_seconds(scan.bytes, trust) * (2 if taps else 1) + (0.0 if on_cpu else _CUDA_SECONDS)
     beat = _Budget(budget, tell).beat
     open_exposing = functools.partial(_session, model, device)
-    found = measure_taps(path, open_exposing, heard, taps, beat, max_dim=limits(trust).dim)
+    measured = measure_taps(path, open_exposing, declarations, taps, beat, max_dim=limits(trust).dim)
     info = EncoderInfo(
         path=model,
         scan=scan,
-        contract=found.contract,
+        contract=measured.contract,
         provider=session.provider,
         onnxruntime=_runtime_version(),
-        notes=(*([session.note] if session.note else []), *remarks(found.contract), *found.notes),
-        more_taps=tuple(Tap(name, contract) for name, contract in found.more.items()),
-        exposure=found.exposure,
+        notes=(*([session.note] if session.note else []), *remarks(measured.contract), *measured.notes),
+        more_taps=tuple(Tap(name, contract) for name, contract in measured.more.items()),
+        exposure=measured.exposure,
     )
-    return _with_batch_difference(info, lambda: open_exposing(found.exposure), beat)
+    return _with_batch_difference(info, lambda: open_exposing(measured.exposure), beat)
 
 
 def _with_batch_difference(info: EncoderInfo, open_measured: Callable[[], Session], beat: Callable[[], None]) -> EncoderInfo:
-    """`info` with what sharing a call changes in an embedding, if calls are shared: measured on a full call of noise."""
+    """`info` with the effect of sharing a call on an embedding, if calls are shared; measured on a full call of noise."""
     contract = info.contract
     items = len(info.batching.groups([contract.chunk_samples] * info.batching.items)[0])
     if items == 1:
@@ -99,7 +102,7 @@ def _with_batch_difference(info: EncoderInfo, open_measured: Callable[[], Sessio
 
 
 class _Budget:
-    """Processor time for measuring: no call is long, yet all of them together may be."""
+    """A limit on the processor time of measuring: every call may be short, and all of them together long."""
 
     def __init__(self, seconds: float, tell: Tell) -> None:
         self._seconds, self._tell = seconds, tell
@@ -113,23 +116,26 @@ class _Budget:
 
 @functools.lru_cache(maxsize=1)
 def _session(model: str, device: str, exposure: Exposure | None) -> Session:
-    """The worker's one session, loaded at its first use."""
+    """The worker's only session, loaded at its first use."""
     return Session(Path(model), device, exposure)
 
 
 def open_session(spec: ModelSpec, tell: Tell) -> Session:
-    """The session of a spec, in the worker; the provider must be the one that was measured."""
+    """The session of a spec, in the worker.
+
+    Raises `ModelError` if the file changed since it was measured, `ContractError` if the provider did.
+    """
     if spec.info.provider == CPU:
         limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
     if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
         raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
     tell(Doing("loading the model", 0.0 if spec.info.provider == CPU else _CUDA_SECONDS))
-    # A spec measured on the CPU must not meet a GPU that came since.
+    # A spec that was measured on the CPU must not run on a GPU that appeared since.
     device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
     session = _session(spec.info.path, device, spec.info.exposure)
     if session.provider != spec.info.provider:
-        why = session.note or "run again"
-        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; {why}")
+        remedy = session.note or "run again"
+        raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; {remedy}")
     tell(Doing("running the model"))
     return session
 

@@ -26,14 +26,14 @@ _Frames = npt.NDArray[np.float32]
 
 @dataclass
 class Job:
-    """One waveform (samples,) at the encoder's rate on its way through the model, with what it is for."""
+    """A waveform (samples,) at the encoder's rate for the model, with the caller's tag."""
 
     tag: Any
     waveform: npt.NDArray[np.float32]
 
 
 class _Piece(NamedTuple):
-    """A chunk of a job, and whether it is the job's last."""
+    """A chunk of a job, and whether it is the last."""
 
     job: Job
     chunk: Chunk
@@ -43,8 +43,8 @@ class _Piece(NamedTuple):
 class ChunkRunner:
     """Runs waveforms through a session, chunk by chunk, from several threads, and gives results in order.
 
-    Which chunks share a call is the encoder's `batching`, if none is given. Every call gives the outputs of `taps`, the
-    contract's alone if they are not given.
+    `batching` decides which chunks share a call; by default it is the encoder's. Every call gives the outputs of `taps`, by
+    default the contract's alone.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class ChunkRunner:
         self._keep_padding = keep_padding
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[_Frames], bool]]:
-        """(job, chunk, kept frames (frames, dim) of each tap, whether it is its last chunk), in the order of the jobs."""
-        # Another window is collected while one runs; where a window is one chunk, every thread has the next at hand.
+        """(job, chunk, kept frames (frames, dim) of each tap, whether it is the job's last), in the order of the jobs."""
+        # One window runs while the next is collected. If a window is one chunk, each thread has its next chunk ready.
         ahead = 1 if self._batching.window_samples else 2 * self._callers
         waiting: deque[list[tuple[_Piece, Future[list[list[_Frames]]], int]]] = deque()
         with ThreadPoolExecutor(self._callers) as pool:
@@ -84,7 +84,7 @@ class ChunkRunner:
                 raise
 
     def _windows(self, jobs: Iterable[Job]) -> Iterator[list[_Piece]]:
-        """Consecutive chunks, as many as the batching's window holds: one at a time where it holds none."""
+        """Consecutive chunks, as many as the batching's window holds; one at a time if it holds none."""
         window: list[_Piece] = []
         samples = 0
         for job in jobs:
@@ -103,7 +103,7 @@ class ChunkRunner:
     def _submit(
         self, pool: ThreadPoolExecutor, window: list[_Piece]
     ) -> list[tuple[_Piece, Future[list[list[_Frames]]], int]]:
-        """Each chunk with the call that it is in, and its number there."""
+        """Each chunk with its call, and its number within the call."""
         calls: dict[int, tuple[Future[list[list[_Frames]]], int]] = {}
         for group in self._batching.groups([piece.chunk.length for piece in window]):
             future = pool.submit(self._run_group, [window[number] for number in group])
@@ -128,12 +128,12 @@ class ChunkRunner:
                 f"the model gives shape {list(output.shape)} for {items} x {samples} samples; "
                 f"[{items}, frames, {contract.dim}] was measured before"
             )
-        # The law was measured from a second on; without padding (X-ARES) a shorter clip may be outside it.
-        foretold = contract.frames_of(samples)
-        if output.shape[1] != foretold and samples >= contract.sample_rate:
+        # The law was measured from one second on; without padding (X-ARES) a shorter clip may deviate from it.
+        expected = contract.frames_of(samples)
+        if output.shape[1] != expected and samples >= contract.sample_rate:
             raise ContractError(
-                f"the model gives {output.shape[1]} frames for {samples} samples where {foretold} were foretold by "
-                "what was measured, so its frames have no time"
+                f"the model gives {output.shape[1]} frames for {samples} samples, but its frame law gives {expected}, so "
+                "the times of its frames are unknown; `xares-onnx check` shows where the law fails"
             )
 
     @staticmethod

@@ -1,9 +1,9 @@
 """One ONNX Runtime session, fed and read through the contract's layouts. Runs in the worker process.
 
-On the CPU a session has one intra-op thread and is called from several threads: measured at 0.86-0.88x the time of one
-caller with as many threads. On CUDA, `HEURISTIC` keeps cuDNN from re-tuning at every new shape, and the arena grows by what
-is asked for, not by doubling, so that several processes share a GPU; it has no limit of its own, since only the models that
-run there know how they share it.
+On the CPU a session has one intra-op thread and is called from several threads: that took 0.86-0.88x the time of one caller
+with as many threads. On CUDA, `HEURISTIC` keeps cuDNN from tuning again at every new shape, and the arena grows by the
+requested size instead of doubling, so that several processes can share a GPU. The arena has no limit of its own, since only
+the processes on a GPU know how they share it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "Availa
 _CUDA_FAILURE = re.compile(r"CUDA failure|CUDA error|CUDNN failure|CUDNN_STATUS|CUBLAS failure|libcu\w*\.so|no CUDA-capable")
 CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",
-    "use_tf32": "0",  # it rounds a convolution to 10 bits: a DFT in the front end would suffer
+    "use_tf32": "0",  # TF32 rounds a convolution to 10 bits, which would harm a DFT in the front end
     "arena_extend_strategy": "kSameAsRequested",
 }
 
@@ -92,7 +92,7 @@ class Session:
                 content,
                 session_options,
                 providers=[(provider, options), CPU] if provider != CPU else [CPU],
-                enable_fallback=0,  # it would print what failed, and go on on the CPU
+                enable_fallback=0,  # it would print the failure and continue on the CPU
             )
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise _explained(error, f"{self._path} cannot be loaded", provider, loading=True) from error
@@ -121,11 +121,11 @@ class Session:
 
     @property
     def placement(self) -> list[tuple[str, str]] | None:
-        """(provider, operator) of every node, where it was recorded and this ONNX Runtime can tell."""
-        told = getattr(self._session, "get_provider_graph_assignment_info", None)
-        if told is None or not self._record_placement:
+        """(provider, operator) of every node; None if it was not recorded, or if this ONNX Runtime does not report it."""
+        assignment = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if assignment is None or not self._record_placement:
             return None
-        return [(str(part.ep_name), str(node.op_type)) for part in told() for node in part.get_nodes()]
+        return [(str(part.ep_name), str(node.op_type)) for part in assignment() for node in part.get_nodes()]
 
     def run_raw(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The named outputs, as the model gives them."""
@@ -146,14 +146,14 @@ class Session:
     ) -> npt.NDArray[np.float32]:
         """Waveforms (batch, samples) in [-1, 1] to embeddings (batch, frames, dim); a clip-only encoder gives one frame.
 
-        Of each waveform the first `held` samples are the clip's own; all, if it is not given.
+        The first `held` samples of each waveform are not padding; all by default.
         """
         return self.run_taps(batch, [contract], held)[0]
 
     def run_taps(
         self, batch: npt.NDArray[np.float32], taps: Sequence[Contract], held: Sequence[int] | None = None
     ) -> list[npt.NDArray[np.float32]]:
-        """The same for several outputs in one pass: contracts that differ only in what they say of an output."""
+        """`run` for several outputs in one pass, by contracts that differ only in the output."""
         adapters = [Adapter(contract, self.types) for contract in taps]
         results = self.run_raw([contract.output for contract in taps], adapters[0].feeds(batch, held))
         return [adapter.frames(result, len(batch)) for adapter, result in zip(adapters, results, strict=True)]
@@ -172,7 +172,7 @@ def provider_of(device: str) -> tuple[str, dict[str, str]]:
 
 
 def cuda_may_work() -> bool:
-    """Whether the CUDA driver is there at all: onnxruntime-gpu lists CUDA on machines without a GPU."""
+    """Whether this machine has a CUDA driver: onnxruntime-gpu lists CUDA even on machines without a GPU."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -192,7 +192,8 @@ def _explained(error: Exception, what: str, provider: str, *, loading: bool = Fa
             )
         return ModelLimitError(f"{what}: it needs more memory than it may use")
     if provider == CUDA and (sign := _CUDA_FAILURE.search(text)) and (loading or load_libraries(sys.modules["onnxruntime"])):
-        # Of the device or its libraries. In a run with all of them it may be the model's: an input too short for a kernel.
+        # The device's or its libraries' fault. If all libraries are there, a failing run may be the model's: an input that
+        # is too short for a kernel.
         why = why_no_cuda(sys.modules["onnxruntime"], driver=cuda_may_work())
         return MachineError(f"CUDA failed: {text[sign.start() : sign.start() + 200]}; {why}")
     return ModelError(f"{what}: {text[:300]}")

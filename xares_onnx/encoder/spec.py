@@ -1,4 +1,4 @@
-"""Records of an encoder as it was measured: enough to name its embeddings and to open it again in a worker."""
+"""Records of a measured encoder: enough to name its embeddings and to open it again in a worker."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .session import CPU
 
 GPU_BATCH = 32  # most chunks in one call
 _CALL_SECONDS = 160  # most audio in one call of several chunks
-_WINDOW_SECONDS = 900  # of chunks, among which those of equal length are looked for
-_WINDOW_BYTES = 1 << 28  # most embedding values of a window, so that many taps are held no longer than one
-_GPU_CALLERS = 2  # one prepares a call while the device is busy with the other's; each has handles and workspace of its own
+_WINDOW_SECONDS = 900  # audio of the chunks among which those of equal length share calls
+_WINDOW_BYTES = 1 << 28  # most embedding values of a window, so that many taps need no more memory than one
+_GPU_CALLERS = 2  # one prepares a call while the device runs the other's; each has handles and workspace of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Tap(msgspec.Struct, frozen=True):
 
 
 class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as it was found: content, contract, provider. Enough to name its embeddings without loading it."""
+    """A measured model: content, contract, provider. Enough to name its embeddings without loading it."""
 
     path: str
     scan: ModelScan
@@ -49,32 +49,32 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
     onnxruntime: str
     notes: tuple[str, ...] = ()
     more_taps: tuple[Tap, ...] = ()
-    """Outputs that are scored beside the contract's, in the same pass."""
+    """Further outputs that are scored in the same pass as the contract's."""
     exposure: Exposure | None = None
-    """Inner tensors that were made outputs for them."""
+    """Inner tensors that become outputs for these taps."""
     batch_difference: float | None = None
     """Largest difference of a chunk alone from the same chunk in a full call, as a share of the largest embedding value;
-    None where a chunk is always alone."""
+    None if a chunk is always alone."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """Every output that is scored, the contract's first."""
+        """Every scored output, the contract's first."""
         return (Tap(self.contract.output, self.contract), *self.more_taps)
 
     @property
     def batching(self) -> Batching:
-        """Which chunks share a call. On the CPU none do: that is as fast, and no clip then meets another."""
+        """Which chunks share a call. On the CPU none do: that is as fast, and clips then cannot affect each other."""
         if self.provider == CPU or self.contract.batch_coupled or not self.contract.dynamic_batch:
             return Batching()
         rate = self.contract.sample_rate
         framed = [tap.contract for tap in self.taps if tap.contract.hop_samples]
-        bytes_a_sample = sum(4 * contract.dim / (contract.hop_samples or 1) for contract in framed)
-        window = min(_WINDOW_SECONDS * rate, int(_WINDOW_BYTES / bytes_a_sample) if bytes_a_sample else sys.maxsize)
+        bytes_per_sample = sum(4 * contract.dim / (contract.hop_samples or 1) for contract in framed)
+        window = min(_WINDOW_SECONDS * rate, int(_WINDOW_BYTES / bytes_per_sample) if bytes_per_sample else sys.maxsize)
         return Batching(GPU_BATCH, _CALL_SECONDS * rate, window)
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """What a worker needs to have the encoder at hand; picklable."""
+    """What a worker needs to open the encoder; picklable."""
 
     info: EncoderInfo
     device: str
@@ -84,5 +84,5 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     @property
     def callers(self) -> int:
-        """Threads that call the model at once; clips are decoded on `threads`."""
+        """Threads that call the model at once. Clips are decoded on `threads` threads."""
         return self.threads if self.info.provider == CPU else min(self.threads, _GPU_CALLERS)

@@ -71,7 +71,7 @@ def cases(report: CheckReport) -> list[Case]:
 
 
 def markdown(report: CheckReport) -> str:
-    """A table for a step summary: what is not well first."""
+    """A table for a step summary, failures and warnings first."""
     lines = [
         f"### {markdown_cell(Path(report.file).name)}: {markdown_cell(summary(report))}",
         "",
@@ -82,7 +82,7 @@ def markdown(report: CheckReport) -> str:
     ]
     if report.unusable is not None:
         lines.insert(2, f"**cannot be used**: {markdown_cell(report.unusable)}\n")
-    for finding in (found for status in STATUSES for found in _having(report, status)):
+    for finding in (finding for status in STATUSES for finding in _having(report, status)):
         what = _sentence(finding) if finding.status in ("fail", "warn") else finding.says
         result = f"**{finding.status}**" if finding.status == "fail" else finding.status
         cells = [markdown_cell(printable(cell)) for cell in (_measured(finding), _tolerance(finding), what)]
@@ -97,13 +97,13 @@ def _having(report: CheckReport, status: str) -> list[Finding]:
 def _described(report: CheckReport) -> str:
     if report.model is None:
         return "could not be read"
-    said = [data_size(report.model.bytes), f"{report.model.parameters / 1e6:.1f} M parameters", report.model.precision]
+    facts = [data_size(report.model.bytes), f"{report.model.parameters / 1e6:.1f} M parameters", report.model.precision]
     if report.contract is not None:
         dim, hop, rate = (report.contract[name]["value"] for name in ("dim", "hop_samples", "sample_rate"))
-        said += [f"{dim} dimensions", f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only", f"{rate} Hz"]
+        facts += [f"{dim} dimensions", f"a frame every {1000 * hop / rate:g} ms" if hop else "clip-only", f"{rate} Hz"]
     if report.provider is not None:
-        said.append(report.provider.removesuffix("ExecutionProvider"))
-    return ", ".join(said)
+        facts.append(report.provider.removesuffix("ExecutionProvider"))
+    return ", ".join(facts)
 
 
 def _measured(finding: Finding) -> str:

@@ -20,7 +20,7 @@ Status = Literal["pass", "warn", "fail", "skip"]
 _LEVELS: dict[Status, str] = {"fail": "error", "warn": "warning"}
 # XML 1.0 has no way to write these, not even as a reference.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# What a runner takes for a command where it reads a log: `::` at the start of a line, `##[` anywhere.
+# A runner takes these in a log for commands: `::` at the start of a line, `##[` anywhere.
 _COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\[)", re.MULTILINE)
 
 
@@ -60,11 +60,11 @@ def github(title: str, cases: Sequence[Case], *, file: str | None, summary: str)
             properties = ",".join(f"{key}={_property(value)}" for key, value in where.items() if value)
             text = "\n".join(part for part in (case.message, case.details) if part)
             lines.append(f"::{level} {properties}::{_data(text)}")
-    return "\n".join([*lines, _COMMAND.sub(lambda found: _spaced(found[0]), summary)]).rstrip("\n") + "\n"
+    return "\n".join([*lines, _COMMAND.sub(lambda match: _spaced(match[0]), summary)]).rstrip("\n") + "\n"
 
 
 def write_step_summary(markdown: str) -> bool:
-    """Append to the step summary of GitHub Actions; False where this is no such step."""
+    """Append to the step summary of GitHub Actions; False outside GitHub Actions."""
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if not path:
         return False
@@ -105,8 +105,8 @@ def _add_outcome(element: ElementTree.Element, case: Case) -> None:
         case _:
             text = "\n".join(part for part in (case.message, case.details) if part)
             if text:
-                said = f"warning: {text}" if case.status == "warn" else text
-                ElementTree.SubElement(element, "system-out").text = _xml(said)
+                output = f"warning: {text}" if case.status == "warn" else text
+                ElementTree.SubElement(element, "system-out").text = _xml(output)
 
 
 def _xml(text: str) -> str:

@@ -111,8 +111,9 @@ def test_placement_is_told_by_onnx_runtime(tmp_path: Path) -> None:
         (
             [("X", "Conv"), (CPU, "Shape"), (CPU, "Shape"), (CPU, "If")],
             "warn",
-            "3 of 4 nodes fell to the CPU: 2 Shape, 1 If",
+            "1 of 4 nodes fell to the CPU: 1 If",
         ),
+        ([("X", "Conv"), (CPU, "Shape"), (CPU, "Gather")], "pass", "1 of 3 nodes run on X, and the rest compute shapes"),
         (None, "skip", "does not report where nodes are placed"),
     ],
 )

@@ -35,7 +35,7 @@ import numpy as np  # noqa: E402
 
 STARTED = float(os.environ.get("GPU_BENCH_STARTED", time.time()))
 MODELS = ("logmel", "resemblyzer", "wav2vec2", "dasheng")
-LIMITS = {"models": 150, "provider": 90, "check": 150, "suite": 150, "throughput": 240, "heads": 120}  # seconds
+LIMITS = {"models": 150, "provider": 90, "check": 150, "suite": 200, "throughput": 240, "heads": 120}  # seconds
 RATE = 16_000
 STAGES = (("models",), ("provider",), ("check", "suite"), ("throughput",), ("heads",))  # no times matter of those together
 SHARDS = 4  # of each kind of audio, so that 1, 2 and 4 workers embed the same
@@ -205,7 +205,8 @@ def suite(bench: Bench) -> None:
     from xares_onnx.evaluation.comparison import compare
 
     cache = bench.folder / "cache"
-    tasks = ["synthetic_vowel"] if bench.dry else list(synthetic.TASKS)
+    swept = ("synthetic_captions", "synthetic_transcript")  # minutes of training on the CPU, whatever embedded them
+    tasks = ["synthetic_vowel"] if bench.dry else [task for task in synthetic.TASKS if task not in swept]
     code = (
         "import pathlib, sys; from xares_onnx.data import synthetic; synthetic.build(sys.argv[1], pathlib.Path(sys.argv[2]))"
     )

@@ -30,7 +30,7 @@ docs: .venv/installed  ## write the command line's reference anew, and build the
 	$(BIN)/python docs/reference.py > docs/cli.md.part && mv docs/cli.md.part docs/cli.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-wheel-demo: .venv/installed  ## build the wheel, install it into a clean environment, run the demo from there
+wheel-demo: .venv/installed  ## build the wheel, install it into a clean environment, run four tasks of the demo from there
 	rm -rf dist build/lib build/bdist.* .clean-venv
 	$(BIN)/python -m build --wheel --outdir dist .
 	@# the wheel holds every module, task and schema of the tree, and nothing else
@@ -41,7 +41,7 @@ wheel-demo: .venv/installed  ## build the wheel, install it into a clean environ
 	$(CLEAN)/pip install --quiet --constraint requirements.lock torch==2.13.0
 	$(CLEAN)/pip install --quiet --constraint requirements.lock dist/*.whl
 	cd dist && ../$(CLEAN)/xares-onnx export logmel -o logmel.onnx
-	cd dist && ../$(CLEAN)/xares-onnx evaluate logmel.onnx --suite synthetic --cache cache
+	cd dist && ../$(CLEAN)/xares-onnx evaluate logmel.onnx --tasks $(BROWSED) --cache cache
 
 realdata: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## build real audio, score both encoders on it
 	test -d $(REALDATA)/env || $(BIN)/python $(SHARED)/realdata/build.py $(REALDATA) $(SHARED)/xares_tasks.json

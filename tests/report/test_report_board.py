@@ -131,7 +131,7 @@ def test_averages_are_over_the_tasks_that_every_model_has(tmp_path: Path) -> Non
     assert by_label["wide"].weighted == pytest.approx((0.4 * esc + 0.8 * vox) / (esc + vox))
     assert by_label["narrow"].mean == pytest.approx(0.75)
     assert found.models[0].label == "narrow"
-    assert any("narrow has no head score of fsd50k" in note for note in found.notes)
+    assert any("narrow has no head score for fsd50k" in note for note in found.notes)
     theirs = shipped_tasks()
     for encoder in ("dasheng", "wav2vec2", "whisper", "data2vec"):
         a, b = (theirs[name].published.linear[encoder] for name in (ESC, VOX))  # type: ignore[union-attr]
@@ -174,7 +174,7 @@ def test_what_is_not_comparable_is_not_the_best_of_what_is(tmp_path: Path) -> No
     [{"weight": -1.0}, {"weight": 1e300}, {"ci95": (0.0, 1e300)}, {"published": {"x": 1e300}}, {"per_seed": [1e300]}],
 )
 def test_numbers_that_no_evaluation_gives(tmp_path: Path, records: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"a\.json holds a number of esc50 that no evaluation gives"):
+    with pytest.raises(UsageError, match=r"a\.json holds an impossible number for esc50"):
         board(save(tmp_path, "a", {ESC: right(range(60))}, records={ESC: records}))
 
 
@@ -183,7 +183,7 @@ def test_a_size_that_no_file_has(tmp_path: Path) -> None:
     made = json.loads(path.read_text())
     made["encoder"]["bytes"] = 1 << 62
     path.write_text(json.dumps(made))
-    with pytest.raises(UsageError, match="holds a size of its encoder that no file has"):
+    with pytest.raises(UsageError, match="holds an impossible encoder size"):
         board(path)
 
 
@@ -207,7 +207,7 @@ def test_predictions_of_another_run_are_an_error(tmp_path: Path) -> None:
         ({"settings": {"protocol": "corrected", "seeds": 1, "limit": 50}}, {}, UsageError, "--limit None"),
         ({}, {ESC: {"data_digest": "e" * 64}}, DataError, "other data of esc50"),
         ({}, {ESC: {"definition_digest": "e" * 64}}, UsageError, "esc50 is defined differently"),
-        ({}, {ESC: {"score": 1e300}}, UsageError, "a number of esc50 that no evaluation gives"),
+        ({}, {ESC: {"score": 1e300}}, UsageError, "an impossible number for esc50"),
     ],
 )
 def test_what_cannot_be_compared(

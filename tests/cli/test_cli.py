@@ -116,7 +116,7 @@ def test_a_limit_is_marked_at_every_score(world: World) -> None:
     out = run(*world.evaluate("--tasks", world.good, "--limit", "6"))[1]
     row = next(line for line in out.splitlines() if "Tones good" in line)
     assert [row.split("|")[i].strip()[-1] for i in (4, 7)] == ["*", "*"]
-    assert "* not comparable with other results, and in no average: at most 6 clips a split were used" in out
+    assert "* not comparable with other results, and in no average: at most 6 clips per split were used" in out
     assert "weighted average" not in out
 
 

@@ -92,7 +92,7 @@ def test_a_table_takes_paths_and_results(two: tuple[Path, Path]) -> None:
         evaluation.result = msgspec.structs.replace(evaluation.result, tasks=evaluation.result.tasks[:1])
     assert [row["compared_by"] for row in table(evaluations)] == [None, "paired"]
     assert [row["score"] for row in table(evaluations[0])] == [0.6]
-    with pytest.raises(UsageError, match="a dict is no result"):
+    with pytest.raises(UsageError, match="a dict is not a result"):
         table([{}])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="there is no result to report"):
         table([])
@@ -205,7 +205,7 @@ def test_a_model_index_is_what_a_model_card_reads(tmp_path: Path) -> None:
 
 
 def test_a_model_index_is_of_one_model_with_comparable_scores(two: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a model-index is of one model, and here are 2"):
+    with pytest.raises(UsageError, match="a model-index describes one model, not 2"):
         model_index(make_board([Side.read(path) for path in two]))
     limited = result([record(ESC, right(range(60)), comparable=False)])
     with pytest.raises(UsageError, match="no comparable score"):

@@ -67,7 +67,7 @@ def test_the_worst_are_worst_for_all_models() -> None:
 
 def test_of_an_error_the_largest_is_worst() -> None:
     (worst, *others) = mistakes("speechocean762", predictions([1.0, 2.0, 3.0], [[1.0, 9.0, 4.0]])).clips
-    assert (worst.key[-1], worst.truth, worst.said, worst.scores) == ("1", "2", ("9",), (49.0,))
+    assert (worst.key[-1], worst.truth, worst.answers, worst.scores) == ("1", "2", ("9",), (49.0,))
     assert len(others) == 1  # the third is perfect
 
 
@@ -78,18 +78,18 @@ def test_what_is_said_of_a_clip() -> None:
     scores = np.zeros((2, 200), np.float32)
     scores[0, [3, 9]] = scores[1, 5] = 1
     (clip,) = mistakes("fsd50k", columns(2, target=present, prediction=scores)).clips
-    assert (clip.truth, clip.said) == (f"{names[3]}, {names[7]}", (f"{names[3]}, {names[9]}",))
+    assert (clip.truth, clip.answers) == (f"{names[3]}, {names[7]}", (f"{names[3]}, {names[9]}",))
     spoken = columns(2, target=["one two", "x"], prediction=["one\x1b", "x"], word_errors=[[1, 2], [0, 1]])
     (clip,) = mistakes("librispeech", spoken, method="ctc").clips
-    assert (clip.truth, clip.said) == ("one two", ("one\\x1b",))
+    assert (clip.truth, clip.answers) == ("one two", ("one\\x1b",))
     heard = columns(3, recall=[[3, 5, 0], [5, 5, 1], [5, 5, 1]])
     (clip,) = mistakes("clotho", heard, method="retrieval").clips
-    assert (clip.truth, clip.said) == ("5 captions", ("3 of them find the clip; it ranks another clip's caption first",))
+    assert (clip.truth, clip.answers) == ("5 captions", ("3 of them find the clip; it ranks another clip's caption first",))
     segments = np.zeros((2, 10, 3), np.int32)
     segments[0, 2], segments[1, 2] = (1, 2, 3), (4, 0, 0)
     (clip,) = mistakes("desed", columns(2, segments=segments)).clips
     assert clip.truth == shipped_tasks()["desed"].target.class_names[2]
-    assert clip.said == ("segments: 1 right, 2 claimed though absent, 3 missed",)
+    assert clip.answers == ("segments: 1 right, 2 claimed though absent, 3 missed",)
 
 
 def test_classes_have_names_only_where_the_task_is_as_it_ships() -> None:
@@ -117,7 +117,7 @@ def test_models_share_the_axes_of_their_confusions() -> None:
 def test_what_are_no_predictions_is_an_error_of_the_data() -> None:
     """Texts can be equal too, so that they have a score."""
     texts = columns(3, target=["a", "b", "c"], prediction=["a", "b", "x"])
-    with pytest.raises(DataError, match="the predictions of esc50 are not those of a score of accuracy"):
+    with pytest.raises(DataError, match="the predictions of esc50 do not fit the metric accuracy"):
         mistakes("esc50", texts)
 
 

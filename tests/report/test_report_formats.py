@@ -269,7 +269,7 @@ def test_wrong_usage_is_said_before_anything_is_read(two: tuple[Path, Path], tmp
     for arguments, sentence in (
         ((missing, "-o", "r.pdf"), "-o r.pdf must end in .html, .md, .csv or .yaml"),
         ((missing, "--format", "pdf"), "--format 'pdf' must be html, md, csv or model-index"),
-        ((missing, "-o", "r.csv", "--data", str(tmp_path)), "--data puts sound into a page"),
+        ((missing, "-o", "r.csv", "--data", str(tmp_path)), "--data includes sound in an HTML page"),
         ((missing, "-o", str(tmp_path / "r.html")), f"there is no result file {missing}"),
         ((str(two[0]), "-o", str(two[0]), "--format", "md"), "would overwrite a result"),
     ):

@@ -268,14 +268,14 @@ def test_parity_with_another_model(tmp_path: Path, shared_process: None) -> None
     other = save(sound(), tmp_path / "other.onnx")
     report = checked(sound(), tmp_path, reference=other)
     assert "parity" in report.named("pass")
-    assert "cosine a frame at least 1.000000" in found(report, "parity")
+    assert "cosine per frame at least 1.000000" in found(report, "parity")
     assert checked(unlike(), tmp_path, reference=other).named("fail") == ["parity"]
 
 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (lambda: declared(check_models.recurrent(), output_dim="8"), "4 dimensions, where other.onnx has 8"),
+        (lambda: declared(check_models.recurrent(), output_dim="8"), "4 dimensions, but other.onnx has 8"),
         (lambda: declared(models.padding_front_end(200), xares__receptive_field_samples=None), "frames for clip 0"),
     ],
 )
@@ -320,7 +320,7 @@ def test_parity_with_what_a_file_holds(tmp_path: Path, shared_process: None) -> 
     report = checked(sound(), tmp_path, reference=nearly, settings={"parity": {"tolerance": 0.02}})
     assert report.named("fail") == []
     short = npz(tmp_path / "short.npz", waveform=one, rate=16_000, embeddings=frames[:-3])
-    assert "198 frames for clip 0 of 32000 samples, where short.npz has 195" in found(
+    assert "198 frames for clip 0 of 32000 samples, but short.npz has 195" in found(
         checked(sound(), tmp_path, reference=short), "parity"
     )
 
@@ -339,7 +339,7 @@ ONES = np.ones(16_000, np.float32)
         ({"waveform": ONES * np.nan, "embeddings": np.ones((98, 4)), "rate": 16_000}, "waveform 0 must be finite floats"),
         ({"waveform": ONES, "embeddings": np.ones((2, 98, 4)), "rate": 16_000}, "embeddings 0 must be floats"),
         ({"waveform": np.ones((2, 9)), "embeddings": np.ones((3, 1, 4)), "rate": 16_000}, "must be (samples,) and"),
-        ({"waveform": np.array([{}]), "embeddings": np.ones((98, 4)), "rate": 16_000}, "is no .npz of plain arrays"),
+        ({"waveform": np.array([{}]), "embeddings": np.ones((98, 4)), "rate": 16_000}, "is not a .npz file of plain arrays"),
     ],
 )
 def test_a_reference_file_that_is_wrong_usage(

@@ -65,7 +65,7 @@ def test_evaluate_prints_a_plain_table_and_saves(world: World, tmp_path: Path) -
     assert "good: training done, 12 steps" in err
 
 
-def test_json_alone_on_stdout(world: World) -> None:
+def test_stdout_holds_only_json(world: World) -> None:
     code, out, err = run(*world.evaluate("--tasks", world.good, "--json"))
     assert code == 0
     assert out == (world.folder / "out.json").read_text()
@@ -78,7 +78,7 @@ def test_quiet_prints_nothing(world: World) -> None:
     assert json.loads((world.folder / "out.json").read_bytes())["tasks"]
 
 
-def test_quiet_still_says_what_failed(world: World) -> None:
+def test_quiet_still_reports_errors(world: World) -> None:
     code, out, err = run(*world.evaluate("--tasks", world.cut, "--quiet"))
     assert (code, out) == (4, "")
     assert "a shard is damaged" in said(err)
@@ -116,11 +116,11 @@ def test_a_limit_is_marked_at_every_score(world: World) -> None:
     out = run(*world.evaluate("--tasks", world.good, "--limit", "6"))[1]
     row = next(line for line in out.splitlines() if "Tones good" in line)
     assert [row.split("|")[i].strip()[-1] for i in (4, 7)] == ["*", "*"]
-    assert "* not comparable with other results, and in no average: at most 6 clips a split were used" in out
+    assert "* not comparable with other results, and in no average: at most 6 clips per split were used" in out
     assert "weighted average" not in out
 
 
-def test_progress_is_told_only_of_what_was_done(world: World, tmp_path: Path) -> None:
+def test_only_stages_with_work_report_progress(world: World, tmp_path: Path) -> None:
     lines = [run(*world.evaluate("--tasks", world.good, "--cache", str(tmp_path / "new")))[2].splitlines() for _ in range(2)]
     assert lines[0] == ["good: embedding done, 44 clips", "good: training done, 12 steps"]
     assert lines[1] == ["good: training done, 12 steps"]
@@ -163,12 +163,12 @@ def test_progress_is_told_only_of_what_was_done(world: World, tmp_path: Path) ->
 def test_an_error_is_one_line_and_an_exit_code(world: World, arguments: list[str], code: int, message: str) -> None:
     shard = str(world.data / "good/train-0.tar")
     named = {"MODEL": world.model, "GOOD": world.good, "GOOD/r.json": f"{world.good}/r.json", "SHARD": shard}
-    found, out, err = run(*(named.get(argument, argument) for argument in arguments))
-    assert (found, out) == (code, "")
+    exit_code, out, err = run(*(named.get(argument, argument) for argument in arguments))
+    assert (exit_code, out) == (code, "")
     assert message in said(err)
 
 
-def test_a_failed_task_leaves_its_code_after_the_table(world: World) -> None:
+def test_a_failed_task_sets_the_exit_code_after_the_table(world: World) -> None:
     code, out, err = run(*world.evaluate("--tasks", f"{world.cut},{world.good}"))
     assert code == 4
     assert "cut: failed: a shard is damaged" in out
@@ -198,7 +198,7 @@ def test_a_failed_task_leaves_its_code_after_the_table(world: World) -> None:
         (XaresError("no \x1b[2Jescape"), 70, r"no \x1b[2Jescape"),
     ],
 )
-def test_what_goes_wrong_inside(
+def test_unexpected_errors_are_one_line(
     world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -206,11 +206,11 @@ def test_what_goes_wrong_inside(
 
     monkeypatch.setattr(evaluation, "evaluate", fail)
     monkeypatch.setenv("XARES_ONNX_DEBUG", "")  # so that --debug's own setting is undone
-    found, out, err = run(*world.evaluate())
-    assert (found, out, said(err)) == (code, "", message)
+    exit_code, out, err = run(*world.evaluate())
+    assert (exit_code, out, said(err)) == (code, "", message)
     if code == 70:
-        found, _, err = run(*world.evaluate("--debug"))
-        assert found == code
+        exit_code, _, err = run(*world.evaluate("--debug"))
+        assert exit_code == code
         assert "Traceback (most recent call last)" in err
         assert "in fail" in err
 
@@ -229,7 +229,7 @@ def test_precedence_of_exit_codes() -> None:
         (["evalaute"], "evalaute"),
     ],
 )
-def test_what_the_parser_refuses_is_one_line_too(
+def test_a_parser_error_is_one_line(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -245,7 +245,7 @@ def test_what_the_parser_refuses_is_one_line_too(
     assert "--help` shows what there is" in err
 
 
-def test_without_arguments_the_help(world: World) -> None:
+def test_without_arguments_help_is_printed(world: World) -> None:
     code, out, err = world.real()
     assert (code, out) == (2, "")
     assert "evaluate" in err
@@ -298,7 +298,7 @@ def test_colour_is_not_forced_upon_a_file(world: World) -> None:
         (["evaluate", "--method", "knn", "--tasks", "CUT,GOOD"], 4),
     ],
 )
-def test_a_reader_that_left_changes_no_exit_code(world: World, arguments: list[str], code: int) -> None:
+def test_a_closed_pipe_keeps_the_exit_code(world: World, arguments: list[str], code: int) -> None:
     if arguments[0] == "evaluate":
         arguments = world.evaluate(*(a.replace("CUT", world.cut).replace("GOOD", world.good) for a in arguments[1:]))
     with world.start(arguments) as process:
@@ -324,7 +324,7 @@ def test_an_ascii_terminal_gets_escapes_and_json_stays_json(world: World) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_so_and_goes_on_later(world: World, tmp_path: Path, number: int, code: int) -> None:
+def test_an_interrupted_run_reports_it_and_resumes(world: World, tmp_path: Path, number: int, code: int) -> None:
     endless = write_task(tmp_path, "good", epochs=10_000)
     options = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out.json")]
     with world.start(["evaluate", world.model, "--tasks", str(endless), *options]) as process:
@@ -385,7 +385,7 @@ def test_plan_counts_and_embeds_nothing(world: World, tmp_path: Path) -> None:
     assert [(row["clips"], row["clips_to_embed"]) for row in limited["tasks"]] == [(15, 15), (15, 15)]
 
 
-def test_hours_of_a_plan_are_near_where_clips_differ(world: World, tmp_path: Path) -> None:
+def test_a_plan_estimates_hours_of_clips_of_different_lengths(world: World, tmp_path: Path) -> None:
     """Durations are sampled: 300 clips of 0.1 to 0.7 s."""
     clips: dict[str, Any] = {}
     for i in range(300):
@@ -415,7 +415,7 @@ def test_tasks_are_listed_on_one_line_each() -> None:
     assert "…" not in out
 
 
-def test_tasks_say_what_is_on_disk(world: World, tmp_path: Path) -> None:
+def test_tasks_list_what_is_on_disk(world: World, tmp_path: Path) -> None:
     for number in range(1, 6):
         write_shard(tmp_path / "esc50" / f"wds-audio-fold-{number}-0.tar", tones(2, 0))
     (tmp_path / "vocalsound").mkdir()
@@ -426,7 +426,7 @@ def test_tasks_say_what_is_on_disk(world: World, tmp_path: Path) -> None:
     assert [row[0] for row in table(run("tasks", "vox*")[1])] == ["voxceleb1", "voxlingua33"]
 
 
-def test_one_task_in_full(tmp_path: Path) -> None:
+def test_one_task_is_shown_in_full(tmp_path: Path) -> None:
     write_shard(tmp_path / "esc50" / "wds-audio-fold-2-0.tar", tones(2, 0))
     code, out, err = run("tasks", "esc50", "--data", str(tmp_path))
     assert (code, err) == (0, "")

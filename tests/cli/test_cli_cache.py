@@ -104,9 +104,7 @@ def test_export_takes_a_factory_and_a_precision(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".onnx"] == []
 
 
-def test_an_export_in_8_bits_says_on_which_arithmetic_it_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_8_bit_export_names_the_arithmetic_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["import torch", "class Build(torch.nn.Module):", "    sample_rate = 16_000", "    def __init__(self):"]
     lines += [
         "        super().__init__()",
@@ -118,12 +116,12 @@ def test_an_export_in_8_bits_says_on_which_arithmetic_it_was_measured(
     (tmp_path / "small.py").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     words = {"exact": "adds 8-bit products in 32 bits", "saturating": "in 16 bits (no VNNI)", "unknown": "does not tell"}
-    for sums, said in words.items():
+    for sums, phrase in words.items():
         monkeypatch.setattr("xares_onnx.exporters.core.pair_sums", lambda sums=sums: sums)
         code, out, err = run("export", "torch", "small:Build", "-o", "small.onnx", "--quantize", "int8-dynamic")
         assert (code, err) == (0, "")
         assert "batch sizes, measured on a processor that" in out
-        assert said in out
+        assert phrase in out
     assert "measured on" not in run("export", "torch", "small:Build", "-o", "float.onnx")[1]
 
 

@@ -40,9 +40,9 @@ def results(out: str) -> dict[str, str]:
 def test_a_good_model_is_a_table_and_nothing_else(folder: Path) -> None:
     code, out, err = check(GOOD)
     assert (code, err) == (0, "")
-    found = results(out)
-    assert list(found) == list(PROPERTIES)
-    assert set(found.values()) == {"pass", "skip"}
+    by_property = results(out)
+    assert list(by_property) == list(PROPERTIES)
+    assert set(by_property.values()) == {"pass", "skip"}
     first, *_, contract, last = out.splitlines()
     assert first.startswith("good.onnx  ")
     assert "4 dimensions, a frame every 10 ms, 16000 Hz, CPU" in first
@@ -50,7 +50,7 @@ def test_a_good_model_is_a_table_and_nothing_else(folder: Path) -> None:
     assert last.startswith("25 pass, 4 skip in ")
 
 
-def test_a_faulty_model_is_1_and_says_what_to_do(folder: Path) -> None:
+def test_a_faulty_model_exits_1_with_a_remedy(folder: Path) -> None:
     code, out, err = check(HOP)
     assert (code, err) == (1, "")
     assert results(out)["hop"] == "fail"
@@ -60,7 +60,7 @@ def test_a_faulty_model_is_1_and_says_what_to_do(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("format_", ["text", "json", "junit", "github"])
-def test_a_model_that_cannot_be_used_is_3_in_every_format(format_: str, folder: Path) -> None:
+def test_an_unusable_model_exits_3_in_every_format(format_: str, folder: Path) -> None:
     code, out, err = check(STATE, "--format", format_)
     assert code == 3
     assert said(err).startswith("the model keeps a state: input 'state' takes output 'new_state'")
@@ -68,7 +68,7 @@ def test_a_model_that_cannot_be_used_is_3_in_every_format(format_: str, folder: 
     assert "the model keeps a state" in out
 
 
-def test_a_model_that_hangs_is_3_and_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_model_exits_3_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SILENCE_SECONDS", 3.0)
     monkeypatch.chdir(tmp_path)
     save(never_ends_on_dc(), tmp_path / "loop.onnx")
@@ -130,8 +130,8 @@ SEVERITIES = '[tool.xares-onnx.check]\nhop = "warn"\nmemory = { severity = "erro
 def test_severities_of_the_nearest_pyproject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "pyproject.toml").write_text(SEVERITIES)
     code, out, _ = check(HOP)
-    found = results(out)
-    assert (code, found["hop"], found["memory"]) == (1, "warn", "fail")
+    by_property = results(out)
+    assert (code, by_property["hop"], by_property["memory"]) == (1, "warn", "fail")
     below = folder / "a/b"
     below.mkdir(parents=True)
     monkeypatch.chdir(below)
@@ -156,7 +156,7 @@ def test_severities_of_the_nearest_pyproject(folder: Path, monkeypatch: pytest.M
         ("[tool", "pyproject.toml cannot be read"),
     ],
 )
-def test_settings_that_cannot_be_are_wrong_usage(text: str, says: str, folder: Path) -> None:
+def test_invalid_settings_are_usage_errors(text: str, says: str, folder: Path) -> None:
     (folder / "pyproject.toml").write_text(text)
     code, out, err = check(GOOD)
     assert (code, out) == (2, "")

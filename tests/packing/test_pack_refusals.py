@@ -152,7 +152,7 @@ def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
     assert refuse(folder, tmp_path / "no.csv") == (4, f"table {tmp_path}/no.csv does not exist")
     table = write_table(tmp_path / "labels.csv", rows_of())
     assert refuse(tmp_path / "no", table) == (4, f"audio folder {tmp_path}/no does not exist")
-    assert refused(str(folder), str(table)) == (2, "name the folder to write by -o DIR, or check only by --check")
+    assert refused(str(folder), str(table)) == (2, "name the output folder with -o DIR, or only check with --check")
     (tmp_path / "empty").mkdir()
     assert refused(str(tmp_path / "empty"), "--check")[0] == 4
 

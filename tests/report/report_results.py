@@ -22,24 +22,24 @@ from xares_onnx.scoring.scoring import Predictions, generator, scorers_of
 CORRECTED = Protocol("corrected")
 
 
-def predictions(targets: Sequence[Any], said: Sequence[Sequence[Any]], keys: Sequence[str] | None = None) -> Predictions:
-    """Of one fold: the targets of its clips, and what each seed says of them."""
+def predictions(targets: Sequence[Any], answers: Sequence[Sequence[Any]], keys: Sequence[str] | None = None) -> Predictions:
+    """Predictions of one fold, from the targets of its clips and the answers of each seed."""
     names = list(keys) if keys is not None else [f"test-0.tar/clip{i:03}" for i in range(len(targets))]
-    seeds = len(said)
+    seeds = len(answers)
     return {
         "key": np.array(names * seeds),
         "fold": np.array(["test"] * len(names) * seeds),
         "seed": np.repeat(np.arange(seeds), len(names)),
         "target": np.concatenate([np.asarray(targets)] * seeds),
-        "prediction": np.concatenate([np.asarray(of_seed) for of_seed in said]),
+        "prediction": np.concatenate([np.asarray(of_seed) for of_seed in answers]),
     }
 
 
 def right(clips: Sequence[int], of: int = 100) -> Predictions:
-    """Of clips of class 0 and 1 in turn: those that are right, by one seed."""
+    """Predictions of one seed for `of` clips of class 0 and 1 in turn, right for these `clips` only."""
     targets = np.arange(of, dtype=np.int32) % 2
-    said: npt.NDArray[np.int32] = np.where(np.isin(np.arange(of), list(clips)), targets, 1 - targets).astype(np.int32)
-    return predictions(targets, [said])
+    answers: npt.NDArray[np.int32] = np.where(np.isin(np.arange(of), list(clips)), targets, 1 - targets).astype(np.int32)
+    return predictions(targets, [answers])
 
 
 def record(task: str, arrays: Predictions, method: str = "linear", tap: str | None = None, **changes: Any) -> TaskResult:
@@ -50,7 +50,7 @@ def record(task: str, arrays: Predictions, method: str = "linear", tap: str | No
     by = "knn" if method == "knn" else "head"
     (estimate,) = estimates([scorers], generator(task, by), None, "share" if shipped.score.higher_is_better else "error")
     published = shipped.published.linear if shipped.published and method != "knn" else {}
-    made = TaskResult(
+    built = TaskResult(
         task=task,
         title=shipped.title,
         domain=shipped.domain,
@@ -72,14 +72,14 @@ def record(task: str, arrays: Predictions, method: str = "linear", tap: str | No
         rtf=0.01,
         published=dict(published),
     )
-    return msgspec.structs.replace(made, **changes)
+    return msgspec.structs.replace(built, **changes)
 
 
 def result(
     records: Sequence[TaskResult], name: str = "model", taps: Sequence[str] = ("embeddings",), **changes: Any
 ) -> Result:
     main = [r for r in records if r.tap is None]
-    made = Result(
+    built = Result(
         encoder=Encoder(
             file=f"{name}.onnx",
             sha256=(name.encode().hex() * 64)[:64],
@@ -98,7 +98,7 @@ def result(
         tasks=list(records),
         averages=averages(main, {}),
     )
-    return msgspec.structs.replace(made, **changes)
+    return msgspec.structs.replace(built, **changes)
 
 
 def save(
@@ -112,14 +112,14 @@ def save(
 ) -> Path:
     """Write a result of `tasks` with its predictions; `taps` are further ones, `records` changes of a task's record."""
     path = folder / f"{name}.json"
-    made, arrays = [], {}
+    built, arrays = [], {}
     several = {"embeddings": tasks, **(taps or {})}
     for number, (tap, of_tap) in enumerate(several.items()):
         for task, of_task in of_tap.items():
             method = (methods or {}).get(task, "linear")
             by = f"{method}.{number}" if number else method
             more = dict((records or {}).get(task, {}))
-            made.append(
+            built.append(
                 record(
                     task,
                     of_task,
@@ -129,5 +129,5 @@ def save(
                 )
             )
             arrays[task, by] = of_task
-    write_result(path, result(made, name, tuple(several), **changes), arrays)
+    write_result(path, result(built, name, tuple(several), **changes), arrays)
     return path

@@ -52,7 +52,7 @@ def test_junit_takes_any_text(status: str) -> None:
 
 
 @given(st.text())
-def test_junit_is_valid_whatever_a_name_holds(text: str) -> None:
+def test_junit_is_valid_for_any_name(text: str) -> None:
     case = Case(text, text, "fail", text, text)
     ElementTree.fromstring(junit(text, [case]).encode())
 
@@ -94,5 +94,5 @@ def test_a_step_summary_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_step_summary("# three")
 
 
-def test_a_cell_of_a_table_is_text_alone() -> None:
+def test_a_table_cell_holds_no_markup() -> None:
     assert markdown_cell("a | b\n<img src=x> [c](d) `e` *f*") == r"a \| b &lt;img src=x&gt; \[c\](d) \`e\` \*f\*"

@@ -50,22 +50,22 @@ def test_every_synthetic_task_has_an_aspect() -> None:
 
 
 def test_a_report_has_a_profile_and_no_average(paths: list[Path]) -> None:
-    found = board(*paths)
-    assert found.averages == ()
-    assert "no average: the synthetic suite says what an encoder keeps" in headline(found)
-    text = markdown(found)
+    compared = board(*paths)
+    assert compared.averages == ()
+    assert "no average: the synthetic suite says what an encoder keeps" in headline(compared)
+    text = markdown(compared)
     assert "weighted average" not in text
     assert "| what is kept | by the task | metric | chance | a | b |" in text
     assert "| pitch | Pitch class | accuracy | 0.083 | 0.700 ★ | 0.400 |" in text
-    page = html(found)
+    page = html(compared)
     assert '<section id="profile"' in page
     assert "is best with" not in page
 
 
 def test_other_tasks_keep_their_average(tmp_path: Path) -> None:
     path = save(tmp_path, "c", {ESC: right(range(60)), VOWEL: right(range(20))})
-    found = board(path)
-    assert [row.tasks for row in found.averages] == [(ESC,)]
+    compared = board(path)
+    assert [row.tasks for row in compared.averages] == [(ESC,)]
     text = printed(read_result(path))
     assert "what is kept" in text
     (average,) = (line for line in text.splitlines() if line.startswith("| public"))
@@ -78,7 +78,7 @@ def test_without_synthetic_tasks_there_is_no_profile(tmp_path: Path) -> None:
     assert "what is kept" not in printed(read_result(path)) + markdown(board(path)) + html(board(path))
 
 
-def test_a_terminal_shows_a_profile_alone(paths: list[Path]) -> None:
+def test_a_terminal_shows_a_profile_without_an_average(paths: list[Path]) -> None:
     text = printed(read_result(paths[0]))
     assert "weighted average" not in text
     (row,) = (line for line in text.splitlines() if "Pitch class" in line and "pitch" in line.split("|")[1])
@@ -101,6 +101,6 @@ def test_a_floor_that_names_the_average_is_judged(paths: list[Path]) -> None:
     assert statuses == ["pass", "fail"]
 
 
-def test_an_error_is_said_to_be_one(tmp_path: Path) -> None:
+def test_an_error_metric_is_marked_lower_is_better(tmp_path: Path) -> None:
     path = save(tmp_path, "n", {"synthetic_number": predictions([1.0, 2.0, 3.0], [[1.0, 2.0, 4.0]])})
     assert "| noise | Noisiness | MSE, lower is better |  | 0.333 |" in markdown(board(path))

@@ -24,22 +24,22 @@ def board(*paths: Path) -> Board:
     return make_board([Side.read(path) for path in paths])
 
 
-def verdicts(found: Board, row: int = 0) -> dict[str, Verdict | None]:
-    cells = found.rows[row].cells
-    return {m.label: c.verdict if c else None for m, c in zip(found.models, cells, strict=True)}
+def verdicts(compared: Board, row: int = 0) -> dict[str, Verdict | None]:
+    cells = compared.rows[row].cells
+    return {m.label: c.verdict if c else None for m, c in zip(compared.models, cells, strict=True)}
 
 
-def standings(found: Board, row: int = 0) -> dict[str, str | None]:
-    return {label: verdict.standing if verdict else None for label, verdict in verdicts(found, row).items()}
+def standings(compared: Board, row: int = 0) -> dict[str, str | None]:
+    return {label: verdict.standing if verdict else None for label, verdict in verdicts(compared, row).items()}
 
 
-def test_a_result_alone_is_compared_with_nothing(tmp_path: Path) -> None:
-    found = board(save(tmp_path, "one", {ESC: right(range(60))}))
-    assert standings(found) == {"one": None}
-    assert found.averages[0].cells[0].verdict is None
+def test_a_single_result_has_no_verdicts(tmp_path: Path) -> None:
+    compared = board(save(tmp_path, "one", {ESC: right(range(60))}))
+    assert standings(compared) == {"one": None}
+    assert compared.averages[0].cells[0].verdict is None
 
 
-def test_clips_that_both_find_hard_do_not_blur_a_difference(tmp_path: Path) -> None:
+def test_clips_that_are_hard_for_both_do_not_widen_a_difference(tmp_path: Path) -> None:
     """66 and 60 of 100 right: their intervals overlap, but B is right wherever A is, and on six more."""
     a, b = (save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66)))
     verdict = verdicts(board(a, b))["a"]
@@ -55,34 +55,34 @@ def test_the_same_distance_on_other_clips_is_within_noise(tmp_path: Path) -> Non
     assert standings(board(a, b)) == {"b": "best", "a": "within_noise"}
 
 
-def test_without_predictions_intervals_are_compared_and_that_is_said(tmp_path: Path) -> None:
+def test_without_predictions_intervals_are_compared_with_a_note(tmp_path: Path) -> None:
     paths = [save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66), ("c", 20))]
     shutil.rmtree(tmp_path / "a.predictions")
     shutil.rmtree(tmp_path / "c.predictions")
-    found = board(*paths)
-    assert standings(found) == {"b": "best", "a": "within_noise", "c": "behind"}
-    assert all(v is not None and v.basis == "intervals" for label, v in verdicts(found).items() if label != "b")
-    assert [note.split(":")[0] for note in found.notes] == ["a", "c"]
-    assert "a.predictions" in found.notes[0]
+    compared = board(*paths)
+    assert standings(compared) == {"b": "best", "a": "within_noise", "c": "behind"}
+    assert all(v is not None and v.basis == "intervals" for label, v in verdicts(compared).items() if label != "b")
+    assert [note.split(":")[0] for note in compared.notes] == ["a", "c"]
+    assert "a.predictions" in compared.notes[0]
 
 
-def test_without_intervals_nothing_is_claimed(tmp_path: Path) -> None:
+def test_without_intervals_the_verdict_is_unclear(tmp_path: Path) -> None:
     results = [result([record(ESC, right(range(n)), ci95=None)], name) for name, n in (("a", 60), ("b", 90))]
-    found = make_board([Side.of_result(r.encoder.file, r) for r in results])
-    assert standings(found) == {"b": "best", "a": "unclear"}
+    compared = make_board([Side.of_result(r.encoder.file, r) for r in results])
+    assert standings(compared) == {"b": "best", "a": "unclear"}
 
 
-def test_of_an_error_the_lower_is_best(tmp_path: Path) -> None:
+def test_the_lowest_error_is_best(tmp_path: Path) -> None:
     truth = np.linspace(0, 10, 50)
     near, far = (
         save(tmp_path, name, {SPEECH: predictions(truth, [truth + by])}) for name, by in (("near", 0.5), ("far", 2.0))
     )
-    found = board(far, near)
-    assert standings(found) == {"near": "best", "far": "behind"}
-    behind = verdicts(found)["far"]
+    compared = board(far, near)
+    assert standings(compared) == {"near": "best", "far": "behind"}
+    behind = verdicts(compared)["far"]
     assert behind is not None
     assert behind.behind == pytest.approx((3.75, 3.75))
-    assert found.averages == ()  # an error is never averaged
+    assert compared.averages == ()  # an error is never averaged
 
 
 def test_equal_scores_are_both_best(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_equal_scores_are_both_best(tmp_path: Path) -> None:
     assert standings(board(a, b)) == {"a": "best", "b": "best"}
 
 
-def test_clips_that_one_lost_are_left_out_of_a_difference(tmp_path: Path) -> None:
+def test_a_difference_leaves_out_clips_that_one_model_dropped(tmp_path: Path) -> None:
     a = save(tmp_path, "a", {ESC: right(range(60))})
     fewer = right(range(66))
     kept = np.arange(100) != 99
@@ -100,7 +100,7 @@ def test_clips_that_one_lost_are_left_out_of_a_difference(tmp_path: Path) -> Non
     assert (verdict.standing, verdict.basis) == ("behind", "paired")
 
 
-def test_a_model_stands_for_its_first_tap(tmp_path: Path) -> None:
+def test_the_first_tap_represents_a_model(tmp_path: Path) -> None:
     """A layer is better than the output: the curve shows it, and the model is still what it gives out."""
     deep = save(
         tmp_path,
@@ -109,32 +109,32 @@ def test_a_model_stands_for_its_first_tap(tmp_path: Path) -> None:
         taps={"layer.0": {ESC: right(range(90))}, "layer.1": {ESC: right(range(70))}},
     )
     plain = save(tmp_path, "plain", {ESC: right(range(60))})
-    found = board(deep, plain)
-    assert [cell.score for cell in found.rows[0].cells if cell] == [0.6, 0.5]
-    assert [model.label for model in found.models] == ["plain", "deep"]
-    verdict = verdicts(found)["deep"]
+    compared = board(deep, plain)
+    assert [cell.score for cell in compared.rows[0].cells if cell] == [0.6, 0.5]
+    assert [model.label for model in compared.models] == ["plain", "deep"]
+    verdict = verdicts(compared)["deep"]
     assert verdict is not None
     assert (verdict.standing, verdict.basis) == ("behind", "paired")
-    (curve,) = found.curves
+    (curve,) = compared.curves
     assert (curve.model, curve.steps, curve.scores) == (1, ("layer.0", "layer.1", "embeddings"), (0.9, 0.7, 0.5))
 
 
 def test_averages_are_over_the_tasks_that_every_model_has(tmp_path: Path) -> None:
     wide = save(tmp_path, "wide", {ESC: right(range(40)), VOX: right(range(80)), "fsd50k": tags()})
     narrow = save(tmp_path, "narrow", {ESC: right(range(60)), VOX: right(range(90))})
-    found = board(wide, narrow)
-    public = found.averages[0]
+    compared = board(wide, narrow)
+    public = compared.averages[0]
     esc, vox = (shipped_tasks()[name].weight or 0 for name in (ESC, VOX))
     assert (public.group, public.method, public.tasks, public.of) == ("public", "head", (ESC, VOX), 22)
-    by_label = {m.label: c for m, c in zip(found.models, public.cells, strict=True)}
+    by_label = {m.label: c for m, c in zip(compared.models, public.cells, strict=True)}
     assert by_label["narrow"].weighted == pytest.approx((0.6 * esc + 0.9 * vox) / (esc + vox))
     assert by_label["wide"].weighted == pytest.approx((0.4 * esc + 0.8 * vox) / (esc + vox))
     assert by_label["narrow"].mean == pytest.approx(0.75)
-    assert found.models[0].label == "narrow"
-    assert any("narrow has no head score of fsd50k" in note for note in found.notes)
-    theirs = shipped_tasks()
+    assert compared.models[0].label == "narrow"
+    assert any("narrow has no head score for fsd50k" in note for note in compared.notes)
+    shipped = shipped_tasks()
     for encoder in ("dasheng", "wav2vec2", "whisper", "data2vec"):
-        a, b = (theirs[name].published.linear[encoder] for name in (ESC, VOX))  # type: ignore[union-attr]
+        a, b = (shipped[name].published.linear[encoder] for name in (ESC, VOX))  # type: ignore[union-attr]
         assert public.published[encoder] == pytest.approx((a * esc + b * vox) / (esc + vox))
 
 
@@ -148,20 +148,20 @@ def tags() -> dict[str, Any]:
 def test_an_average_has_the_interval_of_its_replicates(tmp_path: Path) -> None:
     """Of one task it is the task's own, whoever draws it; and a model alone has the one of its result."""
     paths = [save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66))]
-    found = board(*paths)
-    for model, cell, own in zip(found.models, found.averages[0].cells, found.rows[0].cells, strict=True):
+    compared = board(*paths)
+    for model, cell, own in zip(compared.models, compared.averages[0].cells, compared.rows[0].cells, strict=True):
         assert own is not None
         assert cell.ci95 == pytest.approx(own.record.ci95), model.label
-    assert found.averages[0].cells[1].verdict == verdicts(found)["a"]
+    assert compared.averages[0].cells[1].verdict == verdicts(compared)["a"]
 
 
-def test_what_is_not_comparable_is_in_no_average(tmp_path: Path) -> None:
+def test_averages_leave_out_scores_that_are_not_comparable(tmp_path: Path) -> None:
     a = save(tmp_path, "a", {ESC: right(range(60)), VOX: right(range(60))}, records={VOX: {"comparable": False}})
     (public,) = (row for row in board(a).averages if row.group == "public")
     assert public.tasks == (ESC,)
 
 
-def test_what_is_not_comparable_is_not_the_best_of_what_is(tmp_path: Path) -> None:
+def test_a_score_that_is_not_comparable_is_never_best(tmp_path: Path) -> None:
     lossy = save(tmp_path, "lossy", {ESC: right(range(90))}, records={ESC: {"comparable": False}})
     others = [save(tmp_path, name, {ESC: right(range(n))}) for name, n in (("a", 60), ("b", 66))]
     assert standings(board(lossy, *others)) == {"lossy": None, "b": "best", "a": "behind"}
@@ -173,17 +173,17 @@ def test_what_is_not_comparable_is_not_the_best_of_what_is(tmp_path: Path) -> No
     "records",
     [{"weight": -1.0}, {"weight": 1e300}, {"ci95": (0.0, 1e300)}, {"published": {"x": 1e300}}, {"per_seed": [1e300]}],
 )
-def test_numbers_that_no_evaluation_gives(tmp_path: Path, records: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"a\.json holds a number of esc50 that no evaluation gives"):
+def test_impossible_numbers_are_refused(tmp_path: Path, records: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"a\.json holds an impossible number for esc50"):
         board(save(tmp_path, "a", {ESC: right(range(60))}, records={ESC: records}))
 
 
-def test_a_size_that_no_file_has(tmp_path: Path) -> None:
+def test_an_impossible_encoder_size_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, "a", {ESC: right(range(60))})
-    made = json.loads(path.read_text())
-    made["encoder"]["bytes"] = 1 << 62
-    path.write_text(json.dumps(made))
-    with pytest.raises(UsageError, match="holds a size of its encoder that no file has"):
+    content = json.loads(path.read_text())
+    content["encoder"]["bytes"] = 1 << 62
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="holds an impossible encoder size"):
         board(path)
 
 
@@ -207,10 +207,10 @@ def test_predictions_of_another_run_are_an_error(tmp_path: Path) -> None:
         ({"settings": {"protocol": "corrected", "seeds": 1, "limit": 50}}, {}, UsageError, "--limit None"),
         ({}, {ESC: {"data_digest": "e" * 64}}, DataError, "other data of esc50"),
         ({}, {ESC: {"definition_digest": "e" * 64}}, UsageError, "esc50 is defined differently"),
-        ({}, {ESC: {"score": 1e300}}, UsageError, "a number of esc50 that no evaluation gives"),
+        ({}, {ESC: {"score": 1e300}}, UsageError, "an impossible number for esc50"),
     ],
 )
-def test_what_cannot_be_compared(
+def test_results_that_cannot_be_compared_are_refused(
     tmp_path: Path, changes: dict[str, Any], records: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     """Also where the two are not the first ones named."""

@@ -44,7 +44,7 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
 # ---------------------------------------------------------------- the Python door
 
 
-def test_every_name_of_the_door_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert {"evaluate", "compare", "load_encoder", "read_result", "table"} <= set(xares_onnx.__all__)
     for name in xares_onnx.__all__:
         assert getattr(xares_onnx, name) is not None
@@ -69,14 +69,14 @@ def test_a_table_is_flat_and_every_row_has_the_same_keys(two: tuple[Path, Path])
     assert [row["best"] for row in rows] == [True, True, False, False, None]
     assert [row["within_noise"] for row in rows] == [False, False, False, False, None]
     assert [row["compared_by"] for row in rows] == [None, None, "paired", "paired", None]
-    made = record(ESC, right(range(60)))
-    assert made.ci95 is not None
+    own = record(ESC, right(range(60)))
+    assert own.ci95 is not None
     row = rows[2]
-    assert (row["ci_low"], row["ci_high"]) == made.ci95
+    assert (row["ci_low"], row["ci_high"]) == own.ci95
     assert (row["dim"], row["hop_ms"], row["protocol"], row["rtf"]) == (64, 10.0, "corrected", 0.01)
-    theirs = shipped_tasks()[ESC].published
-    assert theirs is not None
-    assert {name: row[f"published_{name}"] for name in theirs.linear} == theirs.linear
+    published = shipped_tasks()[ESC].published
+    assert published is not None
+    assert {name: row[f"published_{name}"] for name in published.linear} == published.linear
 
 
 def test_a_table_takes_paths_and_results(two: tuple[Path, Path]) -> None:
@@ -92,7 +92,7 @@ def test_a_table_takes_paths_and_results(two: tuple[Path, Path]) -> None:
         evaluation.result = msgspec.structs.replace(evaluation.result, tasks=evaluation.result.tasks[:1])
     assert [row["compared_by"] for row in table(evaluations)] == [None, "paired"]
     assert [row["score"] for row in table(evaluations[0])] == [0.6]
-    with pytest.raises(UsageError, match="a dict is no result"):
+    with pytest.raises(UsageError, match="a dict is not a result"):
         table([{}])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="there is no result to report"):
         table([])
@@ -100,8 +100,8 @@ def test_a_table_takes_paths_and_results(two: tuple[Path, Path]) -> None:
 
 def test_a_table_tells_noise_from_the_best(tmp_path: Path) -> None:
     a, b = save(tmp_path, "a", {ESC: right(range(60))}), save(tmp_path, "b", {ESC: right(range(34, 100))})
-    told = {row["model"]: (row["best"], row["within_noise"], row["compared_by"]) for row in table([a, b])}
-    assert told == {"a": (False, True, "paired"), "b": (True, False, None)}
+    verdicts = {row["model"]: (row["best"], row["within_noise"], row["compared_by"]) for row in table([a, b])}
+    assert verdicts == {"a": (False, True, "paired"), "b": (True, False, None)}
 
 
 def test_a_table_stays_flat_whatever_a_file_holds(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_table_stays_flat_whatever_a_file_holds(tmp_path: Path) -> None:
     assert (row["protocol"], row["seeds"]) == ("a 1", "3")
 
 
-def test_a_data_frame_takes_a_table_as_it_is(two: tuple[Path, Path]) -> None:
+def test_a_table_becomes_a_data_frame(two: tuple[Path, Path]) -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(table(two))
     assert frame.query("task == 'esc50' and best == True").model.tolist() == ["b"]
@@ -136,7 +136,7 @@ def test_csv_parses_back(two: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", 'a,"b"\nc', "'a"])
-def test_a_spreadsheet_runs_nothing_of_a_csv(text: str) -> None:
+def test_csv_has_no_formulas(text: str) -> None:
     [[heading], [cell]] = csv.reader(io.StringIO(csv_text([{"file": text}])))
     assert heading == "file"
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
@@ -153,18 +153,18 @@ def test_markdown_has_the_scores_with_their_marks(two: tuple[Path, Path]) -> Non
     assert esc[1] == "accuracy"
     assert esc[2].startswith("0.660 ★ (")
     assert esc[3].startswith("0.600 (")
-    theirs = shipped_tasks()[ESC].published
-    assert theirs is not None
-    assert esc[4:] == [f"{score:.3f}" for score in theirs.linear.values()]
+    published = shipped_tasks()[ESC].published
+    assert published is not None
+    assert esc[4:] == [f"{score:.3f}" for score in published.linear.values()]
     (error,) = (cells for cells in lines if cells[0] == "speechocean762")
     assert error[1] == "MSE ↓"
     assert error[2].startswith("4.000 ★")
     assert len({len(cells) for cells in lines if len(cells) > 3}) == 1
 
 
-def test_markdown_takes_no_markup_of_a_stranger() -> None:
-    made = result([record(ESC, right(range(60)), title="a|b\n# <img src=x> [x](http://y)")], "m|<b>")
-    text = markdown(make_board([Side.of_result("a.json", made)]))
+def test_markdown_escapes_names() -> None:
+    hostile = result([record(ESC, right(range(60)), title="a|b\n# <img src=x> [x](http://y)")], "m|<b>")
+    text = markdown(make_board([Side.of_result("a.json", hostile)]))
     (line,) = (line for line in text.splitlines() if "img" in line)
     assert line.startswith(r"| a\|b \# &lt;img src=x&gt; \[x\](http://y) |")
     assert "<b>" not in text
@@ -173,7 +173,7 @@ def test_markdown_takes_no_markup_of_a_stranger() -> None:
 # ---------------------------------------------------------------- model cards
 
 
-def test_a_model_index_is_what_a_model_card_reads(tmp_path: Path) -> None:
+def test_a_model_index_has_the_fields_of_a_model_card(tmp_path: Path) -> None:
     truth = np.linspace(0, 10, 40)
     limited = {VOX: {"comparable": False}}
     spoken = predictions(["one two", "three"], [["one", "three"]])
@@ -184,8 +184,8 @@ def test_a_model_index_is_what_a_model_card_reads(tmp_path: Path) -> None:
     block = yaml.safe_load(text)
     name, results = model_index_to_eval_results(block["model-index"])
     assert name == "a"
-    found = {(r.dataset_type, r.metric_type): r for r in results}
-    assert set(found) == {
+    by_type = {(r.dataset_type, r.metric_type): r for r in results}
+    assert set(by_type) == {
         (ESC, "accuracy"),
         (SPEECH, "mse"),
         ("librispeech", "wer"),
@@ -193,19 +193,19 @@ def test_a_model_index_is_what_a_model_card_reads(tmp_path: Path) -> None:
         ("x-ares-speech", "weighted_average"),
         ("x-ares-environment", "weighted_average"),
     }
-    assert found[ESC, "accuracy"].metric_value == 0.6
-    assert found[SPEECH, "mse"].metric_value == pytest.approx(4)
-    assert found["librispeech", "wer"].metric_value == pytest.approx(1 / 3)
-    assert found["librispeech", "wer"].task_type == "automatic-speech-recognition"
-    assert found[ESC, "accuracy"].metric_args["ci95"] == list(record(ESC, right(range(60))).ci95 or ())
+    assert by_type[ESC, "accuracy"].metric_value == 0.6
+    assert by_type[SPEECH, "mse"].metric_value == pytest.approx(4)
+    assert by_type["librispeech", "wer"].metric_value == pytest.approx(1 / 3)
+    assert by_type["librispeech", "wer"].task_type == "automatic-speech-recognition"
+    assert by_type[ESC, "accuracy"].metric_args["ci95"] == list(record(ESC, right(range(60))).ci95 or ())
     card = ModelCard(f"---\n{text}license: mit\n---\n# a\n")
     assert isinstance(card.data, ModelCardData)
     assert card.data.eval_results is not None
     assert len(card.data.eval_results) == 6
 
 
-def test_a_model_index_is_of_one_model_with_comparable_scores(two: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a model-index is of one model, and here are 2"):
+def test_a_model_index_needs_one_model_with_comparable_scores(two: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model-index describes one model, not 2"):
         model_index(make_board([Side.read(path) for path in two]))
     limited = result([record(ESC, right(range(60)), comparable=False)])
     with pytest.raises(UsageError, match="no comparable score"):
@@ -219,7 +219,7 @@ def test_a_model_index_is_of_one_model_with_comparable_scores(two: tuple[Path, P
     ("name", "start"),
     [("r.html", "<!doctype html>"), ("r.md", "## X-ARES"), ("r.csv", "model,file,"), ("r.yaml", "model-index:")],
 )
-def test_the_ending_says_what_is_written(two: tuple[Path, Path], tmp_path: Path, name: str, start: str) -> None:
+def test_the_file_extension_decides_the_format(two: tuple[Path, Path], tmp_path: Path, name: str, start: str) -> None:
     code, out, err = run("report", str(two[0]), "-o", str(tmp_path / "new" / name))
     assert (code, out, err) == (0, f"wrote {tmp_path / 'new' / name}\n", "")
     assert (tmp_path / "new" / name).read_text(encoding="utf-8").startswith(start)
@@ -250,26 +250,28 @@ def change(path: Path, **changes: Any) -> Path:
         ({"settings": {"protocol": "xares"}}, 2, "was scored with --protocol corrected and changed.json with xares"),
     ],
 )
-def test_what_cannot_be_reported(two: tuple[Path, Path], changes: dict[str, Any], code: int, sentence: str) -> None:
-    found, out, err = run("report", str(two[0]), str(change(two[1], **changes)), "-o", str(two[0].with_suffix(".html")))
-    assert (found, out) == (code, "")
+def test_results_that_cannot_be_reported_are_refused(
+    two: tuple[Path, Path], changes: dict[str, Any], code: int, sentence: str
+) -> None:
+    exit_code, out, err = run("report", str(two[0]), str(change(two[1], **changes)), "-o", str(two[0].with_suffix(".html")))
+    assert (exit_code, out) == (code, "")
     assert sentence in said(err)
     assert not two[0].with_suffix(".html").exists()
 
 
-def test_other_data_is_a_fault_of_the_data(two: tuple[Path, Path]) -> None:
+def test_other_data_are_a_data_error(two: tuple[Path, Path]) -> None:
     tasks = json.loads(two[1].read_text())["tasks"]
     code, _, err = run("report", str(two[0]), str(change(two[1], tasks=[{**tasks[0], "data_digest": "e" * 64}])))
     assert code == 4
     assert "was scored on other data of esc50" in said(err)
 
 
-def test_wrong_usage_is_said_before_anything_is_read(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_usage_errors_come_before_reading(two: tuple[Path, Path], tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere.json")
     for arguments, sentence in (
         ((missing, "-o", "r.pdf"), "-o r.pdf must end in .html, .md, .csv or .yaml"),
         ((missing, "--format", "pdf"), "--format 'pdf' must be html, md, csv or model-index"),
-        ((missing, "-o", "r.csv", "--data", str(tmp_path)), "--data puts sound into a page"),
+        ((missing, "-o", "r.csv", "--data", str(tmp_path)), "--data includes sound in an HTML page"),
         ((missing, "-o", str(tmp_path / "r.html")), f"there is no result file {missing}"),
         ((str(two[0]), "-o", str(two[0]), "--format", "md"), "would overwrite a result"),
     ):

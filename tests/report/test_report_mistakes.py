@@ -1,4 +1,4 @@
-"""A clip's own score by every metric, what is said of the worst clips, and predictions that are no predictions."""
+"""A clip's own score by every metric, the words for the worst clips, and predictions of another kind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from xares_onnx.scoring.scoring import Predictions
 def mistakes(task: str, *several: Predictions, method: str = "linear") -> Mistakes:
     sides = []
     for number, arrays in enumerate(several):
-        made = result([record(task, arrays, method)], f"m{number}")
-        sides.append(Side(f"m{number}.json", made, lambda _, arrays=arrays: arrays))
+        scored = result([record(task, arrays, method)], f"m{number}")
+        sides.append(Side(f"m{number}.json", scored, lambda _, arrays=arrays: arrays))
     board = make_board(sides)
     return find_mistakes(board, board.rows[0])
 
@@ -36,10 +36,10 @@ def test_ranking_precision_is_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     present = rng.random((50, 12)) < 0.25
     scores = np.round(rng.random((50, 12)), 1)  # with ties
-    ours = ranking_precision(present, scores)
+    precisions = ranking_precision(present, scores)
     for i in range(50):
-        theirs = label_ranking_average_precision_score(present[i : i + 1], scores[i : i + 1])
-        assert ours[i] == pytest.approx(theirs), i
+        expected = label_ranking_average_precision_score(present[i : i + 1], scores[i : i + 1])
+        assert precisions[i] == pytest.approx(expected), i
 
 
 @pytest.mark.parametrize(
@@ -57,48 +57,48 @@ def test_own_scores(metric: str, arrays: dict[str, Any], scores: list[float]) ->
 
 
 def test_the_worst_are_worst_for_all_models() -> None:
-    found = mistakes("esc50", right([0, 1, 2], of=5), right([0, 3, 4], of=5))
-    assert [clip.key for clip in found.clips] == [f"test-0.tar/clip00{i}" for i in (1, 2, 3, 4)]
-    assert found.models == (0, 1)
-    assert [sorted(clip.scores) for clip in found.clips] == [[0, 1]] * 4
+    worst = mistakes("esc50", right([0, 1, 2], of=5), right([0, 3, 4], of=5))
+    assert [clip.key for clip in worst.clips] == [f"test-0.tar/clip00{i}" for i in (1, 2, 3, 4)]
+    assert worst.models == (0, 1)
+    assert [sorted(clip.scores) for clip in worst.clips] == [[0, 1]] * 4
     only = mistakes("esc50", right([0, 1, 2], of=5), right([0, 2, 3], of=4))  # the last clip is not of both
     assert [clip.key[-1] for clip in only.clips] == ["1", "3"]
 
 
-def test_of_an_error_the_largest_is_worst() -> None:
+def test_the_largest_error_is_worst() -> None:
     (worst, *others) = mistakes("speechocean762", predictions([1.0, 2.0, 3.0], [[1.0, 9.0, 4.0]])).clips
-    assert (worst.key[-1], worst.truth, worst.said, worst.scores) == ("1", "2", ("9",), (49.0,))
+    assert (worst.key[-1], worst.truth, worst.answers, worst.scores) == ("1", "2", ("9",), (49.0,))
     assert len(others) == 1  # the third is perfect
 
 
-def test_what_is_said_of_a_clip() -> None:
+def test_truth_and_answers_of_a_clip_are_put_into_words() -> None:
     names = shipped_tasks()["fsd50k"].target.class_names
     present = np.zeros((2, 200), bool)
     present[0, [3, 7]] = present[1, 5] = True
     scores = np.zeros((2, 200), np.float32)
     scores[0, [3, 9]] = scores[1, 5] = 1
     (clip,) = mistakes("fsd50k", columns(2, target=present, prediction=scores)).clips
-    assert (clip.truth, clip.said) == (f"{names[3]}, {names[7]}", (f"{names[3]}, {names[9]}",))
+    assert (clip.truth, clip.answers) == (f"{names[3]}, {names[7]}", (f"{names[3]}, {names[9]}",))
     spoken = columns(2, target=["one two", "x"], prediction=["one\x1b", "x"], word_errors=[[1, 2], [0, 1]])
     (clip,) = mistakes("librispeech", spoken, method="ctc").clips
-    assert (clip.truth, clip.said) == ("one two", ("one\\x1b",))
-    heard = columns(3, recall=[[3, 5, 0], [5, 5, 1], [5, 5, 1]])
-    (clip,) = mistakes("clotho", heard, method="retrieval").clips
-    assert (clip.truth, clip.said) == ("5 captions", ("3 of them find the clip; it ranks another clip's caption first",))
+    assert (clip.truth, clip.answers) == ("one two", ("one\\x1b",))
+    captions = columns(3, recall=[[3, 5, 0], [5, 5, 1], [5, 5, 1]])
+    (clip,) = mistakes("clotho", captions, method="retrieval").clips
+    assert (clip.truth, clip.answers) == ("5 captions", ("3 of them find the clip; it ranks another clip's caption first",))
     segments = np.zeros((2, 10, 3), np.int32)
     segments[0, 2], segments[1, 2] = (1, 2, 3), (4, 0, 0)
     (clip,) = mistakes("desed", columns(2, segments=segments)).clips
     assert clip.truth == shipped_tasks()["desed"].target.class_names[2]
-    assert clip.said == ("segments: 1 right, 2 claimed though absent, 3 missed",)
+    assert clip.answers == ("segments: 1 right, 2 claimed though absent, 3 missed",)
 
 
-def test_classes_have_names_only_where_the_task_is_as_it_ships() -> None:
-    made = record("voxlingua33", right([0]))
-    assert class_names(made) == shipped_tasks()["voxlingua33"].target.class_names
+def test_only_unchanged_shipped_tasks_have_class_names() -> None:
+    shipped = record("voxlingua33", right([0]))
+    assert class_names(shipped) == shipped_tasks()["voxlingua33"].target.class_names
     assert class_names(record("voxlingua33", right([0]), definition_digest="0" * 64)) is None
 
 
-def test_too_many_classes_have_pairs_alone() -> None:
+def test_with_many_classes_there_are_pairs_without_a_matrix() -> None:
     n = MAX_CLASSES + 1
     wide = predictions(np.arange(n), [np.arange(n)[::-1]])
     (confusion,) = mistakes("esc50", wide).confusions
@@ -110,18 +110,18 @@ def test_too_many_classes_have_pairs_alone() -> None:
 
 
 def test_models_share_the_axes_of_their_confusions() -> None:
-    found = mistakes("esc50", predictions([0, 1], [[0, 1]]), predictions([0, 1], [[7, 7]]))
-    assert [confusion.classes for confusion in found.confusions] == [("0", "1", "7")] * 2
+    shared = mistakes("esc50", predictions([0, 1], [[0, 1]]), predictions([0, 1], [[7, 7]]))
+    assert [confusion.classes for confusion in shared.confusions] == [("0", "1", "7")] * 2
 
 
-def test_what_are_no_predictions_is_an_error_of_the_data() -> None:
+def test_predictions_of_another_kind_are_a_data_error() -> None:
     """Texts can be equal too, so that they have a score."""
     texts = columns(3, target=["a", "b", "c"], prediction=["a", "b", "x"])
-    with pytest.raises(DataError, match="the predictions of esc50 are not those of a score of accuracy"):
+    with pytest.raises(DataError, match="the predictions of esc50 do not fit the metric accuracy"):
         mistakes("esc50", texts)
 
 
-def test_a_folder_without_predictions_is_said(tmp_path: Path) -> None:
+def test_missing_predictions_are_noted(tmp_path: Path) -> None:
     board = make_board([Side.of_result("a.json", result([record("esc50", right([0]))]))])
-    found = find_mistakes(board, board.rows[0])
-    assert (found.models, found.clips, found.note) == ((), (), "a.json comes without predictions of esc50")
+    without = find_mistakes(board, board.rows[0])
+    assert (without.models, without.clips, without.note) == ((), (), "a.json comes without predictions of esc50")

@@ -1,4 +1,4 @@
-"""The page: its numbers are the result's, a stranger's text stays text, nothing is fetched, all of it can be used."""
+"""The page has the numbers of the results, escapes hostile text, requests nothing, and is accessible."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Page(HTMLParser):
             return
         self.texts.setdefault(self._open[-1], []).append(data)
         if "td" in self._open or "th" in self._open:
-            said, attributes = self.tables[-1][-1][-1]
-            self.tables[-1][-1][-1] = (said + data, attributes)
+            text, attributes = self.tables[-1][-1][-1]
+            self.tables[-1][-1][-1] = (text + data, attributes)
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -89,18 +89,18 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     return a, b
 
 
-def test_the_numbers_are_those_of_the_results(two: tuple[Path, Path]) -> None:
+def test_the_page_has_the_numbers_of_the_results(two: tuple[Path, Path]) -> None:
     page = page_of(*two)
     rows = {cells[0][0]: cells for cells in page.table("task")[1:]}
-    theirs = shipped_tasks()[ESC].published
-    assert theirs is not None
-    heads = [said.split("published")[0].strip() for said, _ in page.table("task")[0]]
-    assert heads == ["task", "domain", "metric", "b", "a", *theirs.linear, "test clips"]
+    published = shipped_tasks()[ESC].published
+    assert published is not None
+    heads = [text.split("published")[0].strip() for text, _ in page.table("task")[0]]
+    assert heads == ["task", "domain", "metric", "b", "a", *published.linear, "test clips"]
     esc = rows["ESC-50"]
     assert [attributes["data-value"] for _, attributes in esc[3:5]] == ["0.66", "0.6"]
     assert [attributes.get("class") for _, attributes in esc[3:5]] == ["n best", "n behind"]
     assert esc[3][0].startswith("0.660 ★")
-    assert [said for said, _ in esc[5:9]] == [f"{score:.3f}" for score in theirs.linear.values()]
+    assert [text for text, _ in esc[5:9]] == [f"{score:.3f}" for score in published.linear.values()]
     low, high = record(ESC, right(range(66))).ci95 or (0, 0)
     assert f"{low:.3f}\N{EN DASH}{high:.3f}" in esc[3][0]
     error = rows["speechocean762"]
@@ -117,9 +117,9 @@ def test_layers_have_curves_of_their_own(two: tuple[Path, Path]) -> None:
     page = page_of(*two)
     table = page.table("tap")
     assert [cells[0][0] for cells in table[1:]] == ["layer.0", "embeddings"]
-    assert [said.split()[0] for said, _ in table[1][1:]] == ["0.770", "1.000"]
-    assert [said.split()[0] for said, _ in table[2][1:]] == ["0.600", "9.000"]
-    assert ["★" in said for said, _ in table[1][1:]] == [True, True]
+    assert [text.split()[0] for text, _ in table[1][1:]] == ["0.770", "1.000"]
+    assert [text.split()[0] for text, _ in table[2][1:]] == ["0.600", "9.000"]
+    assert ["★" in text for text, _ in table[1][1:]] == [True, True]
     assert any("ESC-50 layer by layer" in str(svg["aria-label"]) for svg in page.all("svg") if "aria-label" in svg)
     assert not any("layer by layer" in str(svg.get("aria-label")) for svg in page_of(two[1]).all("svg"))
 
@@ -137,7 +137,7 @@ def test_few_clips_have_curves_and_tables(tmp_path: Path) -> None:
     page = page_of(a, b, c)
     (table,) = [table for table in page.tables if [cell for cell, _ in table[0]] == ["model", "1", "2", "4"]]
     dash = "\N{EN DASH}"
-    assert [[said for said, _ in row] for row in table[1:]] == [
+    assert [[text for text, _ in row] for row in table[1:]] == [
         ["b", f"0.3000.200{dash}0.400", "", f"0.6000.500{dash}0.700"],
         ["a", f"0.2000.100{dash}0.300", f"0.5000.400{dash}0.600", ""],
     ]
@@ -148,7 +148,7 @@ def test_few_clips_have_curves_and_tables(tmp_path: Path) -> None:
 HOSTILE = '</script></title><script>alert(1)</script><img src=x onerror="alert(2)">" onfocus="x\x1b[31m\u202e'
 
 
-def test_a_strangers_text_stays_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     keys = [f"{HOSTILE}{i:03}" for i in range(20)]
     arrays = predictions(np.arange(20) % 2, [np.zeros(20, int)], keys)
     gate = Gate(gate="fail_under", task=HOSTILE, method=HOSTILE, status="fail", message=HOSTILE, limit=1.0)
@@ -165,11 +165,13 @@ def test_a_strangers_text_stays_text(tmp_path: Path) -> None:
     paths = []
     for name in ("a", "b"):
         path = save(tmp_path, name, {ESC: arrays}, taps={HOSTILE: {ESC: arrays}}, records={ESC: names}, **hostile)
-        made = msgspec.json.decode(path.read_bytes())
-        made["encoder"]["file"] = HOSTILE + name
-        made["encoder"]["contract"][HOSTILE] = {"value": HOSTILE, "source": HOSTILE}
-        made["tasks"].append({**made["tasks"][0], "task": HOSTILE, "status": "failed", "score": None, "reason": HOSTILE})
-        path.write_bytes(msgspec.json.encode(made))
+        content = msgspec.json.decode(path.read_bytes())
+        content["encoder"]["file"] = HOSTILE + name
+        content["encoder"]["contract"][HOSTILE] = {"value": HOSTILE, "source": HOSTILE}
+        content["tasks"].append(
+            {**content["tasks"][0], "task": HOSTILE, "status": "failed", "score": None, "reason": HOSTILE}
+        )
+        path.write_bytes(msgspec.json.encode(content))
         paths.append(path)
     text = html(make_board([Side.read(path) for path in paths]))
     page = Page(text)
@@ -180,10 +182,10 @@ def test_a_strangers_text_stays_text(tmp_path: Path) -> None:
     assert "\x1b" not in text
     assert "\u202e" not in text
     for place in ("h1", "li", "code", "td", "text", "dt", "span"):
-        assert any("</script>" in said for said in page.texts[place]), place
+        assert any("</script>" in text for text in page.texts[place]), place
 
 
-def test_nothing_is_fetched(two: tuple[Path, Path]) -> None:
+def test_the_page_requests_nothing(two: tuple[Path, Path]) -> None:
     text = html(make_board([Side.read(path) for path in two]))
     page = Page(text)
     links = [
@@ -202,7 +204,7 @@ def test_nothing_is_fetched(two: tuple[Path, Path]) -> None:
     assert "@import" not in text
 
 
-def test_the_policy_names_this_script_and_style_alone(two: tuple[Path, Path]) -> None:
+def test_the_policy_allows_only_the_pages_script_and_style(two: tuple[Path, Path]) -> None:
     page = page_of(*two)
     policy = next(str(meta["content"]) for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     digests = {
@@ -224,7 +226,7 @@ def test_the_same_results_give_the_same_bytes(two: tuple[Path, Path]) -> None:
     assert len(first) < 300_000
 
 
-def test_who_cannot_see_or_point_can_use_it(two: tuple[Path, Path]) -> None:
+def test_the_page_is_accessible(two: tuple[Path, Path]) -> None:
     page = page_of(*two)
     assert page.all("html")[0]["lang"] == "en"
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in page.elements}
@@ -242,8 +244,8 @@ def test_who_cannot_see_or_point_can_use_it(two: tuple[Path, Path]) -> None:
 def test_confusions_and_worst_clips(tmp_path: Path) -> None:
     names = shipped_tasks()[ESC].target.class_names
     targets = [0] * 6 + [1] * 4
-    said = [[0, 0, 0, 2, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 0, 3, 1, 1, 1, 1]]
-    page = page_of(save(tmp_path, "a", {ESC: predictions(targets, said)}))
+    answers = [[0, 0, 0, 2, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 0, 3, 1, 1, 1, 1]]
+    page = page_of(save(tmp_path, "a", {ESC: predictions(targets, answers)}))
     pairs = [[cell for cell, _ in row] for row in page.table("true")[1:]]
     assert pairs == [[names[0], names[2], "28 %"], [names[0], names[3], "6 %"]]
     clips = page.table("clip")[1:]
@@ -255,7 +257,7 @@ def test_confusions_and_worst_clips(tmp_path: Path) -> None:
     ]
 
 
-def test_predictions_of_another_run_are_an_error_for_a_model_alone_too(tmp_path: Path) -> None:
+def test_predictions_of_another_run_are_an_error_for_a_single_model_too(tmp_path: Path) -> None:
     path = save(tmp_path, "a", {ESC: right(range(60))})
     save(tmp_path / "other", "a", {ESC: right(range(50))})
     (tmp_path / "other/a.predictions/esc50.linear.npz").replace(tmp_path / "a.predictions/esc50.linear.npz")
@@ -263,9 +265,9 @@ def test_predictions_of_another_run_are_an_error_for_a_model_alone_too(tmp_path:
         page_of(path)
 
 
-def test_without_predictions_there_is_a_page_all_the_same() -> None:
-    found = make_board([Side.of_result("a.json", result([record(ESC, right(range(60)))]))])
-    assert "Mistakes" not in Page(html(found)).texts["h2"]
+def test_without_predictions_there_is_still_a_page() -> None:
+    board = make_board([Side.of_result("a.json", result([record(ESC, right(range(60)))]))])
+    assert "Mistakes" not in Page(html(board)).texts["h2"]
 
 
 # ---------------------------------------------------------------- sound
@@ -285,8 +287,8 @@ def heard(tmp_path: Path) -> tuple[Path, Path, Path]:
     return save(tmp_path, "a", {ESC: arrays}, records={ESC: {"data_digest": digest}}), data, cache
 
 
-def test_the_worst_clips_can_be_heard(heard: tuple[Path, Path, Path]) -> None:
-    path, data, cache = heard
+def test_the_worst_clips_can_be_heard(audible: tuple[Path, Path, Path]) -> None:
+    path, data, cache = audible
     sounds = page_of(path, data=data, cache=cache).all("audio")
     assert [sound["aria-label"] for sound in sounds] == [
         f"wds-audio-fold-{fold}-000000.tar/clip{i}" for fold in (1, 2) for i in range(2)
@@ -304,21 +306,19 @@ def test_the_worst_clips_can_be_heard(heard: tuple[Path, Path, Path]) -> None:
     assert page_of(path).all("audio") == []
 
 
-def test_other_data_is_not_heard(heard: tuple[Path, Path, Path]) -> None:
-    path, data, cache = heard
+def test_other_data_are_not_audible(audible: tuple[Path, Path, Path]) -> None:
+    path, data, cache = audible
     write_shard(data / ESC / "wds-audio-fold-1-000000.tar", {"clip0": (encoded(sine(500, 1)), {"target": 0})})
     page = page_of(path, data=data, cache=cache)
     assert page.all("audio") == []
-    assert any("are not those that were scored" in said for said in page.texts["p"])
+    assert any("are not those that were scored" in text for text in page.texts["p"])
     with pytest.raises(DataMissingError):
         page_of(path, data=data / "nowhere", cache=cache)
 
 
-def test_a_page_holds_so_much_sound_and_says_what_is_left_out(
-    heard: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, data, cache = heard
+def test_sound_in_a_page_is_limited_with_a_note(audible: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, data, cache = audible
     monkeypatch.setattr("xares_onnx.report.page.listening.MAX_PAGE_BYTES", 12_000)
     page = page_of(path, data=data, cache=cache)
     assert 1 <= len(page.all("audio")) < 4
-    assert any("some clips are left out" in said for said in page.texts["p"])
+    assert any("some clips are left out" in text for text in page.texts["p"])

@@ -1,4 +1,4 @@
-"""The best tap: chosen on the selection clips, and said if it could not be."""
+"""The best tap: chosen on the selection clips, and marked if it could not be."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_selection_score_is_of_the_chosen_setting() -> None:
 
 
 def test_the_best_tap_is_the_best_on_the_selection_clips() -> None:
-    """The output is best on the test clips, layer.1 on the selection clips: its test score is what is told."""
+    """The output is best on the test clips, layer.1 on the selection clips: its test score is reported."""
     of = layers(tuned(None, 90, 0.6), tuned("layer.0", 70, 0.7), tuned("layer.1", 80, 0.8))
     best = best_tap(of.tasks)
     assert best is not None
@@ -65,7 +65,7 @@ def test_the_best_tap_is_the_best_on_the_selection_clips() -> None:
     assert "the best on the selection clips." in html(make_board([Side.of_result("a", of)]))
 
 
-def test_equal_taps_leave_the_one_next_to_the_input() -> None:
+def test_of_equal_taps_the_one_nearest_the_input_is_best() -> None:
     of = layers(tuned(None, 90, 0.7), tuned("layer.0", 70, 0.7), tuned("layer.1", 80, 0.7))
     row = next(line for line in printed(of).splitlines() if line.startswith("| best"))
     assert "layer.0" in row
@@ -73,7 +73,7 @@ def test_equal_taps_leave_the_one_next_to_the_input() -> None:
     assert curve.best == 0
 
 
-def test_without_selection_the_best_is_marked_as_of_the_test_clips() -> None:
+def test_without_selection_scores_the_best_is_marked_as_chosen_on_test_clips() -> None:
     some = (tuned(None, 60, None, method="knn"), tuned("layer.0", 90, None, method="knn"))
     text = printed(layers(*some))
     row = next(line for line in text.splitlines() if line.startswith("| best"))
@@ -82,7 +82,7 @@ def test_without_selection_the_best_is_marked_as_of_the_test_clips() -> None:
     assert "(test)" in html(make_board([Side.of_result("a", layers(*some))]))
 
 
-def test_one_tap_without_selection_leaves_the_test_clips_to_choose() -> None:
+def test_one_missing_selection_score_moves_the_choice_to_test_clips() -> None:
     best = best_tap([tuned(None, 60, 0.9), tuned("layer.0", 90, None)])
     assert best is not None
     assert (best.record.tap, best.on_test) == ("layer.0", True)
@@ -96,6 +96,6 @@ def test_a_knn_has_a_selection_score_of_its_own() -> None:
     assert (best.record.tap, best.on_test) == ("layer.0", False)
 
 
-def test_what_was_done_is_told_of_both_kinds() -> None:
+def test_the_note_covers_both_ways_of_choosing() -> None:
     assert best_note([True, False]).count(";") == 1
     assert best_tap([]) is None

@@ -1,4 +1,4 @@
-"""What reaches a terminal: nothing that a stranger's names could drive it with."""
+"""Terminal output holds no control sequences from hostile names."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def printed(console: Console) -> str:
     """What was printed, without the colours of our own."""
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    ours = ("\x1b[0m", "\x1b[1m", "\x1b[33m")
+    own_styles = ("\x1b[0m", "\x1b[1m", "\x1b[33m")
     if console.is_terminal:
-        assert any(style in text for style in ours)
-    for style in ours:
+        assert any(style in text for style in own_styles)
+    for style in own_styles:
         text = text.replace(style, "")
     return text
 
@@ -118,7 +118,7 @@ def test_published_scores_stand_beside_those_of_this_model(console: Console) -> 
     assert "0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, 0.490, 0.632, 0.598" in text
 
 
-def test_no_table_of_published_scores_where_there_are_none(console: Console) -> None:
+def test_without_published_scores_there_is_no_table_of_them(console: Console) -> None:
     terminal.print_result(result(record(title="ESC-50", score=None, ci95=None, published={"one": 0.5})), console)
     assert "published" not in printed(console)
 
@@ -160,13 +160,13 @@ def test_hostile_names_in_progress(live: bool, monkeypatch: pytest.MonkeyPatch) 
         observer(Note(HOSTILE))
         observer(Progress("embed", "[red]mine[/red]", 10, 10))
     text = screen.getvalue()
-    assert text.count(f"note: {SHOWN}") == 1  # said once
+    assert text.count(f"note: {SHOWN}") == 1  # printed once
     assert "\x1b[2J" not in text
     assert "\x1b]0;" not in text
     assert "[red]mine[/red]" in text
 
 
-def test_a_long_download_is_written_about_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_download_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no bar can move: every half minute, with the rate of this run and the time that is left."""
     stream, now = io.StringIO(), [1000.0]
     monkeypatch.setattr(sys, "stderr", stream)

@@ -1,4 +1,4 @@
-"""Parity: a model's embeddings against a reference, another model or what a NumPy file holds."""
+"""Parity: a model's embeddings against a reference, which is another model or a NumPy file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .findings import Outcome, failed, passed
 from .model_under_test import cosines, difference
 from .signals import make_signals
 
-# Of the largest absolute value in a clip's embedding, as the exporters hold their files.
+# Relative to the largest absolute value in a clip's embedding; the exporters keep the same limits.
 TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "int8-dynamic": 0.2}
 _SOUNDS = ("noise", "speech-like", "chirp", "pink noise", "clicks", "full-scale noise")
 _SECONDS = 2.0
-_MOST_BYTES = 2 << 30
+_MAX_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`waveforms` (samples,) at `rate` Hz and what each should give, (frames, dim), or (1, dim) for one vector a clip.
+    """`waveforms` (samples,) at `rate` Hz with the expected `embeddings` (frames, dim), or (1, dim) for one vector per clip.
 
-    `precision` is that of the model that gave it, `fp32` where that is not known.
+    `precision` is that of the model that gave the embeddings, `fp32` if unknown.
     """
 
     name: str
@@ -39,35 +39,40 @@ class Reference:
 
 
 def sounds(rate: int, least: int, most: int) -> list[npt.NDArray[np.float32]]:
-    """What two models are asked: two seconds each, or what the model takes."""
+    """Waveforms (samples,) that compare two models, of two seconds or the nearest length from `least` to `most` samples."""
     samples = min(max(round(_SECONDS * rate), least), most)
-    made = make_signals(samples, rate)
-    return [made[name] for name in _SOUNDS]
+    signals = make_signals(samples, rate)
+    return [signals[name] for name in _SOUNDS]
 
 
 def reference_of_model(encoder: Encoder, precision: str, waveforms: list[npt.NDArray[np.float32]], rate: int) -> Reference:
-    embeddings = [found.frames for found in encoder.embed(waveforms, rate)]
+    """The embeddings that another model gives for `waveforms` at `rate` Hz."""
+    embeddings = [embedding.frames for embedding in encoder.embed(waveforms, rate)]
     return Reference(Path(encoder.info.path).name, rate, waveforms, embeddings, precision)
 
 
 def read_reference(path: Path) -> Reference:
-    """A `.npz` of `waveform` (samples,) or (clips, samples), `rate`, and `embeddings` (frames, dim) or (clips, frames, dim).
+    """Read a reference from a `.npz` file. Nothing in it is unpickled.
 
-    Clips of different lengths are numbered: `waveform_0`, `embeddings_0` and so on. Nothing in it is unpickled. Raises
-    `UsageError` for a file that is no such thing.
+    Args:
+        path: A file with `rate` (Hz), `waveform` (samples,) or (clips, samples), and `embeddings` (frames, dim) or
+            (clips, frames, dim). Clips of different lengths are numbered: `waveform_0`, `embeddings_0` and so on.
+
+    Raises:
+        UsageError: If the file cannot be read, or holds something else.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > _MOST_BYTES:
-                raise UsageError(f"reference {path} holds more than 2 GB; keep a few seconds of a few clips in it")
+            if sum(info.file_size for info in archive.infolist()) > _MAX_BYTES:
+                raise UsageError(f"reference {path} holds more than 2 GB; reduce it to a few seconds of a few clips")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except UsageError:
         raise
     except OSError as error:
         raise UsageError(f"reference {path} cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # zipfile, zlib and numpy each have errors of their own for a damaged file
-        raise UsageError(f"reference {path} is no .npz of plain arrays, or a damaged one ({error})") from error
+    except Exception as error:  # zipfile, zlib and numpy raise different errors for a damaged file
+        raise UsageError(f"reference {path} is not a .npz file of plain arrays, or is damaged ({error})") from error
     if "rate" not in arrays or arrays["rate"].size != 1 or arrays["rate"].dtype.kind not in "iuf":
         raise UsageError(f"reference {path} must hold `rate`, one number in Hz; it has {_listed(arrays)}")
     rate = float(arrays["rate"].reshape(-1)[0])
@@ -86,44 +91,52 @@ def read_reference(path: Path) -> Reference:
 
 
 def compare(encoder: Encoder, reference: Reference, precision: str, tolerance: float | None) -> Outcome:
-    """What the encoder gives for the reference's waveforms, against what the reference holds."""
+    """Compare the encoder's embeddings of the reference's waveforms with those of the reference.
+
+    Args:
+        encoder: The model under test.
+        reference: Waveforms with the expected embeddings.
+        precision: The encoder's precision, a key of `TOLERANCES`.
+        tolerance: Largest difference, relative to the largest absolute value of a clip's embedding; None for that of
+            the coarser precision of the two.
+    """
     contract = encoder.contract
     limit = max(TOLERANCES[precision], TOLERANCES[reference.precision]) if tolerance is None else tolerance
     unit = "of the largest"
     remedy = "look for what the export changed: the front end, a normalisation, precision, dropout, the order of outputs"
-    found = [embedding.frames for embedding in encoder.embed(reference.waveforms, reference.rate)]
-    errors, absolute, alike, lines = [], [], [], []
-    for number, (own, other, waveform) in enumerate(zip(found, reference.embeddings, reference.waveforms, strict=True)):
+    embeddings = [embedding.frames for embedding in encoder.embed(reference.waveforms, reference.rate)]
+    errors, absolute_errors, similarities, lines = [], [], [], []
+    for number, (own, other, waveform) in enumerate(zip(embeddings, reference.embeddings, reference.waveforms, strict=True)):
         if own.shape[1] != other.shape[1]:
             return failed(
-                f"{own.shape[1]} dimensions, where {reference.name} has {other.shape[1]}",
+                f"{own.shape[1]} dimensions, but {reference.name} has {other.shape[1]}",
                 "compare the same output of the same encoder",
                 measured=own.shape[1],
                 tolerance=other.shape[1],
                 unit="dimensions",
             )
-        # Frames whose centre lies past a clip's end are dropped from what an encoder gives, not from what a file holds.
+        # An encoder drops frames whose centre lies past the clip's end; a file may still hold them.
         samples = round(len(waveform) * contract.sample_rate / reference.rate)
         if len(other) > len(own) and len(other) == contract.frames_of(samples):
             other = other[: len(own)]
         if len(own) != len(other):
             return failed(
-                f"{len(own)} frames for clip {number} of {samples} samples, where {reference.name} has {len(other)}",
+                f"{len(own)} frames for clip {number} of {samples} samples, but {reference.name} has {len(other)}",
                 "compare encoders of the same hop and padding; clips of a .npz should be 1 s or longer, and within a chunk",
                 measured=len(own),
                 tolerance=len(other),
                 unit="frames",
             )
         errors.append(difference(own, other))
-        absolute.append(float(np.abs(own.astype(np.float64) - other).max()))
-        alike.append(cosines(own, other))
+        absolute_errors.append(float(np.abs(own.astype(np.float64) - other).max()))
+        similarities.append(cosines(own, other))
         lines.append(
-            f"clip {number}: {len(own)} frames, {errors[-1]:.1e} of the largest value, cosine {alike[-1].min():.6f}"
+            f"clip {number}: {len(own)} frames, {errors[-1]:.1e} of the largest value, cosine {similarities[-1].min():.6f}"
         )
-    worst, every = max(errors), np.concatenate(alike)
-    says = (
-        f"at most {max(absolute):.2g} from {reference.name}, {worst:.1e} of the largest value; cosine a frame at least "
-        f"{every.min():.6f}, on average {every.mean():.6f}"
+    worst, cosine = max(errors), np.concatenate(similarities)
+    summary = (
+        f"at most {max(absolute_errors):.2g} from {reference.name}, {worst:.1e} of the largest value; cosine per frame "
+        f"at least {cosine.min():.6f}, on average {cosine.mean():.6f}"
     )
     figure = {
         "measured": float(f"{worst:.3g}") if np.isfinite(worst) else "not finite",
@@ -131,12 +144,13 @@ def compare(encoder: Encoder, reference: Reference, precision: str, tolerance: f
         "unit": unit,
         "details": tuple(lines),
     }
-    return passed(says, **figure) if worst <= limit else failed(says, remedy, **figure)
+    return passed(summary, **figure) if worst <= limit else failed(summary, remedy, **figure)
 
 
 def _pairs(
     path: Path, arrays: dict[str, npt.NDArray[np.generic]]
 ) -> Iterator[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]:
+    """The waveform (samples,) and embeddings (frames, dim) of each clip."""
     if "waveform" in arrays and "embeddings" in arrays:
         waveform, embeddings = arrays["waveform"], arrays["embeddings"]
         if waveform.ndim == 1:
@@ -147,8 +161,8 @@ def _pairs(
                 f"reference {path}: waveform {waveform.shape} and embeddings {embeddings.shape} must be (samples,) and "
                 "(frames, dim), or (clips, samples) and (clips, frames, dim)"
             )
-        for one, other in zip(waveform, embeddings, strict=True):
-            yield one, other if other.ndim == 2 else other[None]
+        for clip, embedding in zip(waveform, embeddings, strict=True):
+            yield clip, embedding if embedding.ndim == 2 else embedding[None]
         return
     count = 0
     while f"waveform_{count}" in arrays and f"embeddings_{count}" in arrays:

@@ -1,4 +1,4 @@
-"""`tasks` and `cache`: what there is to score, and what is stored of it."""
+"""`tasks` lists the tasks and their data on disk; `cache` lists and removes stored embeddings."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ app.add_typer(cache_app, name="cache")
 def list_tasks(
     name: Annotated[str | None, typer.Argument(help="One task, or a pattern.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every shard: by its record's checksum, else header by header.")
+        bool, typer.Option("--verify", help="Read every shard: check its checksum if the record has one, else every header.")
     ] = False,
     data: DataOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the tasks: kind, metric, weight, and what is on disk. One task's name shows all about it."""
+    """List the tasks with kind, metric, weight and data on disk. The name of one task shows its details."""
     import msgspec
 
     from ..data import catalog, inventory
@@ -86,7 +86,7 @@ def cache_prune(
     cache: CacheOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Remove what killed runs left behind, and the embeddings that the options choose."""
+    """Remove the leftovers of killed runs, and the embeddings that the options select."""
     from ..data import catalog
     from ..embedding.store import Store, prune
 

@@ -24,16 +24,17 @@ def download(
         Path | None,
         typer.Option("--data", help="Folder to fill. [default: $XARES_ONNX_DATA, ./env, the user's data folder]"),
     ] = None,
-    mirror: Annotated[str | None, typer.Option(help="Address of a copy of the records, in place of Zenodo.")] = None,
+    mirror: Annotated[str | None, typer.Option(help="URL of a mirror of the records, in place of Zenodo.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print sizes and licences, and stop.")] = False,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Ask no server: read what is there, and say what is missing or damaged.")
+        bool,
+        typer.Option("--offline", help="Use no network: check the data on disk, and report what is missing or damaged."),
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fetch tasks' data from Zenodo: resumed, verified, and only what is missing."""
+    """Fetch the data of tasks from Zenodo: only missing files, resumed and verified."""
     from ..data import catalog, inventory
     from ..download import download as verb
     from ..report import terminal
@@ -45,18 +46,18 @@ def download(
         with TerminalObserver(quiet=quiet) as observer:
             held = [(task, inventory.verified(task, folder, observer)) for task in verb.choose(names, suite, observer)]
         if json_:
-            put_json([found for _, found in held])
+            put_json([holding for _, holding in held])
         elif not quiet:
             terminal.print_tasks(held, folder, stdout_console())
         errors: list[XaresError] = [*inventory.faults(held, folder, complete=True)]
     else:
         with TerminalObserver(quiet=quiet) as observer:
-            done = verb.download(names, suite=suite, data=data, mirror=mirror, plan=plan, observer=observer)
+            report = verb.download(names, suite=suite, data=data, mirror=mirror, plan=plan, observer=observer)
         if json_:
-            put_json(done.tasks)
-        elif not quiet and done.tasks:
-            terminal.print_download(done.tasks, stdout_console(), plan=plan)
-        errors = done.errors
+            put_json(report.tasks)
+        elif not quiet and report.tasks:
+            terminal.print_download(report.tasks, stdout_console(), plan=plan)
+        errors = report.errors
     for error in errors:
         say(one_line(error))
     raise typer.Exit(worst_exit_code(error.exit_code for error in errors))

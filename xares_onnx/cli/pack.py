@@ -1,4 +1,4 @@
-"""`pack`: a task of one's own from a folder of audio and a table."""
+"""`pack`: make a task from a folder of audio and a table of labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .options import DebugOption
 @app.command()
 @reported
 def pack(
-    audio: Annotated[Path, typer.Argument(metavar="AUDIO_DIR", help="The folder that the table's paths start in.")],
+    audio: Annotated[Path, typer.Argument(metavar="AUDIO_DIR", help="The folder that the paths in the table start from.")],
     labels: Annotated[
         Path | None,
         typer.Argument(
@@ -25,32 +25,32 @@ def pack(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the shards and the task file.")] = None,
-    name: Annotated[str, typer.Option(help="Of the task: DIR/NAME.toml and DIR/NAME/.")] = "mine",
-    title: Annotated[str | None, typer.Option(help="As tables show it. [default: the name]")] = None,
+    name: Annotated[str, typer.Option(help="Name of the task, written to DIR/NAME.toml and DIR/NAME/.")] = "mine",
+    title: Annotated[str | None, typer.Option(help="Title in tables. [default: the name]")] = None,
     domain: Annotated[
         str | None, typer.Option(help="speech, environment or music. [default: environment; speech for transcripts]")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="The column of labels, where several could be.")] = None,
+    target: Annotated[str | None, typer.Option(help="The column of labels, if several are possible.")] = None,
     kind: Annotated[
-        str | None, typer.Option(help="What --target is: class, tags, events, captions, transcript or number.")
+        str | None, typer.Option(help="Kind of --target: class, tags, events, captions, transcript or number.")
     ] = None,
     separator: Annotated[
-        str | None, typer.Option(help="Between tags. [default: the first of | ; , that occurs in them]")
+        str | None, typer.Option(help="Separator of tags. [default: the first of | ; , that occurs]")
     ] = None,
     group: Annotated[
         str | None, typer.Option(help="Column, such as speaker, whose clips stay in one split. [default: group, if any]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the splits that are made.")] = 0,
-    low: Annotated[float | None, typer.Option(help="Lowest score. [default: of the data, rounded]")] = None,
-    high: Annotated[float | None, typer.Option(help="Highest score. [default: of the data, rounded]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of generated splits.")] = 0,
+    low: Annotated[float | None, typer.Option(help="Lowest score. [default: from the data, rounded]")] = None,
+    high: Annotated[float | None, typer.Option(help="Highest score. [default: from the data, rounded]")] = None,
     crop_seconds: Annotated[float | None, typer.Option(help="Cut clips into crops of this length.")] = None,
-    segment_seconds: Annotated[float, typer.Option(help="Length of the segments that events are scored in.")] = 1.0,
+    segment_seconds: Annotated[float, typer.Option(help="Length of the segments that score events.")] = 1.0,
     leaks: Annotated[
-        str, typer.Option(help="A recording in two of the table's splits: refuse, drop (test keeps it) or keep.")
+        str, typer.Option(help="If a recording is in two splits: refuse, drop (keep it in test only) or keep.")
     ] = "refuse",
-    allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Pack in spite of many unusable clips.")] = False,
+    allow_drops: Annotated[bool, typer.Option("--allow-drops", help="Pack even with many unusable clips.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Check everything, write nothing.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print what was packed as JSON.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -58,13 +58,13 @@ def pack(
     import msgspec
 
     from .. import packing
-    from ..report import packed as report
     from ..report.observer import TerminalObserver, stdout_console
+    from ..report.packed import print_packed
 
     if output is None and not check:
-        raise UsageError("name the folder to write by -o DIR, or check only by --check")
+        raise UsageError("name the output folder with -o DIR, or only check with --check")
     with TerminalObserver(quiet=quiet) as observer:
-        done = packing.pack(
+        packed = packing.pack(
             audio,
             labels,
             None if check else output,
@@ -85,6 +85,6 @@ def pack(
             observer=observer,
         )
     if json_:
-        put_json(msgspec.to_builtins(done))
+        put_json(msgspec.to_builtins(packed))
     elif not quiet:
-        report.print_packed(done, stdout_console())
+        print_packed(packed, stdout_console())

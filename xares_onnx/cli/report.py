@@ -1,4 +1,4 @@
-"""`report`: results as a page, Markdown, a table, or a model card's block."""
+"""`report`: results as a page, Markdown, a table, or a block for a model card."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ _ENDINGS = ".html, .md, .csv or .yaml"
 @app.command()
 @reported
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Files that `evaluate` wrote; several stand side by side.")],
+    results: Annotated[list[Path], typer.Argument(help="Files that `evaluate` wrote; several appear side by side.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=f"Where to write: {_ENDINGS}. [default: Markdown on stdout]")
     ] = None,
     format_: Annotated[
-        str | None, typer.Option("--format", help="html, md, csv or model-index. [default: by the name's ending]")
+        str | None, typer.Option("--format", help="html, md, csv or model-index. [default: by the file extension]")
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Folder of the shards that were scored: the page then has the worst clips' sound."),
+        typer.Option(
+            "--data", help="Folder of the shards that were scored, to include sound of the worst clips in the page."
+        ),
     ] = None,
     cache: CacheOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Show one result, or several side by side: a page that needs no network, Markdown, CSV, or a model card's block."""
+    """Show one or several results: as an HTML page that needs no network, Markdown, CSV, or a block for a model card."""
     chosen = _format(output, format_)
     if data is not None and chosen != "html":
-        raise UsageError("--data puts sound into a page; name one by -o report.html")
+        raise UsageError("--data includes sound in an HTML page; write one with -o report.html")
     from ..evaluation.differences import Side
     from ..evaluation.record import make_room
     from ..files import write_aside

@@ -12,10 +12,11 @@ from .taps import best_tap, ordered_taps
 
 @dataclass(frozen=True)
 class Curve:
-    """`steps` are taps from the input to the output, or numbers of training clips per class.
+    """Scores of one model on one task, step by step.
 
-    `model` is the number of the result that the scores are of, `best` the step that stands for the model, if any, and
-    `best_on_test` whether it was chosen on the test clips themselves.
+    `steps` are taps from the input to the output, or numbers of training clips per class; `scores` and `ci95` have an entry
+    per step. `model` is the index of the result, `best` the index of the best step, if one was chosen, and `best_on_test`
+    whether it was chosen on the test clips themselves.
     """
 
     task: str
@@ -62,7 +63,7 @@ def tap_curves(results: Sequence[Result]) -> Iterator[Curve]:
 
 
 def shot_curves(results: Sequence[Result]) -> Iterator[Curve]:
-    """A curve per task and result with scores of few training clips per class; those of a task have the same steps."""
+    """A curve per task and result with scores on few training clips per class; all curves of a task have the same steps."""
     by_task: dict[str, dict[int, TaskResult]] = {}
     for number, result in enumerate(results):
         for record in result.tasks:
@@ -74,7 +75,7 @@ def shot_curves(results: Sequence[Result]) -> Iterator[Curve]:
             rows = {row.clips_per_class: row for row in record.shots}
             if all(row.score is None for row in rows.values()):
                 continue
-            some = [rows.get(count) for count in counts]
+            by_count = [rows.get(count) for count in counts]
             yield Curve(
                 task=task,
                 title=record.title,
@@ -83,6 +84,6 @@ def shot_curves(results: Sequence[Result]) -> Iterator[Curve]:
                 higher_is_better=record.higher_is_better,
                 model=number,
                 steps=tuple(map(str, counts)),
-                scores=tuple(row.score if row else None for row in some),
-                ci95=tuple(row.ci95 if row else None for row in some),
+                scores=tuple(row.score if row else None for row in by_count),
+                ci95=tuple(row.ci95 if row else None for row in by_count),
             )

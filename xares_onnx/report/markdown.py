@@ -15,32 +15,32 @@ _MARKS = {"best": " ★", "within_noise": " ≈"}
 
 
 def markdown(board: Board) -> str:
-    """Averages, then a table a method of tasks x models with the published scores beside them."""
+    """A board as Markdown: averages, then a table per method of tasks by models, with the published scores beside them."""
     models = [model.label for model in board.models]
-    many = len(models) > 1
+    several = len(models) > 1
     parts = [f"## X-ARES scores of {', '.join(map(markdown_cell, models[:3]))}{' and more' if len(models) > 3 else ''}"]
     parts.append(markdown_cell(f"{headline(board)} {summary(board)}"))
     if board.averages:
-        heads = [f"{row.group}, {row.method} ({len(row.tasks)} of {row.of})" for row in board.averages]
+        headings = [f"{row.group}, {row.method} ({len(row.tasks)} of {row.of})" for row in board.averages]
         lines = [[label, *(_average(row.cells[i]) for row in board.averages)] for i, label in enumerate(models)]
         lines += [
             [f"{name}, published", *(_published_average(row, name) for row in board.averages)] for name in board.published
         ]
-        parts.append(_table(["weighted average", *heads], lines, words=1))
+        parts.append(_table(["weighted average", *headings], lines, words=1))
     for method in METHODS:
         rows = [row for row in board.rows if row.method == method]
         if rows:
-            heads = [f"by {method}", "metric", *models, *(f"{name}, published" for name in board.published)]
-            parts.append(_table(heads, [_cells(row, board) for row in rows], words=2))
+            headings = [f"by {method}", "metric", *models, *(f"{name}, published" for name in board.published)]
+            parts.append(_table(headings, [_cells(row, board) for row in rows], words=2))
     if profile := _profile(board):
-        heads = ["what is kept", "by the task", "metric", "chance", *models]
-        parts.append(_table(heads, profile, words=3))
+        headings = ["what is kept", "by the task", "metric", "chance", *models]
+        parts.append(_table(headings, profile, words=3))
     if board.shots:
         counts = sorted({step for curve in board.shots for step in curve.steps}, key=int)
-        heads = ["by training clips per class", *(["model"] if many else []), *counts]
-        lines = [[c.title, *([models[c.model]] if many else []), *_shots(c, counts)] for c in board.shots]
-        parts.append(_table(heads, lines, words=2 if many else 1))
-    remarks = ["★ best, ≈ within noise of the best. " + noise(board)] if many else []
+        headings = ["by training clips per class", *(["model"] if several else []), *counts]
+        lines = [[curve.title, *([models[curve.model]] if several else []), *_shots(curve, counts)] for curve in board.shots]
+        parts.append(_table(headings, lines, words=2 if several else 1))
+    remarks = ["★ best, ≈ within noise of the best. " + noise(board)] if several else []
     if any(not row.higher_is_better for row in board.rows):
         remarks.append("↓ lower is better.")
     if any(cell and not cell.record.comparable for row in board.rows for cell in row.cells):
@@ -92,7 +92,11 @@ def _published_average(row: AverageRow, name: str) -> str:
     return f"{row.published[name]:.3f}" if name in row.published else ""
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
-    aligned = ["---"] * words + ["---:"] * (len(heads) - words)
-    lines = [[markdown_cell(head) for head in heads], aligned, *([markdown_cell(cell) for cell in row] for row in rows)]
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
+    aligned = ["---"] * words + ["---:"] * (len(headings) - words)
+    lines = [
+        [markdown_cell(heading) for heading in headings],
+        aligned,
+        *([markdown_cell(cell) for cell in row] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

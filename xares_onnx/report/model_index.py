@@ -1,4 +1,4 @@
-"""A board of one model as the `model-index` block that a model card on Hugging Face has in its front matter."""
+"""A board of one model as the `model-index` block in the front matter of a Hugging Face model card."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from ..version import __version__
 from .board import Board, Row
 from .tables import METRIC_NAMES
 
-# Names that model cards know, by metric: the task, and the metric where it has another name there.
+# Names in model cards, by metric: the task, and the metric if it has another name there.
 _TASK_TYPES = {"one_minus_wer": "automatic-speech-recognition", "recall_at_1": "feature-extraction"}
 _METRIC_TYPES = {"segment_f1_macro": "f1", "segment_f1_micro": "f1", "one_minus_wer": "wer"}
 
 
 def model_index(board: Board) -> str:
-    """YAML: a result a task with a metric a method, intervals and protocol as the metric's `args`, then the averages.
+    """A YAML block with an entry per task and a metric per method, then the averages.
 
-    Scores that are not comparable are left out. Raises `UsageError` for several models, and where nothing is left.
+    The `args` of a metric are its interval, protocol and seeds. Scores that are not comparable are left out.
+
+    Raises:
+        UsageError: If the board has several models, or no comparable score.
     """
     if len(board.models) != 1:
-        raise UsageError(f"a model-index is of one model, and here are {len(board.models)}; name one result")
+        raise UsageError(f"a model-index describes one model, not {len(board.models)}; name one result")
     results: dict[str, dict[str, Any]] = {}
     for row in board.rows:
         cell = row.cells[0]
@@ -39,7 +42,7 @@ def model_index(board: Board) -> str:
         )
         entry["metrics"].append(_metric(row, cell.record, board))
     for average in board.averages:
-        figure = average.cells[0]
+        cell_of_average = average.cells[0]
         key = f"average {average.group}"
         entry = results.setdefault(
             key,
@@ -49,9 +52,9 @@ def model_index(board: Board) -> str:
                 "metrics": [],
             },
         )
-        args = {**_args(board), **_interval(figure.ci95), "tasks": list(map(printable, average.tasks))}
+        args = {**_args(board), **_interval(cell_of_average.ci95), "tasks": list(map(printable, average.tasks))}
         name = f"weighted average, {average.method}, of {len(average.tasks)} of {average.of} tasks"
-        entry["metrics"].append({"type": "weighted_average", "value": figure.weighted, "name": name, "args": args})
+        entry["metrics"].append({"type": "weighted_average", "value": cell_of_average.weighted, "name": name, "args": args})
     if not results:
         raise UsageError(f"{board.models[0].side.name} has no comparable score for a model card; evaluate without --limit")
     index = {"model-index": [{"name": board.models[0].label, "results": list(results.values())}]}
@@ -61,12 +64,12 @@ def model_index(board: Board) -> str:
 def _metric(row: Row, record: TaskResult, board: Board) -> dict[str, Any]:
     value, ci95, name = record.score or 0.0, record.ci95, METRIC_NAMES.get(row.metric, row.metric)
     if row.metric == "one_minus_wer":
-        rate = record.metrics.get("word_error_rate", 1 - value)  # the score ends at 0, a rate may pass 1
+        rate = record.metrics.get("word_error_rate", 1 - value)  # the score stops at 0, a rate may exceed 1
         value, ci95, name = rate, (1 - ci95[1], 1 - ci95[0]) if ci95 else None, "WER"
     return {
         "type": _METRIC_TYPES.get(row.metric, row.metric),
         "value": value,
-        "name": f"{name}, {'kNN' if row.method == 'knn' else printable(record.method) + ' head'}",
+        "name": f"{name}, {'kNN' if record.family == 'knn' else printable(record.method) + ' head'}",
         "args": {**_args(board), **_interval(ci95), "test_clips": record.n_test},
     }
 

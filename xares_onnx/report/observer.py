@@ -1,4 +1,4 @@
-"""Progress on a terminal, or as plain lines where nobody looks; and the console that tables are printed on."""
+"""Progress as bars on a terminal or as plain lines elsewhere, and the console that prints tables."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ from .. import progress as events
 from ..errors import printable
 from .units import amount, data_size, duration
 
-_PLAIN_WIDTH = 10_000  # where nobody looks, nothing is wrapped or cut
-# where nobody looks, nothing is wrapped or cut
-_NOT_COMPARABLE = "*"
-# What is done in a stage, and to what.
+_PLAIN_WIDTH = 10_000  # outside a terminal, nothing is wrapped or cut
+# What a stage does, and the unit of its counts.
 _STAGES = {
     "prepare": ("preparing", "files"),
     "embed": ("embedding", "clips"),
@@ -42,12 +40,12 @@ _STAGES = {
     "download": ("downloading", "bytes"),
     "verify": ("verifying", "bytes"),
 }
-_UNTOLD = ("prepare", "check")  # of their end nothing is said
-_PLAIN_SECONDS = 30  # between lines about a long download where no bar can move
+_SILENT_STAGES = ("prepare", "check")  # their end prints no line
+_PLAIN_SECONDS = 30  # between lines about a long download outside a terminal
 
 
 class _Console(Console):
-    """Colours and line drawing on a terminal; elsewhere plain text. Strings are taken as they are, not as markup."""
+    """Colours and line drawing on a terminal, plain text elsewhere. Strings are printed as they are, not read as markup."""
 
     def __init__(self, stream: IO[str]) -> None:
         live = stream.isatty()
@@ -62,12 +60,13 @@ class _Console(Console):
         )
 
     def on_broken_pipe(self) -> None:
-        """Whoever read this is gone: the work and its exit code do not depend on that."""
+        """Keep working when the reader is gone: the exit code does not depend on it."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def stdout_console() -> Console:
+    """The console for results and tables."""
     return _Console(sys.stdout)
 
 
@@ -89,8 +88,8 @@ class TerminalObserver:
             transient=True,
         )
         self._bars: dict[tuple[str, str], TaskID] = {}
-        self._begun: dict[tuple[str, str], _Begun] = {}
-        self._said: set[str] = set()
+        self._started: dict[tuple[str, str], _Start] = {}
+        self._printed_notes: set[str] = set()
 
     def __enter__(self) -> TerminalObserver:
         if self._live:
@@ -106,17 +105,17 @@ class TerminalObserver:
             return
         match event:
             case events.Note(text):
-                if text not in self._said:
-                    self._said.add(text)
+                if text not in self._printed_notes:
+                    self._printed_notes.add(text)
                     self._console.print(f"note: {printable(text)}")
             case events.Progress(stage, task, done, total) if self._live:
                 self._draw(stage, task, done, total)
             case events.Progress(stage, task, done, total) if done < total:
-                begun = self._begun.setdefault((stage, task), _Begun(done, time.monotonic()))
-                if stage == "download" and (line := begun.line(done, total)):
+                start = self._started.setdefault((stage, task), _Start(done, time.monotonic()))
+                if stage == "download" and (line := start.line(done, total)):
                     self._console.print(f"{task}: {line}")
-            case events.Progress(stage, task, _, total) if (stage, task) in self._begun and stage not in _UNTOLD:
-                del self._begun[(stage, task)]
+            case events.Progress(stage, task, _, total) if (stage, task) in self._started and stage not in _SILENT_STAGES:
+                del self._started[(stage, task)]
                 verb, unit = _STAGES[stage]
                 self._console.print(f"{task}: {verb} done, {amount(total, unit)}")
 
@@ -131,15 +130,15 @@ class TerminalObserver:
 
 
 @dataclass
-class _Begun:
-    """Where a stage stood when it was first heard of, and when it was last written about, in seconds of a clock."""
+class _Start:
+    """What was done when a stage first reported, with the times of that and of the last line, in seconds of a clock."""
 
     done: int
     at: float
     written_at: float = 0
 
     def line(self, done: int, total: int) -> str | None:
-        """How far a download is, how fast, and how long it will take; None where that was said just now."""
+        """How far a download is, how fast, and how long it will take; None if the last line is recent."""
         now = time.monotonic()
         if now - max(self.at, self.written_at) < _PLAIN_SECONDS:
             return None
@@ -150,7 +149,7 @@ class _Begun:
 
 
 class _CountColumn(ProgressColumn):
-    """How many units of how many; bytes as sizes."""
+    """Units done and in total; bytes as sizes."""
 
     def render(self, task: ProgressTask) -> Text:
         if task.fields["unit"] == "bytes":
@@ -159,11 +158,11 @@ class _CountColumn(ProgressColumn):
 
 
 class _RateColumn(ProgressColumn):
-    """Units a second in this run: what was already there does not count."""
+    """Units per second in this run, without those that were done before it."""
 
     def render(self, task: ProgressTask) -> Text:
-        fresh = task.completed - task.fields["start_done"]
-        rate = fresh / task.elapsed if task.elapsed else 0
-        if fresh <= 0:
+        done = task.completed - task.fields["start_done"]
+        rate = done / task.elapsed if task.elapsed else 0
+        if done <= 0:
             return Text("")
         return Text(f"{data_size(rate)}/s" if task.fields["unit"] == "bytes" else f"{rate:.1f} {task.fields['unit']}/s")

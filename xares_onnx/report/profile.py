@@ -1,6 +1,6 @@
-"""The synthetic suite as a profile: what an encoder keeps of a sound, an aspect at a time.
+"""The synthetic suite as a profile: what an encoder keeps of a sound, aspect by aspect.
 
-It has no average: one would rank encoders by how many of its attributes they keep, and real tasks rank them otherwise.
+It has no average: one would rank encoders by how many of these attributes they keep, and real tasks rank them differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ASPECTS = {
 
 @dataclass(frozen=True)
 class Aspect:
-    """A task and what it asks for; `chance` is the accuracy of a guess."""
+    """A task of the profile and what it tests; `chance` is the accuracy of a guess, None for tasks without classes."""
 
     kept: str
     task: str
@@ -34,7 +34,7 @@ class Aspect:
 
 
 def aspects(tasks: Collection[str]) -> list[Aspect]:
-    """Those of the tasks that belong to the profile, aspect by aspect."""
+    """The tasks that belong to the profile, out of these names, aspect by aspect."""
     rows = []
     for kept, names in _ASPECTS.items():
         for name in names:

@@ -1,4 +1,4 @@
-"""What a report says in words: the settings in one line, what is left out, and what to know of each run."""
+"""The sentences of a report: settings, who is best, how noise was judged, and what to know of each run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from ..errors import printable
 from .board import Board, Model, Row
 from .profile import NOTE, aspects
 
-MAX_LINES = 60  # of remarks a model
-_MAX_VALUE, _MAX_DEPTH = 300, 4
-_BY = {"head": "trained heads", "knn": "nearest neighbours"}
+MAX_LINES = 60  # of remarks per model
+_MAX_VALUE, _MAX_DEPTH = 300, 4  # characters, levels of nesting
+_METHOD_NAMES = {"head": "trained heads", "knn": "nearest neighbours"}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`small` and `fast`: no model that is smaller, or faster, has a higher average."""
+    """What a model costs. `small` and `fast`: no smaller, or faster, model has as high an average.
+
+    `rtf` is seconds of embedding per second of audio on `machine`.
+    """
 
     average: float | None
     bytes: int
@@ -31,12 +34,12 @@ class Cost:
 
 
 def summary(board: Board) -> str:
-    """Protocol, seeds and how much was scored, in one line."""
+    """Protocol, seeds, and how many models and tasks were scored, in one line."""
     settings = board.settings
     tasks = len({row.task for row in board.rows if any(cell and cell.score is not None for cell in row.cells)})
     count = len(board.models)
     seeds = settings.get("seeds")
-    limit = f", at most {short(settings['limit'])} clips a split" if settings.get("limit") else ""
+    limit = f", at most {short(settings['limit'])} clips per split" if settings.get("limit") else ""
     return (
         f"{count} model{'' if count == 1 else 's'}, {tasks} task{'' if tasks == 1 else 's'}; protocol "
         f"{short(settings.get('protocol'))}, {short(seeds)} seed{'' if seeds == 1 else 's'}{limit}. Scores are fractions."
@@ -44,39 +47,41 @@ def summary(board: Board) -> str:
 
 
 def headline(board: Board) -> str:
-    """Who is best by how much, in one sentence; of a model alone, its average."""
+    """Which model is best and by how much; for a single model, its average."""
     row = board.headline
     if row is None:
-        profiled = aspects({of_task.task for of_task in board.rows})
-        return f"There is no average{f': {NOTE}' if profiled else ''}."
+        profile = aspects({task_row.task for task_row in board.rows})
+        return f"There is no average{f': {NOTE}' if profile else ''}."
     first, best = row.cells[0], board.models[0].label
-    of = f"the weighted average of {len(row.tasks)} of {row.of} {row.group} tasks by {_BY[row.method]}"
+    scope = f"the weighted average of {len(row.tasks)} of {row.of} {row.group} tasks by {_METHOD_NAMES[row.method]}"
     span = f" (95 %: {first.ci95[0]:.3f} to {first.ci95[1]:.3f})" if first.ci95 else ""
     if len(board.models) == 1:
-        return f"{best} has {first.weighted:.3f}{span}, {of}."
+        return f"{best} has {first.weighted:.3f}{span}, {scope}."
     near = [
-        m.label for m, c in zip(board.models, row.cells, strict=True) if c.verdict and c.verdict.standing == "within_noise"
+        model.label
+        for model, cell in zip(board.models, row.cells, strict=True)
+        if cell.verdict and cell.verdict.standing == "within_noise"
     ]
     tied = f" {_listed(near)} {'is' if len(near) == 1 else 'are'} within noise of it." if near else ""
-    others = "" if near else f", ahead of {board.models[1].label} with {row.cells[1].weighted:.3f}"
-    return f"{best} is best with {first.weighted:.3f}{span}, {of}{others}.{tied}"
+    runner_up = "" if near else f", ahead of {board.models[1].label} with {row.cells[1].weighted:.3f}"
+    return f"{best} is best with {first.weighted:.3f}{span}, {scope}{runner_up}.{tied}"
 
 
 def noise(board: Board) -> str:
-    """How differences were told from noise."""
+    """How differences were told from noise; empty if nothing was compared."""
     bases = {cell.verdict.basis for row in board.rows for cell in row.cells if cell is not None and cell.verdict is not None}
-    said = []
+    sentences = []
     if "paired" in bases:
-        said.append(
-            "A score is within noise of the best if the 95 % interval of their difference holds zero (a paired bootstrap "
-            "over the same test clips, which is finer than to see whether two intervals overlap, with what seeds differ "
-            "by), or if among all differences shown it may be chance (Benjamini and Hochberg's correction)."
+        sentences.append(
+            "A score is within noise of the best if the 95 % interval of their difference contains zero (a paired bootstrap "
+            "over the same test clips, with the variation over seeds; it finds smaller differences than overlap of "
+            "intervals does), or if it may be chance among all the differences shown (Benjamini and Hochberg's correction)."
         )
     if "intervals" in bases:
-        said.append(
-            "Where predictions were not at hand, a score counts as within noise if its interval overlaps the best one's."
+        sentences.append(
+            "If predictions were missing, a score counts as within noise if its interval overlaps that of the best."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
 def costs(board: Board) -> list[Cost]:
@@ -101,7 +106,7 @@ def costs(board: Board) -> list[Cost]:
 
 
 def remarks(model: Model) -> list[str]:
-    """Tasks without a score and why, clips that were dropped, and the notes of the run."""
+    """What to know of a run: tasks without a score and why, dropped clips, and notes; at most `MAX_LINES` lines."""
     lines: list[str] = []
     for record in model.main:
         if record.status != "ok":
@@ -115,12 +120,12 @@ def remarks(model: Model) -> list[str]:
     for record in model.main:
         lines += [f"{record.task}: {note}" for note in record.notes]
     lines += model.result.notes
-    told = list(dict.fromkeys(short(line) for line in lines))
-    return told[:MAX_LINES] + ([f"and {len(told) - MAX_LINES} more"] if len(told) > MAX_LINES else [])
+    unique = list(dict.fromkeys(short(line) for line in lines))
+    return unique[:MAX_LINES] + ([f"and {len(unique) - MAX_LINES} more"] if len(unique) > MAX_LINES else [])
 
 
 def short(value: Any, depth: int = 0) -> str:
-    """A value of a contract or setting on one line, cut where it is long or nested deeply."""
+    """A value of a contract or setting on one line, cut if it is long or deeply nested."""
     if depth > _MAX_DEPTH:
         return "…"
     if value is None or value in ([], {}, ()):
@@ -136,7 +141,7 @@ def short(value: Any, depth: int = 0) -> str:
 
 
 def plain_score(row: Row, number: int) -> str:
-    """A score as text with its marks: `0.856 ★`, `0.850 ≈`, `0.100*`; the status where there is none."""
+    """A score as text with its marks: `0.856 ★`, `0.850 ≈`, `0.100*`; the status without one."""
     cell = row.cells[number]
     if cell is None:
         return ""
@@ -151,18 +156,19 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _unbeaten(i: int, costs: Sequence[float | None], averages: Sequence[float | None]) -> bool:
-    mine, cost = averages[i], costs[i]
-    if mine is None or cost is None:
+    """Whether every model that costs less than model `i` has a lower average."""
+    average, cost = averages[i], costs[i]
+    if average is None or cost is None:
         return False
     return not any(
-        other is not None and average is not None and other < cost and average >= mine
-        for other, average in zip(costs, averages, strict=True)
+        other_cost is not None and other_average is not None and other_cost < cost and other_average >= average
+        for other_cost, other_average in zip(costs, averages, strict=True)
     )
 
 
 def _machine(model: Model) -> str:
     environment = model.result.environment
     machine = environment.get("machine")
-    named = machine.get("processor") if isinstance(machine, dict) else None
+    processor = machine.get("processor") if isinstance(machine, dict) else None
     provider = str(environment.get("provider", "")).removesuffix("ExecutionProvider")
-    return ", ".join(short(part) for part in (provider, named) if part)
+    return ", ".join(short(part) for part in (provider, processor) if part)

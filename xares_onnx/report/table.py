@@ -1,4 +1,4 @@
-"""Results as one flat table, a row a model, task, method and tap: for pandas, polars, and as CSV."""
+"""Results as one flat table, a row per model, task, method and tap: for pandas, polars, and as CSV."""
 
 from __future__ import annotations
 
@@ -22,22 +22,34 @@ if TYPE_CHECKING:
 
 Table = list[dict[str, Any]]
 
-# What a spreadsheet takes for the start of a formula.
+# Characters that start a formula in a spreadsheet.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def table(results: str | Path | Result | Evaluation | Iterable[str | Path | Result | Evaluation]) -> Table:
-    """Results as flat rows of texts, numbers, booleans and None, all with the same keys: `pandas.DataFrame(table(…))`.
+    """Put results into flat rows: one per model, task, method and tap.
 
-    `results` is one or several paths of result files, results, or what `evaluate` returned. A row is a model, task, method
-    and tap. `best` is True of the best model of a task and method, `within_noise` of those that a paired bootstrap cannot
-    tell from it (`compared_by` paired; of a bare `Result`, and where predictions are not beside a file, by whether
-    intervals overlap: `intervals`). They are None where there is nothing to compare, and of every tap but the first.
+    `best` is True for the best model of a task and method, `within_noise` for models that cannot be told from it.
+    `compared_by` says how: `paired` by a paired bootstrap over the test clips, `intervals` by whether intervals overlap,
+    for a bare `Result` and for files without predictions beside them. The three are None if there is nothing to compare,
+    and for every tap but the first.
 
-    Raises `UsageError` or `DataError` where the results cannot be compared: another protocol, other settings or data.
+    Args:
+        results: One or several paths of result files, `Result`s, or what `evaluate` returned.
+
+    Returns:
+        Rows of texts, numbers, booleans and None, all with the same keys.
+
+    Raises:
+        UsageError: If a source is not a result, or if protocols, settings or task definitions differ.
+        DataError: If the data of a task differ, or if predictions do not give the score of their result.
+
+    Example:
+        >>> import pandas
+        >>> pandas.DataFrame(table(["small.json", "large.json"]))  # doctest: +SKIP
     """
-    several = [results] if isinstance(results, str | Path | Result) or hasattr(results, "side") else results
-    sides = [_side(source, number) for number, source in enumerate(several)]  # type: ignore[arg-type]
+    sources = [results] if isinstance(results, str | Path | Result) or hasattr(results, "side") else results
+    sides = [_side(source, number) for number, source in enumerate(sources)]  # type: ignore[arg-type]
     return board_table(make_board(sides))
 
 
@@ -48,7 +60,7 @@ def _side(source: str | Path | Result | Evaluation, number: int) -> Side:
         return Side.of_result(f"result {number + 1}", source)
     if hasattr(source, "side"):
         return source.side(f"result {number + 1}")
-    raise UsageError(f"a {type(source).__name__} is no result; give paths of result files, or what `evaluate` returned")
+    raise UsageError(f"a {type(source).__name__} is not a result; pass paths of result files, or what `evaluate` returned")
 
 
 def board_table(board: Board) -> Table:
@@ -114,17 +126,17 @@ def _row(model: Model, record: TaskResult, cell: Cell | None, published: Sequenc
 
 
 def _plain(value: Any) -> Any:
-    """A value of a stranger's contract or settings as one cell."""
+    """A value of a contract or of settings as one cell."""
     return value if isinstance(value, str | int | float | bool | None) else short(value)
 
 
 def csv_text(rows: Table) -> str:
-    """Rows as CSV with a heading; numbers in full, None empty. A text that a spreadsheet would run gets an apostrophe."""
-    made = io.StringIO()
-    writer = csv.writer(made, lineterminator="\n")
+    """Rows as CSV with a heading: numbers in full, None empty, an apostrophe before texts that a spreadsheet would run."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(map(_csv_cell, rows[0] if rows else ()))
     writer.writerows([_csv_cell(value) for value in row.values()] for row in rows)
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def _csv_cell(value: Any) -> str:

@@ -22,7 +22,7 @@ METRIC_NAMES = {
 
 
 def grid_range(record: TaskResult) -> tuple[float, float] | None:
-    """Lowest and highest test score over the settings that were tried; None for a method that has no setting."""
+    """Lowest and highest test score over the settings that were tried; None for a method without settings."""
     if record.tuning is None:
         return None
     sign = 1 if record.higher_is_better else -1
@@ -31,11 +31,12 @@ def grid_range(record: TaskResult) -> tuple[float, float] | None:
 
 
 def is_narrow(console: Console) -> bool:
+    """Whether tables leave columns out to fit."""
     return console.width < 120
 
 
 def empty_table(console: Console, words: Sequence[str], numbers: Sequence[str], more_words: Sequence[str] = ()) -> Table:
-    """An empty table with columns of words, of numbers, and of words again."""
+    """A table without rows: columns of words, then of numbers (aligned right), then of words again, by their headings."""
     if console.is_terminal:
         table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     else:

@@ -1,7 +1,7 @@
 """Scores by tap: a row per output or layer, a column per task and method, and the best tap.
 
-The best tap is the one with the best score on the selection clips, so that its score on the test clips does not flatter it.
-Where a tap has no such score, the best is chosen on the test clips, and marked.
+The best tap is the one with the best score on the selection clips, so that its test score is not flattered by the choice.
+If a tap has no such score, the best is chosen on the test clips, and marked.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from rich.text import Text
 
 from ..errors import printable
 from ..evaluation.record import Result, TaskResult
+from ..evaluation.settings import Method
 from .tables import empty_table
 
-_COLUMN = 13  # characters of a column, at least: as many as fit stand in one table
+_COLUMN_WIDTH = 13  # least characters per column, which decides how many columns fit into a table
 _ON_TEST = " (test)"
 
 
@@ -29,8 +30,12 @@ class Best:
 
 
 def selection_score(record: TaskResult) -> float | None:
-    """The score on the selection clips, higher is better: a kNN's, or a head's by the best of its settings; None without."""
-    if record.method == "knn":
+    """The score on the selection clips, higher is better: of kNN, or of the best setting of a head.
+
+    Returns:
+        The score, or None if it was not recorded.
+    """
+    if record.family == "knn":
         return record.selection
     tried = record.tuning.tried if record.tuning else []
     scores = [trial.selection for trial in tried if trial.selection is not None]
@@ -38,7 +43,14 @@ def selection_score(record: TaskResult) -> float | None:
 
 
 def best_tap(records: Iterable[TaskResult]) -> Best | None:
-    """The best of one task and method by tap; the first of equal ones. None without a score."""
+    """The best tap of one task and method.
+
+    Args:
+        records: The task's records by one method, one per tap.
+
+    Returns:
+        The best, the first of equal ones; None if no record has a score.
+    """
     scored = [record for record in records if record.score is not None]
     if not scored:
         return None
@@ -50,55 +62,56 @@ def best_tap(records: Iterable[TaskResult]) -> Best | None:
 
 
 def best_note(on_test: Iterable[bool]) -> str:
-    """How the best taps were chosen."""
-    kinds = set(on_test)
-    parts = ["the best tap is the best on the selection clips"] if False in kinds else []
-    parts += (
-        [f"{_ON_TEST.strip()}: the best on the test clips themselves, so its score flatters it"] if True in kinds else []
-    )
+    """A sentence on how the best taps were chosen; `on_test` says per best tap whether it was chosen on the test clips."""
+    choices = set(on_test)
+    parts = []
+    if False in choices:
+        parts.append("the best tap is the best on the selection clips")
+    if True in choices:
+        parts.append(f"{_ON_TEST.strip()}: the best on the test clips themselves, so its score flatters it")
     return "; ".join(parts)
 
 
 def print_taps(result: Result, console: Console) -> None:
-    """The scores of every tap; nothing where there is only one."""
+    """Print the scores of every tap; nothing if there is only one."""
     taps = ordered_taps(result)
     if len(taps) < 2:
         return
     columns = _columns(result)
-    fit = max(1, (console.width - max(len(tap) for tap in taps) - 2) // _COLUMN)
+    fit = max(1, (console.width - max(len(tap) for tap in taps) - 2) // _COLUMN_WIDTH)
     for start in range(0, len(columns), fit):
-        some = columns[start : start + fit]
-        table = empty_table(console, ("tap",), [f"{printable(records[0].title)} {kind}" for kind, records in some])
+        shown = columns[start : start + fit]
+        table = empty_table(console, ("tap",), [f"{printable(records[0].title)} {method}" for method, records in shown])
         for column in table.columns[1:]:
             column.no_wrap = False
-        best = [best_tap(records) for _, records in some]
+        best_taps = [best_tap(records) for _, records in shown]
         output = result.encoder.taps[0]
         for tap in taps:
-            cells = (_cell(tap, output, records, first) for (_, records), first in zip(some, best, strict=True))
+            cells = (_cell(tap, output, records, best) for (_, records), best in zip(shown, best_taps, strict=True))
             table.add_row(printable(tap), *cells)
         table.add_section()
-        table.add_row("best", *(_name(first, output) for first in best))
+        table.add_row("best", *(_name(best, output) for best in best_taps))
         console.print(table, soft_wrap=False)
-    console.print(best_note(first.on_test for _, records in columns if (first := best_tap(records))))
+    console.print(best_note(best.on_test for _, records in columns if (best := best_tap(records))))
 
 
 def ordered_taps(result: Result) -> list[str]:
-    """Taps from the input to the output."""
+    """The taps of a result, from the model's input to its output."""
     taps = result.encoder.taps
     if len(taps) > 1 and all(tap.startswith("layer.") for tap in taps[1:]):
-        return [*taps[1:], taps[0]]  # the model's output is behind its layers
+        return [*taps[1:], taps[0]]  # the model's output comes after its layers
     return taps
 
 
-def _columns(result: Result) -> list[tuple[str, list[TaskResult]]]:
-    """(head or knn, records of every tap), for each task and method that has a score."""
-    found: dict[tuple[str, str], list[TaskResult]] = {}
+def _columns(result: Result) -> list[tuple[Method, list[TaskResult]]]:
+    """(method, records of every tap) per task and method with a score."""
+    by_column: dict[tuple[str, Method], list[TaskResult]] = {}
     for record in result.tasks:
-        found.setdefault((record.task, "knn" if record.method == "knn" else "head"), []).append(record)
+        by_column.setdefault((record.task, record.family), []).append(record)
     taps = ordered_taps(result)
-    for records in found.values():
+    for records in by_column.values():
         records.sort(key=lambda record: taps.index(record.tap or result.encoder.taps[0]))
-    return [(kind, records) for (_, kind), records in found.items() if any(r.score is not None for r in records)]
+    return [(method, records) for (_, method), records in by_column.items() if any(r.score is not None for r in records)]
 
 
 def _name(best: Best | None, output: str) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: progress while work goes on, and tables at its end."""
+"""Tables in a terminal: results, tasks, downloads, plans and the cache."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from ..data.inventory import Holding
 from ..data.task import Task
 from ..embedding.store import Header
 from ..errors import printable
-from ..evaluation.averages import published_averages
+from ..evaluation.averages import published_averages, weight_shares
 from ..evaluation.planning import Plan, PlanRow
 from ..evaluation.record import SHOWN_GROUPS, Average, Result, TaskResult
+from ..evaluation.settings import METHODS, Method
 from .curves import shot_curves
 from .profile import NOTE, aspects
 from .tables import METRIC_NAMES, empty_table, grid_range, is_narrow
@@ -34,7 +35,7 @@ _NOT_COMPARABLE = "*"
 
 
 def print_result(result: Result, console: Console, *, saved: str | None = None) -> None:
-    """Tasks with their scores and intervals, averages, and whatever went wrong."""
+    """Print tasks with their scores and intervals, averages, and whatever went wrong; `saved` is where the result lies."""
     contract = result.encoder.contract
     console.print(
         Text.assemble(
@@ -44,21 +45,21 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
             f"{result.environment['provider'].removesuffix('ExecutionProvider')}",
         )
     )
-    by_task: dict[str, dict[str, TaskResult]] = {}
+    by_task: dict[str, dict[Method, TaskResult]] = {}
     main = [record for record in result.tasks if record.tap is None]
     for record in main:
-        by_task.setdefault(record.task, {})["knn" if record.method == "knn" else "head"] = record
+        by_task.setdefault(record.task, {})[record.family] = record
     words = ("task",) if is_narrow(console) else ("task", "domain", "metric")
-    drawn = not is_narrow(console) and any(len(record.per_seed) > 1 for record in main)
-    tuned = not is_narrow(console) and any(record.tuning for record in main)
-    spread = (*(["grid"] if tuned else []), *(["seeds"] if drawn else []))
+    with_seeds = not is_narrow(console) and any(len(record.per_seed) > 1 for record in main)
+    with_grid = not is_narrow(console) and any(record.tuning for record in main)
+    spread = (*(["grid"] if with_grid else []), *(["seeds"] if with_seeds else []))
     table = empty_table(console, words, ("head", "95 %", *spread, "knn", "95 %", "tested", "dropped"))
-    table.columns[0].no_wrap = False  # a title may take two lines where it must
+    table.columns[0].no_wrap = False  # a long title may take two lines
     reasons = []
     for records in by_task.values():
         first = next(iter(records.values()))
         head = records.get("head")
-        cells = [*_score_cells(head), *([_grid(head)] if tuned else []), *([_spread(head)] if drawn else [])]
+        cells = [*_score_cells(head), *([_grid(head)] if with_grid else []), *([_spread(head)] if with_seeds else [])]
         cells += _score_cells(records.get("knn"))
         dropped = len(first.clips.dropped)
         table.add_row(
@@ -83,32 +84,32 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     _print_published(main, console)
     settings = result.settings
     incomparable = [record for record in main if not record.comparable and record.status == "ok"]
-    whys = [f"at most {settings['limit']} clips a split were used"] if settings["limit"] else []
-    whys = whys or list(dict.fromkeys(f"{record.task}: {record.notes[-1]}" for record in incomparable if record.notes))
+    causes = [f"at most {settings['limit']} clips per split were used"] if settings["limit"] else []
+    causes = causes or list(dict.fromkeys(f"{record.task}: {record.notes[-1]}" for record in incomparable if record.notes))
     if incomparable:
-        reasons.append(f"{_NOT_COMPARABLE} not comparable with other results, and in no average: {'; '.join(whys)}")
+        reasons.append(f"{_NOT_COMPARABLE} not comparable with other results, and in no average: {'; '.join(causes)}")
     for reason in reasons:
         console.print(Text(printable(reason), style="yellow"))
-    several = max((len(record.per_seed) for record in main), default=0) > 1
-    seeds = f", {settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}" if several or not tuned else ""
-    errors = dict.fromkeys(record.title for record in main if not record.higher_is_better)
-    but = f", but lower for {', '.join(map(printable, errors))}" if errors else ""
-    notes = "; grid: lowest and highest score over the settings that were tried" if tuned else ""
-    notes += "; +- is the standard deviation over seeds" if drawn else ""
-    console.print(f"protocol {settings['protocol']}{seeds}; scores are fractions, higher is better{but}{notes}")
+    several_seeds = max((len(record.per_seed) for record in main), default=0) > 1
+    seeds = f", {settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}" if several_seeds or not with_grid else ""
+    error_titles = dict.fromkeys(record.title for record in main if not record.higher_is_better)
+    exceptions = f", but lower for {', '.join(map(printable, error_titles))}" if error_titles else ""
+    notes = "; grid: lowest and highest score over the settings that were tried" if with_grid else ""
+    notes += "; +- is the standard deviation over seeds" if with_seeds else ""
+    console.print(f"protocol {settings['protocol']}{seeds}; scores are fractions, higher is better{exceptions}{notes}")
     if saved:
         console.print(f"saved {printable(saved)}")
 
 
-def _print_profile(by_task: Mapping[str, Mapping[str, TaskResult]], console: Console) -> None:
-    """What an encoder keeps, by the tasks of the synthetic suite."""
+def _print_profile(by_task: Mapping[str, Mapping[Method, TaskResult]], console: Console) -> None:
+    """Print what an encoder keeps, by the tasks of the synthetic suite."""
     rows = aspects(by_task)
     if not rows:
         return
     table = empty_table(console, ("what is kept", "by the task", "metric"), ("chance", "head", "knn"))
     kept = ""
     for row in rows:
-        scores = [_score_cells(by_task[row.task].get(method))[0] for method in ("head", "knn")]
+        scores = [_score_cells(by_task[row.task].get(method))[0] for method in METHODS]
         chance = "" if row.chance is None else f"{row.chance:.3f}"
         table.add_row("" if row.kept == kept else row.kept, row.title, row.metric, chance, *scores)
         kept = row.kept
@@ -117,7 +118,7 @@ def _print_profile(by_task: Mapping[str, Mapping[str, TaskResult]], console: Con
 
 
 def _print_shots(result: Result, console: Console) -> None:
-    """Scores by training clips per class."""
+    """Print scores by the number of training clips per class."""
     curves = list(shot_curves([result]))
     if not curves:
         return
@@ -126,16 +127,16 @@ def _print_shots(result: Result, console: Console) -> None:
     table = empty_table(console, ("training clips per class",), headings)
     for curve in curves:
         cells = dict(zip(curve.steps, zip(curve.scores, curve.ci95, strict=True), strict=True))
-        row = []
+        row_cells = []
         for score, ci95 in (cells.get(count, (None, None)) for count in counts):
-            row += ["" if score is None else f"{score:.3f}", *([] if is_narrow(console) else [_interval(ci95)])]
-        table.add_row(printable(curve.title), *row)
+            row_cells += ["" if score is None else f"{score:.3f}", *([] if is_narrow(console) else [_interval(ci95)])]
+        table.add_row(printable(curve.title), *row_cells)
     console.print(table, soft_wrap=False)
     console.print("few clips: the mean of 10 draws of training clips, scored on the task's test clips")
 
 
 def _print_published(records: Iterable[TaskResult], console: Console) -> None:
-    """The scores beside those that X-ARES, or a user's own task file, has for others."""
+    """Print the scores beside the published ones: those of X-ARES, or of a user's own task file."""
     shown = [record for record in records if record.score is not None and record.published]
     if not shown:
         return
@@ -145,41 +146,41 @@ def _print_published(records: Iterable[TaskResult], console: Console) -> None:
         published = [f"{record.published[name]:.3f}" if name in record.published else "" for name in encoders]
         table.add_row(printable(record.title), record.method, _score_cells(record)[0], *published)
     table.add_section()
-    for method in ("head", "knn"):
-        rows = [r for r in shown if (r.method == "knn") == (method == "knn") and r.weight and r.comparable]
+    for method in METHODS:
+        rows = [record for record in shown if record.family == method and record.weight and record.comparable]
         if not rows:
             continue
-        own = sum((r.weight or 0) * (r.score or 0) for r in rows) / sum(r.weight or 0 for r in rows)
-        averages = published_averages(rows, "knn" if method == "knn" else "head")
+        own = weight_shares([record.weight for record in rows]) @ np.array([record.score for record in rows], np.float64)
+        averages = published_averages(rows, method)
         cells = [f"{averages[name]:.3f}" if name in averages else "" for name in encoders]
         table.add_row("weighted average of these", method, f"{own:.3f}", *cells)
     console.print(table, soft_wrap=False)
-    theirs = shipped_tasks().keys() & {record.task for record in shown}
-    if not theirs:
+    shipped = shipped_tasks().keys() & {record.task for record in shown}
+    if not shipped:
         return
     console.print(
         "published scores are X-ARES's, by its own protocol on its own copy of the data; averages are computed from its "
         "columns and weights: over the public tasks 0.694, 0.484, 0.626, 0.593 (MLP), where its README prints 0.699, 0.490, "
         "0.632, 0.598"
     )
-    for task in sorted(theirs):
-        of_task = shipped_tasks()[task].published
-        if of_task and of_task.note:
-            console.print(f"{task}, published {of_task.note}")
+    for task in sorted(shipped):
+        published_scores = shipped_tasks()[task].published
+        if published_scores and published_scores.note:
+            console.print(f"{task}, published {published_scores.note}")
 
 
 def print_tasks(rows: Sequence[tuple[Task, Holding]], folder: Path, console: Console) -> None:
-    """Tasks with kind, metric and weight, and what lies on disk in `folder`: its licence and record where known."""
+    """Print tasks with kind, metric and weight, and their data in `folder`, with record size and licence if known."""
     title = () if is_narrow(console) else ("title",)
-    known = any(held.record_bytes is not None for _, held in rows) and not is_narrow(console)
-    checked = any(held.check for _, held in rows)
+    with_record = any(held.record_bytes is not None for _, held in rows) and not is_narrow(console)
+    with_check = any(held.check for _, held in rows)
     table = empty_table(
         console,
         ("name", *title, "domain", "kind", "metric"),
-        ("weight", *(["record"] if known else [])),
-        (*(["licence"] if known else []), "on disk", *(["checked"] if checked else [])),
+        ("weight", *(["record"] if with_record else [])),
+        (*(["licence"] if with_record else []), "on disk", *(["checked"] if with_check else [])),
     )
-    for column in table.columns[-2 if checked else -1 :]:
+    for column in table.columns[-2 if with_check else -1 :]:
         column.no_wrap = False
     for task, held in rows:
         weight = f"{task.weight:g}" if task.weight is not None else "-"
@@ -188,38 +189,39 @@ def print_tasks(rows: Sequence[tuple[Task, Holding]], folder: Path, console: Con
         on_disk = printable(held.on_disk) + (", private" if task.private else "")
         if held.unfinished_bytes:
             on_disk += f", {data_size(held.unfinished_bytes)} of unfinished downloads"
-        table.add_row(*words, weight, *(record if known else ()), on_disk, *([_checked(held)] if checked else []))
+        table.add_row(*words, weight, *(record if with_record else ()), on_disk, *([_checked(held)] if with_check else []))
     console.print(table, soft_wrap=False)
     _print_damage(rows, console)
     console.print(f"data folder: {printable(str(folder))}")
 
 
 def print_download(reports: Sequence[TaskReport], console: Console, *, plan: bool = False) -> None:
-    """What was fetched, or with `plan` would be."""
+    """Print what was fetched; with `plan`, what a download would fetch."""
     table = empty_table(console, ("task", "record", "licence"), ("files", "size", "to fetch" if plan else "fetched"))
     total = 0
     for report in reports:
         fetched = sum(file.bytes for file in report.files if file.status in ("fetched", "unpacked"))
-        last = report.missing_bytes if plan else fetched
-        total += last
-        cells = (str(len(report.files)), data_size(report.bytes), data_size(last))
-        table.add_row(report.task, report.record, printable(report.license or "not said"), *cells)
+        transfer = report.missing_bytes if plan else fetched
+        total += transfer
+        cells = (str(len(report.files)), data_size(report.bytes), data_size(transfer))
+        table.add_row(report.task, report.record, printable(report.license or "not stated"), *cells)
     table.add_section()
     table.add_row("total", "", "", "", "", data_size(total))
     console.print(table, soft_wrap=False)
 
 
 def _checked(held: Holding) -> str | Text:
+    """What a check of the shards gave; empty without a check."""
     check = held.check
     if check is None or not (held.shards or check.damaged):
         return ""
     if check.damaged:
         return Text(f"{len(check.damaged)} damaged", style="yellow")
-    said = [f"{check.by_checksum} by checksum"] if check.by_checksum else []
+    counts = [f"{check.by_checksum} by checksum"] if check.by_checksum else []
     if check.by_headers:
         unusable = f", {check.unusable} unusable" if check.unusable else ""
-        said.append(f"{check.by_headers} by headers: {check.clips} clips{unusable}")
-    return f"good: {'; '.join(said)}"
+        counts.append(f"{check.by_headers} by headers: {check.clips} clips{unusable}")
+    return f"good: {'; '.join(counts)}"
 
 
 def _print_damage(rows: Sequence[tuple[Task, Holding]], console: Console) -> None:
@@ -229,7 +231,7 @@ def _print_damage(rows: Sequence[tuple[Task, Holding]], console: Console) -> Non
 
 
 def print_task(task: Task, held: Holding, folder: Path, console: Console) -> None:
-    """All about one task, and what of its data lies in `folder`."""
+    """Print all about one task, and which of its data lie in `folder`."""
     names = task.target.class_names
     shown = ", ".join(names[:12]) + (f", ... ({len(names) - 12} more)" if len(names) > 12 else "")
     rows = [
@@ -244,7 +246,7 @@ def print_task(task: Task, held: Holding, folder: Path, console: Console) -> Non
             "head",
             f"{task.head.kind}, {task.head.epochs} epochs, batches of {task.head.batch_size}, "
             f"learning rate {task.head.learning_rate:g}"
-            + (f", what is there counts {task.head.positive_weight:g} times" if task.head.positive_weight != 1 else ""),
+            + (f", positive targets count {task.head.positive_weight:g} times" if task.head.positive_weight != 1 else ""),
         ),
         ("metric", f"{_metric(task)}, {'also' if task.knn else 'not'} by kNN"),
         ("weight", f"{task.weight:g}" if task.weight is not None else "none, so in no average"),
@@ -252,11 +254,9 @@ def print_task(task: Task, held: Holding, folder: Path, console: Console) -> Non
     if task.data.zenodo:
         rows.append(("data", f"https://zenodo.org/records/{task.data.zenodo}"))
     if held.record_bytes is not None:
-        rows += [("size", data_size(held.record_bytes)), ("licence", held.license or "the record names none")]
+        rows += [("size", data_size(held.record_bytes)), ("licence", held.license or "not stated by the record")]
     elif task.data.zenodo:
-        rows.append(
-            ("licence", f"that of the record; `xares-onnx download {task.name} --plan` asks for it, and for its size")
-        )
+        rows.append(("licence", f"that of the record; `xares-onnx download {task.name} --plan` shows it, and the size"))
     if task.domain == "synthetic":
         rows.append(("data", "built in"))
     else:
@@ -264,8 +264,8 @@ def print_task(task: Task, held: Holding, folder: Path, console: Console) -> Non
         kind = "fold" if task.data.folds else "split"
         for part, glob in part_globs(task).items():
             sizes = [path.stat().st_size for path in (folder / task.name).glob(glob)]
-            found = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {data_size(sum(sizes))}" if sizes else "no shards"
-            rows.append((f"{kind} {part}", f"{glob}: {found}"))
+            shards = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {data_size(sum(sizes))}" if sizes else "no shards"
+            rows.append((f"{kind} {part}", f"{glob}: {shards}"))
         if held.unfinished_bytes:
             rows.append(("unfinished", f"{data_size(held.unfinished_bytes)} of downloads"))
         if held.check:
@@ -273,8 +273,7 @@ def print_task(task: Task, held: Holding, folder: Path, console: Console) -> Non
     if task.published:
         for method, scores in (("linear", task.published.linear), ("knn", task.published.knn)):
             if scores:
-                said = ", ".join(f"{encoder} {score:.3f}" for encoder, score in scores.items())
-                rows.append((f"published {method}", said))
+                rows.append((f"published {method}", ", ".join(f"{name} {score:.3f}" for name, score in scores.items())))
         if task.published.note:
             rows.append(("note", task.published.note))
     for label, value in rows:
@@ -283,7 +282,7 @@ def print_task(task: Task, held: Holding, folder: Path, console: Console) -> Non
 
 
 def _target(task: Task) -> str:
-    """Where in a clip's json the target lies."""
+    """The fields of a clip's json that hold the target."""
     fields = {
         name: value for name, value in msgspec.structs.asdict(task.target).items() if name != "classes" and value is not None
     }
@@ -296,7 +295,7 @@ def _metric(task: Task) -> str:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """What an evaluation would read, write and take."""
+    """Print what an evaluation would read and write, and how long it would take."""
     table = empty_table(console, ("task",), ("clips", "hours", "to embed", "disk", "embedding", "heads"))
     for row in plan.rows:
         table.add_row(row.task, *_plan_cells(row))
@@ -305,20 +304,26 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_row("total", *_plan_cells(total))
     console.print(table, soft_wrap=False)
     console.print(
-        f"about {duration(total.embed_seconds + total.train_seconds)} on this machine: the model takes {plan.rtf:.4f} s a "
+        f"about {duration(total.embed_seconds + total.train_seconds)} on this machine: the model takes {plan.rtf:.4f} s per "
         "second of audio; hours are estimated from a sample of the clips"
     )
 
 
 def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, console: Console) -> None:
-    """Stored embeddings by model and task."""
+    """Print stored embeddings by model and task.
+
+    Args:
+        entries: Key, header, size in bytes and time of last use (seconds since 1970) per stored shard.
+        root: The folder of the store.
+        console: Where to print.
+    """
     groups: dict[tuple[str, str, str], list[tuple[Header, int, float]]] = {}
-    for _, header, size, used in entries:
-        groups.setdefault((header.model, header.model_sha256[:8], header.task), []).append((header, size, used))
+    for _, header, size, last_used in entries:
+        groups.setdefault((header.model, header.model_sha256[:8], header.task), []).append((header, size, last_used))
     table = empty_table(console, ("model", "sha256", "task"), ("shards", "hours", "size", "last used"))
     for (model, sha256, task), shards in sorted(groups.items()):
         hours = sum(header.audio_seconds for header, *_ in shards) / 3600
-        last = max(used for *_, used in shards)
+        latest = max(last_used for *_, last_used in shards)
         table.add_row(
             printable(model),
             printable(sha256),
@@ -326,7 +331,7 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
             str(len(shards)),
             f"{hours:.2f}",
             data_size(sum(size for _, size, _ in shards)),
-            f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d}",
+            f"{datetime.fromtimestamp(latest, UTC):%Y-%m-%d}",
         )
     console.print(table, soft_wrap=False)
     console.print(f"{data_size(sum(size for *_, size, _ in entries))} in {printable(root)}")
@@ -334,23 +339,26 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
 
 def _averages_table(result: Result, console: Console) -> Table:
     mean = () if is_narrow(console) else ("plain mean",)
-    table = empty_table(console, ("weighted average",), ("head", "95 %", *mean, "tasks", "knn", "95 %", *mean, "tasks"))
+    headings = [heading for method in METHODS for heading in (method, "95 %", *mean, "tasks")]
+    table = empty_table(console, ("weighted average",), headings)
     for group, methods in result.averages.items():
         if group not in SHOWN_GROUPS:
             continue
-        cells = [cell for method in ("head", "knn") for cell in _average_cells(methods.get(method), len(mean))]
+        cells = [cell for method in METHODS for cell in _average_cells(methods.get(method), len(mean))]
         table.add_row(group, *cells)
     return table
 
 
 def _average_cells(average: Average | None, means: int) -> list[str]:
+    """Cells of one average; `means` is 1 with the column of plain means, else 0."""
     if average is None:
         return [""] * (3 + means)
-    of = f"{average.tasks}" if average.complete else f"{average.tasks} of {average.tasks + len(average.missing)}"
-    return [f"{average.weighted:.3f}", _interval(average.ci95), *[f"{average.mean:.3f}"] * means, of]
+    tasks = f"{average.tasks}" if average.complete else f"{average.tasks} of {average.tasks + len(average.missing)}"
+    return [f"{average.weighted:.3f}", _interval(average.ci95), *[f"{average.mean:.3f}"] * means, tasks]
 
 
 def _score_cells(record: TaskResult | None) -> tuple[Text | str, str]:
+    """The score, or the status without one, and its interval."""
     if record is None:
         return "", ""
     if record.score is None:

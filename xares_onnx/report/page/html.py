@@ -1,7 +1,7 @@
 """A board as one page that needs no network: styles, script, drawings and sounds are all in it.
 
-All that a result holds is a stranger's text: the template escapes every value, control characters are made visible, and the
-page's own policy lets no other script, style or request run. The same results give the same bytes.
+A result may hold a stranger's text: the template escapes every value and makes control characters visible, and the page's
+policy blocks every other script, style and request. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DASH = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class _Mistakes:
-    """With a drawing for each confusion, empty where the classes are too many."""
+    """`Mistakes` with a drawing per confusion, empty if there are too many classes."""
 
     row: Row
     models: tuple[int, ...]
@@ -47,15 +47,25 @@ class _Mistakes:
 
 
 def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -> str:
-    """The page. With `data`, the folder of the shards that were scored, the worst clips can be heard.
+    """A board as an HTML page.
 
-    Raises `DataError` where predictions are not those of their result, `DataMissingError` where there is no folder `data`.
+    Args:
+        board: From `make_board`.
+        data: Folder of the shards that were scored. With it, the worst clips can be heard.
+        cache: Folder of the digests of shards and of the synthetic suite.
+
+    Returns:
+        The text of the page, a few MiB with sounds.
+
+    Raises:
+        DataError: If predictions do not give the score of their result.
+        DataMissingError: If the folder `data` does not exist.
     """
-    found = [find_mistakes(board, row) for row in board.rows if row.method == "head"]
-    found = [mistakes for mistakes in found if mistakes.clips or mistakes.confusions or mistakes.models]
-    listening = load_sounds(found, data, cache) if data is not None else Listening({}, [])
+    by_task = [find_mistakes(board, row) for row in board.rows if row.method == "head"]
+    shown_mistakes = [mistakes for mistakes in by_task if mistakes.clips or mistakes.confusions or mistakes.models]
+    listening = load_sounds(shown_mistakes, data, cache) if data is not None else Listening({}, [])
     css, js = (_source(name) for name in ("page.css", "page.js"))
-    remarked = [(number, lines) for number, model in enumerate(board.models) if (lines := remarks(model))]
+    remarks_by_model = [(number, lines) for number, model in enumerate(board.models) if (lines := remarks(model))]
     page = {
         "abouts": [_about(model) for model in board.models],
         "audible": _audible(data, listening),
@@ -63,7 +73,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "costs": costs(board),
         "css": Markup(css),
         "domains": list(_domains(board)),
-        "drawings": [d for d in _cost_drawings(board) if d],
+        "drawings": [drawing for drawing in _cost_drawings(board) if drawing],
         "files": ", ".join(model.side.name for model in board.models),
         "gates": [(number, gate) for number, model in enumerate(board.models) for gate in model.result.gates],
         "headline": headline(board),
@@ -75,13 +85,13 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "many": len(board.models) > 1,
         "methods": [(method, rows) for method in METHODS if (rows := [r for r in board.rows if r.method == method])],
         "mistake_notes": listening.notes,
-        "mistakes": [_drawn(board, mistakes) for mistakes in found],
+        "mistakes": [_drawn(board, mistakes) for mistakes in shown_mistakes],
         "noise": noise(board),
         "notes": board.notes,
         "policy": _policy(css, js),
         "profile": list(_profile(board)),
         "profile_note": NOTE,
-        "remarks": remarked,
+        "remarks": remarks_by_model,
         "shots": list(_shots(board)),
         "signs": plots.legend(board.models),
         "sounds": listening.sounds,
@@ -89,7 +99,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "title": f"X-ARES scores of {_names(board)}",
         "version": __version__,
     }
-    shown = {
+    titles = {
         "headline": ("Averages", True),
         "tasks": ("Tasks", True),
         "profile": ("Profile", page["profile"]),
@@ -97,11 +107,11 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "costs": ("Score and cost", True),
         "layers": ("Layer by layer", page["layers"]),
         "shots": ("Few clips", page["shots"]),
-        "mistakes": ("Mistakes", found),
-        "remarks": ("What to know", remarked or page["gates"]),
+        "mistakes": ("Mistakes", shown_mistakes),
+        "remarks": ("What to know", remarks_by_model or page["gates"]),
         "settings": ("Contract and settings", True),
     }
-    sections = [(anchor, name) for anchor, (name, there) in shown.items() if there]
+    sections = [(anchor, name) for anchor, (name, present) in titles.items() if present]
     return _environment().from_string(_source("page.html.jinja")).render(page, sections=sections)
 
 
@@ -129,7 +139,7 @@ def _source(name: str) -> str:
 
 
 def _policy(css: str, js: str) -> str:
-    """Nothing but this page's own style and script, and sounds and the icon that are in it."""
+    """A content security policy that allows this page's own style and script, its sounds and its icon."""
     style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (css, js))
     return (
         f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; media-src data:; img-src data:; "
@@ -144,15 +154,15 @@ def _names(board: Board) -> str:
 
 def _audible(data: Path | None, listening: Listening) -> str:
     if data is None:
-        return "Their sound is not in this page; `report --data DIR` puts it there."
-    return "Of each the first 6 s can be heard, mono at 16 kHz." if listening.sounds else ""
+        return "Their sound is not in this page; `report --data DIR` includes it."
+    return "The first 6 s of each can be heard, mono at 16 kHz." if listening.sounds else ""
 
 
 def _domains(board: Board) -> Iterator[tuple[str, Markup]]:
     rows = [row for row in board.rows if row.method == "head" and row.higher_is_better and _has_score(row)]
     for domain in dict.fromkeys(row.domain for row in rows):
-        mine = [row for row in rows if row.domain == domain]
-        yield domain, plots.dumbbells(board, mine, f"Scores of the {printable(domain)} tasks")
+        of_domain = [row for row in rows if row.domain == domain]
+        yield domain, plots.dumbbells(board, of_domain, f"Scores of the {printable(domain)} tasks")
 
 
 def _profile(board: Board) -> Iterator[tuple[Aspect, Row]]:
@@ -169,11 +179,11 @@ def _cost_drawings(board: Board) -> Iterator[Markup]:
         sizes = [model.result.encoder.bytes / 1e6 for model in board.models]
         yield plots.costs(board, sizes, "Average against file size", "MB")
         rtfs = [model.rtf for model in board.models]
-        yield plots.costs(board, rtfs, "Average against speed", "seconds of embedding a second of audio")
+        yield plots.costs(board, rtfs, "Average against speed", "seconds of embedding per second of audio")
 
 
 def _layers(board: Board) -> Iterator[dict[str, Any]]:
-    """A drawing a task and method, with a line a model."""
+    """A drawing per task and method, with a line per model."""
     groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in board.curves:
         groups.setdefault((curve.task, curve.method), []).append(curve)
@@ -202,37 +212,38 @@ def _shots(board: Board) -> Iterator[dict[str, Any]]:
 
 
 def _layer_tables(board: Board, number: int) -> Iterator[dict[str, Any]]:
-    mine = [curve for curve in board.curves if curve.model == number]
-    if not mine:
+    """A table of one model's scores by tap, if it has several taps."""
+    curves = [curve for curve in board.curves if curve.model == number]
+    if not curves:
         return
     rows = [
-        (tap, [(curve.scores[i], i == curve.best, curve.best_on_test) for curve in mine])
-        for i, tap in enumerate(mine[0].steps)
+        (tap, [(curve.scores[i], i == curve.best, curve.best_on_test) for curve in curves])
+        for i, tap in enumerate(curves[0].steps)
     ]
-    yield {"model": number, "headings": [f"{curve.title}, {curve.method}" for curve in mine], "rows": rows}
+    yield {"model": number, "headings": [f"{curve.title}, {curve.method}" for curve in curves], "rows": rows}
 
 
-def _drawn(board: Board, found: Mistakes) -> _Mistakes:
+def _drawn(board: Board, mistakes: Mistakes) -> _Mistakes:
     drawings = tuple(
         plots.heat_map(
             confusion.matrix,
             confusion.classes,
-            f"Confusions of {board.models[confusion.model].label} in {printable(found.row.title)}",
+            f"Confusions of {board.models[confusion.model].label} in {printable(mistakes.row.title)}",
         )
         if confusion.matrix is not None
         else Markup("")
-        for confusion in found.confusions
+        for confusion in mistakes.confusions
     )
-    return _Mistakes(found.row, found.models, found.confusions, drawings, found.clips, found.note)
+    return _Mistakes(mistakes.row, mistakes.models, mistakes.confusions, drawings, mistakes.clips, mistakes.note)
 
 
 def _about(model: Model) -> dict[str, Any]:
     encoder = model.result.encoder
-    fields = [
+    contract = [
         (name, short(field.get("value")), short(field.get("source", ""))) for name, field in sorted(encoder.contract.items())
     ]
-    facts = [("model", encoder.file), ("sha256", encoder.sha256), ("result", model.side.name)]
-    facts += [("scored", model.result.created)]
-    facts += [(f"{name}", short(value)) for name, value in model.result.settings.items()]
-    facts += [(f"{name}", short(value)) for name, value in model.result.environment.items()]
-    return {"contract": fields, "facts": facts}
+    facts = [("model", encoder.file), ("sha256", encoder.sha256)]
+    facts += [("result", model.side.name), ("scored", model.result.created)]
+    facts += [(name, short(value)) for name, value in model.result.settings.items()]
+    facts += [(name, short(value)) for name, value in model.result.environment.items()]
+    return {"contract": contract, "facts": facts}

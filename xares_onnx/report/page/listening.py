@@ -1,4 +1,4 @@
-"""Short copies of the worst clips, to be heard in the page, where the data that were scored are at hand."""
+"""Short copies of the worst clips for the page, if the data that were scored are available."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .mistakes import Mistakes
 
 CLIP_SECONDS = 6.0
 CLIP_RATE = 16_000
-MAX_CLIP_BYTES = 64 << 20  # of the file that a clip is cut from
+MAX_CLIP_BYTES = 64 << 20  # of a clip's audio file
 MAX_PAGE_BYTES = 6 << 20
 
 Sounds = dict[tuple[str, str], str]  # data: URIs by task and key
@@ -29,31 +29,39 @@ Sounds = dict[tuple[str, str], str]  # data: URIs by task and key
 
 @dataclass
 class Listening:
-    """`sounds` by task and key, and what was left out."""
+    """`sounds` by task and key; `notes` say what was left out."""
 
     sounds: Sounds
     notes: list[str]
 
 
 def load_sounds(mistakes: Sequence[Mistakes], data: Path | None, cache: Path | None) -> Listening:
-    """The first 6 s of each worst clip as mono MP3, in 6 MiB altogether; of tasks whose data are those that were scored.
+    """The first 6 s of each worst clip as mono MP3, up to 6 MiB in all, for tasks whose data are those that were scored.
 
-    Raises `DataMissingError` where the folder `data` does not exist.
+    Args:
+        mistakes: Whose worst clips are wanted.
+        data: Folder of the shards; None for the usual one.
+        cache: Folder of the shards' digests and of the synthetic suite; None for the usual one.
+
+    Raises:
+        DataMissingError: If the folder `data` does not exist.
     """
     folder, cache = data_folder(data), cache_folder(cache)
-    listening, room = Listening({}, []), MAX_PAGE_BYTES
+    listening, bytes_left = Listening({}, []), MAX_PAGE_BYTES
     wanted: dict[str, tuple[TaskResult, dict[str, None]]] = {}
-    for found in mistakes:
-        keys = wanted.setdefault(found.row.task, (found.row.record, {}))[1]
-        keys.update(dict.fromkeys(clip.key for clip in found.clips))
+    for of_task in mistakes:
+        keys = wanted.setdefault(of_task.row.task, (of_task.row.record, {}))[1]
+        keys.update(dict.fromkeys(clip.key for clip in of_task.clips))
     for task, (record, keys) in wanted.items():
         try:
             scored = _scored_data(record, folder, cache)
             for key, sound in _sounds(scored, keys):
-                if len(sound) > room:
-                    listening.notes.append(f"{task}: some clips are left out, since a page holds {MAX_PAGE_BYTES >> 20} MiB")
+                if len(sound) > bytes_left:
+                    listening.notes.append(
+                        f"{task}: some clips are left out, since a page holds at most {MAX_PAGE_BYTES >> 20} MiB"
+                    )
                     break
-                room -= len(sound)
+                bytes_left -= len(sound)
                 listening.sounds[task, key] = sound
         except DataError as error:
             listening.notes.append(f"{task}: its clips cannot be heard here: {error}")
@@ -61,36 +69,36 @@ def load_sounds(mistakes: Sequence[Mistakes], data: Path | None, cache: Path | N
 
 
 def _scored_data(record: TaskResult, folder: Path, cache: Path) -> TaskData:
-    """Raises `DataMissingError` or `DataError` where the shards are not those of the record."""
+    """Raises `DataMissingError` or `DataError` if the shards are not those of the record."""
     task = shipped_tasks().get(record.task)
     if task is None:
-        raise DataMissingError("only tasks that come with the program are looked for")
-    found = prepare(task, task_folder(task, folder, cache), Digests(cache), None, ignore)
-    if found.digest() != record.data_digest:
-        raise DataError(f"the shards in {found.folder} are not those that were scored")
-    return found
+        raise DataMissingError("sound is available for shipped tasks only")
+    task_data = prepare(task, task_folder(task, folder, cache), Digests(cache), None, ignore)
+    if task_data.digest() != record.data_digest:
+        raise DataError(f"the shards in {task_data.folder} are not those that were scored")
+    return task_data
 
 
 def _sounds(data: TaskData, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Key and sound of the clips that can be decoded."""
-    left = set(keys)
+    remaining = set(keys)
     for shard in sorted({path for paths in data.parts.values() for path in paths}):
-        if not any(key.startswith(data.key(shard, "")) for key in left):
+        if not any(key.startswith(data.key(shard, "")) for key in remaining):
             continue
         for sample in index_shard(shard).samples:
             key = data.key(shard, sample.key)
-            if key in left and sample.audio.size <= MAX_CLIP_BYTES:
-                left.discard(key)
+            if key in remaining and sample.audio.size <= MAX_CLIP_BYTES:
+                remaining.discard(key)
                 try:
                     yield key, data_uri(read_extent(shard, sample.audio))
                 except ClipError:
-                    pass  # the evaluation has named it as a drop, if it was one
+                    pass  # the evaluation has already reported the dropped clip
 
 
 def data_uri(encoded: bytes) -> str:
-    """The first seconds of an audio file, mono at 16 kHz, as MP3. Raises `ClipError` where it cannot be decoded."""
+    """The first 6 s of an audio file as a `data:` URI of mono MP3 at 16 kHz. Raises `ClipError` if it cannot be decoded."""
     samples, rate = decode(encoded)
     mono = resample(samples[: int(CLIP_SECONDS * rate)], rate, CLIP_RATE)
-    with io.BytesIO() as made:
-        soundfile.write(made, mono.clip(-1, 1), CLIP_RATE, format="MP3", subtype="MPEG_LAYER_III")
-        return f"data:audio/mpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
+    with io.BytesIO() as buffer:
+        soundfile.write(buffer, mono.clip(-1, 1), CLIP_RATE, format="MP3", subtype="MPEG_LAYER_III")
+        return f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

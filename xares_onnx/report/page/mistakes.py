@@ -1,8 +1,8 @@
-"""What a model gets wrong, from its kept predictions: classes that are confused, and the worst clips.
+"""What a model gets wrong, from its stored predictions: confused classes, and the worst clips.
 
-A clip's own score is the task's metric on that clip alone, the mean over seeds and crops: the share of right answers; the
-mean precision of its tags among all classes ranked by probability; F1 over its segments; recall of its captions both ways;
-1 - its word error rate; its squared error. Clips of equal score are in the order of their keys.
+A clip's own score is the task's metric on that clip alone, averaged over seeds and crops: the share of right answers; the
+mean precision of its tags among all classes ranked by probability; F1 over its segments; recall of its captions in both
+directions; 1 - its word error rate; its squared error. Clips with equal scores are in the order of their keys.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ _NAMED_CLASSES = ("accuracy", "mean_average_precision", "segment_f1_macro", "seg
 
 @dataclass(frozen=True)
 class Pair:
+    """Two confused classes."""
+
     true: str
     predicted: str
     share: float
-    """Of the answers to clips of the true class."""
+    """Of the answers for clips of the true class."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """`matrix` (true, predicted) has the share of each true class's answers; None where the classes are too many."""
+    """One model's confusions; `matrix` (true, predicted) has shares of each true class's answers, None with many classes."""
 
     model: int
     classes: tuple[str, ...]
@@ -51,16 +53,18 @@ class Confusion:
 
 @dataclass(frozen=True)
 class WorstClip:
-    """`said` and `scores` have an entry a model of `Mistakes.models`."""
+    """A clip with low scores; `answers` and `scores` have an entry per model of `Mistakes.models`."""
 
     key: str
     truth: str
-    said: tuple[str, ...]
+    answers: tuple[str, ...]
     scores: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Mistakes:
+    """The mistakes in one task. `models` are indices of the board's models, `note` says if predictions are missing."""
+
     row: Row
     models: tuple[int, ...]
     confusions: tuple[Confusion, ...]
@@ -69,32 +73,36 @@ class Mistakes:
 
 
 def find_mistakes(board: Board, row: Row) -> Mistakes:
-    """Of the best ranked models that have its predictions. Raises `DataError` where those are not what gave the score."""
+    """The mistakes of the best-ranked models with predictions, at most `MAX_MODELS`.
+
+    Raises:
+        DataError: If predictions do not give the score of their result.
+    """
     models: list[int] = []
-    kept: list[tuple[TaskResult, Predictions]] = []
-    lacking: list[str] = []
+    sources: list[tuple[TaskResult, Predictions]] = []
+    missing: list[str] = []
     for number, cell in enumerate(row.cells):
         if cell is None or cell.score is None or len(models) == MAX_MODELS:
             continue
         try:
             predictions, _ = verified(board.models[number].side, cell.record)
         except DataMissingError as error:
-            lacking.append(str(error))
+            missing.append(str(error))
             continue
         models.append(number)
-        kept.append((cell.record, predictions))
+        sources.append((cell.record, predictions))
     try:
-        found = [_of_model(record, predictions) for record, predictions in kept]
-        confusions = _confusions(models, found) if row.metric == "accuracy" else ()
-        clips = _worst(found, row.higher_is_better)
+        clips_by_model = [_of_model(record, predictions) for record, predictions in sources]
+        confusions = _confusions(models, clips_by_model) if row.metric == "accuracy" else ()
+        clips = _worst(clips_by_model, row.higher_is_better)
     except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
-        raise DataError(f"the predictions of {row.task} are not those of a score of {row.metric}: {error}") from error
-    return Mistakes(row, tuple(models), confusions, clips, lacking[0] if lacking else None)
+        raise DataError(f"the predictions of {row.task} do not fit the metric {row.metric}: {error}") from error
+    return Mistakes(row, tuple(models), confusions, clips, missing[0] if missing else None)
 
 
 @dataclass(frozen=True)
 class _Clips:
-    """One model's test clips: rows of the predictions by clip, own scores (clips,)."""
+    """One model's test clips: the rows of the predictions per clip, and each clip's own score (clips,)."""
 
     metric: str
     predictions: Predictions
@@ -119,7 +127,7 @@ def _of_model(record: TaskResult, predictions: Predictions) -> _Clips:
 
 
 def class_names(record: TaskResult) -> tuple[str, ...] | None:
-    """The vocabulary of a task as it ships; None where it is a user's own, or was defined otherwise."""
+    """The class names of a shipped task; None for a user's own task, or one with another definition."""
     task = shipped_tasks().get(record.task)
     if task is None or record.metric not in _NAMED_CLASSES or task.digest() != record.definition_digest:
         return None
@@ -127,7 +135,12 @@ def class_names(record: TaskResult) -> tuple[str, ...] | None:
 
 
 def own_scores(metric: str, predictions: Predictions) -> Array:
-    """(rows,) the metric of each row of the predictions by itself; nan where it says nothing."""
+    """The metric of each row of the predictions by itself (rows,); nan if it is undefined there.
+
+    Raises:
+        ValueError: If the metric is unknown.
+        KeyError: If the predictions lack an array that the metric needs.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         if metric == "accuracy":
             return np.asarray(predictions["target"] == predictions["prediction"], np.float64)
@@ -144,51 +157,63 @@ def own_scores(metric: str, predictions: Predictions) -> Array:
             return np.asarray(1 - errors / np.maximum(words, 1))
         if metric == "mse":
             return np.asarray((predictions["target"].astype(np.float64) - predictions["prediction"]) ** 2)
-    raise ValueError(f"{metric} is not known")
+    raise ValueError(f"unknown metric {metric}")
 
 
 def ranking_precision(present: npt.NDArray[np.bool_], scores: npt.NDArray[Any]) -> Array:
-    """(rows,) the mean over a row's classes of the share of true ones among those ranked as high; 1 without any.
+    """The precision with which each row ranks its true classes (rows,), as `label_ranking_average_precision_score` does.
 
-    scikit-learn's label_ranking_average_precision_score, row by row.
+    For each true class: the share of true ones among the classes with at least its score; averaged over the row's true
+    classes, 1 if there are none. scikit-learn's function averages over rows as well.
+
+    Args:
+        present: True classes (rows, classes).
+        scores: The scores that rank them (rows, classes).
     """
-    made = np.ones(len(scores))
-    for i, (true, of_row) in enumerate(zip(present, scores, strict=True)):
-        wanted = np.flatnonzero(true)
-        if len(wanted):
-            as_high = of_row[None, :] >= of_row[wanted, None]
-            made[i] = (as_high[:, wanted].sum(axis=1) / as_high.sum(axis=1)).mean()
-    return made
+    precisions = np.ones(len(scores))
+    for i, (true, row_scores) in enumerate(zip(present, scores, strict=True)):
+        true_classes = np.flatnonzero(true)
+        if len(true_classes):
+            as_high = row_scores[None, :] >= row_scores[true_classes, None]
+            precisions[i] = (as_high[:, true_classes].sum(axis=1) / as_high.sum(axis=1)).mean()
+    return precisions
 
 
-def _confusions(models: Sequence[int], found: Sequence[_Clips]) -> tuple[Confusion, ...]:
-    seen = {int(c) for own in found for name in ("target", "prediction") for c in np.unique(own.predictions[name])}
-    return tuple(_confusion(number, own, sorted(seen)) for number, own in zip(models, found, strict=True))
+def _confusions(models: Sequence[int], clips_by_model: Sequence[_Clips]) -> tuple[Confusion, ...]:
+    numbers = {
+        int(number)
+        for clips in clips_by_model
+        for name in ("target", "prediction")
+        for number in np.unique(clips.predictions[name])
+    }
+    return tuple(_confusion(model, clips, sorted(numbers)) for model, clips in zip(models, clips_by_model, strict=True))
 
 
-def _confusion(model: int, own: _Clips, numbers: Sequence[int]) -> Confusion:
-    """`numbers` are the classes that any model of the task has seen or said, so that all of its matrices are alike."""
-    target, prediction = (own.predictions[name].astype(np.int64) for name in ("target", "prediction"))
+def _confusion(model: int, clips: _Clips, numbers: Sequence[int]) -> Confusion:
+    """`numbers` are the classes that occur in any model's targets or answers, so that all matrices have the same axes."""
+    target, prediction = (clips.predictions[name].astype(np.int64) for name in ("target", "prediction"))
     counts = Counter(zip(target.tolist(), prediction.tolist(), strict=True))
     answers = Counter(target.tolist())
     wrong = sorted(((n / answers[t], t, p) for (t, p), n in counts.items() if t != p), key=lambda x: (-x[0], x[1], x[2]))
-    pairs = tuple(Pair(own.class_name(t), own.class_name(p), share) for share, t, p in wrong[:MAX_PAIRS])
+    pairs = tuple(Pair(clips.class_name(t), clips.class_name(p), share) for share, t, p in wrong[:MAX_PAIRS])
     if len(numbers) > MAX_CLASSES:
         return Confusion(model, (), None, pairs)
     place = {number: i for i, number in enumerate(numbers)}
     matrix = np.zeros((len(numbers), len(numbers)))
     for (true, predicted), n in counts.items():
         matrix[place[true], place[predicted]] = n / answers[true]
-    return Confusion(model, tuple(map(own.class_name, numbers)), matrix, pairs)
+    return Confusion(model, tuple(map(clips.class_name, numbers)), matrix, pairs)
 
 
-def _worst(found: Sequence[_Clips], higher_is_better: bool) -> tuple[WorstClip, ...]:
-    """The clips that all of the models have and that are worst for them on average; only those that are not perfect."""
-    if not found:
+def _worst(clips_by_model: Sequence[_Clips], higher_is_better: bool) -> tuple[WorstClip, ...]:
+    """The imperfect clips with the worst average score over the models, out of those that all models have."""
+    if not clips_by_model:
         return ()
-    places = [{name: i for i, name in enumerate(own.names)} for own in found]
-    common = [name for name in found[0].names if all(name in of_model for of_model in places)]
-    scores = np.array([[own.scores[of[name]] for own, of in zip(found, places, strict=True)] for name in common])
+    places = [{name: i for i, name in enumerate(clips.names)} for clips in clips_by_model]
+    common = [name for name in clips_by_model[0].names if all(name in of_model for of_model in places)]
+    scores = np.array(
+        [[clips.scores[place[name]] for clips, place in zip(clips_by_model, places, strict=True)] for name in common]
+    )
     if not len(scores):
         return ()
     mean = scores.mean(axis=1) if higher_is_better else -scores.mean(axis=1)
@@ -197,34 +222,34 @@ def _worst(found: Sequence[_Clips], higher_is_better: bool) -> tuple[WorstClip, 
     worst = []
     for i in order[:MAX_CLIPS]:
         name = common[i]
-        told = [_told(own, own.rows[of[name]]) for own, of in zip(found, places, strict=True)]
-        worst.append(WorstClip(name[1], told[0][0], tuple(said for _, said in told), tuple(map(float, scores[i]))))
+        texts = [_texts(clips, clips.rows[place[name]]) for clips, place in zip(clips_by_model, places, strict=True)]
+        worst.append(WorstClip(name[1], texts[0][0], tuple(answer for _, answer in texts), tuple(map(float, scores[i]))))
     return tuple(worst)
 
 
-def _told(own: _Clips, rows: npt.NDArray[np.int64]) -> tuple[str, str]:
-    """In words: what is true of a clip, and what was said of it."""
-    of_clip = {name: array[rows] for name, array in own.predictions.items()}
-    if own.metric == "accuracy":
-        said = Counter(of_clip["prediction"].tolist()).most_common()
-        return own.class_name(int(of_clip["target"][0])), ", ".join(f"{own.class_name(c)} {n}x" for c, n in said[:3])
-    if own.metric == "mean_average_precision":
+def _texts(clips: _Clips, rows: npt.NDArray[np.int64]) -> tuple[str, str]:
+    """The truth about a clip and the model's answer, in words."""
+    of_clip = {name: array[rows] for name, array in clips.predictions.items()}
+    if clips.metric == "accuracy":
+        answers = Counter(of_clip["prediction"].tolist()).most_common()
+        return clips.class_name(int(of_clip["target"][0])), ", ".join(f"{clips.class_name(c)} {n}x" for c, n in answers[:3])
+    if clips.metric == "mean_average_precision":
         true = np.flatnonzero(of_clip["target"][0])
         ranked = np.argsort(-of_clip["prediction"].mean(axis=0), kind="stable")[: max(1, len(true))]
-        return _list(own.class_name(int(c)) for c in true), _list(own.class_name(int(c)) for c in ranked)
-    if own.metric.startswith("segment_f1"):
+        return _list(clips.class_name(int(c)) for c in true), _list(clips.class_name(int(c)) for c in ranked)
+    if clips.metric.startswith("segment_f1"):
         counts = of_clip["segments"].mean(axis=0)  # (classes, 3)
         present = np.flatnonzero(counts[:, 0] + counts[:, 2])
         hits, false, missed = counts.sum(axis=0)
         return (
-            _list(own.class_name(int(c)) for c in present),
+            _list(clips.class_name(int(c)) for c in present),
             f"segments: {hits:.3g} right, {false:.3g} claimed though absent, {missed:.3g} missed",
         )
-    if own.metric == "recall_at_1":
+    if clips.metric == "recall_at_1":
         to_audio, captions, to_text = of_clip["recall"].mean(axis=0)
         first = "ranks a caption of its own first" if to_text > 0.5 else "ranks another clip's caption first"
         return f"{captions:.0f} captions", f"{to_audio:.3g} of them find the clip; it {first}"
-    if own.metric == "mse":
+    if clips.metric == "mse":
         return f"{of_clip['target'][0]:.3g}", f"{of_clip['prediction'].mean():.3g}"
     target, prediction = (of_clip[name][0] if name in of_clip else "" for name in ("target", "prediction"))
     return _short(target), _short(prediction)

@@ -1,6 +1,6 @@
-"""Drawings of a board as inline SVG. Every text in one is escaped; colours are classes of the page's style sheet.
+"""Drawings of a board as inline SVG. All text in them is escaped; colours are classes of the page's style sheet.
 
-Each drawing has a name and a description for who cannot see it, and the page has its numbers as a table beside it.
+Each drawing has a name and a description for screen readers, and the page has its numbers in a table beside it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ...metrics.bootstrap import Array
 from ..board import Board, Model, Row
 from ..curves import Curve
 
-SERIES = 8  # colours of models, which then start again with other shapes
+SERIES = 8  # colours of models; further models repeat them with other shapes
 _EMPTY = Markup("")
-_LABEL = 170  # width of what names a row
-_LINE = 26
+_LABEL_WIDTH = 170  # of the names of rows
+_LINE_HEIGHT = 26
 _SHADES = 8
-_MAX_NAMED = 12  # of points
+_MAX_NAMED = 12  # points
 
 
 def marker(series: int, x: float, y: float, title: str = "", size: float = 5.0) -> Markup:
-    """A model's sign, in a shape and colour of its own: both, so that neither is needed."""
+    """A model's sign at (x, y). Shape and colour both tell models apart, so that either is enough."""
     r = size
     shape = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}"/>',
@@ -40,7 +40,7 @@ def marker(series: int, x: float, y: float, title: str = "", size: float = 5.0) 
 
 
 def legend(models: Sequence[Model]) -> list[Markup]:
-    """A small drawing of each model's sign, for beside its name."""
+    """A small drawing of each model's sign, to stand beside its name."""
     return [
         Markup('<svg class="key" width="16" height="16" viewBox="0 0 16 16" aria-hidden="true">{}</svg>').format(
             marker(number, 8, 8)
@@ -50,28 +50,28 @@ def legend(models: Sequence[Model]) -> list[Markup]:
 
 
 def dumbbells(board: Board, rows: Sequence[Row], name: str) -> Markup:
-    """A line a task from the worst to the best model, intervals, and published scores as strokes; of the eight best models.
+    """A line per task from the worst to the best of the first eight models, with intervals and published scores as strokes.
 
     All scores are in 0..1.
     """
     width, right, top = 720, 20, 26
-    height = top + _LINE * len(rows) + 8
-    span = width - _LABEL - right
+    height = top + _LINE_HEIGHT * len(rows) + 8
+    span = width - _LABEL_WIDTH - right
 
     def at(score: float) -> float:
-        return _LABEL + span * min(1.0, max(0.0, score))
+        return _LABEL_WIDTH + span * min(1.0, max(0.0, score))
 
     parts = [_axis_x(at, (0, 0.2, 0.4, 0.6, 0.8, 1), top - 4, height - 8)]
     for i, row in enumerate(rows):
-        y = top + _LINE * (i + 0.5)
+        y = top + _LINE_HEIGHT * (i + 0.5)
         cells = enumerate(row.cells[:SERIES])
         scored = [(m, c.score, c.record.ci95) for m, c in cells if c is not None and c.score is not None]
-        parts.append(_text(_LABEL - 8, y + 4, _cut(row.title, 25), "end"))
+        parts.append(_text(_LABEL_WIDTH - 8, y + 4, _cut(row.title, 25), "end"))
         for encoder, score in row.published.items():
-            what = f"{printable(encoder)}, published: {score:.3f}"
+            title = f"{printable(encoder)}, published: {score:.3f}"
             parts.append(
                 Markup('<path class="published" d="M{:.1f} {:.1f}v12"><title>{}</title></path>').format(
-                    at(score), y - 6, what
+                    at(score), y - 6, title
                 )
             )
         if len(scored) > 1:
@@ -86,21 +86,23 @@ def dumbbells(board: Board, rows: Sequence[Row], name: str) -> Markup:
                         model % SERIES, at(ci95[0]), dy, at(ci95[1])
                     )
                 )
-            parts.append(marker(model, at(score), dy, f"{board.models[model].label}: {score:.3f}{_said(ci95)}", 4.5))
-    said = "A line a task from 0 to 1, with each model's score and 95 % interval and the published scores as short strokes."
-    return _svg(width, height, name, said, parts)
+            parts.append(marker(model, at(score), dy, f"{board.models[model].label}: {score:.3f}{_interval(ci95)}", 4.5))
+    description = (
+        "A line per task from 0 to 1, with each model's score and 95 % interval; short strokes are published scores."
+    )
+    return _svg(width, height, name, description, parts)
 
 
 def costs(board: Board, values: Sequence[float | None], name: str, unit: str) -> Markup:
-    """The headline average against a cost on a logarithmic axis; the line leads along what nothing cheaper beats."""
+    """The headline average against a cost on a logarithmic axis; the line connects the models that no cheaper one beats."""
     headline = board.headline
-    found = [(i, v, headline.cells[i]) for i, v in enumerate(values) if v is not None and v > 0 and headline is not None]
-    if not found:
+    points = [(i, v, headline.cells[i]) for i, v in enumerate(values) if v is not None and v > 0 and headline is not None]
+    if not points:
         return _EMPTY
     width, height, left, bottom, top = 460, 290, 52, 44, 12
-    xs = [math.log10(v) for _, v, _ in found]
+    xs = [math.log10(v) for _, v, _ in points]
     low, high = min(xs) - 0.15, max(xs) + 0.15
-    ends = [end for _, _, cell in found for end in (cell.ci95 or (cell.weighted, cell.weighted))]
+    ends = [end for _, _, cell in points for end in (cell.ci95 or (cell.weighted, cell.weighted))]
     bottom_score, top_score = max(0.0, min(ends) - 0.03), min(1.0, max(ends) + 0.03)
 
     def x_of(value: float) -> float:
@@ -115,7 +117,7 @@ def costs(board: Board, values: Sequence[float | None], name: str, unit: str) ->
         parts.append(_text(x_of(tick), height - bottom + 17, f"{tick:g}", "middle"))
     parts.append(_text((left + width - 16) / 2, height - 8, unit, "middle"))
     best, path = -1.0, ""
-    for _, value, cell in sorted(found, key=lambda f: (f[1], -f[2].weighted)):
+    for _, value, cell in sorted(points, key=lambda point: (point[1], -point[2].weighted)):
         if cell.weighted > best:
             step = (
                 f"H{x_of(value):.1f}V{y_of(cell.weighted):.1f}" if path else f"M{x_of(value):.1f} {y_of(cell.weighted):.1f}"
@@ -123,14 +125,14 @@ def costs(board: Board, values: Sequence[float | None], name: str, unit: str) ->
             path, best = path + step, cell.weighted
     parts.append(Markup('<path class="front" d="{}"/>').format(path))
     names = _Names(width)
-    for model, value, cell in found:
+    for model, value, cell in points:
         x, y = x_of(value), y_of(cell.weighted)
         if cell.ci95:
             d = f"M{x:.1f} {y_of(cell.ci95[0]):.1f}V{y_of(cell.ci95[1]):.1f}"
             parts.append(Markup('<path class="ci s{}" d="{}"/>').format(model % SERIES, d))
         label = board.models[model].label
         parts.append(marker(model, x, y, f"{label}: {cell.weighted:.3f} at {value:.3g} {unit}"))
-        if len(found) <= _MAX_NAMED:
+        if len(points) <= _MAX_NAMED:
             parts.append(names.beside(x, y, _cut(label, 24)))
     return _svg(
         width, height, name, "Each model's average with its 95 % interval; upwards is better, leftwards is cheaper.", parts
@@ -138,7 +140,7 @@ def costs(board: Board, values: Sequence[float | None], name: str, unit: str) ->
 
 
 class _Names:
-    """Names beside points, moved up or down where one would lie on another."""
+    """Names beside points, moved up or down if two would overlap."""
 
     def __init__(self, width: float) -> None:
         self._width = width
@@ -155,7 +157,7 @@ class _Names:
 
 
 def curves(board: Board, lines: Sequence[Curve], name: str, axis: str) -> Markup:
-    """Scores step by step, a line per model, of one task and method; `axis` says what the steps are."""
+    """Scores of one task and method step by step, a line per model; `axis` says what the steps are."""
     width, height, left, bottom, top, right = 340, 200, 44, 40, 12, 12
     shown = [s for line in lines for s in line.scores if s is not None]
     ends = [e for line in lines for ci in line.ci95 if ci for e in ci] + shown
@@ -186,12 +188,12 @@ def curves(board: Board, lines: Sequence[Curve], name: str, axis: str) -> Markup
                 d = f"M{x:.1f} {y_of(ci95[0]):.1f}V{y_of(ci95[1]):.1f}"
                 parts.append(Markup('<path class="ci s{}" d="{}"/>').format(line.model % SERIES, d))
             label = board.models[line.model].label
-            parts.append(marker(line.model, x, y, f"{label}, {printable(step)}: {score:.3f}{_said(ci95)}", 3.5))
+            parts.append(marker(line.model, x, y, f"{label}, {printable(step)}: {score:.3f}{_interval(ci95)}", 3.5))
     return _svg(width, height, name, f"A line per model; {axis}.", parts)
 
 
 def heat_map(matrix: Array, classes: Sequence[str], name: str) -> Markup:
-    """Shares of each true class's answers, (true, predicted); the darker, the more. What is right lies on the diagonal."""
+    """Shares of each true class's answers, `matrix` (true, predicted): darker is more, right answers are on the diagonal."""
     n = len(classes)
     cell = max(5, min(22, 420 // n))
     named = cell >= 9 and max(map(len, classes)) <= 24
@@ -221,15 +223,15 @@ def heat_map(matrix: Array, classes: Sequence[str], name: str) -> Markup:
                 '<text class="small" text-anchor="middle" transform="translate({} {:.1f}) rotate(-90)">true</text>'
             ).format(left - 6, 4 + n * cell / 2)
         )
-    said = "Rows are true classes, columns predicted ones; the darker a field, the larger its share of the row."
-    return _svg(left + n * cell + 8, n * cell + below + 8, name, said, parts)
+    description = "Rows are true classes, columns predicted ones; the darker a field, the larger its share of the row."
+    return _svg(left + n * cell + 8, n * cell + below + 8, name, description, parts)
 
 
-def _svg(width: float, height: float, name: str, said: str, parts: Sequence[Markup]) -> Markup:
+def _svg(width: float, height: float, name: str, description: str, parts: Sequence[Markup]) -> Markup:
     return Markup(
         '<svg class="plot" viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" role="img" '
         'aria-label="{2}. {3}">{4}</svg>'
-    ).format(width, height, name, said, _EMPTY.join(parts))
+    ).format(width, height, name, description, _EMPTY.join(parts))
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> Markup:
@@ -271,5 +273,5 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _said(ci95: Interval | None) -> str:
+def _interval(ci95: Interval | None) -> str:
     return f", 95 % {ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else ""

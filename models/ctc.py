@@ -200,7 +200,7 @@ def _advance(blanks: Tensor, labels: Tensor, differs: Tensor, clips: int) -> Ten
 
     All are logarithms, in flat vectors of (2 directions, characters + 1, clips). Row i of `blanks` is the blank before
     character i; row i of a frame of `labels` is character i - 1, so that row i of both precedes character i, and no path
-    reaches row 0. The shift by one row runs from the last row of one direction into row 0 of the other, which stays at log 0.
+    reaches row 0. The shift by one row runs from the last row of one direction into row 0 of the other; it stays at log 0.
 
     Args:
         blanks: Log probability of a path that starts at each blank; overwritten.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from ..data.sound_events import Events, Floats
-from ..metrics import segments as rasters
+from ..metrics import segments
 from ..metrics.segments import Average, Bools
 from ..models.standardised import ROWS_AT_ONCE, Head, Pool, pool_of
 from .convex import LEAST_PROBABILITY, ConvexResult, Fit, FoldRows, OneAgainstTheRest, Tried, better, over_folds, undefined
@@ -47,7 +47,7 @@ class Clips:
 
     def targets(self, clip: int) -> Bools:
         """(frames, classes)."""
-        return rasters.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
+        return segments.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
 
 
 class FrameRows:
@@ -80,7 +80,7 @@ class FrameRows:
 
 @dataclass(frozen=True)
 class EventsResult(ConvexResult):
-    """`predictions` are `rasters.segment_counts` of each test clip, (clips, classes, 3) int64, at the `threshold`."""
+    """`predictions` are `segments.segment_counts` of each test clip, (clips, classes, 3) int64, at the `threshold`."""
 
     threshold: float = WITHOUT_SELECTION
 
@@ -163,7 +163,7 @@ class _Counting:
         """Of (clips, classes, 3); nan without clips."""
         if not len(counts):
             return math.nan
-        return float(rasters.segment_f1(counts.sum(axis=0), self._average, present_only=True))
+        return float(segments.segment_f1(counts.sum(axis=0), self._average, present_only=True))
 
     def choose(self, head: Head, chosen: Indices) -> tuple[float, float, float]:
         """(best F1, mean log loss, its threshold: of equal ones the nearest to one half); nan and one half without clips."""
@@ -192,10 +192,10 @@ class _Counting:
             true = np.where(clips.targets(clip), probabilities, 1 - probabilities)
             loss = -float(np.log(np.maximum(true, LEAST_PROBABILITY)).sum(dtype=np.float64))
             times, seconds = clips.times[clip], clips.seconds[clip]
-            targets = rasters.segment_targets(clips.events[clip], seconds, self._segment_seconds, clips.classes)
+            targets = segments.segment_targets(clips.events[clip], seconds, self._segment_seconds, clips.classes)
             found = [
-                rasters.segment_counts(
-                    targets, rasters.segment_predictions(probabilities > threshold, times, seconds, self._segment_seconds)
+                segments.segment_counts(
+                    targets, segments.segment_predictions(probabilities > threshold, times, seconds, self._segment_seconds)
                 )
                 for threshold in thresholds
             ]

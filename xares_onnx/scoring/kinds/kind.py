@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Kept:
-    """The stored part of an `Outcome`: columns with a row per example, and the number of its test clip."""
+    """The stored part of an `Outcome`: columns with a row per example, and each example's test clip."""
 
     columns: Mapping[str, npt.NDArray[Any]]
     clip_of_example: Indices
@@ -48,7 +48,7 @@ class Kept:
 class Tools:
     """Inputs of some heads beside the data.
 
-    `hop_seconds` is the encoder's hop, `vocabulary` BERT's. `checkpoints` is a folder for long trainings, in which `identity`
+    `hop_seconds` is the encoder's hop, `vocabulary` BERT's, `checkpoints` a folder for long trainings, in which `identity`
     names this encoder's embeddings of this task's data. `threads` share the work of heads that converge; any number of them
     gives the same bytes.
     """

@@ -152,7 +152,7 @@ def train_frames(
         on_epoch: Called with the number of the epoch that ended.
 
     Returns:
-        Results sorted by fold and seed; `predictions` (examples, classes, 3) int64 are the `segment_counts` of each test clip.
+        Results sorted by fold and seed; `predictions` are the `segment_counts` of the test clips, (clips, classes, 3) int64.
 
     Raises:
         ScoreUndefinedError: A head gives NaN or infinity.

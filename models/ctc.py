@@ -83,7 +83,7 @@ def ctc_gradient(
         logits: (frames, classes), the frames of all clips one after another.
         lengths: Frames of each clip.
         targets: Classes of each clip's characters, at least one per clip.
-        workspace: Memory for what is computed on the way.
+        workspace: Memory for intermediate results.
 
     Returns:
         Losses (clips,), each divided by its number of characters, and the gradient (frames, classes) of their mean. A clip

@@ -1,4 +1,4 @@
-"""L2-regularised logistic regression to a stated tolerance, over falling strengths, each starting where the last point.
+"""L2-regularised logistic regression to a stated tolerance, over falling strengths, each extrapolated from the last.
 
 The objective of a strength s is mean loss over rows + s/2 ||W||^2 on standardised rows, the bias free of it: scikit-learn's
 C is 1 / (s rows), and s means the same at every size.
@@ -8,7 +8,7 @@ mean of p(1 - p) over the rows, taken anew in every step. On 1,440 rows, 768 dim
 eight decades take some 90 passes over the rows to a relative gradient norm of 1e-3. Two things make the weakest strengths
 as fast as the others, though separable rows drive their weights far out: residuals and losses are computed without
 cancellation, so that those of 1e-9 are right in float32 (with cancellation, L-BFGS ended in thousands of failing line
-searches); and a strength starts at 2 t1 - t2 of the two solutions before it, which follows the path for equal steps of log s.
+searches); and a strength starts at 2 t1 - t2 of the two solutions before it, on the path if the steps of log s are equal.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ class RetrievalHead(nn.Module):
     def __init__(self, dim: int, vocabulary: int, tokens: Tensor, rng: np.random.Generator) -> None:
         """Keep only the embeddings of `tokens`, numbers below `vocabulary`: captions hold positions in `tokens`.
 
-        A token that no caption has is never read, nor moved, because its gradient is always 0. Layers are drawn as
-        torch draws them, each as (inputs, outputs) and weight before bias: both layers of the audio tower, the embedding of the
-        whole vocabulary (normal, float32), both layers of the text tower (uniform within 1/sqrt(inputs)).
+        A token that no caption has is never read, nor moved, because its gradient is always 0. Layers are drawn as torch
+        draws them, each as (inputs, outputs) and weight before bias: both layers of the audio tower, the embedding of
+        the whole vocabulary (normal, float32), both layers of the text tower (uniform within 1/sqrt(inputs)).
         """
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))

@@ -134,7 +134,7 @@ def test_a_clip_only_encoder_has_no_score_where_frames_are_needed(folder: Path, 
     for name in ("events", "transcript", "weighted"):
         record = by_task[name]
         assert (record.status, record.score, record.ci95) == ("not_applicable", None, None)
-        assert "gives one vector per clip" in (record.reason or "")
+        assert "gives one vector a clip" in (record.reason or "")
     for name in ("tags", "captions", "number"):
         assert by_task[name].status == "ok"
     assert done.errors == []  # nothing is wrong with model or data

@@ -288,7 +288,7 @@ def method_by_tap(method: str, tap: int) -> str:
 
 
 def _no_frames(task: Task) -> str:
-    return f"{task.kind} are learnt from frames, and this encoder gives one vector per clip"
+    return f"{task.kind} are learnt from frames, and this encoder gives one vector a clip"
 
 
 def _task_result(

@@ -70,13 +70,13 @@ class WordPiece:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise UsageError(f"{name} is not text; give BERT's vocab.txt, with one token a line") from None
+            raise UsageError(f"{name} is not text; give BERT's vocab.txt, with one token per line") from None
         except OSError as error:
             raise UsageError(f"{name} cannot be read: {error.strerror}; give BERT's vocab.txt") from None
         tokens = text.removesuffix("\n").split("\n")
         counts = Counter(tokens)
         if missing := [mark for mark in _MARKS if mark not in counts]:
-            raise UsageError(f"{name} has no {', '.join(missing)}; give BERT's vocab.txt, with one token a line")
+            raise UsageError(f"{name} has no {', '.join(missing)}; give BERT's vocab.txt, with one token per line")
         token, count = counts.most_common(1)[0]
         if count > 1:
             raise UsageError(

@@ -153,7 +153,7 @@ def _by_stratum_and_hash(clips: Indices, keys: Sequence[str], strata: Indices, s
 class _Groups:
     """The groups of some clips, the larger ones first and equal ones by hash, with the clips that each has of a stratum.
 
-    A last stratum has all clips, so that what is even in the strata is even in size too.
+    A last stratum has all clips, so that groups are spread evenly in size too.
     """
 
     def __init__(self, clips: Indices, strata: Indices, groups: Sequence[str], salt: str) -> None:

@@ -1,1 +1,1 @@
-"""Torch heads. Many small heads, one a fold and seed, are one module with a leading axis `heads`."""
+"""The arithmetic of the heads: solvers, CTC, the text tower, the adapter of the language model."""

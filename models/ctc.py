@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +18,18 @@ from torch import Tensor
 BLANK = 0
 
 Classes = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
 
 
 class CtcHead:
-    """LayerNorm(dim) -> Linear(dim, classes), for frames that are normalised already by `models.linear.normalised`.
+    """LayerNorm(dim) -> Linear(dim, classes), on frames that `models.linear.normalised` has normalised.
 
     The affine part of the LayerNorm is folded into the linear layer, forwards and backwards, so that the only work that
     grows with the number of frames is one matrix product each way.
     """
 
     def __init__(self, dim: int, classes: int, rng: np.random.Generator) -> None:
-        """Drawn as torch draws an `nn.Linear`: first the weights, then the biases, uniform within 1/sqrt(dim)."""
+        """Draw weights, then biases, as torch draws those of an `nn.Linear`: uniform within 1/sqrt(dim)."""
         bound = 1 / math.sqrt(dim)
         self.scale = torch.ones(1, dim)
         self.shift = torch.zeros(dim, 1)
@@ -39,7 +41,7 @@ class CtcHead:
     def logits(self, x: Tensor) -> Tensor:
         """Normalised frames (frames, dim) to logits (frames, classes)."""
         bias = torch.addmm(self.bias, self.weight, self.shift)
-        # The small side first: the product of a few classes with many frames takes two thirds of the time that way.
+        # The small side goes first: so the product of a few classes with many frames takes two thirds of the time.
         return torch.addmm(bias, self.scale * self.weight, x.T).T.contiguous()
 
     def backward(self, x: Tensor, logits_gradient: Tensor) -> None:
@@ -53,13 +55,13 @@ class CtcHead:
 
 
 class Workspace:
-    """float32 tensors whose memory is used again at every step: fresh memory costs more than the work that is done in it."""
+    """float32 tensors that reuse their memory at every step: fresh memory costs more than the work in it."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A tensor with any content; it shares its memory with the last one of that name."""
+        """A tensor with arbitrary content, in the memory of the last one of that name."""
         size = math.prod(shape)
         if name not in self._memory or len(self._memory[name]) < size:
             self._memory[name] = torch.empty(size)
@@ -69,76 +71,142 @@ class Workspace:
 def ctc_gradient(
     logits: Tensor, lengths: Sequence[int], targets: Sequence[Classes], workspace: Workspace
 ) -> tuple[Tensor, Tensor]:
-    """CTC losses (clips,), each divided by its number of characters, and the gradient (frames, classes) of their mean.
-
-    `logits` (frames, classes) has the frames of all clips one after another, `lengths` of them each; `targets` the classes
-    of each clip's characters, at least one. A clip with too few frames for its characters has loss 0 and gradient 0.
+    """CTC losses of a batch of clips, and the gradient of their mean.
 
     The gradient is softmax minus the posterior of each class in each frame (equation 16 of the paper). Posteriors come from
     one recursion over time, in logarithms, over the clips as they are and, as backward variables, over the same clips with
-    time and characters reversed. What all states of a frame share cancels in them, so it runs on odds against the blank:
-    a blank then costs nothing, and a padding frame, which only blanks can pass, leaves every path where it is.
+    time and characters reversed. A factor that all states of a frame share cancels in them, so the recursion runs on odds
+    against the blank: a blank then costs nothing, and a padding frame, which only blanks can pass, leaves every path where
+    it is.
+
+    Args:
+        logits: (frames, classes), the frames of all clips one after another.
+        lengths: Frames of each clip.
+        targets: Classes of each clip's characters, at least one per clip.
+        workspace: Memory for intermediate results.
+
+    Returns:
+        Losses (clips,), each divided by its number of characters, and the gradient (frames, classes) of their mean. A clip
+        with fewer frames than its characters need has loss 0 and gradient 0.
     """
-    clips, classes = len(lengths), logits.shape[1]
-    frames, characters = max(1, *lengths), max(map(len, targets))
-    sizes = torch.tensor([len(target) for target in targets])
-    ends = np.cumsum(lengths)
-    parts = [slice(end - length, end) for end, length in zip(ends.tolist(), lengths, strict=True)]
-    padded = torch.full((characters, clips), BLANK)
-    for n, target in enumerate(targets):
-        padded[: len(target), n] = torch.from_numpy(target)
-    column = (padded + classes * torch.arange(clips)).flatten()  # of each character, in (frames, clips * classes)
-
-    odds = logits - logits[:, BLANK : BLANK + 1]
-    by_time = workspace.take("by time", frames, clips, classes)
-    for n, (length, part) in enumerate(zip(lengths, parts, strict=True)):
-        by_time[:length, n] = odds[part]
-    emissions = workspace.take("emissions", frames, characters * clips)
-    torch.index_select(by_time.view(frames, -1), 1, column, out=emissions)
-    for n, length in enumerate(lengths):
-        emissions[length:, n::clips] = -torch.inf
-
-    labels = workspace.take("labels", frames, 2, (characters + 1) * clips)
-    labels[:, :, :clips] = -torch.inf
-    labels[:, 0, clips:] = emissions
-    labels.numpy()[:, 1, clips:] = emissions.numpy()[::-1, ::-1]  # torch has no view that is reversed
-    blanks = torch.full((2, characters + 1, clips), -torch.inf)
-    blanks[0, 0] = 0
-    blanks[1, characters - sizes.flip(0), torch.arange(clips)] = 0
-    both = torch.stack([padded, padded.flip(0, 1)])
-    differs = torch.ones_like(blanks, dtype=torch.bool)
-    differs[:, 1:-1] = both[:, 1:] != both[:, :-1]
-    last = _advance(blanks.view(-1), labels.view(frames, -1), differs.view(-1), clips).view_as(blanks)
-    likelihood = last[0, sizes, torch.arange(clips)]
+    batch = _Batch.of(lengths, targets, logits.shape[1])
+    emissions = _emissions(logits - logits[:, BLANK : BLANK + 1], batch, workspace)
+    paths, likelihood = _forward_and_backward(emissions, batch, workspace)
     possible = likelihood != -torch.inf
-
-    posterior = workspace.take("posterior", frames, characters * clips)
-    alpha, beta = labels[:, 0, clips:].numpy(), labels[:, 1, clips:].numpy()[::-1, ::-1]
-    np.add(alpha, beta, out=posterior.numpy())
-    posterior.sub_(emissions).sub_(torch.where(possible, likelihood, 0).repeat(characters)).clamp_(max=0)
-    np.exp(posterior.numpy(), out=posterior.numpy())  # torch's takes 20 times as long where the result is tiny
-    occupancy = workspace.take("occupancy", frames, clips * classes).zero_()
-    occupancy.index_add_(1, column, posterior)
-    occupancy = occupancy.view(frames, clips, classes)
-    occupancy[:, :, BLANK] = 1 - occupancy[:, :, BLANK + 1 :].sum(dim=2)
+    occupancy = _occupancy(paths, emissions, torch.where(possible, likelihood, 0), batch, workspace)
 
     log_probabilities = logits.log_softmax(dim=1)
     gradient = log_probabilities.exp()
     losses = -likelihood
-    weight = torch.where(possible, 1 / (clips * sizes), 0)
-    for n, (length, part) in enumerate(zip(lengths, parts, strict=True)):
-        losses[n] -= log_probabilities[part, BLANK].sum()
-        gradient[part].sub_(occupancy[:length, n]).mul_(weight[n])
-    return torch.where(possible, losses / sizes, 0), gradient
+    weight = torch.where(possible, 1 / (batch.clips * batch.sizes), 0)
+    for n, part in enumerate(batch.parts):
+        losses[n] -= log_probabilities[part, BLANK].sum()  # the likelihood is that of odds against the blank
+        gradient[part].sub_(occupancy[: lengths[n], n]).mul_(weight[n])
+    return torch.where(possible, losses / batch.sizes, 0), gradient
+
+
+class _Batch(NamedTuple):
+    """How the clips of a batch lie side by side, padded to the longest one."""
+
+    clips: int
+    classes: int
+    frames: int  # of the longest clip
+    characters: int  # of the longest target
+    sizes: Tensor  # (clips,) characters of each target
+    parts: list[slice]  # each clip's rows of the logits
+    padded: Tensor  # (characters, clips) classes, blanks behind a target's end
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], targets: Sequence[Classes], classes: int) -> _Batch:
+        clips, characters = len(lengths), max(map(len, targets))
+        ends = np.cumsum(lengths).tolist()
+        padded = torch.full((characters, clips), BLANK)
+        for n, target in enumerate(targets):
+            padded[: len(target), n] = torch.from_numpy(target)
+        return cls(
+            clips=clips,
+            classes=classes,
+            frames=max(1, *lengths),
+            characters=characters,
+            sizes=torch.tensor([len(target) for target in targets]),
+            parts=[slice(end - length, end) for end, length in zip(ends, lengths, strict=True)],
+            padded=padded,
+        )
+
+    @property
+    def columns(self) -> Tensor:
+        """(characters * clips,) the column of each character in a matrix (frames, clips * classes)."""
+        return (self.padded + self.classes * torch.arange(self.clips)).flatten()
+
+
+def _emissions(odds: Tensor, batch: _Batch, workspace: Workspace) -> Tensor:
+    """Odds (frames, classes) to those of each clip's characters, (frames, characters * clips); log 0 in padding frames."""
+    by_time = workspace.take("by time", batch.frames, batch.clips, batch.classes)
+    for n, part in enumerate(batch.parts):
+        by_time[: part.stop - part.start, n] = odds[part]
+    emissions = workspace.take("emissions", batch.frames, batch.characters * batch.clips)
+    torch.index_select(by_time.view(batch.frames, -1), 1, batch.columns, out=emissions)
+    for n, part in enumerate(batch.parts):
+        emissions[part.stop - part.start :, n :: batch.clips] = -torch.inf
+    return emissions
+
+
+def _forward_and_backward(emissions: Tensor, batch: _Batch, workspace: Workspace) -> tuple[tuple[Array, Array], Tensor]:
+    """Forward and backward variables of the characters, each (frames, characters * clips), and log likelihoods (clips,).
+
+    Both directions advance in one recursion. Direction 0 is the batch as it is. Direction 1 is reversed in time, characters
+    and clips, which a flat array reverses all at once. There a shorter target has its padding in front, so its paths start
+    at the blank behind the padding.
+    """
+    clips, characters = batch.clips, batch.characters
+    labels = workspace.take("labels", batch.frames, 2, (characters + 1) * clips)
+    labels[:, :, :clips] = -torch.inf  # row 0 precedes the first character
+    labels[:, 0, clips:] = emissions
+    labels.numpy()[:, 1, clips:] = emissions.numpy()[::-1, ::-1]  # torch has no reversed views
+
+    blanks = torch.full((2, characters + 1, clips), -torch.inf)
+    blanks[0, 0] = 0
+    blanks[1, characters - batch.sizes.flip(0), torch.arange(clips)] = 0
+
+    both = torch.stack([batch.padded, batch.padded.flip(0, 1)])
+    differs = torch.ones_like(blanks, dtype=torch.bool)
+    differs[:, 1:-1] = both[:, 1:] != both[:, :-1]
+
+    last = _advance(blanks.view(-1), labels.view(batch.frames, -1), differs.view(-1), clips).view_as(blanks)
+    forward, backward = labels[:, 0, clips:].numpy(), labels[:, 1, clips:].numpy()[::-1, ::-1]
+    return (forward, backward), last[0, batch.sizes, torch.arange(clips)]
+
+
+def _occupancy(
+    paths: tuple[Array, Array], emissions: Tensor, likelihood: Tensor, batch: _Batch, workspace: Workspace
+) -> Tensor:
+    """The posterior (frames, clips, classes) of each class in each frame, from forward and backward variables."""
+    forward, backward = paths
+    posterior = workspace.take("posterior", batch.frames, batch.characters * batch.clips)
+    np.add(forward, backward, out=posterior.numpy())
+    posterior.sub_(emissions)  # which both directions have counted
+    posterior.sub_(likelihood.repeat(batch.characters)).clamp_(max=0)
+    np.exp(posterior.numpy(), out=posterior.numpy())  # torch's takes 20 times as long if the result is tiny
+
+    occupancy = workspace.take("occupancy", batch.frames, batch.clips * batch.classes).zero_()
+    occupancy.index_add_(1, batch.columns, posterior)
+    occupancy = occupancy.view(batch.frames, batch.clips, batch.classes)
+    occupancy[:, :, BLANK] = 1 - occupancy[:, :, BLANK + 1 :].sum(dim=2)
+    return occupancy
 
 
 def _advance(blanks: Tensor, labels: Tensor, differs: Tensor, clips: int) -> Tensor:
-    """Turn the emissions `labels` into forward variables, in place, and give those of the blanks behind the last frame.
+    """Turn emissions into forward variables, in place, and return those of the blanks behind the last frame.
 
     All are logarithms, in flat vectors of (2 directions, characters + 1, clips). Row i of `blanks` is the blank before
-    character i; row i of a frame of `labels` is character i - 1, so that row i of both precedes character i, and row 0 is
-    never reached. `differs`: character i is not character i - 1, so it may follow without a blank. The shift by one row runs
-    from the last row of one direction into row 0 of the other, which stays at log 0.
+    character i; row i of a frame of `labels` is character i - 1, so that row i of both precedes character i, and no path
+    reaches row 0. The shift by one row runs from the last row of one direction into row 0 of the other; it stays at log 0.
+
+    Args:
+        blanks: Log probability of a path that starts at each blank; overwritten.
+        labels: (frames, states) emissions of the characters, to be turned into their forward variables.
+        differs: Whether character i differs from character i - 1, so that it may follow without a blank.
+        clips: Clips per row.
     """
     previous = torch.full_like(blanks, -torch.inf)
     previous_labels = previous[clips:]
@@ -155,6 +223,6 @@ def _advance(blanks: Tensor, labels: Tensor, differs: Tensor, clips: int) -> Ten
 
 
 def collapse(path: Classes) -> Classes:
-    """The characters that a path, one class a frame (frames,), spells: repeats collapsed, then blanks dropped."""
+    """The characters that a path spells, one class per frame (frames,): repeats collapsed, then blanks dropped."""
     kept: Classes = path[(path != BLANK) & (np.diff(path, prepend=BLANK) != 0)]
     return kept

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_LARGE = 1e15  # of float32; the sum of the squares of a few thousand such values is near its largest number
+_LARGE = 1e15  # the sum of the squares of a few thousand such values is near the largest number of float32
 
 
 class LinearHeads:
     """`heads` independent copies of LayerNorm(dim) -> Linear(dim, classes), run as one batched product.
 
-    The embeddings are frozen, so their normalisation to zero mean and unit variance is the same in every epoch: it is done
-    once, by `normalised`, and only what is learnt is kept here. The gradients are written out, into buffers that are
-    made once: autograd's fresh tensors cost three times as much as the arithmetic.
+    The embeddings are frozen, so their normalisation to zero mean and unit variance is the same in every epoch: `normalised`
+    does it once, and this class holds only the learnt parameters. The gradients are written out, into buffers that are
+    allocated once: autograd's fresh tensors cost three times as much as the arithmetic.
     """
 
     def __init__(self, dim: int, classes: int, generators: Sequence[np.random.Generator]) -> None:
-        """Each head is drawn from its own generator, as torch draws an `nn.Linear`: uniform within 1/sqrt(dim)."""
+        """Draw each head from its own generator, as torch draws an `nn.Linear`: uniform within 1/sqrt(dim)."""
         heads, bound = len(generators), 1 / math.sqrt(dim)
         weight = np.stack([rng.uniform(-bound, bound, (dim, classes)) for rng in generators])
         bias = np.stack([rng.uniform(-bound, bound, (1, classes)) for rng in generators])
@@ -68,7 +68,7 @@ def cross_entropy_gradient(logits: Tensor, classes: Tensor, weight: Tensor) -> T
 
 
 def binary_cross_entropy_gradient(logits: Tensor, targets: Tensor, weight: Tensor, positive_weight: float = 1.0) -> Tensor:
-    """Gradient at the logits (n, batch, classes) of binary cross-entropies, their mean over classes times `weight`.
+    """Gradient at the logits (n, batch, classes) of binary cross-entropies: their means over classes, times `weight`.
 
     `targets` are 0 or 1; the loss of a 1 counts `positive_weight` times, as in torch's `BCEWithLogitsLoss(pos_weight)`.
     """

@@ -1,9 +1,9 @@
-"""A frozen causal language model that writes down speech, and the adapter which is all that learns (X-ARES's ASR head).
+"""A frozen causal language model that transcribes speech, and the trainable adapter in front of it (X-ARES's ASR head).
 
-One sequence an utterance: its adapted frames, a separator, the tokens of its text, the end token. The language model reads
-the frames where it would read the embeddings of tokens.
+One sequence per utterance: its adapted frames, a separator, the tokens of its text, the end token. The language model reads
+the frames in place of token embeddings.
 
-`transformers` is imported only where a language model is loaded.
+`transformers` is imported only to load a language model.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 class Adapter(nn.Module):
-    """silu(W1 x) * (W2 x), then W3, each with a bias: frames (frames, dim) to what stands for tokens (frames, hidden)."""
+    """silu(W1 x) * (W2 x), then W3, each with a bias: frames (frames, dim) to token embeddings (frames, hidden)."""
 
     def __init__(self, dim: int, inner: int, hidden: int, rng: np.random.Generator) -> None:
-        """The weights are drawn from `rng`, as torch draws an `nn.Linear`: uniform within 1/sqrt(inputs)."""
+        """Draw the weights from `rng`, as torch draws an `nn.Linear`: uniform within 1/sqrt(inputs)."""
         super().__init__()
         self.gate = _drawn_linear(dim, inner, rng)
         self.value = _drawn_linear(dim, inner, rng)
@@ -56,22 +56,26 @@ def _drawn_linear(inputs: int, outputs: int, rng: np.random.Generator) -> nn.Lin
 class LanguageModel:
     """A causal language model and its tokenizer: frozen, without dropout, from local files alone.
 
-    The weights are float32; on CUDA the products are of bfloat16 (float16 where the GPU has none) under torch's autocast.
-    Only safetensors are read, never a pickle, and no code that comes with the model is run.
+    The weights are float32; on CUDA the products are in bfloat16 (float16 if the GPU lacks it) under torch's autocast. Only
+    safetensors are read, never a pickle, and no code that comes with the model runs.
 
-    Padding stands to the left, is masked, and counts no position: what is made of an utterance does not depend on what
-    shares its batch, up to rounding, since products of another shape may be summed in another order. So logits agree to some
-    1e-5 of their size in float32, and a text is the same alone and in any batch unless two tokens are that nearly equally
-    likely: then either may be written. With one batch, one machine and one version of torch it is always the same.
+    Padding is on the left, masked, and takes no position: an utterance's text does not depend on its batch, up to rounding,
+    because products of another shape may be summed in another order. In float32 logits agree to about 1e-5 of their size. So
+    a text is the same alone and in any batch unless two tokens are that nearly equally likely: then either may be written.
+    The same batch, machine and version of torch always give the same text.
     """
 
     def __init__(self, source: str | Path, device: str = "auto") -> None:
-        """`source`: a Hugging Face folder, or the name of a model in the local Hugging Face cache.
+        """Load a language model and its tokenizer.
 
-        `device`: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
+        Args:
+            source: A Hugging Face folder, or the name of a model in the local Hugging Face cache.
+            device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
 
-        Raises `UsageError` where transformers is missing, or `source` is not a causal language model with its tokenizer and
-        safetensors weights; `MachineError` where the machine lacks the device, or the device the memory.
+        Raises:
+            UsageError: transformers is missing, or `source` is not a causal language model with its tokenizer and
+                safetensors weights.
+            MachineError: The machine lacks the device, or the device the memory.
         """
         transformers = _transformers()
         folder = _folder(source)
@@ -80,16 +84,16 @@ class LanguageModel:
             self.tokenizer, self.model = _load(transformers, folder)
         try:
             self.model.to(self.device)
-        except RuntimeError as error:  # torch gives lack of memory no type that all its versions share
-            raise MachineError(f"the language model does not go to {self.device} ({_first_line(error)})") from error
+        except RuntimeError as error:  # versions of torch have no common type for lack of memory
+            raise MachineError(f"the language model cannot be moved to {self.device} ({_first_line(error)})") from error
         config = self.model.config.get_text_config(decoder=True)
         if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             raise UsageError(
-                f"transformers gives the language model in {folder} no logits_to_keep, which the llm head needs"
+                f"the language model in {folder} does not support logits_to_keep, which the llm head needs; choose another"
             )
         if not isinstance(getattr(config, "intermediate_size", None), int):
             raise UsageError(
-                f"the config of the language model in {folder} gives no intermediate_size, the adapter's inner width"
+                f"the config of the language model in {folder} has no intermediate_size, which is the adapter's inner width"
             )
         self.hidden_size: int = config.hidden_size
         self.intermediate_size: int = config.intermediate_size
@@ -101,17 +105,19 @@ class LanguageModel:
         self.separator = self._separator_token()
         self._separator_id: int = self.tokenizer.convert_tokens_to_ids(self.separator)
         if max(self.tokenizer.get_vocab().values()) >= self._embed.num_embeddings:
-            raise UsageError(f"the tokenizer in {folder} has more tokens than the language model beside it knows")
+            raise UsageError(
+                f"the tokenizer in {folder} has more tokens than the language model beside it; save the model's own"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the products of the language model are computed in."""
+        """The type in which the language model's products are computed."""
         if self.device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
     def described(self) -> dict[str, str]:
-        """What a record says of it. `digest` is the sha256 of its config, tokenizer and weight files."""
+        """The language model's fields in a record. `digest` is the sha256 of its config, tokenizer and weight files."""
         return {
             "name": self.name,
             "digest": self.digest,
@@ -121,13 +127,15 @@ class LanguageModel:
         }
 
     def adapter(self, dim: int, rng: np.random.Generator) -> Adapter:
-        """A fresh adapter for frames of `dim`: as wide inside as the model's own feed-forward layers, as X-ARES's."""
+        """A fresh adapter for frames of `dim`, as wide inside as the model's feed-forward layers, like X-ARES's."""
         return Adapter(dim, self.intermediate_size, self.hidden_size, rng).to(self.device)
 
     def losses(self, adapted: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
         """Cross-entropy (tokens,) of every separator, text and end token of a batch, in the order of the utterances.
 
-        `adapted`: one (frames, hidden) an utterance, of at least one frame.
+        Args:
+            adapted: (frames, hidden) per utterance, at least one frame.
+            texts: Text of each utterance.
         """
         logits, labels = self._text_logits(adapted, texts)
         counted = labels != -100
@@ -138,17 +146,15 @@ class LanguageModel:
         """The likeliest token at every position of text and end, each given the true ones before it, decoded."""
         logits, labels = self._text_logits(adapted, texts)
         chosen = logits.argmax(dim=2)
-        # What stands at the separator, the first label of an utterance, is no text.
+        # The first label of an utterance is the separator, not text.
         return [self._decoded(row[label != -100][1:]) for row, label in zip(chosen, labels, strict=True)]
 
     @torch.no_grad()
     def generate(self, adapted: Sequence[Tensor]) -> list[str]:
-        """What the model writes after the separator: its likeliest token each time, at most 200, up to the end token.
+        """The text that the model writes behind the separator: always its likeliest token, at most 200, up to the end token.
 
-        A text depends on its batch only where two tokens are equally likely up to rounding (see the class).
-
-        Before each choice the logits of the tokens that the utterance already has are divided by 1.1 where positive and
-        multiplied by it where negative.
+        Before each choice, the logits of tokens already in the text are divided by 1.1 if positive and multiplied by it if
+        negative. A text depends on its batch only if two tokens are equally likely up to rounding (see the class).
         """
         inputs, mask, positions = self._sequences(adapted, [[self._separator_id]] * len(adapted))
         tokens = torch.empty((len(adapted), 0), dtype=torch.int64, device=self.device)
@@ -169,14 +175,14 @@ class LanguageModel:
         return [self._decoded(row) for row in tokens]
 
     def _text_logits(self, adapted: Sequence[Tensor], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Logits (batch, tokens, vocabulary) and the labels (batch, tokens) that they foretell; -100 where there is none."""
+        """Logits (batch, tokens, vocabulary) and the labels (batch, tokens) that they predict; -100 for padding."""
         texts_ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         ids = [[self._separator_id, *text_ids, self._end] for text_ids in texts_ids]
         longest = max(map(len, ids))
         labels = torch.full((len(ids), longest), -100, device=self.device)
         for label, row in zip(labels, ids, strict=True):
             label[longest - len(row) :] = torch.tensor(row, device=self.device)
-        # The logits of the frames would take gigabytes. A token is foretold one position before its own.
+        # The logits of the frames would take gigabytes. A token is predicted one position before its own.
         logits: Tensor = self._run(*self._sequences(adapted, ids), longest + 1, use_cache=False).logits[:, :-1]
         return logits, labels
 
@@ -193,7 +199,7 @@ class LanguageModel:
         return inputs, (positions >= 0).long(), positions.clamp(min=0)
 
     def _run(self, inputs: Tensor, mask: Tensor, positions: Tensor, last: int, **options: Any) -> Any:
-        """The model's output, with the logits of the `last` positions alone."""
+        """The model's output, with the logits of the `last` positions only."""
         with self._autocast():
             return self.model(
                 inputs_embeds=inputs, attention_mask=mask, position_ids=positions, logits_to_keep=last, **options
@@ -207,7 +213,7 @@ class LanguageModel:
         return text
 
     def _separator_token(self) -> str:
-        """Qwen2.5's, where the tokenizer has it; else the token that begins a sequence, else the one that ends it."""
+        """Qwen2.5's, if the tokenizer has it; else the token that begins a sequence, else the one that ends it."""
         if _SEPARATOR in self.tokenizer.get_vocab():
             return _SEPARATOR
         return str(self.tokenizer.bos_token or self.tokenizer.eos_token)
@@ -236,7 +242,7 @@ def _torch_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"{device!r} is no device; choose auto, cpu, cuda or cuda:N") from error
+        raise UsageError(f"{device!r} is not a device; choose auto, cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError(f"the llm head does not run on {device!r}; choose auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
@@ -247,8 +253,8 @@ def _torch_device(device: str) -> torch.device:
 def _load(transformers: Any, folder: Path) -> tuple[Any, Any]:
     """(tokenizer, model), the model frozen, on the CPU."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} holds no language model: there is no config.json in it")
-    # transformers makes up an empty tokenizer where there is none.
+        raise UsageError(f"{folder} has no config.json, so it is not a language model; name a Hugging Face folder")
+    # transformers makes up an empty tokenizer if there is none.
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UsageError(f"the language model in {folder} has no tokenizer beside it: save the tokenizer to the same folder")
     if not any(folder.glob("*.safetensors")):
@@ -256,14 +262,14 @@ def _load(transformers: Any, folder: Path) -> tuple[Any, Any]:
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **local)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
         )
-    except Exception as error:  # whatever a stranger's files make transformers raise
+    except Exception as error:  # a stranger's files may make transformers raise anything
         raise UsageError(f"the language model in {folder} cannot be loaded ({_first_line(error)})") from error
-    if found["missing_keys"]:  # transformers would leave them random
+    if report["missing_keys"]:  # transformers would leave them random
         raise UsageError(
-            f"the weights in {folder} lack {min(found['missing_keys'])}, so they are not all of its language model"
+            f"the weights in {folder} lack {min(report['missing_keys'])}, so the language model is incomplete; save it again"
         )
     return tokenizer, model.eval().requires_grad_(False)
 
@@ -286,7 +292,7 @@ def _digest(folder: Path) -> str:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' progress bars and load reports: what matters of them is raised."""
+    """Silence transformers' progress bars and load reports: whatever matters in them is raised."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL)

@@ -1,14 +1,14 @@
-"""L2-regularised logistic regression to a stated tolerance, over falling strengths, each begun where the last ones point.
+"""L2-regularised logistic regression to a stated tolerance, over falling strengths, each extrapolated from the last.
 
 The objective of a strength s is mean loss over rows + s/2 ||W||^2 on standardised rows, the bias free of it: scikit-learn's
 C is 1 / (s rows), and s means the same at every size.
 
 The method is L-BFGS whose first guess of the curvature is c_k v_j + s for axis j (variance v_j) and output k, with c_k the
 mean of p(1 - p) over the rows, taken anew in every step. On 1,440 rows, 768 dimensions and 50 classes, eleven strengths over
-eight decades take some 90 passes over the rows to a relative gradient norm of 1e-3. Two things make the weakest strengths as
-short as the others, though separable rows send their weights far out: residuals and losses are made without cancellation,
-so that those of 1e-9 are right in float32 (with it L-BFGS ended in thousands of failing line searches); and a strength
-starts at 2 t1 - t2 of the two solutions before it, which for equal steps of log s lies on the path.
+eight decades take some 90 passes over the rows to a relative gradient norm of 1e-3. Two things make the weakest strengths
+as fast as the others, though separable rows drive their weights far out: residuals and losses are computed without
+cancellation, so that those of 1e-9 are right in float32 (with cancellation, L-BFGS ended in thousands of failing line
+searches); and a strength starts at 2 t1 - t2 of the two solutions before it, on the path if the steps of log s are equal.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _LEAST_CURVATURE = 1e-12
 
 
 class Loss(Protocol):
-    """`groups` (outputs,) which outputs depend on each other: each group is a problem of its own.
+    """A loss over outputs. `groups` (outputs,) numbers the outputs that depend on each other: each group is its own problem.
 
-    `taught` (outputs,) is the class of each output; a class that the rows cannot teach has none.
+    `taught` (outputs,) is the class of each output; a class that the rows cannot teach has no output.
     """
 
     outputs: int
@@ -40,20 +40,20 @@ class Loss(Protocol):
     taught: Indices
 
     def start(self, design: Design) -> Floats:
-        """(outputs,) biases that are best where the weights are 0."""
+        """(outputs,) the best biases if the weights are 0."""
 
     def step(self, logits: Singles, targets: npt.NDArray[Any], columns: Indices) -> tuple[Singles, Floats]:
-        """Of a block: residuals (rows, columns), dloss/dlogits, in the place of the logits of some outputs, and sums.
+        """Residuals (rows, columns), dloss/dlogits, of a block, and sums (2, columns); may overwrite the logits.
 
-        The sums are (2, columns): of the loss, of which an output's part is arbitrary within its group, and of its second
-        derivative.
+        `columns` are the outputs of the logits. The sums are those of the loss, whose division within a group is arbitrary,
+        and of its second derivative.
         """
 
 
 class Multinomial:
     """Cross-entropy of the classes that have a row; targets are (rows,) class indices.
 
-    `counts` (classes,) is how many rows each class has; the outputs are the classes `taught`.
+    `counts` (classes,) are the rows of each class; the outputs are the classes `taught`.
     """
 
     def __init__(self, counts: Indices) -> None:
@@ -77,7 +77,7 @@ class Multinomial:
         weights[rows, targets] = 0
         others = weights.sum(axis=1)
         total = others + of_true
-        # Where the true class leads, its logit is 0 and the loss log(1 + others), however little the others are.
+        # If the true class leads, its logit is 0 and the loss log(1 + others), however small the others are.
         loss = np.where(true == 0, np.log1p(others.astype(np.float64)), np.log(total.astype(np.float64)) - true)
         weights /= total[:, None]
         wrong = others / total
@@ -92,8 +92,8 @@ class Multinomial:
 class OneVersusRest:
     """Binary cross-entropy of each output by itself, that of a positive times `positive_weight`.
 
-    Targets are (rows, classes) bool. `positives` (classes,) is how many of the `rows` have each class; the outputs are the
-    classes `taught`, which some rows have and some do not.
+    Targets are (rows, classes) bool. `positives` (classes,) are the rows with each class, of all `rows`; the outputs are the
+    classes `taught`, which some rows have and some lack.
     """
 
     def __init__(self, positives: Indices, rows: int, positive_weight: float) -> None:
@@ -125,8 +125,8 @@ class Solution:
 
     `relative_gradient_norm` is the largest over the groups of ||gradient|| / ||W||, the gradient measured by the inverse of
     the curvature and W by the curvature, so that it estimates the relative error of W whether the loss or the penalty bends
-    the objective. `converged` says whether it is at most the tolerance; it is not where `iterations` reached the limit, or
-    where float32 could go no further.
+    the objective. `converged` says whether it is at most the tolerance; it is not if `iterations` reached the limit, or if
+    float32 could go no further.
     """
 
     strength: float
@@ -139,7 +139,15 @@ class Solution:
 def path(
     design: Design, loss: Loss, strengths: Sequence[float], tolerance: float, max_iterations: int = MAX_ITERATIONS
 ) -> Iterator[Solution]:
-    """The solution of each strength, from the strongest on, which begins at nothing; `strengths` fall by equal factors."""
+    """The solution of each strength, from the strongest on, which starts at zero weights.
+
+    Args:
+        design: Standardised rows.
+        loss: Loss over their outputs.
+        strengths: Falling by equal factors.
+        tolerance: Of the relative gradient norm.
+        max_iterations: Per strength.
+    """
     theta = np.concatenate([np.zeros((design.rank, loss.outputs)), loss.start(design)[None]])
     before: _Point | None = None
     earlier: Floats | None = None
@@ -154,15 +162,15 @@ def path(
 def solve(
     design: Design, loss: Loss, strength: float, theta: Floats, tolerance: float, max_iterations: int = MAX_ITERATIONS
 ) -> Solution:
-    """The solution of one strength, begun at `theta`."""
+    """The solution of one strength, starting at `theta` (rank + 1, outputs)."""
     return _Problem(design, loss, strength).solve(theta, tolerance, max_iterations, None)[0]
 
 
 @dataclass
 class _Point:
-    """What a pass over the rows tells of `theta` (rank + 1, outputs), without the penalty.
+    """The result of a pass over the rows at `theta` (rank + 1, outputs), without the penalty.
 
-    The mean loss (outputs,), its gradient, and the mean second derivative at the logits (outputs,).
+    The mean loss (outputs,), its gradient, and the mean second derivative at the logits (outputs,), `bend`.
     """
 
     theta: Floats
@@ -171,7 +179,7 @@ class _Point:
     bend: Floats
 
     def take(self, columns: Indices, other: _Point) -> None:
-        """Let some outputs, in order, be as in a point of these outputs."""
+        """Replace some outputs by those of `other`, a point of just these outputs, in order."""
         if len(columns) == len(self.loss):
             self.theta, self.loss, self.gradient, self.bend = other.theta, other.loss, other.gradient, other.bend
             return
@@ -179,6 +187,7 @@ class _Point:
         self.loss[columns], self.bend[columns] = other.loss, other.bend
 
     def of(self, columns: Indices) -> _Point:
+        """The point of some outputs only."""
         if len(columns) == len(self.loss):
             return self
         return _Point(self.theta[:, columns], self.loss[columns], self.gradient[:, columns], self.bend[columns])
@@ -196,13 +205,13 @@ class _Problem:
         return np.asarray(np.bincount(self._loss.groups, values, self._groups), np.float64)
 
     def _dot(self, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
-        """(groups,) of two (rank + 1, outputs)."""
+        """(groups,) dot products of two (rank + 1, outputs)."""
         if self._groups == 1:
             return np.array([np.vdot(a, b)], np.float64)
         return self._per_group(np.einsum("ij,ij->j", a, b, dtype=np.float64))
 
     def _evaluate(self, theta: Floats, columns: Indices) -> _Point:
-        """At some outputs, which are whole groups: `theta` (rank + 1, columns)."""
+        """The point at `theta` (rank + 1, columns) of some outputs, which are whole groups."""
 
         def step(logits: Singles, targets: npt.NDArray[Any]) -> tuple[Singles, Floats]:
             return self._loss.step(logits, targets, columns)
@@ -224,18 +233,18 @@ class _Problem:
         return np.asarray(np.maximum(curvature, _LEAST_CURVATURE) * self._variances + self._penalty)
 
     def _relative_norm(self, theta: Floats, gradient: Floats, curvature: Floats) -> Floats:
-        """(groups,). A share of the bias keeps it finite where nothing can be learnt from the rows."""
+        """(groups,). A share of the bias keeps it finite if nothing can be learnt from the rows."""
         size = self._dot(theta[:-1], curvature[:-1] * theta[:-1])
         bias = self._per_group(curvature[-1] * np.square(theta[-1]) + curvature[-1])
         return np.asarray(np.sqrt(self._dot(gradient, gradient / curvature) / np.maximum(size, 1e-8 * bias + _TINY)))
 
     def solve(self, start: Floats, tolerance: float, max_iterations: int, before: _Point | None) -> tuple[Solution, _Point]:
-        """Begin at `start`, or in the groups where `before` has the lower objective at that."""
-        of = self._loss.groups
+        """Start at `start`, or at `before` in the groups in which that has the lower objective."""
+        groups = self._loss.groups
         point = self._evaluate(start.copy(), np.arange(self._loss.outputs))
         if before is not None:
             back = self._per_group(self._objective(before)) < self._per_group(self._objective(point))
-            columns = np.flatnonzero(back[of])
+            columns = np.flatnonzero(back[groups])
             point.take(columns, before.of(columns))
         steps: list[_Step] = []
         stuck = np.zeros(self._groups, bool)
@@ -247,11 +256,11 @@ class _Problem:
             active = (norms > tolerance) & ~stuck
             if not active.any() or iterations == max_iterations:
                 break
-            direction = self._direction(gradient, curvature, steps) * active[of]
+            direction = self._direction(gradient, curvature, steps) * active[groups]
             old = point.theta.copy()
             moved = self._search(point, direction, self._dot(gradient, direction), active)
             if not moved[active].all():
-                # From a fresh guess of the curvature a step may still go down; where not even that does, float32 ends.
+                # With a fresh guess of the curvature a step may still go down; if not even that does, float32 ends.
                 if not steps:
                     stuck |= active & ~moved
                 steps = []
@@ -266,33 +275,33 @@ class _Problem:
 
     def _direction(self, gradient: Floats, curvature: Floats, steps: list[_Step]) -> Floats:
         """L-BFGS's two loops, each group by itself."""
-        of = self._loss.groups
+        groups = self._loss.groups
         inverse_curvature = (1 / curvature).astype(np.float32)
         direction = -gradient.astype(np.float32)
         shares = []
         for step in reversed(steps):
             share = step.inverse * self._dot(step.step, direction)
             shares.append(share)
-            direction -= share.astype(np.float32)[of] * step.change
+            direction -= share.astype(np.float32)[groups] * step.change
         direction *= inverse_curvature
         if steps:
             last = steps[-1]
             size = self._dot(last.change, last.change * inverse_curvature)
             fit = np.divide(1, last.inverse * size, out=np.ones(self._groups), where=(last.inverse > 0) & (size > 0))
-            direction *= fit.astype(np.float32)[of]
+            direction *= fit.astype(np.float32)[groups]
         for step, share in zip(steps, reversed(shares), strict=True):
             share = share - step.inverse * self._dot(step.change, direction)
-            direction += share.astype(np.float32)[of] * step.step
+            direction += share.astype(np.float32)[groups] * step.step
         return direction.astype(np.float64)
 
     def _search(
         self, point: _Point, direction: Floats, slope: Floats, active: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.bool_]:
-        """Move each active group down far enough along its direction; (groups,) whether a way was found.
+        """Move each active group far enough down along its direction; returns (groups,) whether it moved.
 
         Far enough is Armijo's rule; or, if the fall is lost in the rounding of the loss, a slope that is not steeper.
         """
-        of = self._loss.groups
+        groups = self._loss.groups
         level = self._per_group(self._objective(point))
         begin = point.theta.copy()
         scale = np.ones(self._groups)
@@ -301,15 +310,15 @@ class _Problem:
         for _ in range(_MAX_TRIALS):
             if not pending.any():
                 break
-            columns = np.flatnonzero(pending[of])
-            trial = self._evaluate(begin[:, columns] + scale[of[columns]] * direction[:, columns], columns)
+            columns = np.flatnonzero(pending[groups])
+            trial = self._evaluate(begin[:, columns] + scale[groups[columns]] * direction[:, columns], columns)
             reached, end = np.zeros(self._groups), np.zeros(self._groups)
-            np.add.at(reached, of[columns], self._objective(trial))
-            np.add.at(end, of[columns], np.einsum("ij,ij->j", self._gradient(trial), direction[:, columns]))
+            np.add.at(reached, groups[columns], self._objective(trial))
+            np.add.at(end, groups[columns], np.einsum("ij,ij->j", self._gradient(trial), direction[:, columns]))
             rise = reached - level
             flat = (np.abs(rise) <= 1e-6 * np.abs(level)) & (np.abs(end) <= np.abs(slope))
             down = pending & ((rise <= 1e-4 * scale * slope) | flat)
-            taken = down[of[columns]]
+            taken = down[groups[columns]]
             point.take(columns[taken], trial.of(np.flatnonzero(taken)))
             moved |= down
             pending &= ~down
@@ -321,9 +330,9 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Step:
-    """Of one iteration: the step and the change of the gradient, (rank + 1, outputs), and 1 / their product, (groups,).
+    """One iteration's step and change of the gradient, (rank + 1, outputs), and 1 / their dot product, (groups,).
 
-    A group that did not move, or whose gradient says nothing of the curvature, has 0.
+    The inverse is 0 for a group that did not move, or whose gradient shows no positive curvature.
     """
 
     step: Singles

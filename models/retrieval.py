@@ -17,17 +17,17 @@ class RetrievalHead(nn.Module):
     """Audio: LayerNorm(dim) -> Linear(dim, 1024) -> GELU -> Linear(1024, 1024).
     Text: Embedding(vocabulary, 1024) -> Linear(1024, 1024) -> GELU -> Linear(1024, 1024), then the mean over the tokens.
 
-    The audio embeddings are frozen, so they come normalised (`models.linear.normalised`) and only the affine part of
-    LayerNorm is kept here. What the text tower makes of a token does not depend on its neighbours, so each token of a batch
-    goes through it once; and its last layer commutes with the mean, so it runs once a caption.
+    The audio embeddings are frozen, so they come normalised (`models.linear.normalised`) and this class has only the
+    affine part of LayerNorm. The text tower's output for a token does not depend on its neighbours, so each token of a batch
+    goes through it once; and its last layer commutes with the mean, so it runs once per caption.
     """
 
     def __init__(self, dim: int, vocabulary: int, tokens: Tensor, rng: np.random.Generator) -> None:
-        """Only the rows of `tokens`, numbers below `vocabulary`, are kept: captions hold positions in `tokens`.
+        """Keep only the embeddings of `tokens`, numbers below `vocabulary`: captions hold positions in `tokens`.
 
-        A token that no caption has is never read, nor moved, as its gradient is always 0. The draws are those of torch's own
-        layers, each as (inputs, outputs) and weight before bias: both layers of the audio tower, the embedding of the whole
-        vocabulary (normal, float32), both layers of the text tower (uniform within 1/sqrt(inputs)).
+        A token that no caption has is never read, nor moved, because its gradient is always 0. Layers are drawn as torch
+        draws them, each as (inputs, outputs) and weight before bias: both layers of the audio tower, the embedding of
+        the whole vocabulary (normal, float32), both layers of the text tower (uniform within 1/sqrt(inputs)).
         """
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
@@ -44,7 +44,7 @@ class RetrievalHead(nn.Module):
         return output
 
     def text(self, tokens: Tensor, starts: Tensor) -> Tensor:
-        """Captions, their tokens (tokens,) one after another and where each starts (captions,), to (captions, 1024)."""
+        """Captions to (captions, 1024): their tokens (tokens,) one after another, and the start of each (captions,)."""
         unique, places = torch.unique(tokens, return_inverse=True)
         hidden: Tensor = gelu(self.text_hidden(embedding(unique, self.embedding)))
         output: Tensor = self.text_output(embedding_bag(places, hidden, starts, mode="mean"))
@@ -68,7 +68,7 @@ def _uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float) -> 
 def cosine_loss(audio: Tensor, text: Tensor, log_temperature: Tensor, clips: Tensor) -> Tensor:
     """Symmetric InfoNCE of cosines, over pairs (n, 1024) and (n, 1024); `clips` (n,) is the clip of each pair.
 
-    Other pairs of the same clip are no negatives: a caption of a clip is right for all of it.
+    Pairs of the same clip are not each other's negatives: each caption of a clip describes all its crops.
     """
     logits = log_temperature.exp() * (normalize(audio) @ normalize(text).T)
     same = clips[:, None] == clips
@@ -76,7 +76,7 @@ def cosine_loss(audio: Tensor, text: Tensor, log_temperature: Tensor, clips: Ten
 
 
 def product_loss(audio: Tensor, text: Tensor, log_temperature: Tensor) -> Tensor:
-    """X-ARES's: symmetric InfoNCE of dot products, over pairs (n, 1024) and (n, 1024), plus mean |E| / ||E|| of both."""
+    """X-ARES's loss: symmetric InfoNCE of dot products, of pairs (n, 1024) and (n, 1024), plus mean |E| / ||E|| of both."""
     loss = _symmetric_cross_entropy(log_temperature.exp() * (audio @ text.T))
     for matrix in (audio, text):
         loss = loss + matrix.abs().mean() / torch.linalg.vector_norm(matrix)

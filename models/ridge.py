@@ -15,8 +15,8 @@ from .standardised import Design, Floats, Singles
 def solutions(design: Design, strengths: Sequence[float]) -> Iterator[Solution]:
     """A solution for each strength s of mean squared error + s ||W||^2; the targets are (rows,) numbers.
 
-    scikit-learn's `alpha` is s times the rows. The design must have found its own axes, so that its variances are those
-    along them: then one pass gives every strength, and one each measures its gradient.
+    scikit-learn's `alpha` is s times the rows. The design must have computed its own axes, so that the rows are uncorrelated
+    along them: then one pass gives all strengths, and one more per strength measures its gradient.
     """
     blocks = [np.asarray(design.rows.targets(number), np.float64) for number in range(design.rows.blocks)]
     targets = np.concatenate(blocks)

@@ -1,8 +1,8 @@
-"""Rows of numbers seen through their own mean and deviation, and turned to the axes of their covariance.
+"""Rows of numbers, standardised by their own mean and deviation and rotated to the axes of their covariance.
 
-A linear head with an unpenalised bias, learnt on standardised rows, is the same whatever constant is added to a dimension
-and whatever factor it is multiplied by. Along the axes of the covariance the curvature of its loss is nearly diagonal, which
-is what makes `logistic.path` short.
+A linear head with an unpenalised bias, trained on standardised rows, does not depend on a constant added to a dimension or a
+factor that scales it. Along the axes of the covariance the curvature of its loss is nearly diagonal, which makes
+`logistic.path` short.
 
 The products are numpy's: on an AMD core its OpenBLAS multiplied these shapes at 75 GFLOP/s in float32, torch's MKL at 45.
 """
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 2048
 # A dimension whose deviation is a smaller share of its mean holds little but the rounding of float32 (6e-8): it is left out.
 LEAST_DEVIATION = 1e-6
 _SMALLEST = 1e-37  # below it the inverse leaves float32
-_LEAST_VARIANCE = 1e-12  # of the largest along an axis; what lies below is rounding
+_LEAST_VARIANCE = 1e-12  # as a share of the largest along an axis; anything smaller is rounding
 _VALUES_KEPT = 1 << 24  # of standardised rows, 64 MiB; larger sets are standardised anew in every pass
 
 
@@ -42,12 +42,12 @@ class Blocks(Protocol):
 
 
 class Rows(Blocks, Protocol):
-    """Rows with what they are to be mapped to."""
+    """Rows with their targets."""
 
     dim: int
 
     def targets(self, number: int) -> npt.NDArray[Any]:
-        """What the rows of a block are to be mapped to, a row each."""
+        """The targets of a block, a row each."""
 
 
 class MatrixRows:
@@ -77,7 +77,7 @@ class Standardisation:
 
     @classmethod
     def of(cls, rows: Blocks, pool: Pool) -> Standardisation:
-        """Two passes, in float64. NaN and infinity pass through: `finite` tells."""
+        """Measure some rows, in two passes, in float64. NaN and infinity pass through, and make `finite` false."""
         mean = sum(pool.map(lambda n: rows.block(n).sum(axis=0, dtype=np.float64), rows.blocks)) / rows.count
 
         def squares(number: int) -> Floats:
@@ -94,33 +94,33 @@ class Standardisation:
         return bool(np.isfinite(self.mean).all() and np.isfinite(self.inverse).all())
 
     def apply(self, block: Singles) -> Singles:
-        """In place."""
+        """Standardise a block (rows, dim) in place."""
         block -= self._mean
         block *= self._inverse
         return block
 
 
 class Head:
-    """Weight (dim, outputs) and bias (outputs,), float64, of standardised rows."""
+    """A linear head on standardised rows: weight (dim, outputs) and bias (outputs,), float64."""
 
     def __init__(self, standardisation: Standardisation, weight: Floats, bias: Floats) -> None:
         self.standardisation, self.weight, self.bias = standardisation, weight, bias
 
     def logits(self, block: Singles) -> Singles:
-        """Rows (rows, dim), which are overwritten, to (rows, outputs)."""
+        """Rows (rows, dim) to logits (rows, outputs); overwrites the rows."""
         return self.standardisation.apply(block) @ self.weight.astype(np.float32) + self.bias.astype(np.float32)
 
 
 class Design:
     """Standardised rows in the coordinates of the axes of their covariance.
 
-    `variances` (rank,) float64 of the rows along each axis. With fewer rows than dimensions there are no more axes than
-    rows. A small set is kept in these coordinates; a large one is read and standardised anew in every pass, block by block,
-    and it is the weights that are turned.
+    `variances` (rank,) float64 are those of the rows along each axis. There are at most as many axes as rows. A small set is
+    kept in these coordinates; a large one is read and standardised anew in every pass, block by block, and the weights are
+    rotated instead.
     """
 
     def __init__(self, rows: Rows, pool: Pool, axes: Floats | None = None) -> None:
-        """`axes` are those of a similar set, to save finding them; used only where they span every dimension."""
+        """`axes` of a similar set save computing them; they are used only if they span every dimension."""
         self.rows, self.pool = rows, pool
         self.standardisation = Standardisation.of(rows, pool)
         self._kept: Singles | None = None
@@ -154,20 +154,24 @@ class Design:
         return len(self.variances)
 
     def head(self, theta: Floats) -> Head:
-        """`theta` (rank + 1, outputs), the bias last."""
+        """The head of `theta` (rank + 1, outputs), the bias last."""
         return Head(self.standardisation, self.axes @ theta[:-1], theta[-1].copy())
 
     def moments(
         self, step: Callable[[Singles, npt.NDArray[Any]], tuple[Singles, Floats]], theta: Floats
     ) -> tuple[Floats, Floats]:
-        """One pass over the rows: (rank + 1, outputs) and (…).
+        """One pass over the rows.
 
-        `step` is given the outputs of a block and its targets, makes a value R of each output, which it may overwrite, and
-        sums of its own. What comes back is the sum over all rows of x^T R, with that of R as the last row, and that
-        of its sums.
+        Args:
+            step: Computes a value R per output, and sums, from the outputs of a block, which it may overwrite, and its
+                targets.
+            theta: (rank + 1, outputs), the bias last.
+
+        Returns:
+            The sum over all rows of x^T R, with that of R as the last row, (rank + 1, outputs); and the total of the sums.
         """
-        turned = theta[:-1] if self._kept is not None else self.axes @ theta[:-1]
-        weight, bias = turned.astype(np.float32), theta[-1].astype(np.float32)
+        rotated = theta[:-1] if self._kept is not None else self.axes @ theta[:-1]
+        weight, bias = rotated.astype(np.float32), theta[-1].astype(np.float32)
         starts = self._starts
 
         def part(number: int) -> tuple[Singles, Floats, Floats]:
@@ -202,13 +206,13 @@ def _axes_of(rows: Singles) -> tuple[Floats, Floats]:
 
 
 def _main_axes(covariance: Floats) -> tuple[Floats, Floats]:
-    """All axes, so that turning loses nothing."""
+    """All axes, so that rotating loses nothing."""
     variances, axes = np.linalg.eigh(covariance)
     return axes, np.maximum(variances, 0)
 
 
 class Pool:
-    """Applies a function to numbers, results in order, so that a sum of them is the same with any number of threads."""
+    """Maps a function over numbers; results come in order, so that their sum is the same with any number of threads."""
 
     def __init__(self, executor: ThreadPoolExecutor | None, threads: int) -> None:
         self._executor, self._threads = executor, threads
@@ -226,7 +230,7 @@ class Pool:
 
 @contextmanager
 def pool_of(threads: int) -> Iterator[Pool]:
-    """Threads that each multiply alone: a product's bytes may depend on how many share it."""
+    """A pool in which each thread multiplies alone: a product's bytes may depend on how many threads share it."""
     with threadpool_limits(1, user_api="blas"):
         if threads == 1:
             yield Pool(None, 1)

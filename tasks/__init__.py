@@ -1,1 +1,1 @@
-"""One TOML file a task (DESIGN section 9). No code lives here."""
+"""One TOML file per task. No code lives here."""

@@ -308,11 +308,11 @@ CUSTOM_CODE = {"AutoConfig": "harm.Config", "AutoModelForCausalLM": "harm.Model"
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (without("config.json"), "holds no language model: there is no config.json in it"),
+        (without("config.json"), "has no config.json, so it is not a language model"),
         (without("tokenizer.json"), "has no tokenizer beside it"),
         (without("model.safetensors"), "there are no safetensors weights in"),
         (pickled, "others are pickles, which are never read"),
-        (lacking, "lack model.norm.weight, so they are not all of its language model"),
+        (lacking, "lack model.norm.weight, so the language model is incomplete"),
         (written("config.json", "{"), "cannot be loaded"),
         (written("tokenizer.json", "{"), "cannot be loaded"),
         (written("model.safetensors", b"garbage"), "cannot be loaded"),
@@ -320,7 +320,7 @@ CUSTOM_CODE = {"AutoConfig": "harm.Config", "AutoModelForCausalLM": "harm.Model"
         (configured(model_type="harm", auto_map=CUSTOM_CODE), "cannot be loaded"),
         (configured(hidden_size=64), "cannot be loaded"),
         (without_an_end, "has no end token"),
-        (smaller, "has more tokens than the language model beside it knows"),
+        (smaller, "has more tokens than the language model beside it"),
     ],
 )
 def test_a_wrong_folder_is_refused_in_one_sentence(

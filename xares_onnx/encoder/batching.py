@@ -1,4 +1,4 @@
-"""Which chunks share a call of the model, so that a GPU works on more than one clip at a time."""
+"""The chunks that share a call of the model, so that a GPU works on more than one clip at a time."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import msgspec
 
 
 class Batching(msgspec.Struct, frozen=True):
-    """The rule by which chunks share a call: equally long ones of a window of consecutive chunks.
+    """The rule by which chunks share a call: chunks of equal length, out of a window of consecutive chunks.
 
     So the calls of a shard depend on the shard alone.
     """
 
     items: int = 1
-    """Most chunks in a call."""
+    """Maximum number of chunks per call."""
     call_samples: int = 0
-    """Most samples of several chunks in a call."""
+    """Maximum number of samples in a call of several chunks."""
     window_samples: int = 0
     """A window ends with the chunk that makes it this long."""
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The numbers of a window's chunks in each call, from their lengths in samples; the longest chunks first."""
+        """Divide a window's chunks into calls, the longest chunks first.
+
+        Args:
+            lengths: Samples of each chunk of the window.
+
+        Returns:
+            Numbers of the chunks in each call.
+        """
         groups: list[list[int]] = []
         for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
             length = lengths[number]

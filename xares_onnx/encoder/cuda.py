@@ -1,4 +1,4 @@
-"""CUDA for ONNX Runtime: its libraries in NVIDIA's wheels, wherever they are installed, and why CUDA may not start.
+"""CUDA for ONNX Runtime: loads its libraries from NVIDIA's wheels, and says why CUDA does not start.
 
 `pip install` of PyTorch with CUDA, or of onnxruntime-gpu[cuda,cudnn], puts the libraries into folders that no loader
 searches. ONNX Runtime searches the folders beside itself; this module adds those in every folder of `sys.path`.
@@ -20,9 +20,13 @@ _CUDNN = "libcudnn.so.9"  # optional to ONNX Runtime: a model without convolutio
 
 @functools.cache
 def load_libraries(runtime: Any) -> tuple[str, ...]:
-    """Load CUDA's and cuDNN's libraries into this process; the names of missing ones. `runtime` is the module onnxruntime.
+    """Load CUDA's and cuDNN's libraries into this process.
 
-    ONNX Runtime before 1.21 loads them itself, and does not report missing ones.
+    Args:
+        runtime: The module onnxruntime.
+
+    Returns:
+        Names of missing libraries; none for ONNX Runtime before 1.21, which loads them itself and does not report.
     """
     preload = getattr(runtime, "preload_dlls", None)
     if preload is None:
@@ -40,12 +44,17 @@ def load_libraries(runtime: Any) -> tuple[str, ...]:
 
 
 def _wheel_folders() -> list[Path]:
-    """Folders of libraries in NVIDIA's wheels, as nvidia/cu13/lib and nvidia/cudnn/lib; cuDNN comes after what it needs."""
+    """Folders of libraries in NVIDIA's wheels, such as nvidia/cu13/lib and nvidia/cudnn/lib; cuDNN follows what it needs."""
     return [folder for entry in sys.path for folder in sorted(Path(entry, "nvidia").glob("*/lib")) if folder.is_dir()]
 
 
 def why_no_cuda(runtime: Any, *, driver: bool) -> str:
-    """Why CUDA does not start, and what to do about it."""
+    """Why CUDA does not start, and what to do about it.
+
+    Args:
+        runtime: The module onnxruntime.
+        driver: Whether the machine has NVIDIA's driver.
+    """
     if not driver:
         return "this machine has no NVIDIA driver (libcuda.so.1); install it, or run with --device cpu"
     if missing := load_libraries(runtime):
@@ -53,9 +62,7 @@ def why_no_cuda(runtime: Any, *, driver: bool) -> str:
             f"{', '.join(missing)} cannot be loaded; run: pip install 'onnxruntime-gpu[cuda,cudnn]', or install PyTorch for "
             f"{_cuda_version(runtime)}"
         )
-    return (
-        f"driver and libraries are there; check with nvidia-smi that the driver is new enough for {_cuda_version(runtime)}"
-    )
+    return f"driver and libraries load; check with nvidia-smi that the driver is new enough for {_cuda_version(runtime)}"
 
 
 def _cuda_version(runtime: Any) -> str:

@@ -1,18 +1,18 @@
-"""Products of 8-bit numbers in a model's graph, and which of them a CPU without VNNI gets wrong. Arithmetic on the protobuf.
+"""Products of 8-bit numbers in a model's graph, and those that a CPU without VNNI gets wrong, by arithmetic on the graph.
 
 On x86-64 with AVX2 or AVX-512 and without VNNI, ONNX Runtime multiplies unsigned by signed bytes with vpmaddubsw, which adds
 two neighbouring products in 16 bits and saturates: -32,768 to 32,767. Whether two weights can get there is arithmetic:
 
-    unsigned activations, 0 to 255:     255 * (w1 + w2) is past 32,767 where two weights of one sign have |w1| + |w2| > 128
-    signed activations, -128 to 127:    -128 * (w1 + w2) is past -32,768 where two unsigned weights have w1 + w2 > 256
+    unsigned activations, 0 to 255:     255 * (w1 + w2) is past 32,767 if two weights of one sign have |w1| + |w2| > 128
+    signed activations, -128 to 127:    -128 * (w1 + w2) is past -32,768 if two unsigned weights have w1 + w2 > 256
 
-So 7 bits, -64 to 64, are always right: 2 * 64 * 255 = 32,640. Neighbours are rows 2i and 2i+1 along the axis that is summed.
+So 7 bits, -64 to 64, are always right: 2 * 64 * 255 = 32,640. Neighbours are rows 2i and 2i+1 along the axis of the sum.
 
-Which types meet that instruction (MLAS's platform.cpp and qgemm.h, and ONNX Runtime 1.31.1 run under an emulated Haswell):
-unsigned activations by signed weights, in every operator named here but depthwise QLinearConv. Unsigned by unsigned is
-multiplied in 16 bits and added in 32; signed by signed has a portable kernel; both are exact. But of QuantizeLinear and
-DequantizeLinear around a float operator, signed activations too: ONNX Runtime makes them unsigned on x86-64. And ConvInteger
-hands its weights over first, so that unsigned weights by signed activations saturate.
+These types meet that instruction (MLAS's platform.cpp and qgemm.h, and ONNX Runtime 1.31.1 run under an emulated Haswell):
+unsigned activations by signed weights, in every operator named here but depthwise QLinearConv; between QuantizeLinear and
+DequantizeLinear around a float operator signed activations too, because ONNX Runtime makes them unsigned on x86-64; and
+unsigned weights by signed activations in ConvInteger, which passes its weights first. Unsigned by unsigned is multiplied in
+16 bits and added in 32, and signed by signed has a portable kernel: both are exact.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _UNSIGNED, _SIGNED = 2, 3  # TensorProto's types of a byte
 _RANGES = {_UNSIGNED: (0, 255), _SIGNED: (-128, 127)}
 _BYTES = {_UNSIGNED: np.uint8, _SIGNED: np.int8}
 
-# Where the operands stand among an operator's inputs: what is multiplied first, and second.
+# Places of the first and the second operand among an operator's inputs.
 _MATRIX_PRODUCTS = {
     "DynamicQuantizeMatMul": (0, 1),
     "MatMulInteger": (0, 1),
@@ -57,18 +57,18 @@ _ZERO_POINTS = {
     "QLinearMatMul": 7,
     "QGemm": 8,
     "QuantizeLinear": 2,
-}  # which input has the type of the output
+}  # the input that has the type of the output
 _KERNEL = 1_000  # in place of an axis: all of a convolution's kernel is summed
-_DEEPEST = 50  # operators between a tensor and what gives it its type
+_DEEPEST = 50  # most operators between a tensor and the one that determines its type
 
 
 @dataclass(frozen=True)
 class Product:
     """One product of bytes.
 
-    `largest` is the greatest sum of two neighbouring products, for the worst of activations, and `share` that of the pairs
-    of weights that can pass 16 bits; both are 0 where the types never saturate. `constant` is whether the weights are known:
-    where both operands are computed, the worst is assumed.
+    `largest` is the greatest sum of two neighbouring products, for the worst activations, and `share` the share of pairs of
+    weights that can exceed 16 bits; both are 0 if the types never saturate. `constant` says whether the weights are known:
+    if both operands are computed, the worst is assumed.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Product:
 
     @property
     def saturates(self) -> bool:
+        """Whether some activations make it wrong."""
         return self.share > 0
 
 
@@ -89,35 +90,40 @@ def computes_in_integers(model: onnx.ModelProto) -> bool:
 
 
 def integer_products(model: onnx.ModelProto, folder: Path) -> Iterator[Product]:
-    """Every product of bytes in a model, functions as they are written; external weights are read from `folder` one by one.
+    """Every product of bytes in a model, without expanding its functions.
 
-    `check_model` must have passed the model before.
+    Args:
+        model: A model that `check_model` has passed.
+        folder: Of the model's external weights, which are read one by one.
     """
     for scope in _scopes(model):
         for node in scope.nodes:
-            for first, second, taken, unsigned in _operands(node, scope):
-                yield _product(node, scope, folder, first, second, taken, made_unsigned=unsigned)
+            for first, second, axes, unsigned in _operands(node, scope):
+                yield _product(node, scope, folder, first, second, axes, made_unsigned=unsigned)
 
 
 def largest_pair_sum(weights: npt.NDArray[Any], axis: int) -> tuple[int, float]:
-    """The greatest sum of two neighbouring products along `axis`, and the share of pairs that can pass 16 bits.
+    """The greatest sum of two neighbouring products, and the share of pairs of weights that can exceed 16 bits.
 
-    `weights` are bytes, signed for unsigned activations or unsigned for signed ones; a last one alone is a pair with 0.
+    Args:
+        weights: Bytes, signed for unsigned activations or unsigned for signed ones.
+        axis: Axis of the sum; if its length is odd, the last weight is a pair with 0.
     """
     rows = np.moveaxis(weights, axis, 0)
     least, most = _RANGES[_UNSIGNED if weights.dtype == np.int8 else _SIGNED]
     if len(rows) % 2:
         rows = np.concatenate([rows, np.zeros_like(rows[:1])])
-    positive = _added(np.maximum(rows, 0))
-    negative = _added(np.minimum(rows, 0))
-    # Activations are independent of each other, so the worst gives each weight of one sign its extreme, and the others 0.
+    positive = _pair_sums(np.maximum(rows, 0))
+    negative = _pair_sums(np.minimum(rows, 0))
+    # Activations are independent, so the worst ones are at one end of their range for positive weights, at the other for
+    # negative ones.
     high = most * positive + least * negative
     low = least * positive + most * negative
     largest = max(int(high.max()), -int(low.min()))
     return largest, float(((high > LARGEST) | (low < _SMALLEST)).mean())
 
 
-def _added(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+def _pair_sums(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     sums: npt.NDArray[np.int32] = np.add(rows[0::2], rows[1::2], dtype=np.int32)
     return sums
 
@@ -126,7 +132,7 @@ def _added(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
 
 
 class _Scope:
-    """Nodes that see the same names, and what makes each name: an initializer, a node, or a value's declared type."""
+    """Nodes that see the same names, and the source of each name: an initializer, a node, or a declared type."""
 
     def __init__(self, graph: Any, outer: _Scope | None) -> None:
         self.nodes: Sequence[onnx.NodeProto] = graph.node
@@ -144,12 +150,12 @@ class _Scope:
             self.makers.update(dict.fromkeys(node.output, node))
 
     def maker(self, name: str, *operators: str) -> onnx.NodeProto | None:
-        """The node that makes a tensor, if it is one of `operators`."""
+        """The node that computes a tensor, if its operator is one of `operators`."""
         node = self.makers.get(name)
         return node if node is not None and node.op_type in operators else None
 
     def type_of(self, name: str) -> int:
-        """A tensor's type, by what makes it; 0 where that cannot be told."""
+        """A tensor's type, from its source; 0 if that is unknown."""
         for _ in range(_DEEPEST):
             if name in self.tensors:
                 return int(self.tensors[name].data_type)
@@ -164,13 +170,13 @@ class _Scope:
                     return _number(node, "output_dtype", _UNSIGNED)
             elif node.op_type == "Cast":
                 return _number(node, "to", 0)
-            else:  # what moves values keeps their type
+            else:  # other operators move values and keep their type
                 name = _input(node, 0)
         return self.types.get(name, 0)
 
 
 def _scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
-    """The graph, those inside it, and functions, each with the names that it sees."""
+    """The scopes of the graph, of its subgraphs, and of functions."""
     waiting = [_Scope(model.graph, None), *(_Scope(function, None) for function in model.functions)]
     while waiting:
         scope = waiting.pop()
@@ -182,8 +188,8 @@ def _scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
 
 
 def _operands(node: onnx.NodeProto, scope: _Scope) -> Iterator[tuple[str, str, tuple[int, int], bool]]:
-    """A node's products of bytes: names of the first and second operand, the axis of each that is summed, and whether ONNX
-    Runtime makes signed activations unsigned."""
+    """A node's products of bytes: names of both operands, the axis of the sum in each, and whether ONNX Runtime makes signed
+    activations unsigned."""
     kind = node.op_type
     if kind in _MATRIX_PRODUCTS:
         first, second = (_input(node, place) for place in _MATRIX_PRODUCTS[kind])
@@ -218,7 +224,7 @@ def _product(
     made_unsigned: bool,
 ) -> Product:
     name = node.name or (node.output[0] if node.output else "")
-    # A type that cannot be told is taken for the one that saturates.
+    # An unknown type is assumed to be the one that saturates.
     types = [scope.type_of(first) or _UNSIGNED, scope.type_of(second) or _SIGNED]
     constants = [_constant(operand, scope, folder) for operand in (first, second)]
     if made_unsigned and constants[0] is None:
@@ -230,7 +236,7 @@ def _product(
     if weights is None:
         return Product(name, node.op_type, shape, 2 * 128 * 255, 1.0, constant=False)
     if node.op_type in {"Conv", "QLinearConv"}:
-        weights = np.moveaxis(weights, 1, -1)  # the channels of the input lie innermost; in ConvInteger they are outermost
+        weights = np.moveaxis(weights, 1, -1)  # the input's channels are innermost; in ConvInteger they are outermost
     if axis == _KERNEL:
         weights, axis = weights.reshape(len(weights), -1), 1
     largest, share = largest_pair_sum(weights, axis if weights.ndim > 1 else 0)
@@ -238,7 +244,7 @@ def _product(
 
 
 def _widened(node: onnx.NodeProto, weights: npt.NDArray[Any]) -> bool:
-    """Whether ONNX Runtime adds in 32 bits all the same, as in depthwise convolutions; and whether nothing is added."""
+    """Whether ONNX Runtime adds in 32 bits nonetheless, as in depthwise convolutions, or there is nothing to add."""
     if not weights.size or not weights.ndim:
         return True
     depthwise = weights.shape[1:2] == (1,) and _number(node, "group", 1) == len(weights) > 1
@@ -246,22 +252,22 @@ def _widened(node: onnx.NodeProto, weights: npt.NDArray[Any]) -> bool:
 
 
 def _constant(name: str, scope: _Scope, folder: Path) -> npt.NDArray[Any] | None:
-    """A tensor of bytes that the file holds, transposed or quantised there as its graph says; None where it is computed."""
+    """A constant tensor of bytes, transposed or quantised as in its graph; None if the tensor is computed."""
     if name in scope.tensors:
-        return _held(name, scope, folder)
+        return _initializer(name, scope, folder)
     if (node := scope.maker(name, "Transpose")) is not None:
         values = _constant(_input(node, 0), scope, folder)
         order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
         return None if values is None else values.transpose(order)
     if (node := scope.maker(name, "QuantizeLinear")) is not None:
-        values, scale = (_held(_input(node, place), scope, folder) for place in (0, 1))
-        zero = _held(_input(node, 2), scope, folder)
+        values, scale = (_initializer(_input(node, place), scope, folder) for place in (0, 1))
+        zero = _initializer(_input(node, 2), scope, folder)
         if values is not None and scale is not None:
             return _quantized(values, scale, np.zeros((), np.uint8) if zero is None else zero, _number(node, "axis", 1))
     return None
 
 
-def _held(name: str, scope: _Scope, folder: Path) -> npt.NDArray[Any] | None:
+def _initializer(name: str, scope: _Scope, folder: Path) -> npt.NDArray[Any] | None:
     from onnx import numpy_helper
 
     tensor = scope.tensors.get(name)
@@ -271,7 +277,7 @@ def _held(name: str, scope: _Scope, folder: Path) -> npt.NDArray[Any] | None:
 def _quantized(
     values: npt.NDArray[Any], scale: npt.NDArray[Any], zero: npt.NDArray[Any], axis: int
 ) -> npt.NDArray[Any] | None:
-    """QuantizeLinear, of one scale or of one per index of `axis`; None for the blocks of later opsets and other types."""
+    """QuantizeLinear with one scale, or one per index of `axis`; None for later opsets' blocks and for other types."""
     if zero.dtype not in (np.int8, np.uint8) or max(scale.ndim, zero.ndim) > 1:
         return None
     along = [-1 if index == axis % values.ndim else 1 for index in range(values.ndim)]

@@ -1,4 +1,4 @@
-"""What this machine's processor can do: the instruction sets on which the numbers of a model in 8 bits depend."""
+"""This machine's processor: the instruction sets on which the numbers of an 8-bit model depend."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["PairSums", "instruction_sets", "pair_sums"]
 PairSums = Literal["exact", "saturating", "unknown"]
 
 _CPUINFO = Path("/proc/cpuinfo")
-# By Linux's names, those by which ONNX Runtime (MLAS, platform.cpp) chooses the kernels of its products.
-_CHOOSING = (
+# Linux's names of the sets by which ONNX Runtime (MLAS, platform.cpp) chooses the kernels of its products.
+_RELEVANT_SETS = (
     "avx",
     "fma",
     "avx2",
@@ -24,7 +24,7 @@ _CHOOSING = (
     "avx512vl",
     "avx512_vnni",
     "amx_int8",
-    "asimd",  # from here on ARM's
+    "asimd",  # ARM's from here on
     "asimddp",
     "i8mm",
     "sve",
@@ -35,7 +35,7 @@ _IN_32_BITS = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 @functools.cache
 def instruction_sets() -> tuple[str, ...] | None:
-    """This processor's instruction sets that matter to ONNX Runtime, by Linux's names; None where a system does not say."""
+    """This processor's instruction sets that matter to ONNX Runtime, by Linux's names; None if it lists none."""
     try:
         lines = _CPUINFO.read_text("ascii", "replace").splitlines()
     except OSError:
@@ -43,8 +43,8 @@ def instruction_sets() -> tuple[str, ...] | None:
     for line in lines:  # each core has the same
         name, _, listed = line.partition(":")
         if name.strip().lower() in ("flags", "features"):
-            held = set(listed.split())
-            return tuple(name for name in _CHOOSING if name in held)
+            flags = set(listed.split())
+            return tuple(name for name in _RELEVANT_SETS if name in flags)
     return None
 
 
@@ -54,7 +54,7 @@ def pair_sums() -> PairSums:
     ONNX Runtime uses vpmaddubsw, which saturates, on x86-64 with AVX2 or AVX-512 and without VNNI; ARM is exact
     (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "When and why do I need to try U8U8?").
     """
-    held = instruction_sets()
-    if held is None:
+    sets = instruction_sets()
+    if sets is None:
         return "unknown"
-    return "saturating" if "avx2" in held and not _IN_32_BITS & set(held) else "exact"
+    return "saturating" if "avx2" in sets and not _IN_32_BITS & set(sets) else "exact"

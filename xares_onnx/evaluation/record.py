@@ -1,7 +1,7 @@
 """The record of an evaluation, its averages, and its files.
 
 Scores are fractions. Between two runs with the same inputs and settings only `seconds`, `rtf`, `environment` and
-`created` differ. The JSON schema ships beside this module; after a change of these types it is made again by
+`created` differ. The JSON schema ships beside this module; regenerate it after a change of these types:
 
     python -m xares_onnx.evaluation.record > xares_onnx/evaluation/result.schema.json
 """
@@ -36,7 +36,7 @@ SHOWN_GROUPS = tuple(group for group in GROUPS if group != "synthetic")
 Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
 Interval = tuple[float, float]
 
-# More than any result holds: what is larger is a mistake, or meant to exhaust the machine.
+# More than any result holds: a larger file is a mistake, or meant to exhaust the machine.
 _MAX_RESULT_BYTES = 256 << 20
 _MAX_PREDICTION_BYTES = 4 << 30
 
@@ -164,16 +164,21 @@ class _Versioned(msgspec.Struct, frozen=True):
 
 def schema() -> dict[str, Any]:
     """JSON schema of a result file."""
-    made = msgspec.json.schema(Result)
-    for record in made["$defs"].values():  # fields with a default are written too
+    result_schema = msgspec.json.schema(Result)
+    for record in result_schema["$defs"].values():  # fields with a default are written too
         record["required"] = list(record["properties"])
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result_schema}
 
 
 def make_room(path: Path) -> None:
-    """Make a result's folder, so that a path that cannot be written is known before hours of work and not after.
+    """Make a result's folder, so that a path that cannot be written fails before hours of work and not after.
 
-    Raises `UsageError` where `path` is a folder, `MachineError` where its folder cannot be made or written to.
+    Args:
+        path: File of the result.
+
+    Raises:
+        UsageError: `path` is a folder.
+        MachineError: Its folder cannot be made or written to.
     """
     if path.is_dir():
         raise UsageError(f"--output {path} is a folder; name a file in it")
@@ -186,7 +191,16 @@ def make_room(path: Path) -> None:
 
 
 def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str], Predictions]) -> None:
-    """The result as JSON, and the predictions of each task and method beside it. Every file is whole or not there."""
+    """Write a result as JSON, and the predictions of each task and method beside it. Every file is whole or absent.
+
+    Args:
+        path: File of the result, in an existing folder.
+        result: The record.
+        predictions: Arrays by task and method.
+
+    Raises:
+        DiskFullError, MachineError: A file cannot be written.
+    """
     for (task, method), arrays in predictions.items():
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
@@ -195,7 +209,11 @@ def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str
 
 
 def read_result(path: Path) -> Result:
-    """Raises `UsageError` where the file cannot be read, is no result, or is one of another schema version."""
+    """Read a result file.
+
+    Raises:
+        UsageError: The file cannot be read, is not a result, or has another schema version.
+    """
     try:
         if not path.is_file():
             raise UsageError(f"there is no result file {path}")
@@ -216,10 +234,18 @@ def read_result(path: Path) -> Result:
 
 
 def read_predictions(path: Path, record: TaskResult) -> Predictions:
-    """The per-clip predictions of one record of the result at `path`.
+    """Read the per-clip predictions of one record of a result.
 
-    Every array has a row for each entry of `key`. Raises `DataMissingError` where they are not there, `DataError` where
-    they are not what an evaluation writes.
+    Args:
+        path: File of the result.
+        record: Its record of a task and method.
+
+    Returns:
+        Arrays by name, all with a row for each entry of `key`.
+
+    Raises:
+        DataMissingError: The predictions were not kept, or their file is absent.
+        DataError: The file does not hold predictions as an evaluation writes them.
     """
     name = f"{record.task}.{record.method}"
     if record.predictions is None:
@@ -237,7 +263,7 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
         with np.load(file, allow_pickle=False) as archive:
             arrays: Predictions = {column: archive[column] for column in archive.files}
         if any(not isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError("it holds what is no array")
+            raise ValueError("it holds something other than arrays")
         rows = len(arrays["key"])
         if any(array.ndim < 1 or len(array) != rows for array in arrays.values()):
             raise ValueError("its columns differ in length")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,25 @@ from .planning import check_disk
 from .record import Seconds, Status, TaskResult, prediction_file
 from .settings import Method, Settings
 
+_NO_CLIPS = Clips(expected=0, read=0, dropped=[])
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all records of a task and tap share, as far as it is known when a record is made."""
+
+    tap: str | None
+    data_digest: str | None = None
+    rtf: float | None = None
+    embed_seconds: float = 0
+    clips: Clips = _NO_CLIPS
+    audio_hours: float = 0.0
+    comparable: bool = True
+    notes: tuple[str, ...] = ()
+
 
 class Run:
-    """One evaluation in progress."""
+    """One evaluation: runs tasks by `all`, and holds their results, predictions and errors."""
 
     def __init__(
         self, encoder: Encoder, settings: Settings, tools: Tools, cache: Path, output: Path | None, observer: Observer
@@ -58,20 +74,25 @@ class Run:
         self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in encoder.info.taps]
 
     def averages(self, tap: int) -> results.Averages:
-        """The averages by tap number `tap`."""
+        """The averages over the tasks, of the embeddings by tap number `tap`."""
         name = self._name(tap)
         return averages(
             [r for r in self.results if r.tap == name], self._estimates[tap], self._tasks, self._settings.protocol
         )
 
     def _name(self, tap: int) -> str | None:
-        """What a record calls tap number `tap`: nothing the first, which is the model's output or stands in for it."""
+        """The name of tap number `tap` in a record: None for the first, which is the model's output or stands in for it."""
         return self._encoder.info.taps[tap].name if tap else None
 
     def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
+        """Evaluate every task, each given with the folder of its data.
+
+        An error in the data ends its task; one of the model or the machine ends the run. `errors` keeps both, and every
+        task has its records in `results` nonetheless.
+        """
         self._tasks = [task for task, _ in selection]
         for number, (task, folder) in enumerate(selection):
-            if not has_data(task, folder):  # of a suite: a named task was looked for before
+            if not has_data(task, folder):  # only in a suite: the data of named tasks were checked before
                 self._without_score(task, "skipped", missing_data(task, folder))
                 continue
             try:
@@ -100,38 +121,34 @@ class Run:
             check_disk(self._encoder, data, specs, self._store, self._observer)
         shards, reports = embed_shards(self._encoder, specs, self._store, self._observer)
         embed_seconds = time.perf_counter() - started
-        embedded = sum(report.audio_seconds for report in reports)
-        common: dict[str, Any] = {
-            "data_digest": data.digest(),
-            "rtf": sum(report.seconds for report in reports) / embedded if embedded else None,
-            "seconds": Seconds(embed=embed_seconds, train=0, score=0),
-        }
+        data_digest = data.digest()
+        audio_seconds = sum(report.audio_seconds for report in reports)
+        rtf = sum(report.seconds for report in reports) / audio_seconds if audio_seconds else None
         for number, tap in enumerate(taps):
             if number:
                 shards = shards_of_tap(specs, self._store, number)
-            of_tap = {**common, "tap": self._name(number)}
+            shared = _Shared(self._name(number), data_digest, rtf, embed_seconds)
             if frames and tap.contract.clip_only:
-                self._without_score(task, "not_applicable", _no_frames(task), of_tap)
+                self._without_score(task, "not_applicable", _no_frames(task), shared)
             else:
-                self._score_tap(data, assemble(data, shards), number, specs, of_tap)
+                self._score_tap(data, assemble(data, shards), number, specs, shared)
 
     def _score_tap(
-        self, data: TaskData, dataset: Dataset, number: int, specs: Mapping[Path, EmbedSpec], common: dict[str, Any]
+        self, data: TaskData, dataset: Dataset, number: int, specs: Mapping[Path, EmbedSpec], shared: _Shared
     ) -> None:
-        """Every method on the embeddings by tap number `number`."""
+        """Score every method on the embeddings by tap number `number`."""
         task = data.task
         kind_of_task = kind_of(task)
-        common |= {"clips": dataset.clips, "audio_hours": dataset.audio_seconds / 3600}
+        shared = replace(shared, clips=dataset.clips, audio_hours=dataset.audio_seconds / 3600)
         losses = []
         try:
             check_drops(dataset)
         except DataError as error:
             if not self._settings.allow_drops:
                 self.errors.append(error)
-                self._without_score(task, "failed", str(error), common)
+                self._without_score(task, "failed", str(error), shared)
                 return
             losses = [f"{len(dataset.clips.dropped)} of {dataset.clips.expected} clips were dropped", *dataset.damage]
-        common["comparable"] = self._settings.limit is None and not losses
         strata = kind_of_task.strata(dataset.labels)
         shards = data.shard_digests()
         folds, notes = make_folds(self._protocol, task, dataset.parts, shards, dataset.keys, strata, dataset.groups)
@@ -139,17 +156,17 @@ class Run:
             notes = [*notes, dataset.group_note]
         if outside := dataset.clips.events_outside:
             notes = [*notes, f"{outside} events are of no class of the vocabulary, and are left out"]
-        common["notes"] = [*losses, *notes]
-        for note in common["notes"]:
-            self._observer(Note(f"{task.name}: {note}"))
+        notes = [*losses, *notes]
+        self._note(task, notes)
+        shared = replace(shared, comparable=self._settings.limit is None and not losses, notes=tuple(notes))
         kind = kind_of_task(task, self._protocol, dataset, folds, self._tools_of(task, specs.values(), number))
-        if undefined := kind.why_undefined():
-            self._undefined(task, self._methods(task), undefined, common)
-        elif unsuited := kind.why_not_applicable():
-            self._without_score(task, "not_applicable", unsuited, common)
+        if reason := kind.why_undefined():
+            self._undefined(task, self._methods(task), reason, shared)
+        elif reason := kind.why_not_applicable():
+            self._without_score(task, "not_applicable", reason, shared)
         else:
             for method in self._methods(task):
-                self._score(kind, method, number, common)
+                self._score(kind, method, number, shared)
             self._compare_methods(kind, number)
 
     def _tools_of(self, task: Task, specs: Iterable[EmbedSpec], tap: int) -> Tools:
@@ -161,7 +178,7 @@ class Run:
             identity=hashlib.sha256(identity).hexdigest(),
         )
 
-    def _score(self, kind: Kind, method: Method, tap: int, common: dict[str, Any]) -> None:
+    def _score(self, kind: Kind, method: Method, tap: int, shared: _Shared) -> None:
         started = time.perf_counter()
         task = kind.task
         try:
@@ -176,20 +193,17 @@ class Run:
             trained = time.perf_counter()
             scored = scoring.score(kind, method, outcomes)
         except ScoreUndefinedError as error:
-            self._undefined(task, [method], str(error), common)
+            self._undefined(task, [method], str(error), shared)
             return
-        name = task.head.kind if method == "head" else "knn"
-        notes = [*(remarks(scored.tuning) if scored.tuning else []), *common["notes"]]
-        for note in notes[: len(notes) - len(common["notes"])]:
-            self._observer(Note(f"{task.name}: {note}"))
-        if method == "head" and (otherwise := kind.why_not_comparable()):
-            notes.append(otherwise)
-            self._observer(Note(f"{task.name}: {otherwise}"))
-            common = {**common, "comparable": False}
-        by = method_by_tap(name, tap)
-        self.predictions[task.name, by] = scored.predictions
-        self._estimates[tap][task.name, name] = scored.estimate
-        seconds = Seconds(embed=common["seconds"].embed, train=trained - started, score=time.perf_counter() - trained)
+        before = remarks(scored.tuning) if scored.tuning else []
+        after = [deviation] if method == "head" and (deviation := kind.why_not_comparable()) else []
+        self._note(task, [*before, *after])
+        shared = replace(shared, comparable=shared.comparable and not after, notes=(*before, *shared.notes, *after))
+        method_name = task.head.kind if method == "head" else "knn"
+        prediction_name = method_by_tap(method_name, tap)
+        self.predictions[task.name, prediction_name] = scored.predictions
+        self._estimates[tap][task.name, method_name] = scored.estimate
+        train_seconds, score_seconds = trained - started, time.perf_counter() - trained
         shots = self._shots(kind) if method == "head" else []
         several = len(self._encoder.info.taps) > 1
         self.results.append(
@@ -197,6 +211,9 @@ class Run:
                 task,
                 method,
                 self._settings.protocol,
+                shared,
+                train_seconds,
+                score_seconds,
                 status="ok",
                 score=scored.score,
                 ci95=scored.ci95,
@@ -207,14 +224,13 @@ class Run:
                 n_test=scored.n_test,
                 selection=kind.search_selection() if method == "knn" and several else None,
                 shots=shots,
-                predictions=prediction_file(self._output, task.name, by) if self._output else None,
+                predictions=prediction_file(self._output, task.name, prediction_name) if self._output else None,
                 tuning=scored.tuning,
-                **{**common, "notes": notes, "seconds": seconds},
             )
         )
 
     def _shots(self, kind: Kind) -> list[Shots]:
-        """The head's score with few training clips per class, if that was asked for."""
+        """The head's scores with few training clips per class, if the settings ask for them."""
         if not (self._settings.shots and isinstance(kind, Classes)):
             return []
         name = kind.task.name
@@ -227,13 +243,14 @@ class Run:
         return shots
 
     def _compare_methods(self, kind: Kind, tap: int) -> None:
-        """Note on the head of a task if its own kNN does better: of `corrected`, whose heads belong to the embeddings."""
+        """Note on a task's head if its own kNN does better; only under `corrected`, whose heads belong to the embeddings."""
         task, name = kind.task, self._name(tap)
-        head, knn = (self.predictions.get((task.name, method_by_tap(by, tap))) for by in (task.head.kind, "knn"))
+        methods = task.head.kind, "knn"
+        head, knn = (self.predictions.get((task.name, method_by_tap(method, tap))) for method in methods)
         if head is None or knn is None or not self._protocol.corrected:
             return
         if note := scoring.below_neighbours(kind, head, knn):
-            self._observer(Note(f"{task.name}: {note}"))
+            self._note(task, [note])
             self.results = [
                 msgspec.structs.replace(record, notes=[note, *record.notes])
                 if (record.task, record.method, record.tap) == (task.name, task.head.kind, name)
@@ -241,28 +258,32 @@ class Run:
                 for record in self.results
             ]
 
-    def _undefined(self, task: Task, methods: Sequence[Method], reason: str, common: dict[str, Any]) -> None:
+    def _note(self, task: Task, notes: Iterable[str]) -> None:
+        for note in notes:
+            self._observer(Note(f"{task.name}: {note}"))
+
+    def _undefined(self, task: Task, methods: Sequence[Method], reason: str, shared: _Shared) -> None:
         self.errors.append(ScoreUndefinedError(f"{task.name} has no score: {reason}"))
         protocol = self._settings.protocol
         self.results += [
-            _task_result(task, method, protocol, status="undefined", reason=reason, **common) for method in methods
+            _task_result(task, method, protocol, shared, status="undefined", reason=reason) for method in methods
         ]
 
     def _methods(self, task: Task) -> list[Method]:
         return [method for method in self._settings.methods if method == "head" or task.knn]
 
-    def _without_score(self, task: Task, status: Status, reason: str, common: dict[str, Any] | None = None) -> None:
-        """Record why there is none: by the tap that `common` has, else by every tap."""
-        several = [common] if common else [{"tap": self._name(tap)} for tap in range(len(self._encoder.info.taps))]
-        for fields in several:
-            self.results += [
-                _task_result(task, method, self._settings.protocol, status=status, reason=reason, **fields)
-                for method in self._methods(task)
-            ]
+    def _without_score(self, task: Task, status: Status, reason: str, shared: _Shared | None = None) -> None:
+        """Record why a task has no score: by the tap of `shared`, else by every tap."""
+        taps = [shared] if shared else [_Shared(self._name(tap)) for tap in range(len(self._encoder.info.taps))]
+        self.results += [
+            _task_result(task, method, self._settings.protocol, of_tap, status=status, reason=reason)
+            for of_tap in taps
+            for method in self._methods(task)
+        ]
 
 
 def method_by_tap(method: str, tap: int) -> str:
-    """What predictions are called by: tap 0 is the model's output, or the first of those that were named."""
+    """The name of a method's predictions by one tap: tap 0 is the model's output, or the first of the named ones."""
     return f"{method}.{tap}" if tap else method
 
 
@@ -270,18 +291,32 @@ def _no_frames(task: Task) -> str:
     return f"{task.kind} are learnt from frames, and this encoder gives one vector a clip"
 
 
-def _task_result(task: Task, method: Method, protocol: ProtocolName, **fields: Any) -> TaskResult:
-    base: dict[str, Any] = {
-        "task": task.name,
-        "title": task.title,
-        "domain": task.domain,
-        "method": task.head.kind if method == "head" else "knn",
-        "metric": task.score.metric,
-        "higher_is_better": task.score.higher_is_better,
-        "published": task.published_scores(method),
-        "weight": task.weight_under(protocol),
-        "definition_digest": task.digest(),
-        "clips": Clips(expected=0, read=0, dropped=[]),
-        "seconds": Seconds(embed=0, train=0, score=0),
-    }
-    return TaskResult(**{**base, **fields})
+def _task_result(
+    task: Task,
+    method: Method,
+    protocol: ProtocolName,
+    shared: _Shared,
+    train_seconds: float = 0,
+    score_seconds: float = 0,
+    **fields: Any,
+) -> TaskResult:
+    return TaskResult(
+        task=task.name,
+        title=task.title,
+        domain=task.domain,
+        method=task.head.kind if method == "head" else "knn",
+        tap=shared.tap,
+        metric=task.score.metric,
+        higher_is_better=task.score.higher_is_better,
+        weight=task.weight_under(protocol),
+        comparable=shared.comparable,
+        clips=shared.clips,
+        notes=list(shared.notes),
+        data_digest=shared.data_digest,
+        definition_digest=task.digest(),
+        seconds=Seconds(embed=shared.embed_seconds, train=train_seconds, score=score_seconds),
+        audio_hours=shared.audio_hours,
+        rtf=shared.rtf,
+        published=task.published_scores(method),
+        **fields,
+    )

@@ -1,10 +1,10 @@
-"""Heads on pooled embeddings that belong to the embeddings: convex, converged, and drawn from nothing.
+"""Convex heads on pooled embeddings: fitted until they converge, without any draw, so that the embeddings decide the score.
 
-One fold is one call, a pure function of its arrays, so that several may run at once. Rows are standardised
-by the mean and deviation of the crops that a head is fitted on. A head is fitted for every strength of a grid on the
-training crops; the strength with the best score on the selection clips wins (of equal ones the lower log loss, then the
-stronger), and with it the head is fitted anew on training and held-out crops, standardised by those. What each strength
-would have scored on the test clips, by its fit on the training crops, is reported and decides nothing.
+One fold is one call, a pure function of its arrays, so that several may run at once. Rows are standardised by the mean and
+deviation of the crops that a head is fitted on. A head is fitted for every strength of a grid on the training crops; the
+strength with the best score on the selection clips wins (of equal ones the lower log loss, then the stronger), and with it
+the head is fitted anew on training and held-out crops, standardised by those. The test score of each strength's fit on the
+training crops is reported and decides nothing.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ Result = TypeVar("Result")
 LOGISTIC_STRENGTHS = tuple(float(f"{10 ** (1 - 0.8 * step):.3g}") for step in range(11))
 # Of the mean squared error: scikit-learn's alpha is strength x crops. They cost next to nothing: 21 values over ten decades.
 RIDGE_STRENGTHS = tuple(float(f"{10 ** (4 - 0.5 * step):.3g}") for step in range(21))
-# Of the relative gradient norm. Probabilities are right within about ten times as much at worst, and once on the average: of
-# the fits that are compared, at most 4 of 1,000 clips were decided otherwise; of the fit whose predictions count, none.
+# Of the relative gradient norm. Probabilities are right within about ten times as much at worst, as much on average: in the
+# fits that are compared, at most 4 of 1,000 decisions differed from the optimum; in the last fit, none.
 SELECTION_TOLERANCE = 3e-3
 TOLERANCE = 1e-4
-_ON_THE_WAY = 1e-2  # for the stronger fits that the last one comes from
+_PATH_TOLERANCE = 1e-2  # of the stronger fits that lead to the last one
 LEAST_PROBABILITY = 1e-15  # in log losses
 
 
 @dataclass(frozen=True)
 class FoldRows(RowNumbers):
-    """Crops of one fold; `held_out` of the training clips for selection, which the last fit has too."""
+    """Crops of one fold; `held_out` are those of training clips that select, which the last fit is trained on too."""
 
     held_out: Indices
 
@@ -64,7 +64,7 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Fit:
-    """A head, how strong its penalty was, and how well it converged; `axes` are of use to the next fit on similar rows."""
+    """A head, the strength of its penalty, and how well it converged; `axes` speed up the next fit on similar rows."""
 
     head: Head
     strength: float
@@ -74,7 +74,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Tried:
-    """A strength with its scores and its mean log loss on the selection examples; nan where they are not defined."""
+    """A strength with its scores and its mean log loss on the selection examples; nan if they are not defined."""
 
     strength: float
     selection: float
@@ -85,9 +85,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class ConvexResult:
-    """Predictions for the fold's test `examples` (sorted, unique), a row each, and how the head came about.
+    """Predictions for the fold's test `examples` (sorted, unique), a row each, and how the head was chosen.
 
-    `chosen` is the index in `tried`, `convergence` and the `train` score are of the last fit, whose predictions these are.
+    `chosen` is an index of `tried`; `convergence` and the `train` score are those of the last fit, which predicts.
     """
 
     fold: int
@@ -105,11 +105,13 @@ class ConvexResult:
 
     @property
     def tuning(self) -> tuning.Tuning:
-        """For the record: None for a score that is not defined."""
+        """How the strength was chosen, for the record; an undefined score is None."""
         return tuning.Tuning(
             setting="L2 strength",
             tried=[
-                tuning.Trial(setting=tried.strength, selection=_plain(tried.selection), test=_plain(tried.test))
+                tuning.Trial(
+                    setting=tried.strength, selection=_finite_or_none(tried.selection), test=_finite_or_none(tried.test)
+                )
                 for tried in self.tried
             ],
             chosen=[self.tried[self.chosen].strength],
@@ -118,38 +120,38 @@ class ConvexResult:
                 limit_reached=not all(c.converged for c in (self.convergence, *(t.convergence for t in self.tried))),
                 relative_gradient_norm=self.convergence.relative_gradient_norm,
             ),
-            train=_plain(self.train),
+            train=_finite_or_none(self.train),
         )
 
 
-def _plain(score: float) -> float | None:
+def _finite_or_none(score: float) -> float | None:
     return float(score) if np.isfinite(score) else None
 
 
 class Objective(Protocol):
-    """What a convex head is fitted for. `targets` has a row a crop."""
+    """The fit, the prediction and the score of a convex head. `targets` has a row per crop."""
 
     targets: npt.NDArray[Any]
     strengths: Sequence[float]
-    without_selection: float  # the strength that is taken where no selection clip tells
+    without_selection: float  # the strength in the absence of selection clips
 
     def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
-        """One for each strength, from the strongest on."""
+        """A fit for each strength, from the strongest on."""
 
     def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
-        """With the strength of `near`, on rows that are much the same."""
+        """A fit with the strength of `near`, which was fitted on similar rows."""
 
     def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """What is averaged over an example's crops, (crops, outputs); the crops may be overwritten."""
+        """Values (crops, outputs) whose mean over an example's crops decides its prediction; may overwrite the crops."""
 
     def decide(self, means: Floats) -> npt.NDArray[Any]:
-        """Predictions from the means of some examples' activations, (examples, outputs) to a row each."""
+        """Predictions, a row per example, from the means of their crops' activations (examples, outputs)."""
 
     def log_loss(self, means: Floats, targets: npt.NDArray[Any]) -> float:
-        """Sum over examples."""
+        """Sum of the log losses of some examples."""
 
     def score(self, predictions: npt.NDArray[Any], targets: npt.NDArray[Any]) -> float:
-        """Higher is better; nan where it is not defined."""
+        """The score that selects the strength; higher is better, nan if it is not defined."""
 
 
 # ---------------------------------------------------------------- one fold
@@ -167,9 +169,17 @@ def fit_fold(
 ) -> ConvexResult:
     """Choose the strength, fit, and predict the test examples of one fold.
 
-    `embeddings` (crops, dim), `examples` (crops,) the example that a crop is scored with: an example's prediction is made of
-    the mean over its crops. `threads` share the passes over the rows without changing a byte. Raises `ScoreUndefinedError`
-    where an embedding or a prediction is not finite.
+    Args:
+        embeddings: (crops, dim).
+        objective: Fit, prediction and score.
+        examples: (crops,) the example of each crop; its prediction comes from the mean over its crops.
+        rows: Crops of the fold.
+        fold: Number of the fold, for the result.
+        threads: Share the passes over the rows; any number gives the same bytes.
+        on_fit: Called after each fit.
+
+    Raises:
+        ScoreUndefinedError: An embedding or a prediction is not finite.
     """
     with np.errstate(all="ignore"), pool_of(threads) as pool:
         scoring = _Scoring(embeddings, objective, examples, pool)
@@ -179,17 +189,17 @@ def fit_fold(
         for fit in objective.fits(MatrixRows(embeddings, rows.train, objective.targets), pool):
             (selection, log_loss), (test, _) = (scoring.score(fit.head, crops) for crops in (rows.valid, rows.test))
             tried.append(Tried(fit.strength, selection, log_loss, test, fit.convergence))
-            wanted = objective.without_selection if not len(rows.valid) else None
-            if near is None or better(tried[-1], tried[chosen], wanted):
+            default = objective.without_selection if not len(rows.valid) else None
+            if near is None or better(tried[-1], tried[chosen], default):
                 near, chosen = fit, len(tried) - 1
             on_fit()
         assert near is not None
         all_train = np.concatenate([rows.train, rows.held_out])
         last = objective.refit(MatrixRows(embeddings, all_train, objective.targets), pool, near)
-        found, predictions, _ = scoring.predict(last.head, rows.test)
+        tested, predictions, _ = scoring.predict(last.head, rows.test)
         train, _ = scoring.score(last.head, all_train)
         on_fit()
-        return ConvexResult(fold, found, predictions, tried, chosen, last.convergence, train)
+        return ConvexResult(fold, tested, predictions, tried, chosen, last.convergence, train)
 
 
 def train_convex(
@@ -201,7 +211,7 @@ def train_convex(
     threads: int = 1,
     on_fit: Callable[[int], None] = lambda fits: None,
 ) -> list[ConvexResult]:
-    """`fit_fold` of every fold, several at once; `on_fit` is told how many of the `fits` are done."""
+    """`fit_fold` of every fold, several at once; `on_fit` is called with the number of `fits` done."""
 
     def fit(fold: int, threads: int, fitted: Callable[[], None]) -> ConvexResult:
         return fit_fold(embeddings, objective, examples, folds[fold], fold=fold, threads=threads, on_fit=fitted)
@@ -210,16 +220,17 @@ def train_convex(
 
 
 def fits(strengths: Sequence[float], folds: int) -> int:
-    """How many fits there are: of each fold one per strength, and the last one."""
+    """The number of fits: for each fold one per strength, and the last one."""
     return folds * (len(strengths) + 1)
 
 
 def over_folds(
     fit: Callable[[int, int, Callable[[], None]], Result], folds: int, threads: int, on_fit: Callable[[int], None]
 ) -> list[Result]:
-    """`fit(fold, threads, fitted)` of every fold, in order: as many at once as there are threads; of more, each has a share.
+    """Call `fit(fold, threads, fitted)` for every fold; returns the results in order.
 
-    `on_fit` is called by this thread, with the number of calls of `fitted` so far. The first error ends every fold.
+    As many folds run at once as there are threads; if there are more threads than folds, each fold has a share. This thread
+    calls `on_fit` with the number of calls of `fitted` so far. The first error ends every fold.
     """
     events: SimpleQueue[Future[Result] | None] = SimpleQueue()
     stopped = threading.Event()
@@ -230,7 +241,7 @@ def over_folds(
         events.put(None)
 
     workers = min(threads, folds)
-    with pool_of(1), ThreadPoolExecutor(workers) as executor:  # one limit on BLAS, which is the process's, around all folds
+    with pool_of(1), ThreadPoolExecutor(workers) as executor:  # one limit for all folds, because BLAS has one per process
         futures = [executor.submit(fit, fold, threads // workers, fitted) for fold in range(folds)]
         for future in futures:
             future.add_done_callback(events.put)
@@ -255,19 +266,20 @@ class _StoppedError(Exception):
     """Another fold failed, or the run was interrupted."""
 
 
-def better(new: Tried, best: Tried, wanted: float | None) -> bool:
-    """Equal scores, undefined ones too, are told apart by the log loss; equal losses leave the stronger, which came first.
+def better(new: Tried, best: Tried, default: float | None) -> bool:
+    """Whether a new trial beats the best one so far.
 
-    Without selection clips it is the strength nearest to the `wanted` one.
+    Between equal scores, undefined ones too, the lower log loss wins; between equal losses the stronger, which came first.
+    With a `default` strength, for want of selection clips, the strength nearest to it wins.
     """
-    if wanted is not None:
-        return abs(math.log(new.strength / wanted)) < abs(math.log(best.strength / wanted))
+    if default is not None:
+        return abs(math.log(new.strength / default)) < abs(math.log(best.strength / default))
     scores = [-np.inf if np.isnan(tried.selection) else tried.selection for tried in (new, best)]
     return scores[0] > scores[1] or (scores[0] == scores[1] and new.log_loss < best.log_loss)
 
 
 class _Scoring:
-    """Predicts examples from their crops and scores them, some at a time, so that no matrix of all outputs is held."""
+    """Predicts and scores examples from their crops, in parts, so that memory never holds a matrix of all outputs."""
 
     def __init__(self, embeddings: npt.NDArray[np.float32], objective: Objective, examples: Indices, pool: Pool) -> None:
         self._embeddings, self._objective, self._examples, self._pool = embeddings, objective, examples, pool
@@ -276,24 +288,23 @@ class _Scoring:
         """(score, mean log loss); nan without crops."""
         if not len(crops):
             return math.nan, math.nan
-        found, predictions, log_loss = self.predict(head, crops)
-        targets = np.empty((len(found), *self._objective.targets.shape[1:]), self._objective.targets.dtype)
-        targets[np.searchsorted(found, self._examples[crops])] = self._objective.targets[crops]
-        return self._objective.score(predictions, targets), log_loss / len(found)
+        examples, predictions, log_loss = self.predict(head, crops)
+        targets = np.empty((len(examples), *self._objective.targets.shape[1:]), self._objective.targets.dtype)
+        targets[np.searchsorted(examples, self._examples[crops])] = self._objective.targets[crops]
+        return self._objective.score(predictions, targets), log_loss / len(examples)
 
     def predict(self, head: Head, crops: Indices) -> tuple[Indices, npt.NDArray[Any], float]:
         """(examples, their predictions, the sum of their log losses)."""
         crops = crops[np.argsort(self._examples[crops], kind="stable")]
-        found, starts = np.unique(self._examples[crops], return_index=True)
+        examples, starts = np.unique(self._examples[crops], return_index=True)
         bounds = np.append(starts, len(crops))
-        # Each part begins with the first example that begins behind another ROWS_AT_ONCE crops.
+        # Each part begins with the first example that starts behind another ROWS_AT_ONCE crops.
         firsts = np.unique(np.searchsorted(starts, np.arange(0, len(crops), ROWS_AT_ONCE)))
-        firsts = np.append(firsts[firsts < len(found)], len(found))
+        firsts = np.append(firsts[firsts < len(examples)], len(examples))
 
         def part(number: int) -> tuple[npt.NDArray[Any], float]:
             first, last = firsts[number : number + 2]
-            mine = crops[bounds[first] : bounds[last]]
-            block = self._embeddings[mine]
+            block = self._embeddings[crops[bounds[first] : bounds[last]]]
             if not np.isfinite(block).all():
                 raise undefined()
             activation = self._objective.activation(head, block)
@@ -304,11 +315,11 @@ class _Scoring:
             return self._objective.decide(means), self._objective.log_loss(means, targets)
 
         parts = list(self._pool.map(part, len(firsts) - 1))
-        return found, np.concatenate([predictions for predictions, _ in parts]), sum(loss for _, loss in parts)
+        return examples, np.concatenate([predictions for predictions, _ in parts]), sum(loss for _, loss in parts)
 
 
 def _means(activation: npt.NDArray[Any], bounds: Indices) -> Floats:
-    """Means of the rows from each bound to the next; of equal rows exactly these."""
+    """Means of the rows from each bound to the next; the mean of equal rows is exactly that row."""
     first = activation[bounds[:-1]].astype(np.float64)
     counts = np.diff(bounds)
     if (counts == 1).all():
@@ -324,24 +335,25 @@ def undefined() -> ScoreUndefinedError:
 
 
 def standardised_design(rows: Rows, pool: Pool, axes: Floats | None = None) -> Design:
+    """The design of some rows. Raises `ScoreUndefinedError` if one is not finite."""
     design = Design(rows, pool, axes)
     if not design.standardisation.finite:
         raise undefined()
     return design
 
 
-# ---------------------------------------------------------------- what is fitted
+# ---------------------------------------------------------------- objectives
 
 
 class Logistic:
-    """What classes, tags and events share. Classes that the rows cannot teach are left out of the fit."""
+    """The base of classes, tags and events. Classes that the rows cannot teach are left out of the fit."""
 
     strengths: Sequence[float] = LOGISTIC_STRENGTHS
     without_selection = 1e-3
     outputs: int
 
     def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
-        """The loss, and the biases (classes,) of the classes that it leaves out."""
+        """The loss, and biases (classes,) for the classes that it leaves out."""
         raise NotImplementedError
 
     def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
@@ -358,9 +370,9 @@ class Logistic:
         loss, bias = self._loss(rows)
         if not (loss.outputs and design.variances.any()):
             return _constant(design, loss, bias, near.strength)
-        # Not from the weights of `near`: the held-out rows lie far on the wrong side of some of its boundaries. Nor from a
-        # few strengths above: at ESC-50's size a fold took 167 passes from the strongest, 184 from four, 245 from one.
-        *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], _ON_THE_WAY, MAX_ITERATIONS)
+        # Start not at the weights of `near`, because held-out rows lie far on the wrong side of some of its boundaries; nor
+        # a few strengths above: at ESC-50's size a fold took 167 passes from the strongest, 184 from four, 245 from one.
+        *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], _PATH_TOLERANCE, MAX_ITERATIONS)
         solution = solve(design, loss, near.strength, start.theta, TOLERANCE, MAX_ITERATIONS)
         return self._fit(design, loss, solution, bias)
 
@@ -375,7 +387,7 @@ class Logistic:
 
 
 def _constant(design: Design, loss: Loss, bias: Floats, strength: float) -> Fit:
-    """Where nothing tells the rows apart: each output as often as it is there."""
+    """The fit if nothing tells the rows apart: each output's probability is its frequency."""
     bias = bias.copy()
     bias[loss.taught] = loss.start(design)
     head = Head(design.standardisation, np.zeros((design.rows.dim, len(bias))), bias)
@@ -413,7 +425,7 @@ class Classes(Logistic):
 
 
 class OneAgainstTheRest(Logistic):
-    """What tags and events share: a class that no training row has, or every one, is given the probability 0 or 1."""
+    """The base of tags and events: a class that no training row has, or every one, gets the probability 0 or 1."""
 
     def __init__(self, classes: int, positive_weight: float) -> None:
         self.outputs, self._positive_weight = classes, positive_weight
@@ -449,7 +461,7 @@ class Tags(OneAgainstTheRest):
 
 
 class Numbers:
-    """Ridge; numbers, cut off at the `bounds`; minus the mean squared error. `targets` (crops,)."""
+    """Ridge; numbers, clipped to the `bounds`; minus the mean squared error. `targets` (crops,)."""
 
     strengths: Sequence[float] = RIDGE_STRENGTHS
     without_selection = 1.0
@@ -478,7 +490,7 @@ class Numbers:
         return np.clip(numbers, *self._bounds) if self._bounds else numbers
 
     def log_loss(self, means: Floats, targets: Floats) -> float:
-        """Of a number the squared error, as a normal distribution's."""
+        """Sum of squared errors: the log loss of a normal distribution, up to constants."""
         return float(np.square(self.decide(means) - targets).sum())
 
     def score(self, predictions: Floats, targets: Floats) -> float:

@@ -1,10 +1,9 @@
 """Convex heads on frames: as `convex`, with a decision threshold that the selection clips choose too.
 
-Frames are read anew in every pass, block by block, so they may be mapped from a file and memory does not grow with the
-hours. They are standardised by the mean and deviation of the training frames. For every strength the threshold with the best
-F1 over segments of the selection clips is found; the strength with the best of those wins (of equal ones the lower log loss
-per frame, then the stronger), and with it the head is fitted anew on training and held-out clips and decides at its
-threshold.
+Frames are read anew in every pass, block by block, so they may be mapped from a file and memory does not grow with the hours
+of audio. They are standardised by the mean and deviation of the training frames. Every strength has the threshold with its
+best F1 over segments of the selection clips; the strength with the best of those wins (of equal ones the lower log loss per
+frame, then the stronger), and with it the head is fitted anew on training and held-out clips and decides at its threshold.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from ..data.sound_events import Events, Floats
-from ..metrics import segments as rasters
+from ..metrics import segments
 from ..metrics.segments import Average, Bools
 from ..models.standardised import ROWS_AT_ONCE, Head, Pool, pool_of
 from .convex import LEAST_PROBABILITY, ConvexResult, Fit, FoldRows, OneAgainstTheRest, Tried, better, over_folds, undefined
@@ -33,10 +32,10 @@ WITHOUT_SELECTION = 0.5
 
 @dataclass(frozen=True)
 class Clips:
-    """The clips of a task, whose events are of so many `classes`.
+    """The clips of a task, with events of so many `classes`.
 
-    Of every clip: `frames` (frames, dim) float16 or float32, at least one; `times` (frames,) their centres in seconds,
-    ascending; its length in `seconds`; its `events`.
+    Per clip: `frames` (frames, dim) float16 or float32, at least one; `times` (frames,) their centres in seconds, ascending;
+    its duration in `seconds`; its `events`.
     """
 
     frames: Sequence[npt.NDArray[Any]]
@@ -47,7 +46,7 @@ class Clips:
 
     def targets(self, clip: int) -> Bools:
         """(frames, classes)."""
-        return rasters.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
+        return segments.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
 
 
 class FrameRows:
@@ -80,7 +79,7 @@ class FrameRows:
 
 @dataclass(frozen=True)
 class EventsResult(ConvexResult):
-    """`predictions` are `rasters.segment_counts` of each test clip, (clips, classes, 3) int64, at the `threshold`."""
+    """`predictions` are `segments.segment_counts` of each test clip, (clips, classes, 3) int64, at the `threshold`."""
 
     threshold: float = WITHOUT_SELECTION
 
@@ -100,9 +99,20 @@ def fit_frames(
     threads: int = 1,
     on_fit: Callable[[], None] = lambda: None,
 ) -> EventsResult:
-    """Choose strength and threshold, fit, and predict the test clips of one fold; `rows` are clip numbers.
+    """Choose strength and threshold, fit, and predict the test clips of one fold.
 
-    Selection and scores are the `average` F1 over segments. Raises `ScoreUndefinedError` where a frame is not finite.
+    Args:
+        clips: Of the task.
+        rows: Clip numbers of the fold.
+        positive_weight: How many times a positive counts in the loss.
+        segment_seconds: Length of a segment.
+        average: Of the F1 over segments, which selects and scores.
+        fold: Number of the fold, for the result.
+        threads: Share the passes over the frames; any number gives the same bytes.
+        on_fit: Called after each fit.
+
+    Raises:
+        ScoreUndefinedError: A frame is not finite.
     """
     objective = OneAgainstTheRest(clips.classes, positive_weight)
     with np.errstate(all="ignore"), pool_of(threads) as pool:
@@ -114,8 +124,8 @@ def fit_frames(
             selection, log_loss, own = counting.choose(fit.head, rows.valid)
             test = counting.f1(counting.counts(fit.head, rows.test, [own])[0][:, 0])
             tried.append(Tried(fit.strength, selection, log_loss, test, fit.convergence))
-            wanted = objective.without_selection if not len(rows.valid) else None
-            if near is None or better(tried[-1], tried[chosen], wanted):
+            default = objective.without_selection if not len(rows.valid) else None
+            if near is None or better(tried[-1], tried[chosen], default):
                 near, chosen, threshold = fit, len(tried) - 1, own
             on_fit()
         assert near is not None
@@ -138,7 +148,7 @@ def train_convex_frames(
     threads: int = 1,
     on_fit: Callable[[int], None] = lambda fits: None,
 ) -> list[EventsResult]:
-    """`fit_frames` of every fold, several at once; `on_fit` is told how many of the `convex.fits` are done."""
+    """`fit_frames` of every fold, several at once; `on_fit` is called with the number of `convex.fits` done."""
 
     def fit(fold: int, threads: int, fitted: Callable[[], None]) -> EventsResult:
         return fit_frames(
@@ -156,14 +166,16 @@ def train_convex_frames(
 
 
 class _Counting:
+    """Counts the segments that heads get right and wrong, clip by clip."""
+
     def __init__(self, clips: Clips, segment_seconds: float, average: Average, pool: Pool) -> None:
         self._clips, self._segment_seconds, self._average, self._pool = clips, segment_seconds, average, pool
 
     def f1(self, counts: Indices) -> float:
-        """Of (clips, classes, 3); nan without clips."""
+        """F1 of counts (clips, classes, 3); nan without clips."""
         if not len(counts):
             return math.nan
-        return float(rasters.segment_f1(counts.sum(axis=0), self._average, present_only=True))
+        return float(segments.segment_f1(counts.sum(axis=0), self._average, present_only=True))
 
     def choose(self, head: Head, chosen: Indices) -> tuple[float, float, float]:
         """(best F1, mean log loss, its threshold: of equal ones the nearest to one half); nan and one half without clips."""
@@ -192,14 +204,14 @@ class _Counting:
             true = np.where(clips.targets(clip), probabilities, 1 - probabilities)
             loss = -float(np.log(np.maximum(true, LEAST_PROBABILITY)).sum(dtype=np.float64))
             times, seconds = clips.times[clip], clips.seconds[clip]
-            targets = rasters.segment_targets(clips.events[clip], seconds, self._segment_seconds, clips.classes)
-            found = [
-                rasters.segment_counts(
-                    targets, rasters.segment_predictions(probabilities > threshold, times, seconds, self._segment_seconds)
+            targets = segments.segment_targets(clips.events[clip], seconds, self._segment_seconds, clips.classes)
+            counts = [
+                segments.segment_counts(
+                    targets, segments.segment_predictions(probabilities > threshold, times, seconds, self._segment_seconds)
                 )
                 for threshold in thresholds
             ]
-            return np.stack(found), loss, true.size
+            return np.stack(counts), loss, true.size
 
         parts = list(self._pool.map(of_clip, len(chosen)))
         return np.stack([counts for counts, _, _ in parts]), sum(loss for _, loss, _ in parts) / sum(n for *_, n in parts)

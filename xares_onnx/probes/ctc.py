@@ -1,8 +1,7 @@
 """Train transcript heads on stored frames, by connectionist temporal classification, and decode greedily.
 
-Heads are trained each in its own loop: every head sees other clips at a step, so they have nothing to share, and what one
-learns cannot depend on the others, to the last bit. Frames are read clip by clip as they are needed, so memory holds one
-batch.
+Each head trains in its own loop: heads see different clips at a step, so they share no work, and none depends on the others,
+to the last bit. Frames are read clip by clip when needed, so memory holds one batch.
 """
 
 from __future__ import annotations
@@ -47,10 +46,18 @@ _ROWS_SCORED_AT_ONCE = 4096
 
 
 def why_not(frame_counts: Sequence[int], seconds: Sequence[float], transcripts: Sequence[str]) -> str | None:
-    """Why the encoder's frames cannot spell the transcripts, or None where they can.
+    """Why the encoder's frames cannot spell the transcripts, or None if they can.
 
-    A frame writes at most one character. The task is not applicable where more than half of the clips, given by their
-    numbers of frames, durations and transcripts, have fewer frames than characters; the sentence gives the rates of those.
+    A frame writes at most one character. The task is not applicable if more than half of the clips have fewer frames than
+    characters.
+
+    Args:
+        frame_counts: Frames of each clip.
+        seconds: Duration of each clip.
+        transcripts: Normalised text of each clip.
+
+    Returns:
+        A sentence with the rates of frames and characters in the clips that are short of frames.
     """
     clips = list(zip(frame_counts, seconds, map(len, transcripts), strict=True))
     short = [clip for clip in clips if clip[0] < clip[2]]
@@ -72,18 +79,28 @@ def train_ctc(
     *,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> list[HeadResult]:
-    """Train len(folds) x len(seeds) heads on every frame of the clips; results are sorted by fold and seed.
+    """Train len(folds) x len(seeds) heads on every frame of the clips.
 
-    `frames` holds one array (frames, dim) a clip, `transcripts` its text, normalised and not empty; folds have clip numbers.
     A head's classes are the blank and the characters of its fold's training transcripts, in the order of code points.
-    The loss is the mean over a batch's clips of the CTC loss by character; clips with too few frames for their text add
-    nothing to it. The chosen epoch is the first with the least character error rate of the validation clips: the word
+    The loss is the mean over a batch's clips of the CTC loss per character; clips with too few frames for their text add
+    nothing to it. The chosen epoch is the first with the lowest character error rate of the validation clips: the word
     error rate stays at 1 for many epochs, while words are nearly right.
 
-    With `Settings`, every head is trained at one rate for so many epochs. With a `Sweep`, frames are standardised by
-    the mean and deviation of those that the fold trains on, and rates and epochs are chosen on the validation clips.
+    Args:
+        frames: An array (frames, dim) per clip.
+        transcripts: Text of each clip, normalised and not empty.
+        folds: Clip numbers.
+        settings: With `Settings`, every head trains at one rate for a fixed number of epochs. With a `Sweep`, frames are
+            standardised by the mean and deviation of the fold's training frames, and rates and epochs are chosen on the
+            validation clips.
+        seeds: One head each per fold.
+        on_epoch: Called with the number of epochs, or of a sweep's steps, done.
 
-    `predictions` is a list of hypotheses, exactly as decoded. `ScoreUndefinedError` where a head gives NaN or infinity.
+    Returns:
+        Results sorted by fold and seed; `predictions` is a list of hypotheses, exactly as decoded.
+
+    Raises:
+        ScoreUndefinedError: A head gives NaN or infinity.
     """
     with one_thread(), torch.inference_mode():
         workspace = Workspace()
@@ -150,7 +167,7 @@ class _Clips:
 
 
 class _Learner:
-    """One head, while it is trained. `affine`: mean and inverse deviation that frames are standardised by, if they are."""
+    """One head in training. `affine` is the mean and inverse deviation that standardise frames, if they are standardised."""
 
     def __init__(
         self,
@@ -185,7 +202,7 @@ class _Learner:
             self._adam.step()
 
     def _losses(self, clips: Indices) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised frames of a batch, losses (clips,) and the gradient at the logits; the next call overwrites them."""
+        """Normalised frames of a batch, losses (clips,), and the gradient at the logits; the next call overwrites them."""
         frames = [self._frames[clip] for clip in clips]
         targets = [np.array([self._classes[character] for character in self._transcripts[clip]]) for clip in clips]
         x = self._normalised(frames)
@@ -203,7 +220,7 @@ class _Learner:
         return 1 - float(errors / characters)
 
     def _valid_loss(self) -> float:
-        """Mean over the clips of which every character is known."""
+        """Mean over the clips whose characters the head knows."""
         clips = np.array([clip for clip in self._rows.valid if set(self._transcripts[clip]) <= self._classes.keys()], int)
         if not len(clips):
             return math.nan if not len(self._rows.valid) else 0.0
@@ -215,7 +232,7 @@ class _Learner:
             kept.copy_(parameter)
 
     def save(self) -> None:
-        """Nothing: a training is short."""
+        """Keep no checkpoint: a training is short."""
 
     def finish(self) -> None:
         for kept, parameter in zip(self._best, self._head.parameters, strict=True):
@@ -228,30 +245,30 @@ class _Learner:
         return float(word_accuracy(word_errors(references, hypotheses).sum(axis=0).astype(np.float64)))
 
     def predict(self) -> tuple[Indices, list[str]]:
-        tested = np.unique(self._rows.test)
-        return tested, self._hypotheses(tested)
+        examples = np.unique(self._rows.test)
+        return examples, self._hypotheses(examples)
 
     def _hypotheses(self, clips: Indices) -> list[str]:
         texts = []
         for clip in clips:
-            frames, best = self._frames[clip], [np.empty(0, np.int64)]
+            frames, path = self._frames[clip], [np.empty(0, np.int64)]
             for start in range(0, len(frames), _ROWS_SCORED_AT_ONCE):
                 logits = self._head.logits(self._normalised([frames[start : start + _ROWS_SCORED_AT_ONCE]]))
                 check_finite(logits)
-                best.append(logits.argmax(dim=1).numpy())
-            texts.append("".join(self._alphabet[number - 1] for number in collapse(np.concatenate(best))))
+                path.append(logits.argmax(dim=1).numpy())
+            texts.append("".join(self._alphabet[number - 1] for number in collapse(np.concatenate(path))))
         return texts
 
     def _normalised(self, clips: Sequence[Frames]) -> Tensor:
-        """The clips' frames one after another (frames, dim), normalised in float32; the next call overwrites them.
+        """The clips' frames one after another (frames, dim), standardised if the head is swept, then normalised, in float32.
 
-        They are standardised before, if this learner does so.
+        The next call overwrites them.
         """
         x = self._workspace.take("frames", sum(map(len, clips)), self._dim)
         end = 0
         for clip in clips:
             for start in range(0, len(clip), _ROWS_READ_AT_ONCE):
-                # A copy, as torch takes no memory that is read-only; and torch's conversion, as numpy's is slow.
+                # A copy, because torch rejects read-only memory; torch's conversion, because numpy's is slow.
                 part = torch.from_numpy(np.array(clip[start : start + _ROWS_READ_AT_ONCE])).float()
                 if self._affine is not None:
                     mean, inverse = self._affine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.sound_events import Events, Floats
-from ..metrics import segments as rasters
+from ..metrics import segments
 from ..metrics.segments import Average, Bools
 from ..models.linear import LinearHeads, binary_cross_entropy_gradient, normalised
 from . import linear, training
@@ -23,7 +23,7 @@ _FRAMES_AT_ONCE = 512  # read, normalised and multiplied together: 1.5 MiB of 76
 
 
 class Settings(training.Settings, Protocol):
-    """With the weight of what is there."""
+    """With the weight of positives in the loss."""
 
     @property
     def positive_weight(self) -> float: ...
@@ -31,7 +31,7 @@ class Settings(training.Settings, Protocol):
 
 @dataclass(frozen=True)
 class _Clips:
-    """The clips of a set, each with what it is trained for and scored by; nothing is kept of a clip that was read."""
+    """The clips of a set and their targets, by frame and by segment; a clip is read anew each time, and not kept."""
 
     frames: Sequence[npt.NDArray[Any]]
     times: Sequence[Floats]
@@ -44,20 +44,20 @@ class _Clips:
     def targets(self, clip: int) -> Bools:
         """(frames, classes)."""
         if self.hop_seconds is not None:
-            return rasters.xares_frame_targets(self.events[clip], len(self.frames[clip]), self.hop_seconds, self.classes)
-        return rasters.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
+            return segments.xares_frame_targets(self.events[clip], len(self.frames[clip]), self.hop_seconds, self.classes)
+        return segments.frame_targets(self.events[clip].within(self.seconds[clip]), self.times[clip], self.classes)
 
     def segment_targets(self, clip: int) -> Bools:
         """(segments, classes)."""
         if self.hop_seconds is not None:
-            return rasters.xares_segments(self.targets(clip), self.hop_seconds, self.segment_seconds)
-        return rasters.segment_targets(self.events[clip], self.seconds[clip], self.segment_seconds, self.classes)
+            return segments.xares_segments(self.targets(clip), self.hop_seconds, self.segment_seconds)
+        return segments.segment_targets(self.events[clip], self.seconds[clip], self.segment_seconds, self.classes)
 
     def segment_predictions(self, clip: int, active: Bools) -> Bools:
-        """(segments, classes), of the frames (frames, classes) that a head calls active."""
+        """(segments, classes), from the `active` frames (frames, classes) of a head."""
         if self.hop_seconds is not None:
-            return rasters.xares_segments(active, self.hop_seconds, self.segment_seconds)
-        return rasters.segment_predictions(active, self.times[clip], self.seconds[clip], self.segment_seconds)
+            return segments.xares_segments(active, self.hop_seconds, self.segment_seconds)
+        return segments.segment_predictions(active, self.times[clip], self.seconds[clip], self.segment_seconds)
 
     def blocks(self, clips: Indices) -> Iterator[Tensor]:
         """The frames of some clips one after another, (block, dim) float32, normalised."""
@@ -80,12 +80,15 @@ def _normalised(pieces: list[npt.NDArray[Any]]) -> Tensor:
 
 
 class FrameHeads(LinearHeads):
-    """Heads whose input is so much larger than their weights that the affine part of LayerNorm is worth moving into those.
+    """Heads that fold the affine part of LayerNorm into their weights, because these are far smaller than their input.
 
     logits = (x scale + shift) W + b = x (scale W) + (shift W + b), so a block costs two matrix products, one forward and one
-    backward, and nothing is done to each of its values but the normalisation. For the gradient G at the logits, with M = x^T
-    G and g = 1^T G, the chain rule gives scale M + shift g for W, g for b, and the sums over classes of W M and W g for
-    scale and shift. M and g add up over the blocks of a batch.
+    backward, and no other work per value but the normalisation. For the gradient G at the logits, with M = x^T G and g = 1^T
+    G, the chain rule gives scale M + shift g for W, g for b, and the sums over classes of W M and W g for scale and shift. M
+    and g add up over the blocks of a batch.
+
+    `models.ctc.CtcHead` has the same algebra with classes first, the faster layout for one head and a few long products. Its
+    sums round differently, so the two are not one function.
     """
 
     def folded(self, head: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +96,7 @@ class FrameHeads(LinearHeads):
         return self.scale[head].T * self.weight[head], torch.addmm(self.bias[head], self.shift[head], self.weight[head])
 
     def fill_gradients(self, head: int, clips: _Clips, batch: Indices, positive_weight: float) -> None:
-        """Fill `gradients` of a head: of the mean loss over all frames and classes of a batch of clips."""
+        """Fill a head's `gradients`, of the mean loss over all frames and classes of a batch of clips."""
         targets = torch.from_numpy(np.concatenate([clips.targets(clip) for clip in batch]))
         mean = torch.full((1, 1), 1 / len(targets))
         weight, bias = self.folded(head)
@@ -130,17 +133,33 @@ def train_frames(
 ) -> list[HeadResult]:
     """Train len(folds) x len(seeds) heads on the frames of clips, by binary cross-entropy for each class.
 
-    Of every clip: `frames` (frames, dim) float16 or float32, at least one, read anew whenever they are needed, so they may
-    be mapped from a file; `times` (frames,) their centres in seconds, ascending; its length in `seconds`; its `events`.
-    `folds` hold clip numbers. A batch is `batch_size` clips, its loss the mean over all their frames and classes, a positive
-    counting `positive_weight` times. The epoch is chosen by the `average` F1 over segments of the validation clips. Frames
-    and segments lie on the clock, or with `hop_seconds` on X-ARES's raster. A result's `predictions` are the
-    `rasters.segment_counts` of each test clip, (examples, classes, 3) int64. Raises `ScoreUndefinedError` where a head gives
-    NaN.
+    A batch is `batch_size` clips; its loss is the mean over all their frames and classes, in which a positive counts
+    `positive_weight` times. The epoch is chosen by the F1 over segments of the validation clips.
+
+    Args:
+        frames: (frames, dim) float16 or float32 per clip, at least one frame; read anew whenever needed, so they may be
+            mapped from a file.
+        times: (frames,) centres of each clip's frames in seconds, ascending.
+        seconds: Duration of each clip.
+        events: Events of each clip.
+        folds: Clip numbers.
+        classes: Number of classes.
+        settings: Epochs, batch size, learning rate and weight of positives.
+        seeds: One head each per fold.
+        segment_seconds: Length of a segment.
+        average: Of the F1, over classes or over segments.
+        hop_seconds: With it, frames and segments lie on X-ARES's raster; without, on the clock.
+        on_epoch: Called with the number of the epoch that ended.
+
+    Returns:
+        Results sorted by fold and seed; `predictions` are the `segment_counts` of the test clips, (clips, classes, 3) int64.
+
+    Raises:
+        ScoreUndefinedError: A head gives NaN or infinity.
     """
     clips = _Clips(frames, times, seconds, events, classes, segment_seconds, hop_seconds)
     with one_thread(), torch.inference_mode():
-        # Heads with more batches come first, so that those which still train are always the leading ones.
+        # Heads with more batches come first, so that the heads still in training are always the leading ones.
         order = sorted(((f, s) for f in range(len(folds)) for s in seeds), key=lambda head: -len(folds[head[0]].train))
         generators = [generator(seed, fold) for fold, seed in order]
         heads = FrameHeads(frames[0].shape[1], classes, generators)
@@ -156,9 +175,9 @@ def train_frames(
                     heads.fill_gradients(h, clips, batch, settings.positive_weight)
                 adam.step(len(batches), rate)
             counts = _count(heads, clips, [folds[fold].valid for fold, _ in order])
-            for h, (_, counted) in enumerate(counts):
-                f1 = rasters.segment_f1(counted.sum(axis=0), average, present_only=hop_seconds is None)
-                if selections[h].better(float(f1) if len(counted) else math.nan, epoch):
+            for h, (_, by_clip) in enumerate(counts):
+                f1 = segments.segment_f1(by_clip.sum(axis=0), average, present_only=hop_seconds is None)
+                if selections[h].better(float(f1) if len(by_clip) else math.nan, epoch):
                     for kept, parameter in zip(best_state, heads.parameters, strict=True):
                         kept[h] = parameter[h]
             on_epoch(epoch)
@@ -173,23 +192,23 @@ def train_frames(
 
 
 def _count(heads: FrameHeads, clips: _Clips, chosen: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
-    """For each head its chosen clips, sorted, and their segment counts (clips, classes, 3). A clip is read once for all."""
+    """Each head's chosen clips, sorted, and their segment counts (clips, classes, 3). A clip is read once for all heads."""
     examples = [np.unique(rows) for rows in chosen]
     counts = [np.zeros((len(rows), clips.classes, 3), np.int64) for rows in examples]
     folded = [heads.folded(h) for h in range(len(chosen))]
     for clip in np.unique(np.concatenate(examples)):
-        counted = [h for h, rows in enumerate(examples) if clip in rows]
-        active = np.empty((len(counted), len(clips.frames[clip]), clips.classes), np.bool_)
+        active_heads = [h for h, rows in enumerate(examples) if clip in rows]
+        active = np.empty((len(active_heads), len(clips.frames[clip]), clips.classes), np.bool_)
         start = 0
         for x in clips.blocks(np.array([clip])):
-            for row, h in enumerate(counted):
+            for row, h in enumerate(active_heads):
                 weight, bias = folded[h]
                 logits = torch.addmm(bias, x, weight)
                 check_finite(logits)
                 active[row, start : start + len(x)] = (logits > 0).numpy()
             start += len(x)
         targets = clips.segment_targets(clip)
-        for row, h in enumerate(counted):
-            found = clips.segment_predictions(clip, active[row])
-            counts[h][np.searchsorted(examples[h], clip)] = rasters.segment_counts(targets, found)
+        for row, h in enumerate(active_heads):
+            predictions = clips.segment_predictions(clip, active[row])
+            counts[h][np.searchsorted(examples[h], clip)] = segments.segment_counts(targets, predictions)
     return list(zip(examples, counts, strict=True))

@@ -18,9 +18,16 @@ Indices = npt.NDArray[np.int64]
 
 
 def knn_cosine(train: Matrix, labels: Indices, test: Matrix, examples: Indices) -> tuple[Indices, Indices]:
-    """(examples, their predicted classes): cosine similarity, an example's votes the mean of its crops'.
+    """Classify by cosine similarity; an example's votes are the sum of its crops' votes.
 
-    `train` (crops, dim) with `labels` (crops,), `test` (crops, dim) with the example of each crop in `examples`.
+    Args:
+        train: (crops, dim) embeddings to search.
+        labels: (crops,) their classes.
+        test: (crops, dim) embeddings to classify.
+        examples: (crops,) the example of each test crop.
+
+    Returns:
+        The examples, sorted, and their predicted classes.
     """
     classifier = KNeighborsClassifier(
         n_neighbors=min(NEIGHBOURS, len(train)), weights=_vote_weights, metric="cosine", algorithm="brute"
@@ -28,16 +35,16 @@ def knn_cosine(train: Matrix, labels: Indices, test: Matrix, examples: Indices) 
     with one_thread():
         classifier.fit(train, labels)
         votes = classifier.predict_proba(test)
-    found, positions = np.unique(examples, return_inverse=True)
-    totals = np.zeros((len(found), votes.shape[1]))
+    unique, positions = np.unique(examples, return_inverse=True)
+    totals = np.zeros((len(unique), votes.shape[1]))
     np.add.at(totals, positions, votes)
-    return found, classifier.classes_[totals.argmax(axis=1)]
+    return unique, classifier.classes_[totals.argmax(axis=1)]
 
 
 def knn_xares(train: Matrix, labels: Indices, test: Matrix, examples: Indices) -> tuple[Indices, Indices]:
-    """X-ARES 0.1.3's arithmetic, crop by crop, for `--protocol xares` only.
+    """X-ARES 0.1.3's arithmetic, crop by crop, for `--protocol xares` only; arguments as in `knn_cosine`.
 
-    The test vectors are normalised each, but the training matrix feature by feature over all its clips: not a cosine.
+    Each test vector is normalised by its length, but the training matrix feature by feature over its crops: not a cosine.
     """
     rows = test / np.maximum(np.linalg.norm(test, axis=1, keepdims=True), 1e-12)
     columns = train / np.maximum(np.linalg.norm(train, axis=0, keepdims=True), 1e-12)
@@ -57,7 +64,7 @@ def knn_xares(train: Matrix, labels: Indices, test: Matrix, examples: Indices) -
 
 
 def _vote_weights(distances: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """sklearn gives cosine distances; a row's votes are normalised to sum 1, so the largest may be taken out first."""
+    """Votes from cosine distances. scikit-learn normalises a row's votes to sum 1, so a common factor may be taken out."""
     nearest = distances.min(axis=1, keepdims=True)
     weights: npt.NDArray[Any] = np.exp((nearest - distances) / TEMPERATURE)
     return weights

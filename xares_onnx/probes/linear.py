@@ -31,22 +31,22 @@ _VALUES_AT_ONCE = 1 << 24  # most embedding values or logits held at once when s
 
 
 class Objective(Protocol):
-    """What a linear head is trained for. `targets` has a row a crop."""
+    """The loss, the prediction and the score of a linear head. `targets` has a row per crop."""
 
     outputs: int
     targets: npt.NDArray[Any]
 
     def gradient(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Of the loss at the logits (n, batch, outputs); each crop's loss times its weight (n, batch)."""
+        """Gradient of the loss at the logits (n, batch, outputs); each crop's loss counts `weight` (n, batch) times."""
 
     def activation(self, logits: Tensor) -> Tensor:
-        """What is averaged over an example's crops, (crops, outputs)."""
+        """Values (crops, outputs) whose mean over an example's crops decides its prediction."""
 
     def decide(self, means: Tensor) -> npt.NDArray[Any]:
-        """An example's prediction from the mean of its crops' activations, (examples, outputs) to a row each."""
+        """Predictions, a row per example, from the means of their crops' activations (examples, outputs)."""
 
     def score(self, predictions: npt.NDArray[Any], targets: npt.NDArray[Any]) -> float:
-        """What selects the epoch, higher is better; nan where it is not defined."""
+        """The score that selects the epoch; higher is better, nan if it is not defined."""
 
 
 class Classification:
@@ -94,7 +94,7 @@ class Tagging:
 
 
 class Regression:
-    """Squared error; numbers. `targets` (crops,). With `bounds` trained on the scale 0..1 of them, and cut off at them."""
+    """Squared error; numbers. `targets` (crops,). With `bounds`, trained on their scale 0..1, and clipped to them."""
 
     outputs = 1
 
@@ -130,14 +130,26 @@ def train_linear(
 ) -> list[HeadResult]:
     """Train len(folds) x len(seeds) heads on crops.
 
-    `embeddings` (crops, dim), `examples` (crops,) the example that a crop is scored with: an example's prediction is made of
-    the mean over its crops. Raises `ScoreUndefinedError` where a head gives NaN, or an embedding is not finite.
+    Args:
+        embeddings: (crops, dim).
+        objective: Loss, prediction and score.
+        examples: (crops,) the example of each crop; its prediction comes from the mean over its crops.
+        folds: Crop numbers.
+        settings: Epochs, batch size and learning rate.
+        seeds: One head each per fold.
+        on_epoch: Called with the number of the epoch that ended.
+
+    Returns:
+        Results sorted by fold and seed.
+
+    Raises:
+        ScoreUndefinedError: A head gives NaN or infinity, or an embedding is not finite.
     """
     with one_thread(), torch.inference_mode():
         x = normalised(torch.from_numpy(np.ascontiguousarray(embeddings)))
         check_finite(x)
         y = torch.from_numpy(objective.targets)
-        # Heads with more batches come first, so that those which still train are always the leading ones.
+        # Heads with more batches come first, so that the heads still in training are always the leading ones.
         order = sorted(((f, s) for f in range(len(folds)) for s in seeds), key=lambda head: -len(folds[head[0]].train))
         generators = [generator(seed, fold) for fold, seed in order]
         heads = LinearHeads(x.shape[1], objective.outputs, generators)
@@ -160,8 +172,8 @@ def train_linear(
             parameter.copy_(kept)
         results = []
         for h, (fold, seed) in enumerate(order):
-            tested, predictions = _predict(heads, h, x, objective, examples, folds[fold].test)
-            results.append(HeadResult(fold, seed, tested, predictions, selections[h].epoch, selections[h].score))
+            prediction = _predict(heads, h, x, objective, examples, folds[fold].test)
+            results.append(HeadResult(fold, seed, *prediction, selections[h].epoch, selections[h].score))
         return sorted(results, key=lambda result: (result.fold, result.seed))
 
 
@@ -186,10 +198,10 @@ def _batches(orders: list[Indices], size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class BatchedAdam:
-    """torch's fused Adam over stacked parameters, of which only the first n heads take a step.
+    """torch's fused Adam over stacked parameters; only the first n heads take a step.
 
-    Each head's slice is a parameter of its own to the optimiser, so that a head without a batch is left as it is (a zero
-    gradient would still move it, by its momentum) and counts its own steps.
+    To the optimiser, each head's slice is a parameter of its own: so a head without a batch stays as it is (with a zero
+    gradient its momentum would still move it) and counts its own steps.
     """
 
     def __init__(self, heads: LinearHeads) -> None:
@@ -210,23 +222,23 @@ class BatchedAdam:
 def _predict(
     heads: LinearHeads, head: int, x: Tensor, objective: Objective, examples: Indices, crops: Indices
 ) -> tuple[Indices, npt.NDArray[Any]]:
-    """(examples, their predictions) over some crops, by the mean of the crops' activations."""
-    found, positions, counts = np.unique(examples[crops], return_inverse=True, return_counts=True)
+    """The examples of some crops, sorted, and their predictions, by the mean of the crops' activations."""
+    unique, positions, counts = np.unique(examples[crops], return_inverse=True, return_counts=True)
     outputs = heads.bias.shape[2]
-    totals = torch.zeros(len(found), outputs)
+    totals = torch.zeros(len(unique), outputs)
     rows = max(1, _VALUES_AT_ONCE // max(outputs, x.shape[1]))
     for start in range(0, len(crops), rows):
         index = torch.from_numpy(crops[start : start + rows])
         activation = objective.activation(heads.logits_of(head, x[index]))
         totals.index_add_(0, torch.from_numpy(positions[start : start + rows]), activation)
     check_finite(totals)
-    return found, objective.decide(totals / torch.from_numpy(counts)[:, None])
+    return unique, objective.decide(totals / torch.from_numpy(counts)[:, None])
 
 
 def _validate(heads: LinearHeads, head: int, x: Tensor, objective: Objective, examples: Indices, crops: Indices) -> float:
     if not len(crops):
         return math.nan
-    found, predictions = _predict(heads, head, x, objective, examples, crops)
-    targets = np.empty((len(found), *objective.targets.shape[1:]), objective.targets.dtype)
-    targets[np.searchsorted(found, examples[crops])] = objective.targets[crops]
+    unique, predictions = _predict(heads, head, x, objective, examples, crops)
+    targets = np.empty((len(unique), *objective.targets.shape[1:]), objective.targets.dtype)
+    targets[np.searchsorted(unique, examples[crops])] = objective.targets[crops]
     return objective.score(predictions, targets)

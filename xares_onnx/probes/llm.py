@@ -1,12 +1,11 @@
 """Train the adapter of the `llm` head: frames into a frozen language model that writes the transcript.
 
 Batches of whole clips, in an order drawn anew each epoch; Adam on the adapter alone, at `training.learning_rate` or at the
-constant rates of a sweep; X-ARES's arithmetic otherwise, but that neither padding nor the neighbours of a clip have any
-influence.
+constant rates of a sweep. Otherwise X-ARES's arithmetic, except that neither padding nor the neighbours of a clip matter.
 
 The epoch is chosen as X-ARES chooses it: the likeliest token at every position of the text given the true text before it,
-decoded, cut to the characters of the reference, lower-cased, and 1 - WER over all validation clips (lower-cased too). That
-is no word error rate of a recogniser, only quick to compute. What is scored is written freely by the chosen adapter.
+decoded, cut to the characters of the reference, lower-cased, and 1 - WER over all validation clips (lower-cased too). This
+is quick to compute, but not a recogniser's word error rate. The score is of text that the chosen adapter writes freely.
 
 Training takes hours, so it can be killed: see `train_llm`. On the CPU the same inputs give the same bytes (with one version
 of torch, on one machine, with one number of threads); on CUDA some sums run in no fixed order.
@@ -37,8 +36,8 @@ from .training import HeadResult, Indices, OnEpoch, Rows, Selection, Settings, c
 
 Frames = Sequence[npt.NDArray[Any]]
 SWEEP = Sweep(rates=(1e-4, 5e-4, 2e-3, 1e-2), batch_size=4, epochs=20, patience=3)
-_FRAMES_AT_ONCE = 4096  # in training, padding counted; the activations of Qwen2.5-0.5B take 3 MB a frame in float32
-_CLIPS_AT_ONCE = 16  # in scoring, where no gradient is kept; of like lengths, so that little is padding
+_FRAMES_AT_ONCE = 4096  # in training, with padding; activations of Qwen2.5-0.5B take 3 MB per frame in float32
+_CLIPS_AT_ONCE = 16  # in scoring, which keeps no gradient; of similar lengths, so that little is padding
 
 
 def train_llm(
@@ -54,23 +53,32 @@ def train_llm(
     least_score: float = -math.inf,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> list[HeadResult]:
-    """Train an adapter for every fold and seed, one after the other; results sorted by (fold, seed).
+    """Train an adapter for every fold and seed, one after the other.
 
-    `frames`: one (frames, dim) array a clip, float16 or float32, at least one frame; read a batch at a time. `transcripts`:
-    one a clip, as it is to be written; no validation transcript is empty. `folds`: clip numbers. A result's `predictions` is
-    a list of str, as generated. The epoch is chosen by 1 - WER, which counts as `least_score` if it is lower: 0 in X-ARES.
+    A later call with the same arguments resumes from the checkpoints and gives the same result, bit for bit on the CPU. A
+    checkpoint holds the adapter without the language model, and is written before `on_epoch` is called. A damaged file, or
+    one of another training, is ignored and written anew.
 
-    With a `Sweep`, rates and epochs are chosen on the validation clips, and the scores of a rate are all teacher-forced, as
-    writing freely would take longer than training; the frames go in as they are.
+    Args:
+        frames: A (frames, dim) array per clip, float16 or float32, at least one frame; read batch by batch.
+        transcripts: The text to write, one per clip; those of validation clips are not empty.
+        folds: Clip numbers.
+        settings: With a `Sweep`, rates and epochs are chosen on the validation clips. All scores of a rate are
+            teacher-forced, because writing freely would take longer than training.
+        seeds: One adapter each per fold.
+        language_model: Reads the adapted frames; frozen.
+        checkpoints: Folder for a checkpoint of each training after each epoch.
+        name: Names the encoder, the data and the task in a checkpoint: it stands for the content of `frames`.
+        least_score: Lower bound of the score (1 - WER) that chooses the epoch: 0 in X-ARES.
+        on_epoch: Called after each epoch of this call, and as a sweep's trainings end.
 
-    With a folder `checkpoints` each training is kept there after each epoch, before `on_epoch` is called, and a later call
-    with the same arguments goes on from there to the same result, bit for bit on the CPU; `on_epoch` hears only of epochs
-    that are trained, and of a sweep's trainings as they end. `name` names the encoder, the data and the task: it stands for
-    the content of `frames`. A file which is damaged, or not of this training, is ignored and written anew. A checkpoint
-    holds the adapter, and nothing of the language model.
+    Returns:
+        Results sorted by fold and seed; `predictions` is a list of the generated texts.
 
-    Raises `ScoreUndefinedError` where an adapter gives NaN or infinity, or where the longest clip leaves the language model
-    no positions to write in; `DiskFullError` or `MachineError` where a checkpoint cannot be written.
+    Raises:
+        ScoreUndefinedError: An adapter gives NaN or infinity, or the longest clip leaves the language model no positions to
+            write in.
+        DiskFullError, MachineError: A checkpoint cannot be written.
     """
     _check_positions(frames, folds, language_model)
     results: list[HeadResult] = []
@@ -92,7 +100,7 @@ def train_llm(
 
 
 class _Training:
-    """One adapter on its way: its last weights, its best ones, Adam's moments."""
+    """One adapter in training: its last weights, its best ones, Adam's moments."""
 
     def __init__(
         self,
@@ -133,7 +141,7 @@ class _Training:
         assert self._adam is not None
         for group in self._adam.param_groups:
             group["lr"] = self._rate
-        # Drawn from the epoch's own number, so that a resumed training needs none of the epochs before.
+        # Drawn from the epoch's own number, so that a resumed training does not need the epochs before.
         order = np.random.default_rng([self._seed, self._fold, self.epoch]).permutation(self._rows.train)
         for start in range(0, len(order), self._settings.batch_size):
             batch = order[start : start + self._settings.batch_size]
@@ -196,7 +204,7 @@ class _Training:
         return max(self._least_score, 1 - jiwer.wer([reference.lower() for reference in references], cut))
 
     def _in_blocks(self, clips: Indices, write: Callable[[Sequence[Tensor], Sequence[str]], list[str]]) -> list[str]:
-        """What `write` makes of each clip, in the order of `clips`."""
+        """The text that `write` gives for each clip, in the order of `clips`."""
         texts: dict[int, str] = {}
         for block in self._blocks(clips):
             with torch.no_grad():
@@ -206,12 +214,12 @@ class _Training:
         return [texts[clip] for clip in clips.tolist()]
 
     def _blocks(self, clips: Indices) -> list[Indices]:
-        """Clips that are scored at once."""
+        """Clips in blocks to score at once, of similar lengths."""
         by_length = clips[np.argsort([len(self._frames[clip]) for clip in clips], kind="stable")]
         return [by_length[start : start + _CLIPS_AT_ONCE] for start in range(0, len(clips), _CLIPS_AT_ONCE)]
 
     def _adapted(self, clips: Indices) -> Sequence[Tensor]:
-        """One (frames, hidden) a clip."""
+        """Adapted frames (frames, hidden) per clip."""
         frames = [torch.from_numpy(np.array(self._frames[clip], np.float32)) for clip in clips]
         adapted: Tensor = self._adapter(torch.cat(frames).to(self._language_model.device))
         return torch.split(adapted, [len(part) for part in frames])
@@ -220,9 +228,9 @@ class _Training:
         return [self._transcripts[clip] for clip in clips]
 
     def digest(self, name: str) -> str:
-        """sha256 of everything that shapes the training: the name of its checkpoint."""
+        """sha256 of everything that influences the training: the name of its checkpoint."""
         rows = self._rows
-        shaping = {
+        influences = {
             "name": name,
             "seed": self._seed,
             "fold": self._fold,
@@ -234,7 +242,7 @@ class _Training:
             "train": [(int(clip), self._frames[clip].shape, self._transcripts[clip]) for clip in rows.train],
             "valid": [(int(clip), self._frames[clip].shape, self._transcripts[clip]) for clip in rows.valid],
         }
-        return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(influences).encode()).hexdigest()
 
     def save(self) -> None:
         if self._path is None:
@@ -259,7 +267,7 @@ class _Training:
         write_aside(self._path, save(tensors, state))
 
     def resume(self, path: Path) -> None:
-        """Keep this training at `path`, and take up what is there, if that is whole and of this training."""
+        """Keep this training's checkpoint at `path`, and resume from it if it is whole and of this training."""
         self._path = path
         try:
             with safe_open(path, framework="pt") as file:
@@ -282,7 +290,7 @@ class _Training:
         if isinstance(self._settings, Sweep):
             self.selection.loss, self.selection.lowest_loss = float(state["loss"]), float(state["lowest_loss"])
             self.selection.improved = int(state["improved"])
-        else:  # which has no losses
+        else:  # `run` selects without losses
             self.selection.loss = self.selection.lowest_loss = 0.0
 
 

@@ -1,7 +1,7 @@
 """Train retrieval heads on pooled embeddings and captions, and rank clips and captions by cosine.
 
-Heads are trained one after another, as they have nothing to share: so memory holds one, and what it learns cannot depend on
-the others, to the last bit.
+Heads are trained one after another, because they share no work: so memory holds one, and none depends on the others, to the
+last bit.
 """
 
 from __future__ import annotations
@@ -57,21 +57,32 @@ def train_retrieval(
     arithmetic: Arithmetic,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> list[HeadResult]:
-    """Train len(folds) x len(seeds) heads; results are sorted by fold and seed.
+    """Train len(folds) x len(seeds) heads.
 
-    `embeddings` (crops, dim), `captions` one or more a clip, `clip_of_crop` (crops,); folds have crop numbers. Without a
-    `vocabulary` each fold's is trained on the captions of its training clips. A training example is a crop with one
-    caption of its clip. The chosen epoch is the first with the largest mean of both recalls at 1 in validation.
+    A training example is a crop with one caption of its clip. The chosen epoch is the first with the largest mean of both
+    recalls at 1 in validation.
 
     Corrected: cosine in training, pairs of one clip are not each other's negatives, and an example to score is a clip, its
     vector the mean of its crops' normalised vectors. X-ARES's: dot products in training, every other pair is a negative,
     and an example to score is a crop with its own copies of its clip's captions.
 
-    With `Settings`, every head is trained at one rate for so many epochs. With a `Sweep`, embeddings are standardised by the
-    crops that the fold trains on, and rates and epochs are chosen on the validation clips.
+    Args:
+        embeddings: (crops, dim).
+        captions: One or more per clip.
+        clip_of_crop: (crops,).
+        folds: Crop numbers.
+        settings: With `Settings`, every head trains at one rate for a fixed number of epochs. With a `Sweep`, embeddings are
+            standardised by the fold's training crops, and rates and epochs are chosen on the validation clips.
+        seeds: One head each per fold.
+        vocabulary: If None, each fold's is trained on the captions of its training clips.
+        arithmetic: See above.
+        on_epoch: Called each time another 1/epochs of all training is done; of a sweep, 1/steps.
 
-    `predictions` is what `recalls` gives, (examples, 7). `on_epoch` is called each time another 1/epochs of all the training
-    is done; of a sweep, 1/steps. Raises `ScoreUndefinedError` where a head gives NaN or infinity.
+    Returns:
+        Results sorted by fold and seed; `predictions` are the `recalls` of the examples, (examples, 7).
+
+    Raises:
+        ScoreUndefinedError: A head gives NaN or infinity.
     """
     with one_thread():
         if isinstance(settings, Sweep):
@@ -117,7 +128,7 @@ def _swept(x: Tensor, pairing: _Pairing, fold: int, plan: Sweep, seeds: Sequence
 
 
 def _standardised(embeddings: npt.NDArray[np.float32], train: Indices) -> Tensor:
-    """By mean and deviation of the rows `train`, then each row normalised."""
+    """Standardise by mean and deviation of the rows `train`, then normalise each row."""
     with np.errstate(invalid="ignore", over="ignore"), pool_of(1) as pool:
         standardisation = Standardisation.of(MatrixRows(embeddings, train, embeddings[:, :0]), pool)
         if not standardisation.finite:
@@ -126,7 +137,7 @@ def _standardised(embeddings: npt.NDArray[np.float32], train: Indices) -> Tensor
 
 
 class _Pairing:
-    """Which captions belong to which crops of a fold. A text is the number of a caption among the fold's different ones."""
+    """The captions of a fold's crops. A text is the number of a caption among the fold's distinct captions."""
 
     def __init__(
         self,
@@ -151,7 +162,7 @@ class _Pairing:
         self._tokens_of_text = np.split(positions, np.cumsum([len(tokens) for tokens in encoded])[:-1])
 
         texts = self.texts_of(rows.train)
-        self.train_crops = np.repeat(rows.train, [len(found) for found in texts])
+        self.train_crops = np.repeat(rows.train, [len(of_crop) for of_crop in texts])
         self.train_texts = np.concatenate(texts)
 
     def texts_of(self, crops: Indices) -> list[Indices]:
@@ -159,14 +170,14 @@ class _Pairing:
         return [self._texts_of_clip[clip] for clip in self.clip_of_crop[crops].tolist()]
 
     def packed(self, texts: Indices) -> tuple[Tensor, Tensor]:
-        """Tokens of some texts as `RetrievalHead.text` wants them: one text after another, and where each starts."""
+        """Tokens of some texts in the form of `RetrievalHead.text`: one text after another, and the start of each."""
         tokens = [self._tokens_of_text[text] for text in texts]
         starts = np.cumsum([0, *(len(part) for part in tokens[:-1])])
         return torch.from_numpy(np.concatenate(tokens)), torch.from_numpy(starts)
 
 
 class _Learner:
-    """One head, while it is trained."""
+    """One head in training."""
 
     def __init__(
         self, x: Tensor, pairing: _Pairing, batch_size: int, rng: np.random.Generator, rate: float = math.nan
@@ -189,7 +200,7 @@ class _Learner:
             self._adam.step()
 
     def _loss(self, crops: Indices, texts: Indices) -> Tensor:
-        """Of pairs of a crop and a text."""
+        """The loss of pairs of a crop and a text."""
         pairing = self._pairing
         audio = self._head.audio(self._x[torch.from_numpy(crops)])
         text = self._head.text(*pairing.packed(texts))
@@ -206,14 +217,14 @@ class _Learner:
 
     @torch.inference_mode()
     def _valid_loss(self) -> float:
-        """Mean over the pairs, in as many batches as training would make of them."""
+        """Mean over the pairs, in as many batches as in training."""
         crops = self._pairing.rows.valid
         if not len(crops):
             return math.nan
         texts = self._pairing.texts_of(crops)
-        pairs = np.repeat(crops, [len(own) for own in texts]), np.concatenate(texts)
+        pairs = np.repeat(crops, [len(of_crop) for of_crop in texts]), np.concatenate(texts)
         batches = -(-len(pairs[0]) // self._batch_size)
-        # Every so-manieth pair: the captions of a clip, which are no negatives of each other, come in different batches.
+        # A batch takes every n-th pair, so that captions of one clip, which are not each other's negatives, are apart.
         losses = [
             float(self._loss(pairs[0][batch::batches], pairs[1][batch::batches])) * len(pairs[0][batch::batches])
             for batch in range(batches)
@@ -225,7 +236,7 @@ class _Learner:
             kept.copy_(parameter.detach())
 
     def save(self) -> None:
-        """Nothing: a training is short."""
+        """Keep no checkpoint: a training is short."""
 
     def finish(self) -> None:
         with torch.no_grad():
@@ -235,15 +246,15 @@ class _Learner:
         self._adam, self._best = None, []
 
     def score(self, rows: Indices) -> float:
-        _, found = self._predict(rows)
-        return float(recall_both_ways(np.array([*found[:, :3].sum(axis=0), len(found)], np.float64)))
+        _, ranked = self._predict(rows)
+        return float(recall_both_ways(np.array([*ranked[:, :3].sum(axis=0), len(ranked)], np.float64)))
 
     def predict(self) -> tuple[Indices, Indices]:
         return self._predict(self._pairing.rows.test)
 
     @torch.inference_mode()
     def _predict(self, crops: Indices) -> tuple[Indices, Indices]:
-        """(examples, what `recalls` gives of them) for some crops."""
+        """The examples of some crops, and their `recalls`."""
         pairing = self._pairing
         owners = pairing.clip_of_crop[crops] if pairing.corrected else crops
         examples, first, places = np.unique(owners, return_index=True, return_inverse=True)
@@ -256,7 +267,7 @@ class _Learner:
         unique, columns = np.unique(np.concatenate(texts), return_inverse=True)
         parts = [unique[start : start + _ROWS_AT_ONCE] for start in range(0, len(unique), _ROWS_AT_ONCE)]
         text = torch.cat([_directions(self._head.text(*pairing.packed(part))) for part in parts])
-        counts = np.array([len(found) for found in texts])
+        counts = np.array([len(of_example) for of_example in texts])
         return examples, recalls(normalize(audio), text, columns, counts)
 
 
@@ -266,13 +277,20 @@ def _directions(vectors: Tensor) -> Tensor:
 
 
 def recalls(audio: Tensor, text: Tensor, columns: Indices, counts: Indices) -> Indices:
-    """How many captions find their clip, and whether the clip finds one of them, among all clips and all captions.
+    """How many captions rank their clip first, and whether the clip ranks one of them first, among all clips and captions.
 
-    `audio` (clips, dim) and `text` (texts, dim) are unit vectors. A caption's vector is a row of `text`, given by `columns`
-    (captions,); the captions of the first clip come first, `counts` (clips,) of each. Gives int64 (clips, 7): [captions that
-    rank the clip first, captions, 1 if the clip ranks one of them first, then the first and the last of these for ranks up
-    to 5 and up to 10]. Of equally similar clips or captions the earlier comes first, as in a stable sort: where all are
-    alike, only the first clip is found.
+    Of equally similar clips or captions the earlier ranks first, as in a stable sort: if all are alike, only the first clip
+    is recalled.
+
+    Args:
+        audio: (clips, dim) unit vectors.
+        text: (texts, dim) unit vectors.
+        columns: (captions,) the row of each caption in `text`, the captions of the first clip first.
+        counts: (clips,) captions of each clip.
+
+    Returns:
+        int64 (clips, 7): captions that rank the clip first, captions, 1 if the clip ranks one of them first; then the first
+        and the last of these for ranks up to 5, and up to 10.
     """
     clips, captions = len(audio), len(columns)
     ends = np.cumsum(counts)
@@ -294,17 +312,19 @@ def recalls(audio: Tensor, text: Tensor, columns: Indices, counts: Indices) -> I
         # Equal captions share a row of `text`, so they are exactly equally similar.
         similarities = (audio[part] @ text.T)[:, places]
         low, high = firsts[start], ends[part][-1]
-        mine = similarities.numpy()[owners[low:high] - start, np.arange(low, high)]
-        best = torch.from_numpy(np.maximum.reduceat(mine, firsts[part] - low))
+        own_captions = similarities.numpy()[owners[low:high] - start, np.arange(low, high)]
+        best = torch.from_numpy(np.maximum.reduceat(own_captions, firsts[part] - low))
         to_text[part] = _ranks(similarities, best[:, None], torch.from_numpy(firsts[part])[:, None])
 
-    found = [(np.add.reduceat(to_audio < rank, firsts, dtype=np.int64), (to_text < rank).astype(np.int64)) for rank in RANKS]
-    (captions_first, clip_first), *further = found
+    within = [
+        (np.add.reduceat(to_audio < rank, firsts, dtype=np.int64), (to_text < rank).astype(np.int64)) for rank in RANKS
+    ]
+    (captions_first, clip_first), *further = within
     return np.stack([captions_first, counts, clip_first, *(column for pair in further for column in pair)], axis=1)
 
 
 def _ranks(similarities: Tensor, reference: Tensor, before: Tensor) -> Indices:
-    """For each row, how many columns are above its reference, or are equal to it and come before a column."""
+    """For each row, the number of columns above its reference, or equal to it and before column `before`."""
     earlier = torch.arange(similarities.shape[1]) < before
     ranks: Indices = ((similarities > reference) | (similarities == reference) & earlier).sum(dim=1).numpy()
     return ranks

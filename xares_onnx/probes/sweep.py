@@ -1,7 +1,7 @@
-"""Heads without an optimum: trained at several learning rates, each until it gets no better on the selection clips.
+"""Heads without an optimum: trained at several learning rates, each until it stops improving on the selection clips.
 
-The first seed's head is trained at every rate and chooses one for its fold; the other seeds are trained at that. A sweep by
-every seed would cost as many trainings as seeds times rates, to choose among the same rates on the same few clips. Each
+The first seed's head is trained at every rate and chooses one for its fold; the other seeds are trained at that rate. A
+sweep by every seed would cost seeds times rates trainings, to choose among the same rates on the same few clips. Each
 training stops on its own.
 """
 
@@ -21,12 +21,12 @@ from .tuning import Convergence, Trial, Tuning
 
 @dataclass(frozen=True)
 class Sweep:
-    """How heads are swept: constant learning `rates`, ascending, and when each training stops.
+    """The constant learning `rates` of a sweep, ascending, and when each training stops.
 
-    A training ends after `patience` epochs in which neither the score nor the loss on the selection clips was better than
-    ever (a CTC head writes nothing for a while, though its loss falls), with an output or a loss that is not finite, or
-    after `epochs`. The best epoch, and then the best rate, is that of the highest score; of equal ones that of the lowest
-    loss; of equals the first, and the lower rate. Without selection clips the rate in the middle is taken, and all `epochs`.
+    A training ends after `patience` epochs without a new best score or a new lowest loss on the selection clips (a CTC head
+    writes nothing for a while, though its loss falls), at an output or a loss that is not finite, or after `epochs`. The
+    best epoch, and then the best rate, has the highest score; of equal ones the lowest loss; of equals it is the first, and
+    the lower rate. Without selection clips the middle rate is taken, with all `epochs`.
     """
 
     rates: tuple[float, ...]
@@ -36,14 +36,14 @@ class Sweep:
 
     @property
     def steps(self) -> int:
-        """Epochs of all rates; what `Clock` counts up to."""
+        """Epochs of all rates; `Clock` counts up to this number."""
         return len(self.rates) * self.epochs
 
 
 class Clock:
-    """Tells `on_epoch` how many of a sweep's `steps` all its trainings are worth so far.
+    """Reports the progress of all trainings to `on_epoch`, in the sweep's `steps`.
 
-    A training that stops early is worth all its epochs.
+    A training that stops early counts with all its epochs.
     """
 
     def __init__(self, plan: Sweep, folds: int, seeds: int, on_epoch: OnEpoch) -> None:
@@ -52,13 +52,14 @@ class Clock:
         self._before, self._steps = 0, 0
 
     def epoch_ended(self, epoch: int) -> None:
-        """Of the training in progress."""
+        """Report that an epoch of the training in progress ended, counted from 1."""
         steps = (self._before * self._plan.epochs + epoch) * self._plan.steps // (self._trainings * self._plan.epochs)
         if steps > self._steps:
             self._steps = steps
             self._on_epoch(steps)
 
     def trainings_ended(self, count: int = 1) -> None:
+        """Report that so many trainings ended, or will not be needed."""
         self._before += count
         self.epoch_ended(0)
 
@@ -67,14 +68,14 @@ class Learner(Protocol):
     """One head, while it is trained at one rate."""
 
     epoch: int
-    """The last that was trained; not 0 if an interrupted training goes on."""
+    """The last trained epoch; above 0 from the start if it resumes an interrupted training."""
     selection: Selection
 
     def train(self) -> None:
-        """One epoch."""
+        """Train one epoch."""
 
     def selected(self) -> tuple[float, float]:
-        """Score and mean loss of the present weights on the selection clips, nan without any.
+        """Score and mean loss of the present weights on the selection clips; nan without any.
 
         Raises `ScoreUndefinedError` if an output is not finite.
         """
@@ -83,13 +84,13 @@ class Learner(Protocol):
         """Remember the present weights as the best."""
 
     def save(self) -> None:
-        """Write what is needed to go on after this epoch, if anything is to be written."""
+        """Write a checkpoint after this epoch, for heads that keep one."""
 
     def finish(self) -> None:
-        """Put the best weights in place, and let go of what only training needs."""
+        """Restore the best weights, and free the memory that only training needs."""
 
     def score(self, rows: Indices) -> float:
-        """Of the present weights on some rows, higher is better; nan if it is not defined."""
+        """Score of the present weights on some rows; higher is better, nan if it is not defined."""
 
     def predict(self) -> tuple[Indices, Any]:
         """Test examples and predictions by the present weights, as in `HeadResult`."""
@@ -101,16 +102,16 @@ def swept(
     """Train the heads of one fold, by ascending seed. At most two learners exist at a time.
 
     Args:
-        make: A fresh learner of a seed, to be trained at a rate.
+        make: Makes a fresh learner from a seed and a rate.
         fold: Number of the fold.
-        rows: Of the fold.
+        rows: Rows of the fold.
         seeds: At least one; the smallest chooses the rate.
-        plan: What is tried.
+        plan: Rates to try, and when a training stops.
         clock: Shared by all folds.
 
     Raises:
-        ScoreUndefinedError: No rate gives a head with finite outputs, or the head at the chosen rate has others on the
-            test rows.
+        ScoreUndefinedError: No rate gives a head with finite outputs, or the head at the chosen rate gives NaN or infinity
+            on the test rows.
     """
     first, *others = sorted(seeds)
     rates = plan.rates if len(rows.valid) else (plan.rates[len(plan.rates) // 2],)
@@ -139,7 +140,7 @@ def swept(
 
 
 def _train(learner: Learner, rows: Rows, plan: Sweep, clock: Clock) -> bool:
-    """Train to the end, and tell whether that was the most epochs."""
+    """Train to the end; returns whether the last epoch allowed was reached while the head still improved."""
     selects, finite = len(rows.valid) > 0, True
     while finite and learner.epoch < plan.epochs:
         if selects and learner.epoch - learner.selection.improved >= plan.patience:
@@ -164,14 +165,16 @@ def _train(learner: Learner, rows: Rows, plan: Sweep, clock: Clock) -> bool:
 def _trial(learner: Learner, rate: float, rows: Rows) -> Trial:
     if not learner.selection.epoch:
         return Trial(setting=rate, selection=None, test=None)
-    return Trial(setting=rate, selection=_known(learner.selection.score), test=_known(_score(learner, rows.test)))
+    return Trial(
+        setting=rate, selection=_finite_or_none(learner.selection.score), test=_finite_or_none(_score(learner, rows.test))
+    )
 
 
 def _result(
     learner: Learner, fold: int, seed: int, rows: Rows, rate: float, trials: list[Trial], limit_reached: bool
 ) -> HeadResult:
     selection = learner.selection
-    # As many as selection has, so that the two are alike: how many clips there are to confuse decides a recall.
+    # As many rows as selection has, so that the two scores compare: a recall depends on the number of clips to confuse.
     count = min(len(rows.valid) or len(rows.test), len(rows.train))
     trained = rows.train[np.linspace(0, len(rows.train) - 1, count).astype(np.int64)]
     tuning = Tuning(
@@ -179,7 +182,7 @@ def _result(
         tried=trials,
         chosen=[rate],
         convergence=Convergence(iterations=selection.epoch, limit_reached=limit_reached),
-        train=_known(_score(learner, trained)),
+        train=_finite_or_none(_score(learner, trained)),
     )
     return HeadResult(fold, seed, *learner.predict(), selection.epoch, selection.score, tuning)
 
@@ -191,5 +194,5 @@ def _score(learner: Learner, rows: Indices) -> float:
         return math.nan
 
 
-def _known(score: float) -> float | None:
+def _finite_or_none(score: float) -> float | None:
     return score if math.isfinite(score) else None

@@ -1,7 +1,7 @@
-"""What the training of every head shares: who trains, the learning rate, the choice of the epoch, what comes out.
+"""Shared by the training of every head: rows, learning rate, generator, the choice of the epoch, the result.
 
 The arithmetic by `Settings` is X-ARES's: Adam without weight decay, epoch e of N at lr x (0.55 + 0.45 cos(pi (e-1)/N)), the
-last short batch kept, and the first strict maximum of the validation score chosen. `sweep` has the other one.
+last short batch kept, and the first strict maximum of the validation score chosen. Heads of `corrected` follow `sweep`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RUNAWAY = "the trained head gives NaN or infinity, so there is no score; the emb
 
 
 class Settings(Protocol):
-    """What a task says of the training of its head (`task.Head`)."""
+    """A task's settings for the training of its head (`task.Head`)."""
 
     @property
     def epochs(self) -> int: ...
@@ -39,7 +39,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Row numbers of one fold: crops where a head sees pooled vectors, clips where it sees frames."""
+    """Row numbers of one fold: crops for heads on pooled vectors, clips for heads on frames."""
 
     train: Indices
     valid: Indices
@@ -50,8 +50,8 @@ class Rows:
 class HeadResult:
     """One head's predictions for the fold's test `examples` (sorted, unique), and how it was chosen.
 
-    `predictions` has a row an example; what a row is depends on the kind of head. `valid_score` is nan where the fold has no
-    validation rows: the last epoch was taken.
+    `predictions` has a row per example; a row's content depends on the kind of head. `valid_score` is nan if the fold has no
+    validation rows: then the last epoch was chosen.
     """
 
     fold: int
@@ -74,7 +74,7 @@ class Selection:
         self.lowest_loss, self.improved = math.inf, 0
 
     def better(self, score: float, epoch: int, loss: float = 0.0) -> bool:
-        """Whether this epoch is to be kept instead of the one before."""
+        """Whether this epoch replaces the best one so far."""
         if loss < self.lowest_loss:
             self.lowest_loss, self.improved = loss, epoch
         if not math.isnan(score) and not (score, -loss) > (self.score, -self.loss):
@@ -93,26 +93,21 @@ def learning_rate(epoch: int, epochs: int, base: float) -> float:
 
 
 def generator(seed: int, fold: int) -> np.random.Generator:
-    """Where every draw of one head comes from: first its weights, then the order of its rows in every epoch."""
+    """The generator of all draws of one head: first its weights, then the order of its rows in every epoch."""
     return np.random.default_rng([seed, fold])
 
 
-def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float) -> Tensor:
-    """float32 values within `bound` of 0, as torch draws the weights of a layer."""
-    return torch.from_numpy(rng.uniform(-bound, bound, shape)).float()
-
-
 def check_finite(outputs: Tensor) -> None:
-    """`ScoreUndefinedError` where a head gives NaN or infinity: whatever is made of those is no score."""
+    """Raise `ScoreUndefinedError` if a head gives NaN or infinity."""
     if not bool(torch.isfinite(outputs).all()):
         raise ScoreUndefinedError(RUNAWAY)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The products are small: threads that wait for each other on a busy machine cost up to ten times the work.
+    """Run torch on one thread, so that the result does not depend on their number.
 
-    Nor may the result depend on the number of threads.
+    The products are small: on a busy machine, threads that wait for each other cost up to ten times the work.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

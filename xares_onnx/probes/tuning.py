@@ -1,4 +1,4 @@
-"""How a head's one free setting was chosen: what was tried, what was taken, and whether the fit came to its end."""
+"""How a head's one free setting was chosen: the values tried, the value chosen, and whether the fit converged."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def remarks(tuning: Tuning) -> list[str]:
-    """What a reader of the score must know: a fit that did not come to its end, a choice at the end of the grid.
+    """Notes for a reader of the score: a fit that did not converge, a choice at the end of the grid.
 
-    An end that inner settings equal is chosen by the loss alone, as where selection has every clip right: it needs no note.
+    If inner settings score as high as an end, the loss alone chose it, as when every selection clip is right: that needs no
+    note.
     """
     notes = []
     if tuning.convergence.limit_reached:
@@ -76,9 +77,9 @@ def remarks(tuning: Tuning) -> list[str]:
 
 
 def pooled(heads: Sequence[Tuning]) -> Tuning:
-    """The tuning of a task from those of its heads, which all tried the same settings.
+    """Pool the tunings of a task's heads, which all tried the same settings.
 
-    Scores are means over heads, of those that have one; the convergence is the worst of any head.
+    Scores are means over the heads that have one; the convergence is that of the worst head.
     """
     first = heads[0]
     return Tuning(

@@ -1,7 +1,7 @@
-"""Text to token numbers as BERT (uncased) does it: lower case, no accents, punctuation apart, words in pieces.
+"""Text to token numbers as BERT (uncased) tokenizes: lower case, no accents, punctuation apart, words in pieces.
 
-A word is cut into the longest piece that starts it, then the longest that continues it; one that the pieces cannot spell is
-[UNK]. Every text lies between [CLS] and [SEP].
+A word is cut into the longest piece that starts it, then the longest that continues it; a word that the pieces cannot spell
+is [UNK]. Every text lies between [CLS] and [SEP].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CONTINUES = "##"
 
 
 class WordPiece:
-    """A vocabulary and its tokenizer. `size` is the number of tokens, `digest` the sha256 of them in order, a line each."""
+    """A vocabulary and its tokenizer. `size` is the number of tokens, `digest` the sha256 of their lines in order."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         """`tokens` in the order of their numbers, each once, with [PAD], [UNK], [CLS] and [SEP] among them."""
@@ -38,10 +38,10 @@ class WordPiece:
 
     @classmethod
     def trained(cls, captions: Iterable[str], *, size: int = 30_522) -> WordPiece:
-        """The vocabulary of some captions, whose order does not matter.
+        """Train a vocabulary on captions, whose order does not matter.
 
-        It has their characters, and pieces made by merging the pair of pieces that occurs most, until there are `size`
-        tokens or no pair occurs twice. Characters are kept even where there are more than `size` of them.
+        It has their characters, and pieces from merging the most frequent pair of pieces, until there are `size` tokens or
+        no pair occurs twice. All characters are kept, even if they are more than `size`.
         """
         texts = list(captions)
         tokenizer = _tokenizer({})
@@ -55,28 +55,28 @@ class WordPiece:
             min_frequency=2,
             show_progress=False,
             special_tokens=[*_MARKS, *(_CONTINUES + character for character in continuing)],
-            # None, that is: the hash map would also choose which of equally rare characters go.
+            # In effect no limit: with one, the hash map would also choose which of equally rare characters to drop.
             limit_alphabet=sys.maxunicode + 1,
             continuing_subword_prefix=_CONTINUES,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        found = tokenizer.get_vocab()
-        return cls(sorted(found, key=found.__getitem__))
+        numbers = tokenizer.get_vocab()
+        return cls(sorted(numbers, key=numbers.__getitem__))
 
     @classmethod
     def from_file(cls, path: Path) -> WordPiece:
-        """BERT's `vocab.txt`: a token a line, numbered from 0. `UsageError` where the file is none."""
+        """Read BERT's `vocab.txt`: a token per line, numbered from 0. Raises `UsageError` for any other file."""
         name = f"the vocabulary {printable(str(path))}"
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise UsageError(f"{name} is not text; give BERT's vocab.txt, with one token a line") from None
+            raise UsageError(f"{name} is not text; give BERT's vocab.txt, with one token per line") from None
         except OSError as error:
             raise UsageError(f"{name} cannot be read: {error.strerror}; give BERT's vocab.txt") from None
         tokens = text.removesuffix("\n").split("\n")
         counts = Counter(tokens)
         if missing := [mark for mark in _MARKS if mark not in counts]:
-            raise UsageError(f"{name} has no {', '.join(missing)}; give BERT's vocab.txt, with one token a line")
+            raise UsageError(f"{name} has no {', '.join(missing)}; give BERT's vocab.txt, with one token per line")
         token, count = counts.most_common(1)[0]
         if count > 1:
             raise UsageError(
@@ -85,7 +85,7 @@ class WordPiece:
         return cls(tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers, at least those of [CLS] and [SEP]; a mark that is spelt out in the text is read as text."""
+        """Token numbers, between those of [CLS] and [SEP]; a mark spelt out in the text is read as text."""
         return [self._start, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._end]
 
 

@@ -1,4 +1,4 @@
-"""From a task's shards to arrays: what is to be embedded, and what of it a head can be trained on."""
+"""A task's embedded shards to arrays: the clips that a head can be trained and tested on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from ..embedding.store import EmbeddedShard
 from ..errors import DataError, LabelError, printable
 from .folds import Indices
 
-MIN_GROUPED_SHARE = 0.9  # of the clips; where fewer tell their group, the keys are not those that the task means
+MIN_GROUPED_SHARE = (
+    0.9  # of the clips; if fewer name their group, the keys are probably not of the form that the task expects
+)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """The usable clips of a task. `keys` are unique over all shards; `parts` are clip indices.
 
-    `labels` has what the task's target makes of each clip's json. `frames` and `times` hold, for a task that needs them,
-    each clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds. `groups` names for each
-    clip what must not be split, such as its speaker, if the task says so and at least 90 % of the clips tell; those that do
-    not tell are groups of their own. `group_note` says if too few tell.
+    `labels` has each clip's json as the task's target encodes it. `frames` and `times` hold, for a task that needs them,
+    each clip's frames (frames, dim), mapped from the store, and their centres (frames,) in seconds. `groups` names each
+    clip's group, such as its speaker, which no division should split: if the task has groups and at least 90 % of the clips
+    name theirs. The others are groups of their own. `group_note` says that too few name one.
     """
 
     embeddings: npt.NDArray[np.float32]  # (crops, dim)
@@ -40,7 +42,7 @@ class Dataset:
     clips: Clips
     audio_seconds: float
     damage: list[str]
-    limited: bool = False  # to a few clips a part, by --limit
+    limited: bool = False  # to a few clips per part, by --limit
     seconds: list[float] = field(default_factory=list)
     frames: list[npt.NDArray[Any]] = field(default_factory=list)
     times: list[npt.NDArray[np.float64]] = field(default_factory=list)
@@ -55,13 +57,22 @@ class Dataset:
         return np.unique(self.groups, return_inverse=True)[1].astype(np.int64)
 
     def crops_of(self, clips: Indices) -> Indices:
+        """The crops of some clips, ascending."""
         wanted = np.zeros(len(self.keys), bool)
         wanted[clips] = True
         return np.flatnonzero(wanted[self.clip_of_crop])
 
 
 def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
-    """Put the shards together; a clip whose label is not of the task's vocabulary is one more named drop."""
+    """Concatenate a task's shards; a clip with a label outside the task's vocabulary is one more named drop.
+
+    Args:
+        data: The task, its parts, and which clips are selected.
+        shards: Embeddings of every shard, by its path.
+
+    Returns:
+        The clips of all shards, in the order of `shards`.
+    """
     matrices: list[npt.NDArray[np.float32]] = []
     owners: list[Indices] = []
     labels: list[Any] = []
@@ -127,21 +138,21 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
 
 
 def _usable_groups(task: Task, keys: list[str], groups: list[str | None]) -> tuple[list[str] | None, str | None]:
-    """The group of each clip, or why the task's are not used."""
+    """The group of each clip, or a note that too few clips have one."""
     if task.data.group is None:
         return None, None
     grouped = len(groups) - groups.count(None)
     if grouped < MIN_GROUPED_SHARE * len(groups):
         named = repr(task.data.group)
-        what = f"a key of the form {named}" if "{group}" in task.data.group else f"{named} in their json"
+        source = f"a key of the form {named}" if "{group}" in task.data.group else f"{named} in their json"
         return None, (
-            f"only {grouped} of {len(groups)} clips have {what}, which names their group, so clips are taken one by one"
+            f"only {grouped} of {len(groups)} clips have {source}, which names their group, so clips are taken one by one"
         )
     return [key if group is None else group for key, group in zip(keys, groups, strict=True)], None
 
 
 def check_drops(dataset: Dataset) -> None:
-    """`DataError` where so much is lost that the score would not be that of the data set."""
+    """Raise `DataError` if so many clips are lost that the score would not be that of the data set."""
     lost, expected = len(dataset.clips.dropped), dataset.clips.expected
     remedy = "repair the data, or accept the loss by --allow-drops"
     if dataset.damage:

@@ -1,4 +1,4 @@
-"""The two protocols' choices (DESIGN section 6), and who trains, selects and is tested in every fold."""
+"""Which clips train, select and test in every fold, by either protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CROSS_VALIDATION_FOLDS = 5
 
 @dataclass(frozen=True)
 class Fold:
-    """Clip indices of one fold. kNN has nothing to select, so it searches `train` and, held out of it, `held_out`."""
+    """Clip indices of one fold. `held_out` are training clips held out for selection; a kNN searches them too."""
 
     name: str
     train: Indices
@@ -38,12 +38,22 @@ def make_folds(
     strata: Indices,
     groups: Sequence[str] | None = None,
 ) -> tuple[list[Fold], list[str]]:
-    """The folds of a task, and what must be said about them.
+    """Divide a task's clips into folds.
 
-    `parts` holds clip indices by split or fold name, `shards_of_part` the content digests of their shards, `keys` and
-    `strata` are those of every clip: each stratum, such as a class, is divided in the same proportion. So are `groups`, the
-    names of what must not be split, such as a speaker: official splits and folds stay as they are, and what they split is
-    said.
+    Official splits and folds stay as they are. `corrected` cross-validates if train and test share clips, and holds training
+    clips out for selection if there are no selection clips of their own. Each stratum is divided in the same proportion.
+
+    Args:
+        protocol: Decides which clips may select.
+        task: Says whether its parts are folds or splits.
+        parts: Clip indices by split or fold name.
+        shards_of_part: Content digests of the shards of each split, by which shared clips are recognised.
+        keys: Key of every clip; draws are made by its hash.
+        strata: (clips,) the stratum of every clip, such as its class.
+        groups: Name of every clip's group, such as its speaker, which a division should keep whole.
+
+    Returns:
+        The folds, and notes for the record: how clips were divided, and which groups a division splits.
     """
     folds, notes = _folds(protocol, task, parts, shards_of_part, keys, strata, groups)
     if groups is not None:
@@ -90,8 +100,8 @@ def _folds(
     if "valid" in parts and not shards["valid"] & (shards["test"] | shards["train"]):
         return [Fold("test", train, official, test, held_out=train[:0])], []
     train, valid = hold_out(train, keys, strata, groups)
-    why = "valid and test share clips" if shards["valid"] & shards["test"] else "there is no validation split of its own"
-    note = f"{why}, so {len(valid)} of {len(train) + len(valid)} training clips are held out for selection"
+    reason = "valid and test share clips" if shards["valid"] & shards["test"] else "there is no validation split of its own"
+    note = f"{reason}, so {len(valid)} of {len(train) + len(valid)} training clips are held out for selection"
     return [Fold("test", train, valid, test, held_out=valid)], [note]
 
 
@@ -100,7 +110,7 @@ def hold_out(
 ) -> tuple[Indices, Indices]:
     """(train, valid): one clip in ten, stratified, chosen by key hash. A stratum's only clip stays in training.
 
-    With `groups`, the names of what must not be split, whole groups are held out, as near to one clip in ten as they allow.
+    With `groups`, a name for each clip, whole groups are held out, as near to one clip in ten as they allow.
     A stratum's only group stays in training. If the groups leave nothing to hold out, clips are chosen one by one.
     """
     if groups is not None and len(valid := _held_groups(clips, strata, groups)):
@@ -117,9 +127,9 @@ def cross_validation(
 ) -> list[Fold]:
     """Five folds of equal size, stratified, chosen by a seeded key hash.
 
-    With `groups`, the names of what must not be split, folds are made of whole groups, as equal as these allow, and of fewer
-    than five groups each is a fold. If one group has all clips, or most strata lie in one group each and could not be both
-    trained and tested, clips are chosen one by one.
+    With `groups`, a name for each clip, folds consist of whole groups and are as equal as these allow; fewer than five
+    groups make a fold each. If one group has all clips, or most strata lie in one group each and could not be both trained
+    and tested, clips are chosen one by one.
     """
     salt = "cross-validation/0/"
     tests = _tested_groups(clips, strata, groups, salt) if groups is not None else []
@@ -143,7 +153,7 @@ def _by_stratum_and_hash(clips: Indices, keys: Sequence[str], strata: Indices, s
 class _Groups:
     """The groups of some clips, the larger ones first and equal ones by hash, with the clips that each has of a stratum.
 
-    A last stratum has all clips, so that what is even in the strata is even in size too.
+    A last stratum has all clips, so that groups are spread evenly in size too.
     """
 
     def __init__(self, clips: Indices, strata: Indices, groups: Sequence[str], salt: str) -> None:
@@ -159,28 +169,28 @@ class _Groups:
         self.counts: list[tuple[Indices, npt.NDArray[np.float64]]] = []  # of each group: strata, and clips in each
         groups_of_stratum = np.zeros(everything, np.int64)
         for member in self.members:
-            its, numbers = np.unique([position[clip] for clip in member.tolist()], return_counts=True)
-            groups_of_stratum[its] += 1
-            self.counts.append((np.append(its, everything), np.append(numbers, len(member)).astype(np.float64)))
-        self.alone = [bool((groups_of_stratum[its[:-1]] == 1).any()) for its, _ in self.counts]
+            present, numbers = np.unique([position[clip] for clip in member.tolist()], return_counts=True)
+            groups_of_stratum[present] += 1
+            self.counts.append((np.append(present, everything), np.append(numbers, len(member)).astype(np.float64)))
+        self.alone = [bool((groups_of_stratum[present[:-1]] == 1).any()) for present, _ in self.counts]
         """Whether a group holds all clips of a stratum."""
         several = self.totals[:-1] > 1
         self.classes_apart = float(np.mean(groups_of_stratum[several] == 1)) if several.any() else 0.0
         """Share of the strata of several clips whose clips are all of one group."""
 
     def spread(self, chosen: Sequence[int], bins: int) -> list[list[int]]:
-        """The groups `chosen` in so many bins, each group where it makes the strata most even.
+        """Distribute the groups `chosen` over `bins`, each to the bin in which it makes the strata most even.
 
-        What is kept small is the sum over bins and strata of (clips - expected)^2 / expected, of which a group adds
-        clips (2 present + clips) / expected to the one that depends on the bin.
+        Unevenness is the sum over bins and strata of (clips - expected)^2 / expected. A group adds
+        clips (2 present + clips) / expected to the part of it that depends on the bin.
         """
         present = np.zeros((bins, len(self.totals)))
         contents: list[list[int]] = [[] for _ in range(bins)]
         for group in chosen:
-            its, numbers = self.counts[group]
-            added = ((2 * present[:, its] + numbers) * numbers / self.totals[its]).sum(axis=1)
+            stratum, numbers = self.counts[group]
+            added = ((2 * present[:, stratum] + numbers) * numbers / self.totals[stratum]).sum(axis=1)
             best = int(added.argmin())
-            present[best, its] += numbers
+            present[best, stratum] += numbers
             contents[best].append(group)
         return contents
 
@@ -190,11 +200,11 @@ class _Groups:
 
 def _held_groups(clips: Indices, strata: Indices, groups: Sequence[str]) -> Indices:
     """Clips of whole groups, about one clip in ten; none if no group can be held out, or less than half of that."""
-    of = _Groups(clips, strata, groups, salt="")
+    all_groups = _Groups(clips, strata, groups, salt="")
     wanted = len(clips) / VALID_SHARE
-    movable = [group for group in range(len(of.members)) if not of.alone[group]]
-    small = [group for group in movable if len(of.members[group]) <= 1.5 * wanted]
-    size = sum(len(of.members[group]) for group in small)
+    movable = [group for group in range(len(all_groups.members)) if not all_groups.alone[group]]
+    small = [group for group in movable if len(all_groups.members[group]) <= 1.5 * wanted]
+    size = sum(len(all_groups.members[group]) for group in small)
     if size >= wanted / 2:  # there is enough without the groups that are too large
         movable, bins = small, max(1, round(size / wanted))
     else:
@@ -203,43 +213,44 @@ def _held_groups(clips: Indices, strata: Indices, groups: Sequence[str]) -> Indi
         return clips[:0]
 
     def unevenness(content: Sequence[int]) -> tuple[bool, float]:
-        expected = of.totals / VALID_SHARE
+        expected = all_groups.totals / VALID_SHARE
         present = np.zeros(len(expected))
         for group in content:
-            its, numbers = of.counts[group]
-            present[its] += numbers
+            stratum, numbers = all_groups.counts[group]
+            present[stratum] += numbers
         return bool(present[-1] < wanted / 2), float(((present - expected) ** 2 / expected).sum())
 
-    left, held = of.totals.copy(), []
-    for group in min(of.spread(movable, bins), key=unevenness):
-        its, numbers = of.counts[group]
-        if (left[its] > numbers).all():  # a stratum keeps some training clips
-            left[its] -= numbers
+    left, held = all_groups.totals.copy(), []
+    for group in min(all_groups.spread(movable, bins), key=unevenness):
+        stratum, numbers = all_groups.counts[group]
+        if (left[stratum] > numbers).all():  # a stratum keeps some training clips
+            left[stratum] -= numbers
             held.append(group)
-    valid = of.clips_of(held) if held else clips[:0]
+    valid = all_groups.clips_of(held) if held else clips[:0]
     return valid if len(valid) >= wanted / 2 else clips[:0]
 
 
 def _tested_groups(clips: Indices, strata: Indices, groups: Sequence[str], salt: str) -> list[Indices]:
     """The test clips of each fold; none if whole groups cannot be both trained and tested on."""
-    of = _Groups(clips, strata, groups, salt)
-    if len(of.members) < 2 or of.classes_apart > 0.5:
+    all_groups = _Groups(clips, strata, groups, salt)
+    count = len(all_groups.members)
+    if count < 2 or all_groups.classes_apart > 0.5:
         return []
-    everyone = range(len(of.members))
-    return [of.clips_of(content) for content in of.spread(everyone, min(CROSS_VALIDATION_FOLDS, len(everyone)))]
+    contents = all_groups.spread(range(count), min(CROSS_VALIDATION_FOLDS, count))
+    return [all_groups.clips_of(content) for content in contents]
 
 
 def _split_officially(parts: Mapping[str, Indices], groups: Sequence[str]) -> list[str]:
-    """What is to be said of groups in both train and test, or in several folds."""
+    """A note on groups in both train and test, or in several folds; empty if there are none."""
     parts_of: dict[str, set[str]] = {}
     for part, clips in parts.items():
         for clip in clips.tolist() if part != "valid" else ():
             parts_of.setdefault(groups[clip], set()).add(part)
-    split = sorted(group for group, its in parts_of.items() if len(its) > 1)
+    split = sorted(group for group, parts_of_group in parts_of.items() if len(parts_of_group) > 1)
     if not split:
         return []
-    where = "are both in train and in test" if "train" in parts else "are in several folds"
-    return [f"{len(split)} of {len(parts_of)} groups, such as {split[0]!r}, {where}: scores may be too high"]
+    overlap = "are both in train and in test" if "train" in parts else "are in several folds"
+    return [f"{len(split)} of {len(parts_of)} groups, such as {split[0]!r}, {overlap}: scores may be too high"]
 
 
 def _share_groups(some: Indices, others: Indices, groups: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
-"""Outcomes to a score: what is kept of each clip, what follows from it, its spread over folds and seeds, its interval.
+"""Outcomes to a score: the kept predictions, their score, its spread over folds and seeds, its interval.
 
-A score is a function of the kept predictions alone, so that what is stored beside a result can be scored again.
+A score is a function of the kept predictions alone, so the predictions stored beside a result can be scored again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .protocol import Protocol
 
 @dataclass(frozen=True)
 class Scored:
+    """A method's score on a task, and everything that goes into its record."""
+
     score: float
     ci95: tuple[float, float] | None
     metrics: dict[str, float]
@@ -32,15 +34,24 @@ class Scored:
     per_seed: list[float]
     n_test: int
     estimate: Estimate
-    test_groups: int | None  # that are resampled whole; None where clips are
-    predictions: Predictions  # one row an example and seed
-    tuning: Tuning | None  # of the heads of all folds and seeds together; a kNN has none
+    test_groups: int | None  # that are resampled whole; None if clips are
+    predictions: Predictions  # one row per example and seed
+    tuning: Tuning | None  # pooled over the heads of all folds and seeds; None for a kNN
 
 
 def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
-    """Mean over folds, then over seeds; the interval resamples test clips, or groups of them, within folds.
+    """Score a method: the mean over folds, then over seeds.
 
-    Raises `ScoreUndefinedError` where a fold has no score.
+    Args:
+        kind: The task with its data and folds.
+        method: Names the generator of the interval.
+        outcomes: One per fold and seed.
+
+    Returns:
+        The score, with an interval that resamples test clips, or groups of them, within folds.
+
+    Raises:
+        ScoreUndefinedError: A fold has no score.
     """
     by_fold = [[outcome for outcome in outcomes if outcome.fold == number] for number in range(len(kind.folds))]
     predictions = _predictions(kind, by_fold)
@@ -51,7 +62,7 @@ def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
     groups = groups_of_clips(predictions)
     scale: Scale = "share" if kind.task.score.higher_is_better else "error"
     (estimate,) = estimates([scorers], generator(kind.task.name, method), groups, scale)
-    more = [kind.more(fold, mine) for fold, mine in zip(kind.folds, by_fold, strict=True)]
+    more = [kind.more(fold, of_fold) for fold, of_fold in zip(kind.folds, by_fold, strict=True)]
     metrics = {key: float(np.mean([values[key] for values in more])) for key in more[0]}
     return Scored(
         score=float(scores.mean()),
@@ -61,14 +72,14 @@ def score(kind: Kind, method: str, outcomes: Sequence[Outcome]) -> Scored:
         per_seed=[float(value) for value in scores.mean(axis=0)],
         n_test=int(sum(len(fold.test) for fold in kind.folds)),
         estimate=estimate,
-        test_groups=None if groups is None else sum(len(np.unique(of_fold)) for of_fold in groups),
+        test_groups=None if groups is None else sum(len(np.unique(fold_groups)) for fold_groups in groups),
         predictions=predictions,
         tuning=pooled(tunings) if len(tunings := [o.tuning for o in outcomes if o.tuning is not None]) else None,
     )
 
 
 def below_neighbours(kind: Kind, head: Predictions, knn: Predictions) -> str | None:
-    """What to say of a head that does worse than a kNN on the same test clips by more than chance; None of others."""
+    """A note on a head that scores worse than the kNN on the same test clips, by more than chance; None for others."""
     clips, metric = clips_of(head), kind.task.score.metric
     scorers = [scorers_of(predictions, metric, kind.protocol, clips) for predictions in (knn, head)]
     nearest, trained = estimates(scorers, generator(kind.task.name, "head"), groups_of_clips(head))
@@ -82,22 +93,27 @@ def below_neighbours(kind: Kind, head: Predictions, knn: Predictions) -> str | N
 
 
 def generator(task: str, method: str) -> np.random.Generator:
-    """What resamples the clips of a task and method: named by them, so that an interval depends on no other task."""
+    """The generator that resamples the clips of a task and method: seeded by their names alone, so tasks are independent."""
     return np.random.default_rng(list(hashlib.sha256(f"{task}/{method}".encode()).digest()))
 
 
 def clips_of(predictions: Predictions) -> dict[str, list[str]]:
-    """Keys of the test clips by fold, each once, in the order in which they are kept."""
-    found: dict[str, dict[str, None]] = {}
+    """Keys of the test clips by fold, each once, in the order of the predictions."""
+    keys_of_fold: dict[str, dict[str, None]] = {}
     for fold, key in zip(predictions["fold"].tolist(), predictions["key"].tolist(), strict=True):
-        found.setdefault(fold, {})[key] = None
-    return {fold: list(keys) for fold, keys in found.items()}
+        keys_of_fold.setdefault(fold, {})[key] = None
+    return {fold: list(keys) for fold, keys in keys_of_fold.items()}
 
 
 def groups_of_clips(predictions: Predictions, clips: Mapping[str, Sequence[str]] | None = None) -> list[Indices] | None:
-    """(clips,) by fold, the number of each clip's group, for clips as in `scorers_of`.
+    """The group of each test clip, a number, as an array (clips,) per fold.
 
-    None where no groups were kept, or a fold has fewer than two, which tell nothing of how groups differ.
+    Args:
+        predictions: As `score` keeps them.
+        clips: Keys by fold, if not all clips are meant.
+
+    Returns:
+        None if no groups were kept, or if a fold has fewer than two: these cannot show how groups differ.
     """
     if "group" not in predictions:
         return None
@@ -107,15 +123,22 @@ def groups_of_clips(predictions: Predictions, clips: Mapping[str, Sequence[str]]
         np.unique([named[fold, key] for key in keys], return_inverse=True)[1].astype(np.int64)
         for fold, keys in (clips_of(predictions) if clips is None else clips).items()
     ]
-    return by_fold if all(of_fold.max(initial=0) >= 1 for of_fold in by_fold) else None
+    return by_fold if all(groups.max(initial=0) >= 1 for groups in by_fold) else None
 
 
 def scorers_of(
     predictions: Predictions, metric: Metric, protocol: Protocol, clips: Mapping[str, Sequence[str]] | None = None
 ) -> list[Scorer]:
-    """The scorers of every fold from kept predictions; of the `clips` (keys by fold) only, in their order, if given.
+    """The scorer of every fold, from kept predictions.
 
-    Raises `KeyError`, `ValueError`, `TypeError` or `IndexError` where the arrays are not those of the metric.
+    Args:
+        predictions: As `score` keeps them.
+        metric: Metric of the task.
+        protocol: Protocol of the run.
+        clips: Keys by fold of the clips to score, in this order; all clips by default.
+
+    Raises:
+        KeyError, ValueError, TypeError, IndexError: The arrays do not belong to the metric.
     """
     kind = kind_scored_by(metric)
     columns = {name: array for name, array in predictions.items() if name not in ("key", "fold", "seed", "group")}
@@ -126,9 +149,9 @@ def scorers_of(
         clip = np.array([positions.get(key, -1) for key in predictions["key"][of_fold].tolist()], np.int64)
         seeds = []
         for seed in sorted(set(predictions["seed"][of_fold].tolist())):
-            mine = (predictions["seed"][of_fold] == seed) & (clip >= 0)
-            rows = of_fold[mine]
-            seeds.append(Kept({name: array[rows] for name, array in columns.items()}, clip[mine]))
+            of_seed = (predictions["seed"][of_fold] == seed) & (clip >= 0)
+            rows = of_fold[of_seed]
+            seeds.append(Kept({name: array[rows] for name, array in columns.items()}, clip[of_seed]))
         if any(not np.array_equal(seed.clip_of_example, seeds[0].clip_of_example) for seed in seeds):
             raise ValueError(f"the seeds of fold {fold} are of different clips")
         scorers.append(kind.scorer(seeds, len(keys), metric, protocol))
@@ -143,13 +166,13 @@ def _predictions(kind: Kind, by_fold: Sequence[Sequence[Outcome]]) -> Prediction
         for outcome in outcomes:
             n = len(outcome.examples)
             clips = kind.clips_of(outcome.examples)
-            about = {
+            identity = {
                 "key": keys[clips],
                 "fold": np.array([fold.name] * n),
                 "seed": np.full(n, outcome.seed),
                 **({} if groups is None else {"group": groups[clips]}),
             }
-            rows.append({**about, **kind.columns(outcome)})
+            rows.append({**identity, **kind.columns(outcome)})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 

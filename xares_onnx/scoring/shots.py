@@ -1,9 +1,9 @@
 """How little labelled data an encoder needs: heads on a few training clips per class, scored on the task's test clips.
 
 Each draw orders the training clips of every class by a hash of the draw's number and the clip's key, and takes the first:
-so a draw does not depend on the order of shards, two models are given the same clips, and more clips per class include the
-fewer. So few clips leave none to choose a strength on, so every head has the strength that is taken without selection clips,
-1e-3. On the synthetic suite 1e-2 and 1e-1 score no better, and less on pitch.
+so a draw does not depend on the order of shards, two models train on the same clips, and more clips per class include the
+fewer. So few clips leave none for selection, so every head has the default strength without selection clips, 1e-3. On the
+synthetic suite 1e-2 and 1e-1 score no better, and worse on pitch.
 """
 
 from __future__ import annotations
@@ -50,16 +50,23 @@ def checked_shots(counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def score_shots(
-    kind: Classes, counts: Sequence[int], on_draw: Callable[[int, int], None] = lambda done, of: None
+    kind: Classes, counts: Sequence[int], on_draw: Callable[[int, int], None] = lambda fitted, heads: None
 ) -> list[Shots]:
-    """The score with each of `counts` training clips per class, of 10 draws.
+    """The score with few training clips per class, of 10 draws.
 
     Clips are drawn from those that a fold trains on and those that it holds out, because nothing is selected. A class with
-    fewer clips gives all that it has; a count that no class of any fold reaches has no score. `on_draw` is told how many
-    heads of how many are fitted.
+    fewer clips contributes all of them; a count that no class of any fold reaches has no score.
+
+    Args:
+        kind: The task with its data and folds.
+        counts: Training clips per class.
+        on_draw: Called with the number of fitted heads, and of all.
+
+    Returns:
+        One row per count, in the order of `counts`.
     """
     sizes = [_class_sizes(kind, fold) for fold in kind.folds]
-    largest = max(int(of_fold.max()) for of_fold in sizes)
+    largest = max(int(class_sizes.max()) for class_sizes in sizes)
     possible = [count for count in counts if count <= largest]
     heads = len(possible) * DRAWS * len(kind.folds)
     fitted = 0
@@ -103,7 +110,7 @@ def _class_sizes(kind: Classes, fold: Fold) -> Indices:
 
 
 def _fewer(sizes: Sequence[Indices], count: int) -> str:
-    fewer, classes = max((int((of_fold < count).sum()), len(of_fold)) for of_fold in sizes)
+    fewer, classes = max((int((class_sizes < count).sum()), len(class_sizes)) for class_sizes in sizes)
     return f"{fewer} of {classes} classes have fewer than {count} training clips and give all they have" if fewer else ""
 
 

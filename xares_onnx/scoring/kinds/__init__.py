@@ -1,6 +1,6 @@
-"""Kinds of task: each joins a target, a head and a metric, and evaluation knows none of them by name.
+"""Kinds of task: each joins a target, a head and a metric, behind one interface for evaluation.
 
-A new kind is a target (in `targets`), a head (in `probes` and `models`) and a metric (in `metrics`), joined by a module
+A new kind is a target (in `data.targets`), a head (in `probes` and `models`) and a metric (in `metrics`), joined by a module
 here.
 """
 
@@ -33,7 +33,7 @@ def kind_of(task: Task) -> type[Kind]:
 
 
 def kind_scored_by(metric: Metric) -> type[Kind]:
-    """The class that scores by a metric; of kinds that share a metric, each scores as the others do."""
+    """The class that scores by a metric; kinds that share a metric score alike. Raises `ValueError` for an unknown one."""
     for name, metrics in METRICS.items():
         if metric in metrics:
             return KINDS[name]

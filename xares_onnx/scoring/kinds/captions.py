@@ -1,6 +1,6 @@
 """Captions: an audio and a text tower, scored by recall at 1, the mean of both directions.
 
-`corrected` has the vocabulary trained on the training captions; X-ARES has BERT's.
+`corrected` trains the vocabulary on the training captions; X-ARES has BERT's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..folds import Fold
 from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
-# Columns of a prediction: [captions that rank the example first, captions, whether one of them is ranked first], and how
-# many captions rank it, and whether it ranks one of them, within 5 and within 10.
+# Columns of a prediction: [captions that rank the example first, captions, whether it ranks one of them first]; then, within
+# 5 and within 10, how many captions rank it, and whether it ranks one of them.
 _WITHIN = {1: (0, 2), 5: (3, 4), 10: (5, 6)}
 _CAPTIONS = 1
 

@@ -17,7 +17,7 @@ from ..protocol import Protocol
 from .kind import Kept, Outcome
 from .pooled import PooledKind
 
-if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+if TYPE_CHECKING:  # torch takes seconds to import: only to train
     from ...probes import convex, linear
 
 
@@ -55,18 +55,18 @@ class Classes(PooledKind):
         return linear.Classification(self.classes[self.dataset.clip_of_crop], len(self.task.target.class_names))
 
     def search(self) -> list[Outcome]:
-        """Search every training clip, those held out for a head's selection too: kNN selects nothing."""
+        """Search all training clips, including those held out for a head's selection: a kNN selects nothing."""
         return [
             Outcome(number, 0, *self._nearest(np.concatenate([fold.train, fold.held_out]), fold.test))
             for number, fold in enumerate(self.folds)
         ]
 
     def search_selection(self) -> float | None:
-        """Search the training clips without those held out. X-ARES may select on test clips: none for it."""
+        """Search the training clips without those held out. None under `xares`, which may select on test clips."""
         if not self.protocol.corrected or not all(len(fold.valid) for fold in self.folds):
             return None
-        answers = [self._nearest(fold.train, fold.valid) for fold in self.folds]
-        return float(np.mean([(self.classes[clips] == predictions).mean() for clips, predictions in answers]))
+        by_fold = [self._nearest(fold.train, fold.valid) for fold in self.folds]
+        return float(np.mean([(self.classes[clips] == predictions).mean() for clips, predictions in by_fold]))
 
     def _nearest(self, train: Indices, test: Indices) -> tuple[Indices, Indices]:
         """(examples, their predicted classes) of the test clips among the training clips."""
@@ -75,8 +75,8 @@ class Classes(PooledKind):
         search = knn_cosine if self.protocol.corrected else knn_xares
         labels, examples = self.classes[self.dataset.clip_of_crop], self.examples_of_crops
         embeddings = self.dataset.embeddings
-        searched, asked = self.dataset.crops_of(train), self.dataset.crops_of(test)
-        return search(embeddings[searched], labels[searched], embeddings[asked], examples[asked])
+        train_crops, test_crops = self.dataset.crops_of(train), self.dataset.crops_of(test)
+        return search(embeddings[train_crops], labels[train_crops], embeddings[test_crops], examples[test_crops])
 
     @classmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
@@ -87,8 +87,8 @@ class Classes(PooledKind):
         return SumScorer(np.stack(statistics), ratio)
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        found = [class_metrics(self.classes[self.clips_of(o.examples)], o.predictions) for o in outcomes]
-        return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+        by_seed = [class_metrics(self.classes[self.clips_of(o.examples)], o.predictions) for o in outcomes]
+        return {name: float(np.mean([metrics[name] for metrics in by_seed])) for name in by_seed[0]}
 
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
         targets = self.classes[self.clips_of(outcome.examples)]

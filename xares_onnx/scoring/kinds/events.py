@@ -1,7 +1,7 @@
 """Events in time: a linear head on every frame, scored by F1 over segments.
 
-`corrected`: targets lie on the encoder's measured frame times, and segments are cut on the clock, so that the score means
-the same for every hop. X-ARES counts in frames.
+`corrected` puts targets on the encoder's measured frame times and cuts segments on the clock, so that the score means the
+same for every hop. X-ARES counts in frames.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class EventsKind(Kind):
             }
 
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
-        """Segments of each class: right, claimed though absent, missed."""
+        """Segments of each class: hits, false alarms, misses."""
         return {"segments": outcome.predictions.astype(np.int32)}
 
 

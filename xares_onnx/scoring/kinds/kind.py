@@ -1,4 +1,4 @@
-"""What evaluation needs to know of a kind of task: how it is learnt, and how what was learnt is scored."""
+"""The interface between evaluation and a kind of task: how its head is trained, and how its predictions are scored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..dataset import Dataset
 from ..folds import Fold, Indices
 from ..protocol import Protocol
 
-if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+if TYPE_CHECKING:  # torch takes seconds to import: only to train
     from ...models.llm import LanguageModel
     from ...probes.convex import ConvexResult, FoldRows
     from ...probes.training import HeadResult, Rows
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: only where something is trai
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one seed's head (or a kNN) predicts for the test examples of one fold; a row of `predictions` each."""
+    """Predictions of one seed's head (or of a kNN) for the test examples of one fold, a row each."""
 
     fold: int
     seed: int
@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of an `Outcome`: columns with a row an example, and which of the test clips, from 0, each is of."""
+    """The stored part of an `Outcome`: columns with a row per example, and each example's test clip."""
 
     columns: Mapping[str, npt.NDArray[Any]]
     clip_of_example: Indices
@@ -46,11 +46,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Tools:
-    """What some heads need beside the data.
+    """Inputs of some heads beside the data.
 
-    `hop_seconds` is the encoder's; `vocabulary` BERT's; `checkpoints` a folder for long trainings, and `identity` what
-    names this encoder's embeddings of this task's data in it. `threads` share the work of heads that converge, which gives
-    the same bytes for any number.
+    `hop_seconds` is the encoder's hop, `vocabulary` BERT's, `checkpoints` a folder for long trainings, in which `identity`
+    names this encoder's embeddings of this task's data. `threads` share the work of heads that converge; any number of them
+    gives the same bytes.
     """
 
     hop_seconds: float | None = None
@@ -75,7 +75,7 @@ class Kind(ABC):
 
     @classmethod
     def strata(cls, labels: Sequence[Any]) -> Indices:
-        """(clips,) the stratum of each clip, in which held-out clips are chosen in the same proportion."""
+        """(clips,) the stratum of each clip; every stratum is held out in the same proportion."""
         return np.zeros(len(labels), np.int64)
 
     def why_undefined(self) -> str | None:
@@ -91,34 +91,46 @@ class Kind(ABC):
         return None
 
     def why_not_comparable(self) -> str | None:
-        """What this head does otherwise than the protocol says, or None."""
+        """How this head departs from the protocol, so that its score is not comparable, or None."""
         return None
 
     def steps(self) -> int:
-        """How many steps `train` counts: fits of a head that converges, epochs of one that is trained."""
+        """The number of steps that `train` counts: fits of a convex head, epochs of another."""
         return self.task.head.epochs
 
     @abstractmethod
     def train(self, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
-        """Train the head in every fold, and predict the test examples; with every seed, if the head draws.
+        """Train the head in every fold, and predict the test examples.
 
-        `on_step` is called with the number of steps done. Raises `ScoreUndefinedError` if a head gives NaN or infinity.
+        Args:
+            seeds: Number of seeds, for heads that draw.
+            on_step: Called with the number of steps done.
+
+        Returns:
+            An outcome per fold, and per seed if the head draws.
+
+        Raises:
+            ScoreUndefinedError: A head gives NaN or infinity.
         """
 
     def search(self) -> list[Outcome]:
-        """The same by a kNN, for kinds that know one."""
+        """Predict the test examples by a kNN, for kinds that have one."""
         raise NotImplementedError(f"there is no kNN for {self.task.kind}")
 
     def search_selection(self) -> float | None:
-        """The kNN's score on the selection clips, higher is better, by which taps are chosen; None without such clips."""
+        """The kNN's score on the selection clips, to choose between taps; higher is better, None without such clips."""
         return None
 
     @classmethod
     @abstractmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
-        """The score of one fold of so many test clips from what is kept of its predictions, an entry a seed.
+        """The scorer of one fold from its kept predictions alone, so that a stored result can be scored again.
 
-        It is given nothing else, so that a stored result is scored by the arithmetic of the run that wrote it.
+        Args:
+            seeds: Kept predictions of each seed.
+            clips: Number of test clips.
+            metric: Metric of the task.
+            protocol: Protocol of the run.
         """
 
     def more(self, fold: Fold, outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -127,16 +139,16 @@ class Kind(ABC):
 
     @abstractmethod
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
-        """What is kept of an outcome: arrays with a row an example, beside its key, fold and seed."""
+        """The arrays to keep of an outcome, with a row per example, beside its key, fold and seed."""
 
     @property
     def examples_of_crops(self) -> Indices:
-        """(crops,) the example that each crop is scored with."""
+        """(crops,) the example that each crop belongs to."""
         clips = self.dataset.clip_of_crop
         return clips if self.protocol.corrected else np.arange(len(clips))
 
     def clips_of(self, examples: Indices) -> Indices:
-        """The clip of each example. Where frames are learnt from, every clip is one crop."""
+        """The clip of each example. In tasks on frames, every clip is one crop."""
         return examples if self.protocol.corrected or self.needs_frames else self.dataset.clip_of_crop[examples]
 
     def crop_rows(self) -> list[Rows]:
@@ -146,7 +158,7 @@ class Kind(ABC):
         return [Rows(*(self.dataset.crops_of(part) for part in (fold.train, fold.valid, fold.test))) for fold in self.folds]
 
     def convex_rows(self) -> list[FoldRows]:
-        """The folds for a head that converges, in crops; in clips if it sees frames."""
+        """The folds for a convex head, in crops; in clips if it sees frames."""
         from ...probes.convex import FoldRows
 
         rows = (lambda clips: clips) if self.needs_frames else self.dataset.crops_of

@@ -1,6 +1,6 @@
-"""A number a clip: a linear head, scored by mean squared error, with Pearson's correlation beside it.
+"""A number per clip: a linear head, scored by mean squared error, with Pearson's correlation beside it.
 
-`corrected` cuts predictions off at the task's bounds; X-ARES does not.
+`corrected` clips predictions to the task's bounds; X-ARES does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..protocol import Protocol
 from .kind import Kept, Outcome
 from .pooled import PooledKind
 
-if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+if TYPE_CHECKING:  # torch takes seconds to import: only to train
     from ...probes import convex, linear
 
 

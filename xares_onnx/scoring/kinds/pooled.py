@@ -1,6 +1,6 @@
-"""What the kinds of tasks share that learn a linear head on pooled embeddings.
+"""The base of kinds of task with a linear head on pooled embeddings.
 
-`corrected` fits a convex head until it has converged; X-ARES trains one by Adam, for as many epochs as the task says.
+`corrected` fits a convex head until it converges; X-ARES trains one by Adam, for the number of epochs in the task.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 from .kind import Kind, Outcome, outcomes_of
 
-if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+if TYPE_CHECKING:  # torch takes seconds to import: only to train
     from ...probes import convex, linear
 
 
 class PooledKind(Kind):
     @abstractmethod
     def converged(self) -> convex.Objective:
-        """What the head is fitted for under `corrected`."""
+        """The objective of the head under `corrected`."""
 
     @abstractmethod
     def trained(self) -> linear.Objective:
-        """What the head is trained for under `xares`."""
+        """The objective of the head under `xares`."""
 
     def steps(self) -> int:
         if not self.protocol.corrected:

@@ -1,4 +1,4 @@
-"""Any number of classes a clip: a linear head that decides each class by itself, scored by macro average precision.
+"""Any number of classes per clip: a linear head with an output per class, scored by macro average precision.
 
 `corrected` averages over the classes with positives among the test clips; X-ARES over all, those without positives
 counting 0.
@@ -21,14 +21,14 @@ from ..protocol import Protocol
 from .kind import Kept, Outcome
 from .pooled import PooledKind
 
-if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+if TYPE_CHECKING:  # torch takes seconds to import: only to train
     from ...probes import convex, linear
 
 
 class Tags(PooledKind):
     @cached_property
     def present(self) -> npt.NDArray[np.bool_]:
-        """(clips, classes): which classes each clip has."""
+        """(clips, classes) bool: the classes of each clip."""
         matrix = np.zeros((len(self.dataset.labels), len(self.task.target.class_names)), bool)
         for row, tags in zip(matrix, self.dataset.labels, strict=True):
             row[list(tags)] = True
@@ -36,7 +36,7 @@ class Tags(PooledKind):
 
     @classmethod
     def strata(cls, labels: Sequence[tuple[int, ...]]) -> Indices:
-        """A clip belongs to its rarest tag."""
+        """Each clip's stratum is its rarest tag."""
         flat = [tag for tags in labels for tag in tags]
         frequency = np.bincount(np.array(flat, np.int64), minlength=1)
         return np.array([min(tags, key=lambda tag: (frequency[tag], tag)) if tags else -1 for tags in labels], np.int64) + 1

@@ -1,4 +1,4 @@
-"""What is said: a CTC head on the frames, or X-ARES's adapter into a language model; scored by 1 - word error rate."""
+"""Transcripts: a CTC head on the frames, or X-ARES's adapter into a language model; scored by 1 - word error rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..folds import Fold
 from ..protocol import Protocol
 from .kind import Kept, Kind, Outcome, outcomes_of
 
-if TYPE_CHECKING:  # torch takes seconds to import: only where something is trained
+if TYPE_CHECKING:  # torch takes seconds to import: only to train
     from ...probes.sweep import Sweep
 
 
@@ -28,7 +28,7 @@ class Transcript(Kind):
 
     @cached_property
     def transcripts(self) -> list[str]:
-        """As they are compared: normalised, or under X-ARES's protocol in lower case."""
+        """Transcripts in the form that is compared: normalised, or under X-ARES's protocol in lower case."""
         return [self._compared(transcript) for transcript in self.dataset.labels]
 
     @cached_property
@@ -56,7 +56,7 @@ class Transcript(Kind):
 
     @property
     def _plan(self) -> Sweep | None:
-        """How the head is swept, if it is."""
+        """The head's sweep; None under X-ARES's protocol."""
         if not self.protocol.corrected:
             return None
         if self.task.head.kind == "llm":
@@ -95,7 +95,7 @@ class Transcript(Kind):
 
     def _errors(self, outcome: Outcome) -> npt.NDArray[np.int64]:
         references = [self.transcripts[clip] for clip in outcome.examples]
-        return words.word_errors(references, [self._compared(said) for said in outcome.predictions])
+        return words.word_errors(references, [self._compared(hypothesis) for hypothesis in outcome.predictions])
 
     @classmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:
@@ -110,13 +110,13 @@ class Transcript(Kind):
         characters = []
         for outcome in outcomes:
             references = [self.transcripts[clip] for clip in outcome.examples]
-            counted = words.character_errors(references, [self._compared(said) for said in outcome.predictions])
-            characters.append(ratio(counted.sum(axis=0).astype(np.float64)))
+            errors = words.character_errors(references, [self._compared(hypothesis) for hypothesis in outcome.predictions])
+            characters.append(ratio(errors.sum(axis=0).astype(np.float64)))
         return {"word_error_rate": float(ratio(word_counts).mean()), "character_error_rate": float(np.mean(characters))}
 
     def columns(self, outcome: Outcome) -> dict[str, npt.NDArray[Any]]:
         return {
             "target": np.array([self.transcripts[clip] for clip in outcome.examples], dtype=np.str_),
-            "prediction": np.array([self._compared(said) for said in outcome.predictions], dtype=np.str_),
+            "prediction": np.array([self._compared(hypothesis) for hypothesis in outcome.predictions], dtype=np.str_),
             "word_errors": self._errors(outcome).astype(np.int32),
         }

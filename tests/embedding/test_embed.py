@@ -46,6 +46,7 @@ from xares_onnx.errors import DataError, DiskFullError, MachineError
 from xares_onnx.evaluation.planning import make_plan
 from xares_onnx.files import stamp
 from xares_onnx.progress import Observer, Progress, ignore
+from xares_onnx.scoring.protocol import Protocol
 
 CHUNK = 10 * RATE
 WHOLE = CropSettings(None)
@@ -485,7 +486,7 @@ def test_a_plan_counts_what_is_there_and_what_is_still_to_do(encoder: Encoder, t
 
     def planned(toml: str, limit: int | None = None) -> Any:
         data = prepare(load_task(Path("t.toml"), toml), tmp_path, Digests(tmp_path / "cache"), limit, ignore)
-        plan = make_plan(encoder, [(data, WHOLE)], store, seeds=1, observer=ignore)
+        plan = make_plan(encoder, [(data, WHOLE)], store, protocol=Protocol("corrected"), seeds=1, observer=ignore)
         assert plan.rtf > 0
         return plan.rows[0], plan.total
 

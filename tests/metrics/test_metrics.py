@@ -18,7 +18,7 @@ from xares_onnx.metrics import bootstrap as metrics
 from xares_onnx.metrics.bootstrap import SumScorer
 from xares_onnx.metrics.intervals import estimates, interval
 from xares_onnx.metrics.statistics import accuracy_statistics, class_metrics, ratio
-from xares_onnx.probes import linear
+from xares_onnx.probes import convex, linear
 from xares_onnx.scoring.dataset import Dataset
 from xares_onnx.scoring.folds import Fold
 from xares_onnx.scoring.kinds import Kind, Outcome, Tools, kind_of
@@ -264,19 +264,31 @@ def test_knn_searches_the_clips_held_out_of_training_too() -> None:
 def test_heads_are_trained_selected_and_tested_on_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
-    def watched(*arguments: Any, **options: Any) -> list[Any]:
+    def trained(*arguments: Any, **options: Any) -> list[Any]:
         given["crops"] = [[part.tolist() for part in (f.train, f.valid, f.test)] for f in arguments[3]]
         given["labels"], given["examples"] = arguments[1].targets.tolist(), arguments[2].tolist()
         options["on_epoch"](7)
         return []
 
-    monkeypatch.setattr(linear, "train_linear", watched)
+    def converged(*arguments: Any, **options: Any) -> list[Any]:
+        given["held out"] = [rows.held_out.tolist() for rows in arguments[3]]
+        return trained(*arguments, on_epoch=options["on_fit"])
+
+    monkeypatch.setattr(linear, "train_linear", trained)
+    monkeypatch.setattr(convex, "train_convex", converged)
     data = dataset([2, 0, 1], crops=[2, 1, 2])
     parts = Fold("test", np.array([0]), np.array([1]), np.array([2]), np.array([1]))
-    told: list[Any] = []
-    kind(data, [parts]).train(3, told.append)
-    assert given == {"crops": [[[0, 1], [2], [3, 4]]], "labels": [2, 2, 0, 1, 1], "examples": [0, 0, 1, 2, 2]}
-    assert told == [7]
+    steps: list[int] = []
+    kind(data, [parts], "xares").train(3, steps.append)
+    assert given == {"crops": [[[0, 1], [2], [3, 4]]], "labels": [2, 2, 0, 1, 1], "examples": [0, 1, 2, 3, 4]}
+    kind(data, [parts]).train(3, steps.append)
+    assert given == {
+        "crops": [[[0, 1], [2], [3, 4]]],
+        "labels": [2, 2, 0, 1, 1],
+        "examples": [0, 0, 1, 2, 2],
+        "held out": [[2]],
+    }
+    assert steps == [7, 7]
 
 
 def test_which_folds_have_no_score() -> None:

@@ -125,7 +125,7 @@ def test_averages_are_over_the_tasks_that_every_model_has(tmp_path: Path) -> Non
     compared = board(wide, narrow)
     public = compared.averages[0]
     esc, vox = (shipped_tasks()[name].weight or 0 for name in (ESC, VOX))
-    assert (public.group, public.method, public.tasks, public.of) == ("public", "head", (ESC, VOX), 22)
+    assert (public.group, public.method, public.tasks, public.group_size) == ("public", "head", (ESC, VOX), 22)
     by_label = {m.label: c for m, c in zip(compared.models, public.cells, strict=True)}
     assert by_label["narrow"].weighted == pytest.approx((0.6 * esc + 0.9 * vox) / (esc + vox))
     assert by_label["wide"].weighted == pytest.approx((0.4 * esc + 0.8 * vox) / (esc + vox))

@@ -274,7 +274,7 @@ def test_without_predictions_there_is_still_a_page() -> None:
 
 
 @pytest.fixture
-def heard(tmp_path: Path) -> tuple[Path, Path, Path]:
+def audible(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A result of four clips of ESC-50, the folder of their shards, and a cache."""
     data, cache = tmp_path / "data", tmp_path / "cache"
     keys = []

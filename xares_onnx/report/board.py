@@ -102,12 +102,12 @@ class AverageCell:
 
 @dataclass(frozen=True)
 class AverageRow:
-    """The average over `tasks`, those of the group with a comparable score from every model; the group has `of` tasks."""
+    """The average over `tasks`, those of the group with a comparable score from every model; the group has `group_size`."""
 
     group: str
     method: Method
     tasks: tuple[str, ...]
-    of: int
+    group_size: int
     cells: tuple[AverageCell, ...]
     published: dict[str, float]
 
@@ -390,7 +390,7 @@ def _averages(models: Sequence[Model], draws: Draws) -> Iterator[AverageRow]:
             group=group,
             method=method,
             tasks=tasks,
-            of=len([t for t in shipped if method == "head" or t.knn]) or len(tasks),
+            group_size=len([t for t in shipped if method == "head" or t.knn]) or len(tasks),
             cells=tuple(AverageCell(*s, ci, v) for s, ci, v in zip(scores, intervals, verdicts, strict=True)),
             published=published_averages(records[0], method) if all(r.published for r in records[0]) else {},
         )
@@ -416,7 +416,7 @@ def _missing_notes(models: Sequence[Model]) -> Iterator[str]:
 
 
 def _published_notes(rows: Sequence[Row]) -> Iterator[str]:
-    """What to know of the published scores that are shown."""
+    """Notes on the published scores that are shown."""
     tasks = shipped_tasks()
     for name in dict.fromkeys(row.task for row in rows if row.published and row.task in tasks):
         published = tasks[name].published

@@ -110,7 +110,7 @@ def _add_outcome(element: ElementTree.Element, case: Case) -> None:
 
 
 def _xml(text: str) -> str:
-    return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _NOT_XML.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _data(text: str) -> str:

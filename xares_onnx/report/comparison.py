@@ -124,7 +124,7 @@ def _cost_rows(comparison: Comparison) -> Rows:
     if comparison.speed is not None:
         speed = comparison.speed
         spread = f" ({1 / speed.high:.2f}-{1 / speed.low:.2f})" if speed.low and speed.high else ""
-        label = "seconds a second of audio" + ("" if speed.together else ", as recorded, not together")
+        label = "seconds per second of audio" + ("" if speed.together else ", as recorded, not together")
         rows.append((label, f"{speed.rtf_a:.4f}", f"{speed.rtf_b:.4f}", f"{_factor(1 / speed.ratio)}{spread}"))
     if comparison.memory is not None:
         a, b = comparison.memory.bytes_a, comparison.memory.bytes_b

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..evaluation.record import Interval
 from ..evaluation.settings import METHODS
 from .board import AverageCell, AverageRow, Board, Row
 from .ci import markdown_cell
 from .curves import Curve
 from .profile import aspects
-from .remarks import headline, noise, plain_score, summary
-
-_MARKS = {"best": " ★", "within_noise": " ≈"}
+from .remarks import headline, mark, noise, plain_score, summary
 
 
 def markdown(board: Board) -> str:
@@ -21,7 +20,7 @@ def markdown(board: Board) -> str:
     parts = [f"## X-ARES scores of {', '.join(map(markdown_cell, models[:3]))}{' and more' if len(models) > 3 else ''}"]
     parts.append(markdown_cell(f"{headline(board)} {summary(board)}"))
     if board.averages:
-        headings = [f"{row.group}, {row.method} ({len(row.tasks)} of {row.of})" for row in board.averages]
+        headings = [f"{row.group}, {row.method} ({len(row.tasks)} of {row.group_size})" for row in board.averages]
         lines = [[label, *(_average(row.cells[i]) for row in board.averages)] for i, label in enumerate(models)]
         lines += [
             [f"{name}, published", *(_published_average(row, name) for row in board.averages)] for name in board.published
@@ -54,7 +53,7 @@ def _cells(row: Row, board: Board) -> list[str]:
     scores = []
     for number, cell in enumerate(row.cells):
         ci95 = cell.record.ci95 if cell is not None and cell.score is not None else None
-        scores.append(plain_score(row, number) + (f" ({ci95[0]:.3f}-{ci95[1]:.3f})" if ci95 else ""))
+        scores.append(plain_score(row, number) + _interval(ci95))
     published = [f"{row.published[name]:.3f}" if name in row.published else "" for name in board.published]
     return [row.title, row.metric_name + ("" if row.higher_is_better else " ↓"), *scores, *published]
 
@@ -76,7 +75,7 @@ def _profile(board: Board) -> list[list[str]]:
 
 def _shots(curve: Curve, counts: Sequence[str]) -> list[str]:
     scores = {
-        step: f"{score:.3f}" + (f" ({ci95[0]:.3f}-{ci95[1]:.3f})" if ci95 else "")
+        step: f"{score:.3f}{_interval(ci95)}"
         for step, score, ci95 in zip(curve.steps, curve.scores, curve.ci95, strict=True)
         if score is not None
     }
@@ -84,8 +83,11 @@ def _shots(curve: Curve, counts: Sequence[str]) -> list[str]:
 
 
 def _average(cell: AverageCell) -> str:
-    mark = _MARKS.get(cell.verdict.standing, "") if cell.verdict else ""
-    return f"{cell.weighted:.3f}{mark}" + (f" ({cell.ci95[0]:.3f}-{cell.ci95[1]:.3f})" if cell.ci95 else "")
+    return f"{cell.weighted:.3f}{mark(cell.verdict)}{_interval(cell.ci95)}"
+
+
+def _interval(ci95: Interval | None) -> str:
+    return f" ({ci95[0]:.3f}-{ci95[1]:.3f})" if ci95 else ""
 
 
 def _published_average(row: AverageRow, name: str) -> str:

@@ -53,7 +53,7 @@ def model_index(board: Board) -> str:
             },
         )
         args = {**_args(board), **_interval(cell_of_average.ci95), "tasks": list(map(printable, average.tasks))}
-        name = f"weighted average, {average.method}, of {len(average.tasks)} of {average.of} tasks"
+        name = f"weighted average, {average.method}, of {len(average.tasks)} of {average.group_size} tasks"
         entry["metrics"].append({"type": "weighted_average", "value": cell_of_average.weighted, "name": name, "args": args})
     if not results:
         raise UsageError(f"{board.models[0].side.name} has no comparable score for a model card; evaluate without --limit")

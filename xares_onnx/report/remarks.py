@@ -1,4 +1,4 @@
-"""The sentences of a report: settings, who is best, how noise was judged, and what to know of each run."""
+"""The sentences of a report: settings, who is best, how noise was judged, and what to know about each run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import printable
-from .board import Board, Model, Row
+from .board import Board, Model, Row, Verdict
 from .profile import NOTE, aspects
 
 MAX_LINES = 60  # of remarks per model
 _MAX_VALUE, _MAX_DEPTH = 300, 4  # characters, levels of nesting
+_MARKS = {"best": " ★", "within_noise": " ≈"}
 _METHOD_NAMES = {"head": "trained heads", "knn": "nearest neighbours"}
 
 
@@ -53,7 +54,7 @@ def headline(board: Board) -> str:
         profile = aspects({task_row.task for task_row in board.rows})
         return f"There is no average{f': {NOTE}' if profile else ''}."
     first, best = row.cells[0], board.models[0].label
-    scope = f"the weighted average of {len(row.tasks)} of {row.of} {row.group} tasks by {_METHOD_NAMES[row.method]}"
+    scope = f"the weighted average of {len(row.tasks)} of {row.group_size} {row.group} tasks by {_METHOD_NAMES[row.method]}"
     span = f" (95 %: {first.ci95[0]:.3f} to {first.ci95[1]:.3f})" if first.ci95 else ""
     if len(board.models) == 1:
         return f"{best} has {first.weighted:.3f}{span}, {scope}."
@@ -62,7 +63,7 @@ def headline(board: Board) -> str:
         for model, cell in zip(board.models, row.cells, strict=True)
         if cell.verdict and cell.verdict.standing == "within_noise"
     ]
-    tied = f" {_listed(near)} {'is' if len(near) == 1 else 'are'} within noise of it." if near else ""
+    tied = f" {listed(near)} {'is' if len(near) == 1 else 'are'} within noise of it." if near else ""
     runner_up = "" if near else f", ahead of {board.models[1].label} with {row.cells[1].weighted:.3f}"
     return f"{best} is best with {first.weighted:.3f}{span}, {scope}{runner_up}.{tied}"
 
@@ -106,7 +107,7 @@ def costs(board: Board) -> list[Cost]:
 
 
 def remarks(model: Model) -> list[str]:
-    """What to know of a run: tasks without a score and why, dropped clips, and notes; at most `MAX_LINES` lines."""
+    """What to know about a run: tasks without a score and why, dropped clips, and notes; at most `MAX_LINES` lines."""
     lines: list[str] = []
     for record in model.main:
         if record.status != "ok":
@@ -147,12 +148,17 @@ def plain_score(row: Row, number: int) -> str:
         return ""
     if cell.score is None:
         return cell.record.status.replace("_", " ")
-    mark = {"best": " ★", "within_noise": " ≈"}.get(cell.verdict.standing if cell.verdict else "", "")
-    return f"{cell.score:.3f}{'' if cell.record.comparable else '*'}{mark}"
+    return f"{cell.score:.3f}{'' if cell.record.comparable else '*'}{mark(cell.verdict)}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def mark(verdict: Verdict | None) -> str:
+    """The sign behind a score: ` ★` for the best, ` ≈` within noise of it, else empty."""
+    return _MARKS.get(verdict.standing, "") if verdict else ""
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """The first `limit` names and how many more there are: `a, b, c and 2 more`."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _unbeaten(i: int, costs: Sequence[float | None], averages: Sequence[float | None]) -> bool:

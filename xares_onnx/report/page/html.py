@@ -23,7 +23,7 @@ from ...version import __version__
 from ..board import Board, Model, Row
 from ..curves import Curve
 from ..profile import NOTE, Aspect, aspects
-from ..remarks import costs, headline, noise, remarks, short, summary
+from ..remarks import costs, headline, listed, noise, remarks, short, summary
 from ..tables import grid_range
 from ..taps import best_note
 from ..units import data_size
@@ -96,7 +96,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "signs": plots.legend(board.models),
         "sounds": listening.sounds,
         "tuned": any(cell and grid_range(cell.record) for row in board.rows for cell in row.cells),
-        "title": f"X-ARES scores of {_names(board)}",
+        "title": f"X-ARES scores of {listed([model.label for model in board.models])}",
         "version": __version__,
     }
     titles = {
@@ -145,11 +145,6 @@ def _policy(css: str, js: str) -> str:
         f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; media-src data:; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _names(board: Board) -> str:
-    names = [model.label for model in board.models]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _audible(data: Path | None, listening: Listening) -> str:

@@ -8,7 +8,7 @@ directions; 1 - its word error rate; its squared error. Clips with equal scores 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ...evaluation.record import TaskResult
 from ...metrics.bootstrap import Array
 from ...scoring.scoring import Predictions
 from ..board import Board, Row
+from ..remarks import listed
 
 MAX_CLASSES = 60  # of a heat map
 MAX_MODELS = 4
@@ -255,9 +256,8 @@ def _texts(clips: _Clips, rows: npt.NDArray[np.int64]) -> tuple[str, str]:
     return _short(target), _short(prediction)
 
 
-def _list(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _list(names: Iterable[str]) -> str:
+    return listed(list(names), limit=4)
 
 
 def _short(text: Any) -> str:

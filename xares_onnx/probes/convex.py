@@ -110,7 +110,9 @@ class ConvexResult:
             setting="L2 strength",
             tried=[
                 tuning.Trial(
-                    setting=tried.strength, selection=_finite_or_none(tried.selection), test=_finite_or_none(tried.test)
+                    setting=tried.strength,
+                    selection=tuning.finite_or_none(tried.selection),
+                    test=tuning.finite_or_none(tried.test),
                 )
                 for tried in self.tried
             ],
@@ -120,12 +122,8 @@ class ConvexResult:
                 limit_reached=not all(c.converged for c in (self.convergence, *(t.convergence for t in self.tried))),
                 relative_gradient_norm=self.convergence.relative_gradient_norm,
             ),
-            train=_finite_or_none(self.train),
+            train=tuning.finite_or_none(self.train),
         )
-
-
-def _finite_or_none(score: float) -> float | None:
-    return float(score) if np.isfinite(score) else None
 
 
 class Objective(Protocol):

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ScoreUndefinedError
 from .training import RUNAWAY, HeadResult, Indices, OnEpoch, Rows, Selection
-from .tuning import Convergence, Trial, Tuning
+from .tuning import Convergence, Trial, Tuning, finite_or_none
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _trial(learner: Learner, rate: float, rows: Rows) -> Trial:
     if not learner.selection.epoch:
         return Trial(setting=rate, selection=None, test=None)
     return Trial(
-        setting=rate, selection=_finite_or_none(learner.selection.score), test=_finite_or_none(_score(learner, rows.test))
+        setting=rate, selection=finite_or_none(learner.selection.score), test=finite_or_none(_score(learner, rows.test))
     )
 
 
@@ -182,7 +182,7 @@ def _result(
         tried=trials,
         chosen=[rate],
         convergence=Convergence(iterations=selection.epoch, limit_reached=limit_reached),
-        train=_finite_or_none(_score(learner, trained)),
+        train=finite_or_none(_score(learner, trained)),
     )
     return HeadResult(fold, seed, *learner.predict(), selection.epoch, selection.score, tuning)
 
@@ -192,7 +192,3 @@ def _score(learner: Learner, rows: Indices) -> float:
         return learner.score(rows)
     except ScoreUndefinedError:
         return math.nan
-
-
-def _finite_or_none(score: float) -> float | None:
-    return score if math.isfinite(score) else None

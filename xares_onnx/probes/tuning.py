@@ -110,6 +110,11 @@ def pooled(heads: Sequence[Tuning]) -> Tuning:
     )
 
 
+def finite_or_none(score: float) -> float | None:
+    """A score as a record has it: None if it is not defined."""
+    return float(score) if math.isfinite(score) else None
+
+
 def _mean(scores: Iterable[float | None]) -> float | None:
     known = [score for score in scores if score is not None and math.isfinite(score)]
     return sum(known) / len(known) if known else None

@@ -27,7 +27,7 @@ def check_inputs(bench: Bench, tolerance: float | None) -> Outcome:
 
 def check_contract(bench: Bench, tolerance: float | None) -> Outcome:
     fields = bench.contract.described()
-    details = tuple(f"{name} = {said(entry['value'])} ({entry['source']})" for name, entry in fields.items())
+    details = tuple(f"{name} = {shown(entry['value'])} ({entry['source']})" for name, entry in fields.items())
     return passed(
         f"{len(fields)} fields resolved, each with its source", measured=len(fields), unit="fields", details=details
     )
@@ -89,7 +89,7 @@ def check_metadata(bench: Bench, tolerance: float | None) -> Outcome:
     figure = {"measured": count, "tolerance": f"{len(SHIPPED_WITH)}", "unit": "declared"}
     if not missing:
         return passed(f"{', '.join(SHIPPED_WITH)} declared", **figure)
-    assumed = [f"{key}={said(getattr(contract, key))}" for key in missing if getattr(contract, key) is not None]
+    assumed = [f"{key}={shown(getattr(contract, key))}" for key in missing if getattr(contract, key) is not None]
     flags = " ".join(f"--contract {key}=…" for key in missing)
     return warned(
         f"{', '.join(missing)} not declared" + (f"; assumed {', '.join(assumed)}" if assumed else ""),
@@ -112,7 +112,7 @@ def check_opset(bench: Bench, tolerance: float | None) -> Outcome:
     return passed(says, **figure)
 
 
-def said(value: object) -> str:
+def shown(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
 
 

@@ -181,7 +181,7 @@ class Worker:
         return self._process
 
     def _death(self, doing: str) -> XaresError:
-        """Why the child's records ended, as an error. `doing` is what it said last."""
+        """Why the child's records ended, as an error. `doing` is its last message."""
         assert self._process is not None
         try:
             code = self._process.wait(_DEATH_SECONDS)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..checking import CheckReport, Finding
-from ..checking.contracts import said
+from ..checking.contracts import shown
 from ..checking.findings import STATUSES
 from ..errors import printable
 from .ci import Case, markdown_cell
@@ -34,7 +34,7 @@ def print_check(report: CheckReport, console: Console) -> None:
     console.print(table, soft_wrap=False)
     if report.contract is not None:
         fields = (
-            f"{name}={said(entry['value'])} ({entry['source']})"
+            f"{name}={shown(entry['value'])} ({entry['source']})"
             for name, entry in report.contract.items()
             if entry["value"] is not None
         )

@@ -14,6 +14,7 @@ import pytest
 from corpus import tones, write_task
 from kind_makers import KINDS, write_bank, write_kind
 from made_results import classes, rng, saved
+from quick_sweeps import quick_sweeps
 from shard_makers import write_shard
 
 from xares_onnx.errors import DataError, DataMissingError, UsageError
@@ -30,6 +31,7 @@ from xares_onnx.scoring.scoring import generator
 
 
 @pytest.fixture(scope="module", params=["corrected", "xares"])
+@quick_sweeps()
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Every kind, classes in folds, and classes in crops."""
     folder = tmp_path_factory.mktemp(request.param)

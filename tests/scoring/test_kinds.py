@@ -12,6 +12,7 @@ import pytest
 from bank_model import write_model
 from corpus import Clips, wav, write_task, write_tones
 from kind_makers import KINDS, SIZES, burst, clips_of, write_bank, write_kind
+from quick_sweeps import quick_sweeps
 
 from xares_onnx.embedding.store import Store
 from xares_onnx.errors import UsageError, worst_exit_code
@@ -70,6 +71,7 @@ def test_every_kind_is_scored_by_both_protocols(folder: Path, kind: str, protoco
     assert any("to be comparable" in note for note in record.notes) is missing_tool
 
 
+@quick_sweeps()
 def test_scores_can_be_made_again_from_what_is_kept_of_each_clip(folder: Path) -> None:
     from sklearn.metrics import average_precision_score, f1_score
 
@@ -99,6 +101,7 @@ def test_scores_can_be_made_again_from_what_is_kept_of_each_clip(folder: Path) -
     assert record.score == pytest.approx(np.mean(scores))
 
 
+@quick_sweeps()
 def test_the_same_command_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     """With another number of threads and another cache, too."""
 
@@ -284,6 +287,7 @@ def test_a_wrong_choice_is_said_at_once(folder: Path, options: dict[str, Any], m
         run(folder, "transcript", **options)
 
 
+@quick_sweeps()
 def test_berts_vocabulary_makes_captions_comparable(folder: Path, tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "loud", "soft", "tone", "over", "under", "low", "mid", "high", "top"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")

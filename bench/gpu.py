@@ -233,6 +233,8 @@ def suite(bench: Bench) -> None:
     def paired(name: str) -> None:
         found = compare(bench.folder / f"{name}-0.json", bench.folder / f"{name}-1.json")
         differences = [of.difference for of in found.tasks]
+        if bench.dry and any(differences):
+            raise AssertionError(f"{name}: the CPU twice gives other scores")
         sure = [f"{of.task}:{of.method}" for of in found.tasks if of.ci95 and (of.ci95[0] > 0 or of.ci95[1] < 0)]
         bench.row(
             f"{name}, {bench.device} less CPU over {len(differences)} scores",

@@ -115,6 +115,15 @@ def test_floors_fail_below_and_errors_above() -> None:
     assert [gate.status for gate in found] == ["fail"] * 3 + ["pass"] * 3  # what failed comes first
 
 
+def test_an_error_at_its_limit_passes() -> None:
+    (gate,) = judged("speechocean762=4")
+    assert gate.status == "pass"
+
+
+def test_the_limit_of_an_error_may_be_above_1() -> None:
+    Gates.read(None, None, ["speechocean762=4"]).check([shipped_tasks()["speechocean762"]], SETTINGS)
+
+
 def test_no_score_fails_a_floor() -> None:
     found = judged("desed=0.1", "music=0.1")
     assert [(gate.status, gate.message) for gate in found] == [

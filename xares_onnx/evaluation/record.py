@@ -211,8 +211,18 @@ def write_result(path: Path, result: Result, predictions: Mapping[tuple[str, str
 def read_result(path: Path) -> Result:
     """Read a result file.
 
+    Args:
+        path: A `RESULT.json` that `evaluate` wrote.
+
+    Returns:
+        The result, with every field of docs/results.md.
+
     Raises:
         UsageError: The file cannot be read, is not a result, or has another schema version.
+
+    Example:
+        >>> read_result(Path("results/model.json")).tasks[0].score  # doctest: +SKIP
+        0.83
     """
     try:
         if not path.is_file():

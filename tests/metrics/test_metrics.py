@@ -17,7 +17,7 @@ from xares_onnx.data.task import Data, Task
 from xares_onnx.metrics import bootstrap as metrics
 from xares_onnx.metrics.bootstrap import SumScorer
 from xares_onnx.metrics.intervals import estimates, interval
-from xares_onnx.metrics.statistics import accuracy_statistics, class_metrics, ratio
+from xares_onnx.metrics.statistics import accuracy_statistics, class_metrics, ratio, recall_both_ways, word_accuracy
 from xares_onnx.probes import convex, linear
 from xares_onnx.scoring.dataset import Dataset
 from xares_onnx.scoring.folds import Fold
@@ -289,6 +289,14 @@ def test_heads_are_trained_selected_and_tested_on_their_parts(monkeypatch: pytes
         "held out": [[2]],
     }
     assert steps == [7, 7]
+
+
+def test_recall_is_the_mean_of_both_ways() -> None:
+    assert recall_both_ways(np.array([[1.0, 4.0, 4.0, 5.0]])).tolist() == [pytest.approx((1 / 4 + 4 / 5) / 2)]
+
+
+def test_word_accuracy_ends_at_0() -> None:
+    assert word_accuracy(np.array([[1.0, 4.0], [5.0, 4.0]])).tolist() == [0.75, 0.0]
 
 
 def test_which_folds_have_no_score() -> None:

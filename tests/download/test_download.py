@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from http_faults import Zenodo, serving
 from shard_makers import small_disk, task_toml
 
 from xares_onnx.data import catalog
+from xares_onnx.data.manifest import Manifest
 from xares_onnx.download import deliveries, download
 from xares_onnx.download import zip_files as archives
 from xares_onnx.download.zenodo import Address
@@ -496,6 +498,22 @@ def test_a_full_disk_keeps_what_arrived(place: Place, tmp_path: Path, monkeypatc
         assert "the disk is full while writing" in str(error)
         assert (tmp_path / "small/data/mine/train0.tar.part").stat().st_size > 50_000
         assert not (tmp_path / "small/data/mine/train0.tar").exists()
+
+
+def test_a_full_disk_that_a_manifest_meets_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, saves = Manifest.save, itertools.count()
+
+    def save_first(manifest: Manifest, folder: Path) -> None:
+        if next(saves):
+            raise DiskFullError(f"the disk is full while writing {folder}")
+        save(manifest, folder)
+
+    monkeypatch.setattr(Manifest, "save", save_first)
+    (error,) = place.fetch().errors
+    assert isinstance(error, DiskFullError)
+    monkeypatch.undo()
+    assert place.fetch().errors == []
+    assert place.there() == place.files
 
 
 # ---------------------------------------------------------------- progress

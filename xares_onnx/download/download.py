@@ -262,7 +262,11 @@ def _fetch_share(
         observer(Note(f"record {share.record.number}: verifying files that are already here: {unread}"))
     tally = Tally(share.tasks[0].name, *_sizes_on_disk(share, folder, ledger.manifests), observer)
     deliveries = [Delivery(client, wanted, folder, ledger.manifests, tally, notes) for wanted in share.wanted]
-    deliver(deliveries, client, strikes, ledger.enter, tally, notes)
+    try:
+        deliver(deliveries, client, strikes, ledger.enter, tally, notes)
+    except MachineError as error:  # a manifest cannot be saved: an error of this record, beside what other records gave
+        done.errors.append(error)
+        return
     for report in done.tasks:
         if report.task in ledger.files:
             report.files = sorted(ledger.files[report.task], key=lambda file: file.name)

@@ -74,6 +74,8 @@ class Adapter:
         if contract.mask_input is not None:
             mask = np.arange(length) < np.broadcast_to(length if own is None else own, items)[rows][:, None]
             feeds[contract.mask_input] = mask.astype(MASK_TYPES[self._types[contract.mask_input]])
+        for name, constant in (contract.constants or {}).items():
+            feeds[name] = constant.array(len(rows))
         return feeds
 
     def _arranged(self, values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:

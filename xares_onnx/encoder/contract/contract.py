@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from . import frontend as frontends
+from .constants import PREFIX, Constant
 from .frame_law import FrameLaw
 from .frontend import Frontend
 
@@ -26,7 +27,8 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     A model that takes features has a `frontend`, which makes them from waveforms; its lengths here are in samples too, and
     only the lengths and masks that it is fed count frames. If the graph fixes the batch, `fixed_batch` is its size. If it
     fixes the samples, every chunk is a window of `chunk_samples` that gives `window_frames` frames, and the hop may be a
-    fraction. `sources` says where each field is from.
+    fraction. `constants` are inputs that take the same numbers in every call; unset without any, so that models without
+    them keep their names in the store. `sources` says where each field is from.
     """
 
     input: str
@@ -50,6 +52,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     fixed_batch: int | None = None
     window_frames: int | None = None
     frontend: Frontend | None = None
+    constants: dict[str, Constant] | msgspec.UnsetType = msgspec.UNSET
     license: str | None = None
     source: str | None = None
     sources: dict[str, str] = {}
@@ -78,7 +81,9 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Each field as {"value": …, "source": …}, for the record."""
-        values = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("sources", "frontend")}
+        apart = ("sources", "frontend", "constants")
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name not in apart}
+        values |= {PREFIX + name: constant.values for name, constant in (self.constants or {}).items()}
         values["input_kind"] = "waveform" if self.frontend is None else "features"
         for name in self.frontend.__struct_fields__ if self.frontend else ():
             if name != "sample_rate":  # the contract's own

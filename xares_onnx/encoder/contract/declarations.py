@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from ...errors import ContractError, UsageError, nearest
+from . import constants
 from . import frontend as frontends
 from .contract import DEFAULT_SAMPLE_RATE
 from .extractors import NotComputedError, declared_by_extractor
@@ -102,6 +103,9 @@ def declared_in_sidecar(path: Path) -> Declarations:
     if isinstance(table := raw.get("frontend"), dict):  # a table [frontend], or keys with a dot
         raw = {key: value for key, value in raw.items() if key != "frontend"}
         raw |= {frontends.PREFIX + key: value for key, value in table.items()}
+    if isinstance(table := raw.get("constant"), dict):
+        raw = {key: value for key, value in raw.items() if key != "constant"}
+        raw |= {constants.PREFIX + key: value for key, value in table.items()}
     return _read(raw, path.name, strict=True)
 
 
@@ -216,7 +220,7 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
     declarations: Declarations = {}
     for key, value in raw.items():
         name = key.removeprefix("xares.")
-        if name not in _DECLARABLE:
+        if name not in _DECLARABLE and not name.startswith(constants.PREFIX):
             if strict or name.startswith(frontends.PREFIX):  # other features than those meant give a wrong score
                 kind = UsageError if strict else ContractError
                 raise kind(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
@@ -230,9 +234,11 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
 
 
 def _value(name: str, value: Any, source: str) -> str | int | float:
-    reader = _DECLARABLE[name]
     # On the command line a wrong value is wrong usage; beside or inside a model it is an error of the model.
     error_class = UsageError if source == _COMMAND_LINE else ContractError
+    if name.startswith(constants.PREFIX):
+        return _constant(name, value, source, error_class)
+    reader = _DECLARABLE[name]
     try:
         parsed = reader(str(value).strip())
         if reader is float and not math.isfinite(parsed):
@@ -260,6 +266,17 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
             "size one, such as BTD"
         )
     return parsed  # type: ignore[no-any-return]
+
+
+def _constant(name: str, value: Any, source: str, error_class: type[UsageError | ContractError]) -> str:
+    try:
+        text = value.strip() if isinstance(value, str) else json.dumps(value)
+        constants.parsed(text)
+    except (ValueError, TypeError, RecursionError):
+        raise error_class(
+            f"{source}: {name[:60]}={str(value)[:40]} must be a number, true, false, or a list of these, such as [0, 0.5]"
+        ) from None
+    return text
 
 
 def _small_text(path: Path, limit: int = 1 << 20) -> str | None:

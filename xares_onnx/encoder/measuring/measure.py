@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -73,6 +74,7 @@ def measure_contract(
         batch_coupled=False,
         fixed_batch=inputs.fixed_batch,
         frontend=inputs.frontend,
+        constants=inputs.constants or msgspec.UNSET,
         license=probe.choose("license", None),
         source=probe.choose("source", None),
     )

@@ -105,7 +105,7 @@ class Adapter:
             items: How many waveforms it was fed.
 
         Raises:
-            ContractError: Its rank or its axes of size one are not those that were measured.
+            ContractError: Its rank or its axes of size one are not those that were measured, or its tokens are no grid.
         """
         layout, output = self._contract.output_layout, self._contract.output
         if result.ndim != len(layout):
@@ -120,4 +120,5 @@ class Adapter:
             result = result[..., None, :]
         if "B" not in axes:
             result = result[None]
-        return result if self._contract.fixed_batch is None else result[:items]
+        result = result if self._contract.fixed_batch is None else result[:items]
+        return self._contract.tokens.frames(result, output) if self._contract.tokens and "T" in axes else result

@@ -30,6 +30,7 @@ from xares_onnx.encoder import spec as encoder_spec
 from xares_onnx.encoder.contract.constants import Constant
 from xares_onnx.encoder.contract.contract import Contract
 from xares_onnx.encoder.contract.frontend import make_frontend
+from xares_onnx.encoder.contract.tokens import Tokens
 from xares_onnx.encoder.exposure import Exposure
 from xares_onnx.encoder.model_file import ModelScan
 from xares_onnx.encoder.session import CUDA
@@ -264,6 +265,7 @@ SHAPING: dict[str, Any] = {
     "model.info.contract.window_frames": 100,
     "model.info.contract.frontend": make_frontend({"preset": "whisper"}, 16_000),
     "model.info.contract.constants": {"is_longer": Constant("tensor(bool)", (None, 1), (1, 1), (True,))},
+    "model.info.contract.tokens": Tokens(2, 12),
     "crops.seconds": None,
     "crops.rule": "whole-crops",
     "crops.pad_short_clips": False,

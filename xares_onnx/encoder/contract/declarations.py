@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ...errors import ContractError, UsageError, nearest
+from ...errors import ContractError, UsageError, foreign, nearest
+from ...foreign import ForeignFileError, NoFileError, parse_json, parse_toml, read_small
 from . import frontend as frontends
 from .contract import DEFAULT_SAMPLE_RATE
 from .extractors import NotComputedError, declared_by_extractor
@@ -57,6 +56,8 @@ _NORMALIZE_SAMPLES = {"unit": "1", "int16": "0"}
 
 # These depend on the kind of input: a source that declares another kind than the source before it does not count for them.
 _DEPEND_ON_INPUT = {"amplitude", "normalize", "input_layout", "min_samples", "max_samples", "chunk_samples"}
+_MAX_TEXT = 1_000  # characters of a declared value
+_PREPROCESSOR_BYTES = 2_000_000  # some hold their mel filters, 80 or 128 times 201 numbers
 _POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
 
 
@@ -92,13 +93,12 @@ def declared_in_sidecar(path: Path) -> Declarations:
         UsageError: A key is unknown.
         ContractError: The file cannot be read, or a value is wrong.
     """
-    text = _small_text(path)
-    if text is None:
-        return {}
     try:
-        raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ContractError(f"{path} beside the model is not valid TOML: {error}") from error
+        raw = parse_toml(read_small(path))
+    except NoFileError:
+        return {}
+    except ForeignFileError as error:
+        raise ContractError(f"{path} beside the model cannot be read ({error})") from error
     if isinstance(table := raw.get("frontend"), dict):  # a table [frontend], or keys with a dot
         raw = {key: value for key, value in raw.items() if key != "frontend"}
         raw |= {frontends.PREFIX + key: value for key, value in table.items()}
@@ -142,15 +142,12 @@ def declared_by_preprocessor(path: Path) -> Declarations:
     Raises:
         ContractError: The file cannot be read, or a value is wrong.
     """
-    text = _small_text(path)
-    if text is None:
-        return {}
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{path} beside the model is not valid json: {error}") from error
-    if not isinstance(raw, dict):
-        raise ContractError(f"{path} beside the model is not a json object")
+        raw = parse_json(read_small(path, _PREPROCESSOR_BYTES), dict[str, Any])
+    except NoFileError:
+        return {}
+    except ForeignFileError as error:
+        raise ContractError(f"{path} beside the model cannot be read ({error})") from error
     try:
         return _read(declared_by_extractor(raw), path.name, strict=False)
     except NotComputedError as error:  # an error only if nothing else declares the input
@@ -219,7 +216,7 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
         if name not in _DECLARABLE:
             if strict or name.startswith(frontends.PREFIX):  # other features than those meant give a wrong score
                 kind = UsageError if strict else ContractError
-                raise kind(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
+                raise kind(f"{source}: there is no contract key {foreign(name)!r}{nearest(name, _DECLARABLE)}")
             continue
         declarations[name] = Declaration(_value(name, value, source), source)
     of_features = next((name for name in declarations if name.startswith(frontends.PREFIX)), None)
@@ -233,6 +230,8 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
     reader = _DECLARABLE[name]
     # On the command line a wrong value is wrong usage; beside or inside a model it is an error of the model.
     error_class = UsageError if source == _COMMAND_LINE else ContractError
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        raise error_class(f"{source}: {name} has {len(value)} characters; the most is {_MAX_TEXT}")
     try:
         parsed = reader(str(value).strip())
         if reader is float and not math.isfinite(parsed):
@@ -248,30 +247,15 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
     if name in frontends.RANGES and not low <= parsed <= high:
         raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from {low:g} to {high:g}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
-        raise error_class(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+        raise error_class(f"{source}: {name}={foreign(parsed)!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
     if name == "input_layout" and not re.fullmatch(r"(?!.*([BTF]).*\1)[BTF1]*T[BTF1]*", parsed):
         raise error_class(
-            f"{source}: {name}={parsed!r} must name each axis: B the batch, T the samples or frames, F the bins of "
+            f"{source}: {name}={foreign(parsed)!r} must name each axis: B the batch, T the samples or frames, F the bins of "
             "features, 1 an axis of size one, such as BT or BFT"
         )
     if name == "output_layout" and not re.fullmatch(r"(?!.*([BTD]).*\1)[BTD1]*D[BTD1]*", parsed):
         raise error_class(
-            f"{source}: {name}={parsed!r} must name each axis: B the batch, T the frames, D the dimension, 1 an axis of "
-            "size one, such as BTD"
+            f"{source}: {name}={foreign(parsed)!r} must name each axis: B the batch, T the frames, D the dimension, 1 an "
+            "axis of size one, such as BTD"
         )
     return parsed  # type: ignore[no-any-return]
-
-
-def _small_text(path: Path, limit: int = 1 << 20) -> str | None:
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe might never end
-            raise ContractError(f"{path} beside the model cannot be read (it is not a regular file)")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ContractError(f"{path} is larger than 1 MiB; it should hold a few declarations")
-        return data.decode("utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path} beside the model cannot be read ({error})") from error

@@ -77,6 +77,8 @@ class Session:
         session_options.intra_op_num_threads = 1
         session_options.inter_op_num_threads = 1
         session_options.log_severity_level = 4
+        # Whatever the file's name or first bytes say: the guard has read it as ONNX, and nothing else may be loaded.
+        session_options.add_session_config_entry("session.load_model_format", "ONNX")
         if self._record_placement:
             session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider == CUDA:

@@ -44,7 +44,7 @@ class UsageError(XaresError, ValueError):
 class UnknownTaskError(UsageError):
     @classmethod
     def named(cls, name: str, known: Iterable[str]) -> UnknownTaskError:
-        return cls(f"there is no task {name!r}{nearest(name, known)}; `xares-onnx tasks` lists them")
+        return cls(f"there is no task {quoted(name)}{nearest(name, known)}; `xares-onnx tasks` lists them")
 
 
 class TaskFileError(UsageError):
@@ -147,6 +147,11 @@ def foreign(text: str) -> str:
     at most 200 characters.
     """
     return printable(_cut(text, _MAX_FOREIGN))
+
+
+def quoted(value: object) -> str:
+    """A stranger's text or value in quotes, for a message: as `repr` writes it, and at most 200 characters of it."""
+    return repr(_cut(value, _MAX_FOREIGN)) if isinstance(value, str) else _cut(repr(value), _MAX_FOREIGN)
 
 
 def _escape(character: str) -> str:

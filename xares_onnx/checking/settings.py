@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from ..errors import UsageError, foreign, nearest
+from ..errors import UsageError, foreign, nearest, quoted
 from ..foreign import ForeignFileError, parse_toml, read_small
 from .findings import Outcome
 from .registry import PROPERTIES
@@ -58,7 +58,7 @@ def read_settings(start: Path) -> dict[str, Setting]:
         raise UsageError(f"{path}: [tool.xares-onnx] must be a table")
     for key in section:  # an unknown key may be another program's, but not a misspelled `check`
         if key != "check" and (close := nearest(key, ["check"])):
-            raise UsageError(f"{path}: [tool.xares-onnx] has no {foreign(key)!r}{close}")
+            raise UsageError(f"{path}: [tool.xares-onnx] has no {quoted(key)}{close}")
     return make_settings(section.get("check", {}), f"{path}, [{_SECTION}]")
 
 
@@ -74,7 +74,7 @@ def make_settings(raw: Any, where: str) -> dict[str, Setting]:
 
 def _setting(name: str, value: Any, where: str) -> Setting:
     if name not in PROPERTIES:
-        raise UsageError(f"{where}: there is no property {foreign(name)!r}{nearest(name, PROPERTIES)}")
+        raise UsageError(f"{where}: there is no property {quoted(name)}{nearest(name, PROPERTIES)}")
     if isinstance(value, Setting):
         value = {key: part for key, part in msgspec.structs.asdict(value).items() if part is not None}
     table = {"severity": value} if isinstance(value, str) else value
@@ -82,7 +82,7 @@ def _setting(name: str, value: Any, where: str) -> Setting:
         raise UsageError(f'{where}: {name} must be "error", "warn" or "off", or a table of severity and tolerance')
     for key in table:
         if key not in Setting.__struct_fields__:
-            raise UsageError(f"{where}: {name} has no {foreign(str(key))!r}{nearest(str(key), Setting.__struct_fields__)}")
+            raise UsageError(f"{where}: {name} has no {quoted(str(key))}{nearest(str(key), Setting.__struct_fields__)}")
     severity: Any = table.get("severity")
     tolerance: Any = table.get("tolerance")
     if severity is not None and severity not in get_args(Severity):

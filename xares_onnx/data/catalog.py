@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
-from ..errors import DataMissingError, UnknownTaskError, UsageError, foreign
+from ..errors import DataMissingError, UnknownTaskError, UsageError, foreign, quoted
 from ..files import TEMPORARY_SUFFIX, Stamp, make_private, stamp, write_aside
 from ..foreign import ForeignFileError, decode_json, read_small
 from ..progress import Note, Observer, Progress
@@ -48,7 +48,7 @@ def suite_tasks(suite: str) -> list[Task]:
         UsageError: `suite` is not one of `SUITES`.
     """
     if suite not in SUITES:
-        raise UsageError(f"there is no suite {suite!r}; choose from {', '.join(SUITES)}")
+        raise UsageError(f"there is no suite {quoted(suite)}; choose from {', '.join(SUITES)}")
     return [task for task in shipped_tasks().values() if in_group(task, suite)]
 
 
@@ -74,7 +74,7 @@ def named_tasks(names: Iterable[str]) -> list[Task]:
         if name.endswith(".toml"):
             task = load_task(Path(name))
             if (shipped_tasks() | chosen).get(task.name, task) != task:
-                raise UsageError(f"task file {name} uses the name {task.name!r} of another task; give it another name")
+                raise UsageError(f"task file {name} uses the name {quoted(task.name)} of another task; give it another name")
             tasks = [task]
         else:
             tasks = [task for task in shipped_tasks().values() if fnmatch.fnmatchcase(task.name, name)]

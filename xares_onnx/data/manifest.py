@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..errors import quoted
 from ..files import CHECKSUM_ALGORITHMS, write_aside
 from ..foreign import ForeignFileError, decode_json, read_small
 
@@ -24,7 +25,7 @@ class Held(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if self.algorithm not in CHECKSUM_ALGORITHMS:
-            raise ValueError(f"unknown checksum {self.checksum!r}")
+            raise ValueError(f"unknown checksum {quoted(self.checksum)}")
         if not (0 <= self.size <= _MAX_SIZE and abs(self.mtime_ns) < 1 << 63):
             raise ValueError("a size or time that no file has")
 

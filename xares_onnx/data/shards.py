@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import ClipError, DataError, DataMissingError, LabelError, escaped
+from ..errors import ClipError, DataError, DataMissingError, LabelError, escaped, quoted
 from .audio import AUDIO_EXTENSIONS
 
 MAX_AUDIO_BYTES = 1 << 31
@@ -104,7 +104,7 @@ def index_shard(path: Path) -> ShardIndex:
             group.fault = "a link or a special file"
         elif member.offset_data + member.size > size:
             group.fault = "the shard ends inside it"
-            index.damage = f"the shard ends inside member {name!r}"
+            index.damage = f"the shard ends inside member {quoted(name)}"
         else:
             part = Extent(member.offset_data, member.size)
             (group.label if extension == "json" else group.audio).append(part)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..errors import TaskFileError, UsageError, escaped, foreign, nearest
+from ..errors import TaskFileError, UsageError, escaped, foreign, nearest, quoted
 from ..foreign import ForeignFileError, parse_toml, read_small
 from .targets import CaptionsTarget, Target
 
@@ -36,9 +36,9 @@ class Folds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         try:
             globs = {self.glob(number) for number in self.numbers}
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise ValueError(f"`pattern` {foreign(self.pattern)!r} must hold {{fold}} or {{fold:02}}") from error
+            raise ValueError(f"`pattern` {quoted(self.pattern)} must hold {{fold}} or {{fold:02}}") from error
         if len(globs) != len(self.numbers):
-            raise ValueError(f"`pattern` {foreign(self.pattern)!r} must hold {{fold}} or {{fold:02}}")
+            raise ValueError(f"`pattern` {quoted(self.pattern)} must hold {{fold}} or {{fold:02}}")
         for glob in globs:
             _check_glob(glob)
 
@@ -111,11 +111,11 @@ def _template(text: str) -> re.Pattern[str]:
     literals, wildcards = re.split(r"\*|\{group\}", text), re.findall(r"\*|\{group\}", text)
     if wildcards.count("{group}") != 1 or set("".join(literals)) & set("{}"):
         raise ValueError(
-            f"`group` {foreign(text)!r} must hold {{group}} once, and no other braces; a json key has no `*` or braces"
+            f"`group` {quoted(text)} must hold {{group}} once, and no other braces; a json key has no `*` or braces"
         )
     if not all(literals[1:-1]):
         raise ValueError(
-            f"`group` {foreign(text)!r} must have a text between `*` and {{group}}, or nothing tells where one ends"
+            f"`group` {quoted(text)} must have a text between `*` and {{group}}, or nothing tells where one ends"
         )
     pattern = re.escape(literals[0])
     for before, wildcard, after in zip(literals, wildcards, literals[1:], strict=False):
@@ -230,7 +230,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             if value not in allowed:
                 choices = " or ".join(repr(word) for word in allowed)
                 raise ValueError(
-                    f"[{table}] {key} {value!r} does not fit a target of kind {self.kind!r}; write {key} = {choices}"
+                    f"[{table}] {key} {quoted(value)} does not fit a target of kind {self.kind!r}; write {key} = {choices}"
                 )
         if (self.score.segment_seconds is None) == (self.kind == "events"):
             needed = "needs `segment_seconds`" if self.kind == "events" else "has no use for `segment_seconds`"
@@ -261,7 +261,8 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """The task with another kind of head; `UsageError` if that does not fit the target."""
         if kind not in HEADS[self.kind]:
             raise UsageError(
-                f"head {kind!r} does not fit {self.name}, a task of kind {self.kind!r}: {' or '.join(HEADS[self.kind])}"
+                f"head {quoted(kind)} does not fit {self.name}, a task of kind {self.kind!r}: "
+                f"{' or '.join(HEADS[self.kind])}"
             )
         return msgspec.structs.replace(self, head=msgspec.structs.replace(self.head, kind=kind))
 
@@ -319,7 +320,7 @@ def _check_glob(glob: str) -> None:
     parts = PurePosixPath(glob).parts
     plain = glob.isprintable() and not set(glob) & set("\\:") and all(part == "**" or "**" not in part for part in parts)
     if not 0 < len(parts) <= _MAX_GLOB_PARTS or len(glob) > _MAX_GLOB or glob.startswith("/") or ".." in parts or not plain:
-        raise ValueError(f"shard pattern {foreign(glob)!r} must be a plain pattern inside the task's folder")
+        raise ValueError(f"shard pattern {quoted(glob)} must be a plain pattern inside the task's folder")
 
 
 def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
@@ -327,7 +328,7 @@ def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if isinstance(raw, str) and typing.get_origin(expected) is Literal and raw not in typing.get_args(expected):
         words = ", ".join(map(repr, typing.get_args(expected)))
-        raise TaskFileError(f"task file {path}: {where} is {foreign(raw)!r}, but must be one of {words}")
+        raise TaskFileError(f"task file {path}: {where} is {quoted(raw)}, but must be one of {words}")
     known = _known_keys(raw, options) if isinstance(raw, dict) else None
     if known is None:
         return

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..errors import ModelError, UsageError, XaresError
+from ..errors import ModelError, UsageError, XaresError, quoted
 from ..files import check_target, made_aside, solid_bytes, write_aside
 from ..foreign import ForeignFileError, open_regular
 from ..progress import Doing, Observer, ignore
@@ -180,7 +180,7 @@ def _check_target(source: Path, target: Path) -> None:
         if target.exists() and target.samefile(source):
             raise UsageError(f"{target} is the model itself, which is never changed in place; name another file")
     except UnicodeEncodeError as error:
-        raise UsageError(f"output {str(target)!r} has a name that is not UTF-8; choose another") from error
+        raise UsageError(f"output {quoted(str(target))} has a name that is not UTF-8; choose another") from error
     except OSError as error:
         raise UsageError(f"{target} cannot be written ({error.strerror}); choose another place") from error
     check_target(target)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data import audio
-from ..errors import ModelError, ModelLimitError, UsageError, foreign, nearest
+from ..errors import ModelError, ModelLimitError, UsageError, nearest, quoted
 from ..files import make_private, solid_bytes, stamp, write_aside
 from ..foreign import ForeignFileError, decode_json, read_small
 from ..progress import Note, Observer, ignore
@@ -91,7 +91,7 @@ class Encoder:
         """
         taps = {loaded.name: number for number, loaded in enumerate(self.info.taps)}
         if tap is not None and tap not in taps:
-            raise UsageError(f"there is no tap {foreign(tap)!r}{nearest(tap, taps)}; `taps` of load_encoder names them")
+            raise UsageError(f"there is no tap {quoted(tap)}{nearest(tap, taps)}; `taps` of load_encoder names them")
         if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
             raise UsageError(f"rate={rate} must be a sampling rate from {audio.MIN_RATE} to {audio.MAX_RATE} Hz")
         signals = [_checked_waveform(waveform) for waveform in waveforms]
@@ -231,11 +231,11 @@ def _check_taps(taps: Sequence[str], declared: Declarations) -> None:
     if ALL_LAYERS in taps and len(taps) > 1:
         raise UsageError(f"--taps {ALL_LAYERS} stands alone: the model's output is among them")
     if twice := [name for name in taps if taps.count(name) > 1]:
-        raise UsageError(f"--taps names {twice[0]!r} twice")
+        raise UsageError(f"--taps names {quoted(twice[0])} twice")
     output = declared.get("output")
     if output and taps and taps[0] not in (ALL_LAYERS, output.value):
         raise UsageError(
-            f"{output.source} declares output={output.value}, so --taps must begin with it, not with {taps[0]!r}"
+            f"{output.source} declares output={output.value}, so --taps must begin with it, not with {quoted(taps[0])}"
         )
 
 

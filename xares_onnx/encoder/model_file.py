@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import DataMissingError, ModelError, foreign
+from ..errors import DataMissingError, ModelError, foreign, quoted
 from ..files import Stamp, solid_bytes, stamp
 from .integer_products import computes_in_integers
 from .limits import Limits, limits
@@ -52,7 +52,7 @@ def find_model(path: Path) -> Path:
         str(path).encode()
         return _existing(path)
     except UnicodeEncodeError as error:
-        raise ModelError(f"model {str(path)!r} has a name that is not UTF-8; rename it") from error
+        raise ModelError(f"model {quoted(str(path))} has a name that is not UTF-8; rename it") from error
     except OSError as error:
         raise ModelError(f"model {path} cannot be read ({error.strerror})") from error
 
@@ -142,7 +142,7 @@ def check_unchanged(path: Path, stamps: Mapping[str, Stamp]) -> None:
         except DataMissingError as error:
             raise ModelError(f"a file of {path} was removed while it was in use; run again") from error
         if now != then:
-            what = f"{foreign(name)!r}, weights of {path}," if name else path
+            what = f"{quoted(name)}, weights of {path}," if name else path
             raise ModelError(f"{what} was replaced while it was in use; run again")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ModelError, foreign
+from ..errors import ModelError, quoted
 from .limits import Limits
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class _Operators:
             self._sizes[key] = _Size(body.nodes + defaults.nodes, max(1 + body.levels, defaults.levels))
         size = self._sizes[key]
         if size is None:
-            raise ModelError(f"{self._path} has a function {foreign(key[1])!r} that calls itself, so it cannot be loaded")
+            raise ModelError(f"{self._path} has a function {quoted(key[1])} that calls itself, so it cannot be loaded")
         self._check_depth(depth + size.levels)
         return size
 
@@ -180,7 +180,7 @@ class _Operators:
                 )
             elif node.domain not in _DOMAINS:
                 raise ModelError(
-                    f"{self._path} needs operator {foreign(node.op_type)!r} of domain {foreign(node.domain)!r}, which ONNX "
+                    f"{self._path} needs operator {quoted(node.op_type)} of domain {quoted(node.domain)}, which ONNX "
                     "Runtime lacks; custom operators are never loaded, so export the model with standard ones"
                 )
             if node.attribute:
@@ -216,9 +216,9 @@ def _domain(name: str) -> str:
 
 def _elements(path: Path, dims: Sequence[int], name: str) -> int:
     if len(dims) > _MAX_RANK:
-        raise ModelError(f"{path} is damaged: tensor {foreign(name)!r} has {len(dims)} dimensions")
+        raise ModelError(f"{path} is damaged: tensor {quoted(name)} has {len(dims)} dimensions")
     if any(dim < 0 for dim in dims):
-        raise ModelError(f"{path} is damaged: tensor {foreign(name)!r} has a negative dimension")
+        raise ModelError(f"{path} is damaged: tensor {quoted(name)} has a negative dimension")
     return math.prod(dims)
 
 
@@ -226,11 +226,11 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
     """The location of a tensor's external data, if it has any. Raises `ModelError` if it claims more than there is."""
     import onnx
 
-    damaged = f"{path} is damaged: tensor {foreign(tensor.name)!r} "
+    damaged = f"{path} is damaged: tensor {quoted(tensor.name)} "
     elements = _elements(path, tensor.dims, tensor.name)
     bits = _BITS.get(tensor.data_type)
     if bits is None:
-        raise ModelError(f"{path} has a tensor {foreign(tensor.name)!r} of type {tensor.data_type}, which is not supported")
+        raise ModelError(f"{path} has a tensor {quoted(tensor.name)} of type {tensor.data_type}, which is not supported")
     size = (elements * bits + 7) // 8
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -253,7 +253,7 @@ def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
     """The location, if it is a regular file in the model's folder, reached without links, that holds the tensor's bytes."""
     location = entries.get("location", "")
     relative = PurePosixPath(location)
-    problem = f"{model} keeps weights in {foreign(location)!r}, "
+    problem = f"{model} keeps weights in {quoted(location)}, "
     if not location or relative.is_absolute() or ".." in relative.parts or "\\" in location or ":" in location:
         raise ModelError(problem + "outside its folder; put the file beside the model")
     if _MEMORY in location:
@@ -270,7 +270,9 @@ def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
         raise ModelError(problem + "which is a hard link to a file elsewhere; put a copy beside the model")
     offset, length = entries.get("offset", "0"), entries.get("length", str(size))
     if not all(re.fullmatch("[0-9]{1,18}", number, re.ASCII) for number in (offset, length)):
-        raise ModelError(f"{model} is damaged: it reads bytes {offset[:30]!r} + {length[:30]!r} of {foreign(location)!r}")
+        raise ModelError(
+            f"{model} is damaged: it reads bytes {quoted(offset[:30])} + {quoted(length[:30])} of {quoted(location)}"
+        )
     if int(offset) + max(int(length), size) > stat.st_size:
         raise ModelError(problem + f"which ends at byte {stat.st_size}, before the weights do; get the whole file")
     return str(relative)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from ..data.audio import AUDIO_EXTENSIONS
-from ..errors import DataError, DataMissingError, UsageError, foreign
+from ..errors import DataError, DataMissingError, UsageError, foreign, quoted
 from ..foreign import ForeignFileError, NoFileError, open_regular
 
 Row = tuple[int, dict[str, Any]]
@@ -39,7 +39,7 @@ class Table(ABC):
         with self._opened():
             self.columns: tuple[str, ...] = tuple(self._read_columns())
         if repeated := sorted({name for name in self.columns if self.columns.count(name) > 1}):
-            raise UsageError(f"{path} has two columns {foreign(repeated[0])!r}; rename one")
+            raise UsageError(f"{path} has two columns {quoted(repeated[0])}; rename one")
 
     @abstractmethod
     def _read_columns(self) -> list[str]: ...
@@ -81,7 +81,7 @@ class DelimitedTable(Table):
         _, names = next(self._lines(), (0, []))
         if len(names) == 1 and (other := next((mark for mark in ("\t", ";", ",") if mark in names[0]), None)):
             need = "tabs, or name it .csv" if self._tabs else "commas, or name it .tsv if those are tabs"
-            raise UsageError(f"the cells of {self.path} seem to be separated by {other!r}; separate them by {need}")
+            raise UsageError(f"the cells of {self.path} seem to be separated by {quoted(other)}; separate them by {need}")
         return names
 
     def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]:

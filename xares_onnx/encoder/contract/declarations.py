@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ...errors import ContractError, UsageError, foreign, nearest
+from ...errors import ContractError, UsageError, nearest, quoted
 from ...foreign import ForeignFileError, NoFileError, parse_json, parse_toml, read_small
 from . import frontend as frontends
 from .contract import DEFAULT_SAMPLE_RATE
@@ -81,7 +81,7 @@ def declared_on_command_line(pairs: Iterable[str]) -> Declarations:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError(f"--contract {pair!r} must be KEY=VALUE, such as sample_rate=16000")
+            raise UsageError(f"--contract {quoted(pair)} must be KEY=VALUE, such as sample_rate=16000")
         values[key.strip()] = value.strip()
     return _read(values, _COMMAND_LINE, strict=True)
 
@@ -205,7 +205,7 @@ def _check_version(metadata: Mapping[str, str]) -> None:
     version = metadata.get("xares.contract_version", str(CONTRACT_VERSION))
     if version.strip() != str(CONTRACT_VERSION):
         raise ContractError(
-            f"the model declares contract version {version[:20]!r}, this program reads {CONTRACT_VERSION}; update it"
+            f"the model declares contract version {quoted(version[:20])}, this program reads {CONTRACT_VERSION}; update it"
         )
 
 
@@ -216,7 +216,7 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
         if name not in _DECLARABLE:
             if strict or name.startswith(frontends.PREFIX):  # other features than those meant give a wrong score
                 kind = UsageError if strict else ContractError
-                raise kind(f"{source}: there is no contract key {foreign(name)!r}{nearest(name, _DECLARABLE)}")
+                raise kind(f"{source}: there is no contract key {quoted(name)}{nearest(name, _DECLARABLE)}")
             continue
         declarations[name] = Declaration(_value(name, value, source), source)
     of_features = next((name for name in declarations if name.startswith(frontends.PREFIX)), None)
@@ -240,22 +240,22 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
             parsed.encode()
     except ValueError:
         kind = "a whole number" if reader is int else "a number" if reader is float else "UTF-8 text"
-        raise error_class(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
+        raise error_class(f"{source}: {name}={quoted(str(value)[:40])} is not {kind}") from None
     if name in _POSITIVE and not 0 < parsed < 1 << 31:
         raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
     low, high = frontends.RANGES.get(name, (-math.inf, math.inf))
     if name in frontends.RANGES and not low <= parsed <= high:
         raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from {low:g} to {high:g}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
-        raise error_class(f"{source}: {name}={foreign(parsed)!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+        raise error_class(f"{source}: {name}={quoted(parsed)} must be one of {', '.join(sorted(_CHOICES[name]))}")
     if name == "input_layout" and not re.fullmatch(r"(?!.*([BTF]).*\1)[BTF1]*T[BTF1]*", parsed):
         raise error_class(
-            f"{source}: {name}={foreign(parsed)!r} must name each axis: B the batch, T the samples or frames, F the bins of "
+            f"{source}: {name}={quoted(parsed)} must name each axis: B the batch, T the samples or frames, F the bins of "
             "features, 1 an axis of size one, such as BT or BFT"
         )
     if name == "output_layout" and not re.fullmatch(r"(?!.*([BTD]).*\1)[BTD1]*D[BTD1]*", parsed):
         raise error_class(
-            f"{source}: {name}={foreign(parsed)!r} must name each axis: B the batch, T the frames, D the dimension, 1 an "
+            f"{source}: {name}={quoted(parsed)} must name each axis: B the batch, T the frames, D the dimension, 1 an "
             "axis of size one, such as BTD"
         )
     return parsed  # type: ignore[no-any-return]

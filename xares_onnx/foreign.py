@@ -21,6 +21,7 @@ from .errors import foreign
 T = TypeVar("T")
 
 SMALL_BYTES = 64_000  # of a file that holds a few settings
+_BLOCK = 1 << 16
 _MAX_DEPTH = 32
 _MAX_PARTS = 16  # of a dotted key
 _MAX_WORD = 200  # characters of a number or a bare key
@@ -81,7 +82,10 @@ def read_small(path: Path, limit: int = SMALL_BYTES, *, links: bool = True) -> b
     """
     with open_regular(path, links=links) as file:
         try:
-            data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size + 1) if size <= limit else None  # of `limit` bytes, a read would take the memory at once
+            while data is not None and len(data) <= limit and (more := file.read(_BLOCK)):  # it grows, or tells no size
+                data += more
         except OSError as error:
             raise ForeignFileError(error.strerror or str(error)) from error
     if data is None or len(data) > limit:

@@ -16,9 +16,6 @@ import pytest
 from bounds import bounded
 from made_results import ENCODER, classes, saved
 
-import xares_onnx.evaluation.comparison
-import xares_onnx.report.board
-import xares_onnx.report.comparison  # all once, and not in every child
 from xares_onnx.errors import UsageError, foreign, printable, quoted
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")

@@ -44,7 +44,7 @@ def test_a_good_model_is_a_table_and_nothing_else(folder: Path) -> None:
     assert list(by_property) == list(PROPERTIES)
     assert set(by_property.values()) == {"pass", "skip"}
     first, *_, contract, last = out.splitlines()
-    assert first.startswith("good.onnx  ")
+    assert first.startswith("encoder good.onnx  ")
     assert "4 dimensions, a frame every 10 ms, 16000 Hz, CPU" in first
     assert "hop_samples=160 (measured, as declared in metadata)" in contract
     assert last.startswith("25 pass, 4 skip in ")

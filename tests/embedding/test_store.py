@@ -221,7 +221,9 @@ def spec() -> EmbedSpec:
         dynamic_batch=True,
         batch_coupled=False,
     )
-    scan = ModelScan(sha256="a", bytes=1, parameters=1, external=(), metadata={}, producer="p", opset=17)
+    scan = ModelScan(
+        sha256="a", bytes=1, solid_bytes=1, parameters=1, external=(), stamps={}, metadata={}, producer="p", opset=17
+    )
     info = EncoderInfo(path="m.onnx", scan=scan, contract=contract, provider="CPUExecutionProvider", onnxruntime="1.2.3")
     return EmbedSpec(
         model=ModelSpec(info, "auto", 2),
@@ -280,6 +282,8 @@ NOT_SHAPING: dict[str, Any] = {
     "model.info.batch_difference": 1e-6,
     "model.info.more_taps": (Tap("x", spec().model.info.contract),),
     "model.info.scan.bytes": 2,
+    "model.info.scan.solid_bytes": 2,
+    "model.info.scan.stamps": {"": ("m.onnx", 1, 2, 3, 4)},
     "model.info.scan.parameters": 2,
     "model.info.scan.external": ("w",),
     "model.info.scan.metadata": {"a": "b"},
@@ -290,7 +294,6 @@ NOT_SHAPING: dict[str, Any] = {
     "model.info.contract.sources": {"dim": "measured"},
     "model.device": "cpu",
     "model.threads": 7,
-    "model.stamp": ("m.onnx", 1, 2, 3, 4),
     "model.trust": True,
     "task": "yours",
     "shard": Path("elsewhere/b.tar"),
@@ -400,6 +403,8 @@ import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from test_store import KEY, Store, shard
+with Store(Path({str(root)!r})).spool(KEY, 1):  # marks the store
+    pass
 rename, left = os.replace, [{renames}]
 def replace(*paths):
     if not left[0]:
@@ -447,8 +452,16 @@ def test_old_orphans_are_leftovers(tmp_path: Path) -> None:
 
 def test_a_leftover_that_vanishes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ab").mkdir()
-    gone = tmp_path / "ab" / f"{KEY}.jsonl.0123.part"
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [gone] if pattern == "*/*" else [])
+    gone = tmp_path / "ab" / f"{KEY}.jsonl.01234567.part"
+    gone.touch()
+    os.utime(gone, (0, 0))
+    stat = os.stat
+
+    def vanishing(path: Any, **options: Any) -> os.stat_result:
+        gone.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", vanishing)
     assert Store(tmp_path).remove_leftovers() == 0
 
 
@@ -563,7 +576,8 @@ for _ in range(40):
 
 # ---------------------------------------------------------------- pruning
 
-STORED = {"old": ("a.onnx", "aaa111", 40), "new": ("a.onnx", "aaa111", 2), "other": ("b.onnx", "bbb222", 40)}
+OLD, NEW, OTHER = (digit * 40 for digit in "abc")
+STORED = {OLD: ("a.onnx", "aaa111", 40), NEW: ("a.onnx", "aaa111", 2), OTHER: ("b.onnx", "bbb222", 40)}
 
 
 @pytest.fixture
@@ -580,15 +594,15 @@ def filled(tmp_path: Path) -> Store:
     ("chosen", "removed"),
     [
         ({}, set()),
-        ({"older_than_days": 30}, {"old", "other"}),
-        ({"older_than_days": 1}, {"old", "new", "other"}),
+        ({"older_than_days": 30}, {OLD, OTHER}),
+        ({"older_than_days": 1}, {OLD, NEW, OTHER}),
         ({"older_than_days": 50}, set()),
-        ({"model": "a.onnx"}, {"old", "new"}),
-        ({"model": "bbb"}, {"other"}),
-        ({"model": "a"}, {"old", "new"}),
+        ({"model": "a.onnx"}, {OLD, NEW}),
+        ({"model": "bbb"}, {OTHER}),
+        ({"model": "a"}, {OLD, NEW}),
         ({"model": "c.onnx"}, set()),
-        ({"model": "a.onnx", "older_than_days": 30}, {"old"}),
-        ({"everything": True}, {"old", "new", "other"}),
+        ({"model": "a.onnx", "older_than_days": 30}, {OLD}),
+        ({"everything": True}, {OLD, NEW, OTHER}),
     ],
 )
 def test_pruning_removes_what_is_chosen(chosen: dict[str, Any], removed: set[str], filled: Store) -> None:
@@ -599,7 +613,7 @@ def test_pruning_removes_what_is_chosen(chosen: dict[str, Any], removed: set[str
 
 
 def test_use_postpones_pruning(filled: Store) -> None:
-    filled.touch("old")
-    filled.touch("none")
+    filled.touch(OLD)
+    filled.touch("d" * 40)
     prune(filled, older_than_days=30)
-    assert {key for key, *_ in filled.entries()} == {"old", "new"}
+    assert {key for key, *_ in filled.entries()} == {OLD, NEW}

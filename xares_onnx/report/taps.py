@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import printable
+from ..errors import foreign
 from ..evaluation.record import Result, TaskResult
 from ..evaluation.settings import Method
 from .tables import empty_table
@@ -81,14 +81,14 @@ def print_taps(result: Result, console: Console) -> None:
     fit = max(1, (console.width - max(len(tap) for tap in taps) - 2) // _COLUMN_WIDTH)
     for start in range(0, len(columns), fit):
         shown = columns[start : start + fit]
-        table = empty_table(console, ("tap",), [f"{printable(records[0].title)} {method}" for method, records in shown])
+        table = empty_table(console, ("tap",), [f"{foreign(records[0].title)} {method}" for method, records in shown])
         for column in table.columns[1:]:
             column.no_wrap = False
         best_taps = [best_tap(records) for _, records in shown]
         output = result.encoder.taps[0]
         for tap in taps:
             cells = (_cell(tap, output, records, best) for (_, records), best in zip(shown, best_taps, strict=True))
-            table.add_row(printable(tap), *cells)
+            table.add_row(foreign(tap), *cells)
         table.add_section()
         table.add_row("best", *(_name(best, output) for best in best_taps))
         console.print(table, soft_wrap=False)
@@ -115,7 +115,7 @@ def _columns(result: Result) -> list[tuple[Method, list[TaskResult]]]:
 
 
 def _name(best: Best | None, output: str) -> str:
-    return f"{printable(best.record.tap or output)}{_ON_TEST if best.on_test else ''}" if best else ""
+    return f"{foreign(best.record.tap or output)}{_ON_TEST if best.on_test else ''}" if best else ""
 
 
 def _cell(tap: str, output: str, records: Sequence[TaskResult], best: Best | None) -> Text | str:

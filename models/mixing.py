@@ -1,9 +1,9 @@
 """A learned weighted sum of layers under a linear head: SUPERB's featurizer, solved jointly with the head.
 
-With the standardised rows Z_l of each layer, the head sees M = sum of w_l Z_l, w = softmax(a). The objective of a strength s is
-the mean loss of M W + b plus s/2 ||W||^2, over a, W and b at once. For given weights it is convex; over all it is not, so the
-start matters: equal weights, with the head that is best for these, found along the `logistic.path`. From there L-BFGS
-(scipy's) goes down over all variables together, scaled by the curvature at the start: nothing is drawn.
+With the standardised rows Z_l of each layer, the head sees M = sum of w_l Z_l, w = softmax(a). For a strength s, minimise the
+mean loss of M W + b plus s/2 ||W||^2, over a, W and b at once. For given weights that is convex. Over all it is not, so the
+start matters: equal weights, with the head that is best for them, found along the `logistic.path`. From there L-BFGS
+(scipy's) goes down over all variables together, scaled by the curvature at the start. Nothing is drawn.
 
 The gradient of w_l is <Z_l, R W^T> for the residuals R of the head, one product whatever the number of layers; a pass costs
 little more than reading the layers twice.

@@ -1,7 +1,7 @@
 """A learned weighted sum of layers under a linear head: SUPERB's featurizer, solved jointly with the head.
 
-With the standardised rows Z_l of each layer, the head sees M = sum of w_l Z_l, w = softmax(a). For a strength s, minimise the
-mean loss of M W + b plus s/2 ||W||^2, over a, W and b at once. For given weights that is convex. Over all it is not, so the
+With the standardised rows Z_l of each layer, the head sees M = sum of w_l Z_l, w = softmax(a). The head minimises the mean
+loss of M W + b plus s/2 ||W||^2, over a, W and b at once. For given weights that is convex. Over all it is not, so the
 start matters: equal weights, with the head that is best for them, found along the `logistic.path`. From there L-BFGS
 (scipy's) goes down over all variables together, scaled by the curvature at the start. Nothing is drawn.
 

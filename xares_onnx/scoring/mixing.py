@@ -97,7 +97,7 @@ def mixed(data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, taps: S
 def _chosen(task: Task, taps: Sequence[Tap]) -> tuple[list[int], list[str]]:
     """The numbers of the taps that can be mixed, and a note on the others."""
     frames = kind_of(task).needs_frames
-    shapes = [(tap.contract.dim, tap.contract.hop_samples if frames else None) for tap in taps]
+    shapes = [(tap.contract.dim, _times(tap) if frames else None) for tap in taps]
     usable = [number for number, tap in enumerate(taps) if not (frames and tap.contract.clip_only)]
     if len(usable) < 2:
         raise NotMixedError("fewer than two taps give frames, so there is nothing to mix")
@@ -106,8 +106,14 @@ def _chosen(task: Task, taps: Sequence[Tap]) -> tuple[list[int], list[str]]:
     if len(chosen) < 2:
         raise NotMixedError("no two taps have the same number of dimensions, so there is nothing to mix")
     left = [tap.name for number, tap in enumerate(taps) if number not in chosen]
-    form = f"{common[0]} dimensions" + (" and their hop" if frames else "")
+    form = f"{common[0]} dimensions" + (" and the same frame times" if frames else "")
     return chosen, [f"{', '.join(left)} are not in the mix, whose layers have {form}"] if left else []
+
+
+def _times(tap: Tap) -> tuple[Any, ...]:
+    """What decides when its frames are."""
+    contract = tap.contract
+    return contract.hop_samples, contract.first_frame_center_samples
 
 
 class _Columns:

@@ -201,7 +201,7 @@ def evaluate_with(
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
     with open_encoder(model, _for_model(options), cache=cache, observer=observe) as encoder:
         if settings.mix:
-            check_names(encoder.info.taps)
+            check_names([tap.name for tap in encoder.info.taps])
         if save and output is None:
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:

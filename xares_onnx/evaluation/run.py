@@ -27,7 +27,7 @@ from ..scoring.dataset import Dataset, assemble, check_drops
 from ..scoring.folds import make_folds
 from ..scoring.kinds import Kind, Tools, kind_of
 from ..scoring.kinds.classes import Classes
-from ..scoring.mixing import MIX, NotMixedError, mixed
+from ..scoring.mixing import MIX, NotMixedError, StoredTap, mixed
 from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.scoring import Predictions
 from ..scoring.shots import Shots, score_shots
@@ -143,9 +143,12 @@ class Run:
 
     def _score_mix(self, data: TaskData, specs: Mapping[Path, EmbedSpec], shared: _Shared) -> None:
         """Score the head on the mix of all taps, which comes after the last of them."""
-        taps = self._encoder.info.taps
+        taps = [
+            StoredTap(tap.name, tap.contract, {path: spec.key(number) for path, spec in specs.items()})
+            for number, tap in enumerate(self._encoder.info.taps)
+        ]
         try:
-            mix = mixed(data, specs, self._store, taps, self._store.root)
+            mix = mixed(data, taps, self._store)
         except NotMixedError as error:
             self._without_score(data.task, "not_applicable", str(error), shared)
             return

@@ -14,10 +14,9 @@ import numpy.typing as npt
 
 from ..data.selection import TaskData
 from ..data.task import Task
-from ..embedding.embed import EmbedSpec
 from ..embedding.store import EmbeddedShard, Frames, Store
+from ..encoder.contract.contract import Contract
 from ..encoder.exposure import ALL_LAYERS
-from ..encoder.spec import Tap
 from ..errors import ContractError, UsageError
 from ..files import disk_error
 from .dataset import Dataset, assemble
@@ -29,6 +28,15 @@ MIX = "mix"
 
 class NotMixedError(Exception):
     """Why the taps cannot be mixed for a task."""
+
+
+@dataclass(frozen=True)
+class StoredTap:
+    """A tap by its name, and the store's names of its embeddings, by shard."""
+
+    name: str
+    contract: Contract
+    keys: Mapping[Path, str]
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,13 @@ def check_mix(taps: Sequence[str], *, corrected: bool, heads: bool) -> None:
         raise UsageError(f"--taps {','.join(taps)} mixes one tap; name another, or mix alone for all layers")
 
 
-def check_names(taps: Sequence[Tap]) -> None:
+def check_names(taps: Sequence[str]) -> None:
     """Raise `ContractError` if a tap goes by the name of the mix."""
-    if any(tap.name == MIX for tap in taps):
+    if MIX in taps:
         raise ContractError(f"the model has a tap {MIX!r}, as the mix of taps is called; rename that tensor in the model")
 
 
-def mixed(data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, taps: Sequence[Tap], cache: Path) -> Mix:
+def mixed(data: TaskData, taps: Sequence[StoredTap], store: Store) -> Mix:
     """Put the stored embeddings of a task's taps side by side, those with the most common number of dimensions.
 
     Frames stay in the store and are read when they are needed; means go through a temporary file, so that memory holds one
@@ -72,10 +80,8 @@ def mixed(data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, taps: S
 
     Args:
         data: The task.
-        specs: The unit of work of each shard, all embedded.
-        store: Where embeddings are kept.
         taps: All taps of the encoder.
-        cache: Folder of the temporary file.
+        store: Where their embeddings are kept, and the temporary file.
 
     Raises:
         NotMixedError: The task has no head that mixes, or the taps cannot be mixed.
@@ -88,32 +94,34 @@ def mixed(data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, taps: S
             "choose a layer by its own score"
         )
     chosen, notes = _chosen(task, taps)
-    shards = _SideBySide(specs, store, chosen, [taps[number].name for number in chosen])
-    with _Spool(cache) as spool:
-        dataset = assemble(data, shards, spool)
-    return Mix(tuple(taps[number].name for number in chosen), dataset, notes)
+    with _Spool(store.root) as spool:
+        dataset = assemble(data, _SideBySide(chosen, store), spool)
+    return Mix(tuple(tap.name for tap in chosen), dataset, notes)
 
 
-def _chosen(task: Task, taps: Sequence[Tap]) -> tuple[list[int], list[str]]:
-    """The numbers of the taps that can be mixed, and a note on the others."""
+def _chosen(task: Task, taps: Sequence[StoredTap]) -> tuple[list[StoredTap], list[str]]:
+    """The taps that can be mixed, and a note on the others."""
     frames = kind_of(task).needs_frames
-    shapes = [(tap.contract.dim, _times(tap) if frames else None) for tap in taps]
-    usable = [number for number, tap in enumerate(taps) if not (frames and tap.contract.clip_only)]
+    usable = [tap for tap in taps if not (frames and tap.contract.clip_only)]
     if len(usable) < 2:
         raise NotMixedError("fewer than two taps give frames, so there is nothing to mix")
-    common = Counter(shapes[number] for number in usable).most_common(1)[0][0]
-    chosen = [number for number in usable if shapes[number] == common]
+    shape = _times_and_dim if frames else _dim
+    common = Counter(shape(tap) for tap in usable).most_common(1)[0][0]
+    chosen = [tap for tap in usable if shape(tap) == common]
     if len(chosen) < 2:
         raise NotMixedError("no two taps have the same number of dimensions, so there is nothing to mix")
-    left = [tap.name for number, tap in enumerate(taps) if number not in chosen]
-    form = f"{common[0]} dimensions" + (" and the same frame times" if frames else "")
+    left = [tap.name for tap in taps if tap not in chosen]
+    form = f"{chosen[0].contract.dim} dimensions" + (" and the same frame times" if frames else "")
     return chosen, [f"{', '.join(left)} are not in the mix, whose layers have {form}"] if left else []
 
 
-def _times(tap: Tap) -> tuple[Any, ...]:
-    """What decides when its frames are."""
+def _dim(tap: StoredTap) -> tuple[float | None, ...]:
+    return (tap.contract.dim,)
+
+
+def _times_and_dim(tap: StoredTap) -> tuple[float | None, ...]:
     contract = tap.contract
-    return contract.hop_samples, contract.first_frame_center_samples
+    return contract.dim, contract.hop_samples, contract.first_frame_center_samples
 
 
 class _Columns:
@@ -136,26 +144,26 @@ class _Columns:
 class _SideBySide(Mapping[Path, EmbeddedShard]):
     """Every shard with the embeddings of several taps side by side, read when it is asked for."""
 
-    def __init__(self, specs: Mapping[Path, EmbedSpec], store: Store, taps: Sequence[int], names: Sequence[str]) -> None:
-        self._specs, self._store, self._taps, self._names = specs, store, taps, names
+    def __init__(self, taps: Sequence[StoredTap], store: Store) -> None:
+        self._taps, self._store = taps, store
 
     def __len__(self) -> int:
-        return len(self._specs)
+        return len(self._taps[0].keys)
 
     def __iter__(self) -> Iterator[Path]:
-        return iter(self._specs)
+        return iter(self._taps[0].keys)
 
     def __getitem__(self, path: Path) -> EmbeddedShard:
         parts = []
         for tap in self._taps:
-            part = self._store.read(self._specs[path].key(tap))
+            part = self._store.read(tap.keys[path])
             if part is None:
-                raise RuntimeError("the store lost embeddings right after they were written")
+                raise RuntimeError(f"the store lost {tap.keys[path]} right after it was written")
             parts.append(part)
         first, keys = parts[0], [clip.key for clip in parts[0].clips]
-        for part, name in zip(parts, self._names, strict=True):
+        for part, tap in zip(parts, self._taps, strict=True):
             if [clip.key for clip in part.clips] != keys:
-                raise NotMixedError(f"{name} dropped other clips than {self._names[0]} did, so they cannot be mixed")
+                raise NotMixedError(f"{tap.name} dropped other clips than {self._taps[0].name} did, so they cannot be mixed")
         frames = [part.frames for part in parts if part.frames is not None]
         if any(not np.array_equal(of_tap.offsets, frames[0].offsets) for of_tap in frames):
             raise NotMixedError("the taps give different numbers of frames, so they cannot be mixed")

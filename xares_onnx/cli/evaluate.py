@@ -50,7 +50,10 @@ def evaluate(
     contract: ContractOption = None,
     taps: Annotated[
         list[str] | None,
-        typer.Option("--taps", help="Outputs or inner tensors to score in one pass, comma-separated; or all-layers."),
+        typer.Option(
+            "--taps",
+            help="Outputs or inner tensors to score in one pass, comma-separated; all-layers; mix for their learned sum.",
+        ),
     ] = None,
     shots: Annotated[
         list[str] | None,

@@ -27,6 +27,7 @@ from ..scoring.dataset import Dataset, assemble, check_drops
 from ..scoring.folds import make_folds
 from ..scoring.kinds import Kind, Tools, kind_of
 from ..scoring.kinds.classes import Classes
+from ..scoring.mixing import MIX, NotMixedError, StoredTap, mixed
 from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.scoring import Predictions
 from ..scoring.shots import Shots, score_shots
@@ -71,7 +72,8 @@ class Run:
         self.predictions: dict[tuple[str, str], Predictions] = {}
         self.errors: list[XaresError] = []
         self._tasks: list[Task] = []
-        self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in encoder.info.taps]
+        self._taps = [tap.name for tap in encoder.info.taps] + [MIX] * settings.mix
+        self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in self._taps]
 
     def averages(self, tap: int) -> results.Averages:
         """The averages over the tasks, of the embeddings by tap number `tap`."""
@@ -80,9 +82,13 @@ class Run:
             [r for r in self.results if r.tap == name], self._estimates[tap], self._tasks, self._settings.protocol
         )
 
+    def averages_by_tap(self) -> dict[str, results.Averages]:
+        """The same for every tap, the mix included."""
+        return {name: self.averages(tap) for tap, name in enumerate(self._taps)}
+
     def _name(self, tap: int) -> str | None:
         """The name of tap number `tap` in a record: None for the first, which is the model's output or stands in for it."""
-        return self._encoder.info.taps[tap].name if tap else None
+        return self._taps[tap] if tap else None
 
     def all(self, selection: Sequence[tuple[Task, Path]]) -> None:
         """Evaluate every task, each given with the folder of its data.
@@ -131,11 +137,26 @@ class Run:
             if frames and tap.contract.clip_only:
                 self._without_score(task, "not_applicable", _no_frames(task), shared)
             else:
-                self._score_tap(data, assemble(data, shards), number, specs, shared)
+                self._score_tap(data, assemble(data, shards), number, self._tools_of(task, specs.values(), number), shared)
+        if self._settings.mix:
+            self._score_mix(data, specs, replace(shared, tap=MIX))
 
-    def _score_tap(
-        self, data: TaskData, dataset: Dataset, number: int, specs: Mapping[Path, EmbedSpec], shared: _Shared
-    ) -> None:
+    def _score_mix(self, data: TaskData, specs: Mapping[Path, EmbedSpec], shared: _Shared) -> None:
+        """Score the head on the mix of all taps, which comes after the last of them."""
+        taps = [
+            StoredTap(tap.name, tap.contract, {path: spec.key(number) for path, spec in specs.items()})
+            for number, tap in enumerate(self._encoder.info.taps)
+        ]
+        try:
+            mix = mixed(data, taps, self._store)
+        except NotMixedError as error:
+            self._without_score(data.task, "not_applicable", str(error), shared)
+            return
+        self._note(data.task, mix.notes)
+        tools = replace(self._tools, layers=mix.layers)
+        self._score_tap(data, mix.dataset, len(taps), tools, replace(shared, notes=tuple(mix.notes)))
+
+    def _score_tap(self, data: TaskData, dataset: Dataset, number: int, tools: Tools, shared: _Shared) -> None:
         """Score every method on the embeddings by tap number `number`."""
         task = data.task
         kind_of_task = kind_of(task)
@@ -158,14 +179,15 @@ class Run:
             notes = [*notes, f"{outside} events are of no class of the vocabulary, and are left out"]
         notes = [*losses, *notes]
         self._note(task, notes)
+        notes = [*shared.notes, *notes]
         shared = replace(shared, comparable=self._settings.limit is None and not losses, notes=tuple(notes))
-        kind = kind_of_task(task, self._protocol, dataset, folds, self._tools_of(task, specs.values(), number))
+        kind = kind_of_task(task, self._protocol, dataset, folds, tools)
         if reason := kind.why_undefined():
-            self._undefined(task, self._methods(task), reason, shared)
+            self._undefined(task, self._methods(task, shared.tap), reason, shared)
         elif reason := kind.why_not_applicable():
             self._without_score(task, "not_applicable", reason, shared)
         else:
-            for method in self._methods(task):
+            for method in self._methods(task, shared.tap):
                 self._score(kind, method, number, shared)
             self._compare_methods(kind, number)
 
@@ -231,7 +253,7 @@ class Run:
 
     def _shots(self, kind: Kind) -> list[Shots]:
         """The head's scores with few training clips per class, if the settings ask for them."""
-        if not (self._settings.shots and isinstance(kind, Classes)):
+        if not (self._settings.shots and isinstance(kind, Classes)) or kind.tools.layers:
             return []
         name = kind.task.name
         shots = score_shots(
@@ -269,16 +291,16 @@ class Run:
             _task_result(task, method, protocol, shared, status="undefined", reason=reason) for method in methods
         ]
 
-    def _methods(self, task: Task) -> list[Method]:
-        return [method for method in self._settings.methods if method == "head" or task.knn]
+    def _methods(self, task: Task, tap: str | None) -> list[Method]:
+        return [method for method in self._settings.methods if method == "head" or (task.knn and tap != MIX)]
 
     def _without_score(self, task: Task, status: Status, reason: str, shared: _Shared | None = None) -> None:
         """Record why a task has no score: by the tap of `shared`, else by every tap."""
-        taps = [shared] if shared else [_Shared(self._name(tap)) for tap in range(len(self._encoder.info.taps))]
+        taps = [shared] if shared else [_Shared(self._name(tap)) for tap in range(len(self._taps))]
         self.results += [
             _task_result(task, method, self._settings.protocol, of_tap, status=status, reason=reason)
             for of_tap in taps
-            for method in self._methods(task)
+            for method in self._methods(task, of_tap.tap)
         ]
 
 

@@ -51,8 +51,8 @@ class Tokens(msgspec.Struct, frozen=True):
         patches = count - self.prefix
         if patches < self.bands or patches % self.bands:
             raise ContractError(
-                f"output {quoted(output)} gives {count} tokens, which are not {self.prefix} and a grid of {self.bands} bands; "
-                f"correct --contract {PREFIX}prefix=N or {PREFIX}grid=12xT"
+                f"output {quoted(output)} gives {count} tokens, which are not {self.prefix} and a grid of {self.bands} "
+                f"bands; correct --contract {PREFIX}prefix=N or {PREFIX}grid=12xT"
             )
         if self.use == "prefix":
             vector: npt.NDArray[np.float32] = tokens[:, : self.prefix].mean(axis=1, keepdims=True, dtype=np.float32)

@@ -35,7 +35,7 @@ from xares_onnx.scoring.scoring import generator
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Every kind, classes in folds, and classes in crops."""
     folder = tmp_path_factory.mktemp(request.param)
-    tasks = [write_kind(folder, kind) for kind in KINDS]
+    tasks = [write_kind(folder, kind, epochs=2) for kind in KINDS]
     tasks.append(write_task(folder, "folded", folds=3))
     for number, count in enumerate((16, 24, 12)):
         write_shard(folder / f"data/folded/fold{number}-0.tar", tones(count, number, noise=3))
@@ -43,7 +43,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for number, part in enumerate(("train", "valid", "test")):
         clips = {**tones(12, number, seconds=2.5, noise=4, prefix="long"), **tones(8, number + 9, noise=4)}
         write_shard(folder / f"data/cropped/{part}-0.tar", clips)
-    model = write_bank(folder / "bank.onnx")
+    model = write_bank(folder / "bank.onnx", hop=320)
     return evaluate(
         model,
         [str(task) for task in tasks],

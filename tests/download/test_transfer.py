@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 SIZE = 300_000
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100
+def wait_until(condition: Callable[[], bool], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -249,7 +249,7 @@ def test_a_pause_that_is_too_long_ends_the_download(place: Place) -> None:
 
 def test_a_few_connections_at_once_under_our_name(place: Place) -> None:
     def slow(handler: faults._Handler, data: bytes, start: int | None) -> None:
-        wait_until(lambda: place.zenodo.busiest >= 2)
+        wait_until(lambda: place.zenodo.busiest >= 2, seconds=2)  # less than the client waits for an answer
         time.sleep(0.05)
         handler.wfile.write(handler.begin(data, start))
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from cli_world import run, said, table
-from corpus import DIM, Clips, write_encoder, write_task, write_tones
+from corpus import DIM, write_encoder, write_task, write_tones
 from feature_models import HOPS, feature_model
 from kind_makers import clips_of, write_kind
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -397,14 +397,9 @@ def test_a_clip_is_lost_to_the_tap_that_fails_on_it_alone(tmp_path: Path) -> Non
     assert not broken.comparable
 
 
-def few() -> dict[str, Clips]:
-    """Clips of a task of events, so few that five heads of frames are soon trained."""
-    return {split: clips_of("events", split, count, seed=0) for split, count in (("train", 16), ("valid", 8), ("test", 8))}
-
-
 def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = layered(tmp_path / "m.onnx")
-    task = write_kind(tmp_path, "events", **few())
+    task = write_kind(tmp_path, "events")
     said_first: list[str] = []
     options: dict[str, Any] = {"data": tmp_path / "data", "cache": tmp_path / "cache", "seeds": 1}
     done = evaluate(
@@ -441,7 +436,8 @@ def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatc
 def test_a_tap_without_frames_has_no_score_where_frames_are_needed(tmp_path: Path) -> None:
     more = [helper.make_node("ReduceMean", ["stream1"], ["whole"], axes=[1], keepdims=0)]
     model = layered(tmp_path / "m.onnx", more=more)
-    task = write_kind(tmp_path, "events", **few())
+    few = {split: clips_of("events", split, count, seed=0) for split, count in (("train", 16), ("valid", 8), ("test", 8))}
+    task = write_kind(tmp_path, "events", **few)
     done = evaluate(model, [str(task)], taps=["whole", "stream1"], data=tmp_path / "data", cache=tmp_path / "cache", seeds=1)
     assert [(r.tap, r.status) for r in done.result.tasks] == [(None, "not_applicable"), ("stream1", "ok")]
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 SIZE = 300_000
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 100) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 250) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -91,7 +91,7 @@ def stopped_run(root: Path, cache: Path, number: signal.Signals) -> tuple[int, s
     )
     with process:
         try:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + 250
             while len(stored(cache)) == before and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.002)
             workers = psutil.Process(process.pid).children(recursive=True)

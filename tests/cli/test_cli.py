@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(autouse=True)
-def surroundings(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def surroundings(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_process: None) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("XARES_ONNX_DATA", "XARES_ONNX_CACHE"):
         monkeypatch.setenv(name, world.environment[name])

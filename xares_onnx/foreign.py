@@ -89,8 +89,8 @@ def read_small(path: Path, limit: int = SMALL_BYTES, *, links: bool = True) -> b
         except OSError as error:
             raise ForeignFileError(error.strerror or str(error)) from error
     if data is None or len(data) > limit:
-        size = f"{limit / 1e6:g} MB" if limit >= 1_000_000 else f"{limit / 1e3:g} kB"
-        raise ForeignFileError(f"it is larger than {size}")
+        most = f"{limit / 1e6:g} MB" if limit >= 1_000_000 else f"{limit / 1e3:g} kB"
+        raise ForeignFileError(f"it is larger than {most}")
     return data
 
 

@@ -124,7 +124,7 @@ NOT_LOADED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "17 MB of metadata": (lambda: models.encoder(metadata={"x": "y" * (17 << 20)}), "has metadata of more than 16 MB"),
     "a name of 10 MB": (
         lambda: models.renamed(models.encoder(), "audio", "a" * (10 << 20)),
-        "or a name of more than 1000 characters",
+        "has a name of more than 10000 characters",
     ),
     "1,001 outputs": (
         lambda: models.encoder(extra_outputs=[models.value(f"o{i}", models.FLOAT, None) for i in range(1_000)]),
@@ -292,7 +292,7 @@ def test_a_model_that_is_replaced_between_scan_and_load(tmp_path: Path) -> None:
     path = save(models.encoder(), tmp_path / "model.onnx")
     save(models.unknown_operator(), tmp_path / "other.onnx")
     arguments = (str(path), str(tmp_path / "other.onnx"))
-    with Worker() as worker, pytest.raises(ModelError, match="was replaced while it was read; run again"):
+    with Worker() as worker, pytest.raises(ModelError, match="was replaced while it was in use; run again"):
         worker.call(resolve_while_replaced, *arguments, returns=EncoderInfo, silence_limit=60, observer=ignore)
 
 

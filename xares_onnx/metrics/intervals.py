@@ -67,11 +67,6 @@ class Estimate:
             "difference",
         )
 
-    @property
-    def unvaried(self) -> bool:
-        """Whether every resample and every seed gives the same; for a difference, both models then score clips alike."""
-        return bool((self.replicates == self.score).all()) and not any(deviations.any() for deviations in self.seeds)
-
     def variance(self) -> tuple[float, float] | None:
         """The variance over clips and seeds, and its degrees of freedom; None if most resamples have no score."""
         defined = self.replicates[np.isfinite(self.replicates)]

@@ -86,8 +86,10 @@ def run(
 @pytest.mark.parametrize(
     ("curves", "chosen"),
     [
-        ([[(0.3, 1)], [(0.5, 2)], [(0.4, 0)]], 0.01),  # the best score, whatever the loss
-        ([[(0.3, 1)], [(0.5, 2)], [(0.5, 1)]], 0.1),  # of equal scores the lower loss
+        ([[(0.3, 0)], [(0.5, 2)], [(0.34, 0)]], 0.01),  # the best score, whatever the loss of others that are far below
+        ([[(0.36, 1)], [(0.5, 2)], [(0.34, 0)]], 0.001),  # of scores within a standard error, 0.16, the lowest loss
+        ([[(0.3, 1)], [(0.5, 2)], [(0.5, 1)]], 0.1),  # as of equal ones
+        ([[(0.99, 1)], [(1, 2)], [(0.98, 0)]], 0.01),  # all are right, which has no error
         ([[(0.5, 1)], [(0.5, 2)], [(0.5, 1)]], 0.001),  # of equals the lower rate
         ([[(-2, 1)], [(-1, 9)], [(-3, 1)]], 0.01),  # below 0, too
         ([[(0.1, 9)], [(0.2, 9), (0.9, 9), (0.1, 9)], [(0.8, 9)]], 0.01),  # by its best epoch
@@ -103,6 +105,29 @@ def test_the_best_rate_on_selection_is_chosen(curves: Sequence[Curve], chosen: f
     assert [trial.selection for trial in result.tuning.tried] == [max(score for score, _ in curve) for curve in curves]
     assert [trial.test for trial in result.tuning.tried] == [learner.rate + learner.best for learner in done.learners]
     assert result.tuning.setting == "learning rate"
+
+
+def test_many_selection_clips_tell_rates_apart_that_few_cannot() -> None:
+    curves: list[Curve] = [[(0.5, 1)], [(0.53, 2)]]
+    few = Rows(np.arange(40), np.arange(40, 140), ROWS.test)
+    many = Rows(np.arange(40), np.arange(40, 440), ROWS.test)
+    chosen = [tuning.chosen for rows in (few, many) if (tuning := run(curves, rows=rows).results[0].tuning)]
+    assert chosen == [[0.001], [0.01]]
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(1, 90), (4 * 1500, 90), (4 * 1500 + 1, 90), (4 * 3000, 50), (10**7, 1)])
+def test_a_large_training_has_fewer_epochs(rows: int, epochs: int) -> None:
+    """At most 150,000 batches, and one epoch."""
+    assert Sweep(RATES, batch_size=4, epochs=90, patience=3).most_epochs(rows) == epochs
+
+
+def test_an_epoch_that_the_updates_do_not_allow_is_not_trained_and_is_said() -> None:
+    rising = [(0.1 * epoch, 1.0) for epoch in range(1, 9)]
+    done = run([rising], rows=Rows(np.arange(4 * 30_000), ROWS.valid, ROWS.test))
+    assert done.learners[0].epoch == 5
+    assert done.results[0].tuning is not None
+    assert done.results[0].tuning.convergence.limit_reached
+    assert done.steps[-1] == 20
 
 
 def test_a_loss_that_still_falls_keeps_a_training_going() -> None:

@@ -70,9 +70,15 @@ class Run:
 
 
 def run(
-    curves: Sequence[Curve], *, seeds: Sequence[int] = (0,), epochs: int = 20, patience: int = 3, rows: Rows = ROWS
+    curves: Sequence[Curve],
+    *,
+    seeds: Sequence[int] = (0,),
+    epochs: int = 20,
+    patience: int = 3,
+    rows: Rows = ROWS,
+    counts_clips: bool = False,
 ) -> Run:
-    plan = Sweep(rates=RATES[: len(curves)], batch_size=4, epochs=epochs, patience=patience)
+    plan = Sweep(RATES[: len(curves)], batch_size=4, epochs=epochs, patience=patience, counts_clips=counts_clips)
     learners: list[Written] = []
     steps: list[int] = []
 
@@ -86,10 +92,8 @@ def run(
 @pytest.mark.parametrize(
     ("curves", "chosen"),
     [
-        ([[(0.3, 0)], [(0.5, 2)], [(0.34, 0)]], 0.01),  # the best score, whatever the loss of others that are far below
-        ([[(0.36, 1)], [(0.5, 2)], [(0.34, 0)]], 0.001),  # of scores within a standard error, 0.16, the lowest loss
-        ([[(0.3, 1)], [(0.5, 2)], [(0.5, 1)]], 0.1),  # as of equal ones
-        ([[(0.99, 1)], [(1, 2)], [(0.98, 0)]], 0.01),  # all are right, which has no error
+        ([[(0.3, 1)], [(0.5, 2)], [(0.4, 0)]], 0.01),  # the best score, whatever the loss
+        ([[(0.3, 1)], [(0.5, 2)], [(0.5, 1)]], 0.1),  # of equal scores the lower loss
         ([[(0.5, 1)], [(0.5, 2)], [(0.5, 1)]], 0.001),  # of equals the lower rate
         ([[(-2, 1)], [(-1, 9)], [(-3, 1)]], 0.01),  # below 0, too
         ([[(0.1, 9)], [(0.2, 9), (0.9, 9), (0.1, 9)], [(0.8, 9)]], 0.01),  # by its best epoch
@@ -107,12 +111,33 @@ def test_the_best_rate_on_selection_is_chosen(curves: Sequence[Curve], chosen: f
     assert result.tuning.setting == "learning rate"
 
 
+def chosen_by(curves: Sequence[Curve], selection_clips: int, **options: Any) -> list[float]:
+    rows = Rows(np.arange(40), np.arange(40, 40 + selection_clips), ROWS.test)
+    tuning = run(curves, rows=rows, **options).results[0].tuning
+    assert tuning is not None
+    return tuning.chosen
+
+
+@pytest.mark.parametrize(
+    ("curves", "chosen"),
+    [
+        ([[(0.3, 0)], [(0.5, 2)], [(0.34, 0)]], 0.01),  # far below
+        ([[(0.36, 1)], [(0.5, 2)], [(0.34, 0)]], 0.001),  # within a standard error, 0.16, the lowest loss
+        ([[(0.5, 1)], [(0.5, 2)], [(0.45, 1)]], 0.001),  # of equals the lower rate
+        ([[(0.99, 1)], [(1, 2)], [(0.98, 0)]], 0.01),  # all are right, which has no error
+    ],
+)
+def test_right_or_wrong_clips_that_cannot_tell_rates_apart_leave_it_to_the_loss(
+    curves: Sequence[Curve], chosen: float
+) -> None:
+    assert chosen_by(curves, 10, counts_clips=True) == [chosen]
+
+
 def test_many_selection_clips_tell_rates_apart_that_few_cannot() -> None:
     curves: list[Curve] = [[(0.5, 1)], [(0.53, 2)]]
-    few = Rows(np.arange(40), np.arange(40, 140), ROWS.test)
-    many = Rows(np.arange(40), np.arange(40, 440), ROWS.test)
-    chosen = [tuning.chosen for rows in (few, many) if (tuning := run(curves, rows=rows).results[0].tuning)]
-    assert chosen == [[0.001], [0.01]]
+    assert chosen_by(curves, 100, counts_clips=True) == [0.001]
+    assert chosen_by(curves, 400, counts_clips=True) == [0.01]
+    assert chosen_by(curves, 100) == [0.01]
 
 
 @pytest.mark.parametrize(("rows", "epochs"), [(1, 90), (4 * 1500, 90), (4 * 1500 + 1, 90), (4 * 3000, 50), (10**7, 1)])

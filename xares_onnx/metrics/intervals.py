@@ -6,10 +6,10 @@ added, with Satterthwaite's degrees of freedom, so that three seeds count for no
 
 The interval of a share is Wilson's (1927), for the number of clips that would give a plain share this variance: it covers
 near 0 and 1, stays within them, and holds the score. For the accuracy of one seed and ungrouped clips it is Wilson's own; a
-design effect of groups, as in Dean and Pagano (2015), enters by the variance. Of ungrouped clips a share says itself how much
-it varies, as Wilson's interval supposes, so its quantile is the normal law's; whatever is measured (the effect of groups,
-seeds, a difference, an error) has Student's. The interval of a difference is symmetric, and its variance has an exact lower
-bound: 3 / n if no clip tells the two models apart. The interval of an error is symmetric in its logarithm.
+design effect of groups, as in Dean and Pagano (2015), enters by the variance. A share of ungrouped clips tells how much it
+varies, as Wilson's interval supposes, so its quantile is the normal law's; what is measured (the effect of groups, seeds, a
+difference, an error) has Student's. The interval of a difference is symmetric, and its variance has an exact lower bound:
+3 / n if no clip tells the two models apart. The interval of an error is symmetric in its logarithm.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from .bootstrap import LEVEL, RESAMPLES, Array, Indices, Scorer, bootstrap_toget
 POWER = 0.8
 _NORMAL = float(special.ndtri((1 + LEVEL) / 2))
 _UNSEEN = (3 / _NORMAL) ** 2  # half the interval is 3 / n if no clip of n tells two models apart (rule of three)
-_PRIOR_WEIGHT = (
-    0.1  # of the variance of a single clip, beside the measured variance; from 0.09 to 0.1 bench/coverage.py holds its goal
-)
+# Of the variance of a single clip, beside the measured variance. bench/coverage.py holds its goal from 0.09 to 0.1.
+_PRIOR_WEIGHT = 0.1
 
 Bounds = tuple[float, float]
 Scale = Literal["share", "error", "difference"]

@@ -28,15 +28,17 @@ class Sweep:
     A training ends after `patience` epochs without a new best score or a new lowest loss on the selection clips (a CTC head
     writes nothing for a while, though its loss falls), at an output or a loss that is not finite, or after `epochs`, or
     fewer if these are more than `MOST_UPDATES` batches. The best epoch has the highest score; of equal ones the lowest loss;
-    of equals it is the first. Few selection clips often cannot tell rates apart by their scores, and the highest is then
-    luck; so the best rate is the one with the lowest loss among those whose score is less than a standard error below the
-    highest. Without selection clips the middle rate is taken, with all `epochs`.
+    of equals it is the first. The best rate is chosen likewise, the lower of equals. But a score that counts whole clips,
+    right or wrong (`counts_clips`), often cannot tell rates apart if the clips are few, and the highest is luck: then the
+    best rate has the lowest loss among those whose score is at most a standard error below the highest. Without selection
+    clips the middle rate is taken, with all `epochs`.
     """
 
     rates: tuple[float, ...]
     batch_size: int
     epochs: int
     patience: int
+    counts_clips: bool = False
 
     @property
     def steps(self) -> int:
@@ -135,7 +137,7 @@ def swept(
     clock.trainings_ended(len(plan.rates) - len(rates))
     if not trained:
         raise ScoreUndefinedError(RUNAWAY)
-    rate, learner, limit_reached = _best(trained, len(rows.valid))
+    rate, learner, limit_reached = _best(trained, len(rows.valid) if plan.counts_clips else None)
     trained.clear()
     yield _result(learner, fold, first, rows, rate, trials, limit_reached)
     for seed in others:
@@ -153,13 +155,13 @@ class _Trained(NamedTuple):
     limit_reached: bool
 
 
-def _best(trained: Sequence[_Trained], clips: int) -> _Trained:
-    """The lowest loss among the scores that so many selection clips cannot tell from the highest; see `Sweep`."""
+def _best(trained: Sequence[_Trained], clips: int | None) -> _Trained:
+    """The lowest loss of the highest score, or of those that so many right or wrong clips cannot tell from it."""
     if len(trained) == 1:
         return trained[0]
-    highest = max(one.learner.selection.score for one in trained)
-    share = min(max(highest, 0.0), 1.0)
-    least = highest - math.sqrt(share * (1 - share) / clips)
+    least = max(one.learner.selection.score for one in trained)
+    if clips is not None:
+        least -= math.sqrt(max(0.0, least * (1 - least)) / clips)
     return min((one for one in trained if one.learner.selection.score >= least), key=lambda one: one.learner.selection.loss)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from xares_onnx.data.targets import NumberTarget
 from xares_onnx.evaluation import run
 from xares_onnx.evaluation.evaluation import evaluate
 from xares_onnx.scoring import folds
@@ -32,12 +33,13 @@ CHOICES = ("selection", "crops", "training", "arithmetic", "all")
 
 
 def pooled(kind: PooledKind, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:
-    from xares_onnx.probes.linear import train_linear
+    from xares_onnx.probes.linear import Regression, train_linear
 
-    rows, head = kind.crop_rows(), kind.task.head
-    return outcomes_of(
-        train_linear(kind.dataset.embeddings, kind.trained(), kind.examples_of_crops, rows, head, range(seeds))
-    )
+    rows, head, target = kind.crop_rows(), kind.task.head, kind.task.target
+    trained = kind.trained()
+    if isinstance(target, NumberTarget):  # X-ARES clips no number, which is its arithmetic
+        trained = Regression(trained.targets, (target.low, target.high))
+    return outcomes_of(train_linear(kind.dataset.embeddings, trained, kind.examples_of_crops, rows, head, range(seeds)))
 
 
 def events(kind: EventsKind, seeds: int, on_step: Callable[[int], None]) -> list[Outcome]:

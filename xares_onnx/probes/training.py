@@ -83,9 +83,6 @@ class Selection:
         self.improved = epoch
         return True
 
-    def exceeds(self, other: Selection) -> bool:
-        return (self.score, -self.loss) > (other.score, -other.loss)
-
 
 def learning_rate(epoch: int, epochs: int, base: float) -> float:
     """X-ARES's curve; `epoch` counts from 1."""

@@ -97,6 +97,7 @@ def fit_frames(
     average: Average,
     fold: int = 0,
     threads: int = 1,
+    device: str | None = None,
     on_fit: Callable[[], None] = lambda: None,
 ) -> EventsResult:
     """Choose strength and threshold, fit, and predict the test clips of one fold.
@@ -109,13 +110,14 @@ def fit_frames(
         average: Of the F1 over segments, which selects and scores.
         fold: Number of the fold, for the result.
         threads: Share the passes over the frames; any number gives the same bytes.
+        device: torch device for large passes; the CPU makes all of them by default.
         on_fit: Called after each fit.
 
     Raises:
         ScoreUndefinedError: A frame is not finite.
     """
     objective = OneAgainstTheRest(clips.classes, positive_weight)
-    with np.errstate(all="ignore"), pool_of(threads) as pool:
+    with np.errstate(all="ignore"), pool_of(threads, device) as pool:
         counting = _Counting(clips, segment_seconds, average, pool)
         tried: list[Tried] = []
         near: Fit | None = None
@@ -146,6 +148,7 @@ def train_convex_frames(
     segment_seconds: float,
     average: Average,
     threads: int = 1,
+    device: str | None = None,
     on_fit: Callable[[int], None] = lambda fits: None,
 ) -> list[EventsResult]:
     """`fit_frames` of every fold, several at once; `on_fit` is called with the number of `convex.fits` done."""
@@ -159,6 +162,7 @@ def train_convex_frames(
             average=average,
             fold=fold,
             threads=threads,
+            device=device,
             on_fit=fitted,
         )
 

@@ -63,6 +63,7 @@ class EventsKind(Kind):
                     segment_seconds=segment_seconds,
                     average=self.average,
                     threads=self.tools.threads,
+                    device=self.tools.device,
                     on_fit=on_step,
                 )
             )

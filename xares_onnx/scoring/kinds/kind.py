@@ -51,6 +51,7 @@ class Tools:
     `hop_seconds` is the encoder's hop, `vocabulary` BERT's, `checkpoints` a folder for long trainings, in which `identity`
     names this encoder's embeddings of this task's data. `threads` share the work of heads that converge; any number of them
     gives the same bytes.
+    On the torch `device`, if there is one, large fits of convex heads and searches of neighbours run.
     """
 
     hop_seconds: float | None = None
@@ -59,6 +60,7 @@ class Tools:
     checkpoints: Path | None = None
     identity: str = ""
     threads: int = 1
+    device: str | None = None
 
 
 class Kind(ABC):

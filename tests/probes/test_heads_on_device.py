@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from xares_onnx.errors import MachineError, UsageError
+from xares_onnx.evaluation.evaluation import _heads_device
 from xares_onnx.models import device, standardised
 from xares_onnx.models.device import torch_device
 from xares_onnx.models.logistic import Loss, Multinomial, OneVersusRest
@@ -148,3 +149,14 @@ def test_frames_are_fitted_on_a_device() -> None:
     for a, b in zip(one.tried, two.tried, strict=True):
         assert a.test == pytest.approx(b.test, abs=0.02)
     assert one.convergence.relative_gradient_norm <= convex.TOLERANCE
+
+
+@pytest.mark.parametrize(("provider", "there", "where"), [("CPU", 1, None), ("CUDA", 1, "cuda:0"), ("CUDA", 0, None)])
+def test_heads_run_where_the_encoder_does_or_say_so(
+    monkeypatch: pytest.MonkeyPatch, provider: str, there: int, where: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    notes: list[Any] = []
+    assert _heads_device("cuda:0", f"{provider}ExecutionProvider", notes.append) == where
+    assert len(notes) == (provider == "CUDA" and not there)
+    assert all("heads and kNN run on the CPU, though the encoder runs on CUDA" in note.text for note in notes)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from scipy.special import softmax
 
 from .logistic import LEAST_CURVATURE, Loss
 from .standardised import Design, Floats, Head, Indices, Pool, Rows, Singles, Standardisation, main_axes
+
+if TYPE_CHECKING:  # torch takes seconds to import: only for a device
+    from torch import Tensor
 
 MAX_ITERATIONS = 1000
 # Of the relative gradient norm over head and weights. Between 1e-2 and 1e-3 the weights of seven layers moved by 0.02 to 0.2
@@ -84,17 +87,20 @@ class Mixture(Design):
         self._varies = variance > _LEAST_VARIANCE
         self._inverse = np.divide(1, np.sqrt(variance), out=np.zeros_like(variance), where=self._varies)
         self.rows, self.pool, self.standardisation = layers.rows, layers.pool, layers.standardisation
-        self._kept, self._starts = None, [0]
+        self._kept, self._starts, self._on_device = None, [0], None
         self.axes, self.variances = main_axes(
             np.asarray(sum(self.pool.map(self._moment, self.rows.blocks))) / self.rows.count
         )
         if self.rows.count * layers.dim <= _ROTATED_KEPT:
             axes = self.axes.astype(np.float32)
-            parts = list(self.pool.map(lambda number: self._standardised(number) @ axes, self.rows.blocks))
+            parts = list(self.pool.map(lambda number: self.standardised(number) @ axes, self.rows.blocks))
             self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
             self._kept = np.concatenate(parts)
 
-    def _standardised(self, number: int) -> Singles:
+    def on_device(self, loss: Loss) -> None:
+        """None: a mixture is read on the CPU."""
+
+    def standardised(self, number: int) -> Singles:
         return self.mixed(self.layers.block(number), self.weights) * self._inverse.astype(np.float32)
 
     def weight(self, theta: Floats) -> Floats:
@@ -159,6 +165,12 @@ class Squares:
         residual = (logits - ((targets[:, None] - self._mean) / self._scale)).astype(np.float32)
         exact = residual.astype(np.float64)
         return residual, np.array([[0.5 * np.vdot(exact, exact)], [float(len(residual))]])
+
+    def outputs_of(self, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return targets
+
+    def step_on_device(self, logits: Tensor, targets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a mixture is read on the CPU")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..encoder.encoder import Encoder, onnxruntime_distributions, open_encoder
 from ..encoder.model_file import find_model
 from ..encoder.processor import instruction_sets
 from ..encoder.spec import ModelOptions, ModelSpec
-from ..errors import XaresError
+from ..errors import MachineError, XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
 from ..scoring.kinds import Tools, kind_of
@@ -38,6 +38,7 @@ from .run import Run, method_by_tap
 from .settings import METHODS, Method, Settings, checked_settings, with_heads
 
 _BY_CONTENT = ("lm", "vocabulary")  # recorded by the content of their files, which is known once they are loaded
+_CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
 @dataclass
@@ -340,7 +341,11 @@ def _load_tools(
     elif settings.lm is not None:
         observer(Note("no task has the llm head, so --lm is not used; --head librispeech=llm chooses it"))
     return Tools(
-        vocabulary=vocabulary, language_model=language_model, checkpoints=cache / "checkpoints", threads=spec.threads
+        vocabulary=vocabulary,
+        language_model=language_model,
+        checkpoints=cache / "checkpoints",
+        threads=spec.threads,
+        device=_heads_device(device, spec.info.provider, observer),
     )
 
 
@@ -348,7 +353,22 @@ def _torch_device(device: str, provider: str) -> str:
     """The device of torch: `device` if torch has it, else the one that the ONNX Runtime provider runs on."""
     if device.startswith(("auto", "cpu", "cuda")):
         return device
-    return "cuda" if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
+    return "cuda" if provider in _CUDA_PROVIDERS else "cpu"
+
+
+def _heads_device(device: str, provider: str, observer: Observer) -> str | None:
+    """The torch device of large heads and searches: the encoder's if that runs on CUDA; None for the CPU."""
+    if provider not in _CUDA_PROVIDERS:
+        return None
+    from ..models.device import torch_device
+
+    name = device if device.startswith("cuda") else "cuda"
+    try:
+        torch_device(name)
+    except MachineError as error:
+        observer(Note(f"heads and kNN run on the CPU, though the encoder runs on CUDA: {error}"))
+        return None
+    return name
 
 
 def environment(encoder: Encoder) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def worst_exit_code(codes: Iterable[int]) -> int:
 
 def printable(text: str) -> str:
     """Text on one line, with control characters escaped: a name in a stranger's file must not control the terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -300,7 +300,7 @@ class _Problem:
 
     def _inverse_curvature(self, bend: Floats) -> Singles:
         """(rank + 1, outputs) guess of the diagonal of the inverse Hessian."""
-        return (1 / (bend * self._variances + self._penalty)).astype(np.float32)
+        return np.asarray(1 / (bend * self._variances + self._penalty), np.float32)
 
     def _relative_norm(self, point: _Point, bend: Floats, squares: Floats) -> Floats:
         """(groups,), given the `squares` of the gradient. A share of the bias keeps it finite if nothing can be learnt."""

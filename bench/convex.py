@@ -59,7 +59,8 @@ def against_adam() -> None:
         x, labels = clusters(count, classes)
         clips = np.arange(count)
         if parts == 1:
-            folds = [FoldRows(*(thirds := np.split(clips, [count * 2 // 3, count * 5 // 6])), held_out=thirds[1])]
+            train, valid, test = np.split(clips, [count * 2 // 3, count * 5 // 6])
+            folds = [FoldRows(train, valid, test, held_out=valid)]
         else:
             folds = [fold(clips[clips % parts != k], clips[clips % parts == k], 10) for k in range(parts)]
         rows = [Rows(part.train, part.valid, part.test) for part in folds]

@@ -40,11 +40,11 @@ def problem(train: int = 120, dim: int = 24) -> tuple[NDArray[np.float32], dict[
         + tags @ rng.standard_normal((3, dim))
         + rng.standard_normal((count, dim))
     )
-    parts = np.split(np.arange(count), [train, train + 60])
+    fitting, selecting, testing = np.split(np.arange(count), [train, train + 60])
     return (
         x.astype(np.float32),
         {"classes": Classes(classes, 5), "tags": Tags(tags, 3.0)},
-        FoldRows(*parts, held_out=parts[1]),
+        FoldRows(fitting, selecting, testing, held_out=selecting),
     )
 
 
@@ -60,9 +60,14 @@ def test_a_device_finds_the_head_that_numpy_finds(
     monkeypatch: pytest.MonkeyPatch, name: str, train: int, dim: int, room: int
 ) -> None:
     monkeypatch.setattr(device, "_ON_THE_CPU", room)
-    passes = []
+    passes: list[int] = []
     moments = device.DeviceRows.moments
-    monkeypatch.setattr(device.DeviceRows, "moments", lambda *given: passes.append(1) or moments(*given))
+
+    def counted(rows: device.DeviceRows, *given: Any) -> Any:
+        passes.append(1)
+        return moments(rows, *given)
+
+    monkeypatch.setattr(device.DeviceRows, "moments", counted)
     found, expected = fitted(name, "cpu", train, dim), fitted(name, None, train, dim)
     assert passes
     assert found.chosen == expected.chosen

@@ -22,7 +22,7 @@ from ..encoder.model_file import find_model
 from ..encoder.processor import instruction_sets
 from ..encoder.spec import ModelOptions, ModelSpec
 from ..engine.engine import Engine
-from ..engine.local import HeadWorker, open_engine
+from ..engine import local
 from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
@@ -215,7 +215,7 @@ def evaluate_with(
             **_described_tools(tools),
         }
         gates.check_settings([task for task, _ in selection], described)
-        with open_engine(encoder, options) as engine:
+        with local.open_engine(encoder, options) as engine:
             run = Run(encoder, settings, tools, cache, output, observer)
             run.all(selection, engine)
         evaluation = Evaluation(
@@ -332,19 +332,24 @@ def _tools(
     if settings.lm is not None and not has_llm:
         observer(Note("no task has the llm head, so --lm is not used; --head librispeech=llm chooses it"))
     return ToolSettings(
-        vocabulary=None if settings.vocabulary is None else Path(settings.vocabulary),
-        language_model=settings.lm if has_llm else None,
+        vocabulary=None if settings.vocabulary is None else Path(settings.vocabulary).absolute(),
+        language_model=_language_model(settings.lm) if has_llm and settings.lm else None,
         device=_torch_device(device, spec.info.provider),
         checkpoints=cache / "checkpoints",
         threads=spec.threads,
     )
 
 
+def _language_model(source: str) -> str:
+    """A folder, which a head's process may see from elsewhere; or a name in the cache of such models."""
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
+
+
 def _described_tools(tools: ToolSettings) -> dict[str, Any]:
     """The tools as the record names them. They are loaded for it: a wrong path shows before hours of embedding."""
     if tools.vocabulary is None and tools.language_model is None:
         return {"lm": None, "vocabulary": None}
-    with HeadWorker() as process:
+    with local.HeadWorker() as process:
         return process.call(describe_tools, tools, returns=dict[str, Any], silence_limit=None, observer=ignore)
 
 

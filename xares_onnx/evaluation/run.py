@@ -89,6 +89,7 @@ class Run:
         self._tools = tools
         self._settings = settings
         self._protocol = Protocol(settings.protocol)
+        cache = cache.absolute()  # jobs run in other processes, which may be in other folders
         self._store = Store(cache / "store")
         self._scratch = cache / "scratch" / secrets.token_hex(8)
         self._digests = Digests(cache)
@@ -142,7 +143,7 @@ class Run:
                 continue
             watch = functools.partial(self._tell, desk, task)
             try:
-                planned = self._jobs(task, prepare(task, folder, self._digests, self._settings.limit, watch), watch)
+                planned = self._jobs(task, prepare(task, folder.absolute(), self._digests, self._settings.limit, watch), watch)
             except (DataError, ModelError, MachineError) as error:
                 yield Unplanned(task.name, error)
             else:

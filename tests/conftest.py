@@ -48,7 +48,8 @@ def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="session")
-def _head_process() -> Iterator[Worker]:
+def head_process() -> Iterator[Worker]:
+    """The process that trains the heads of all tests."""
     from xares_onnx.engine.local import HeadWorker
 
     with HeadWorker() as worker:
@@ -56,13 +57,13 @@ def _head_process() -> Iterator[Worker]:
 
 
 @pytest.fixture(autouse=True)
-def _heads_share_a_process(_head_process: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def _heads_share_a_process(head_process: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of all tests are trained in one process, since torch takes seconds to import."""
     from xares_onnx.engine import local
 
     class Borrowed(local.HeadWorker):
         def call(self, *arguments: Any, **options: Any) -> Any:
-            return _head_process.call(*arguments, **options)
+            return head_process.call(*arguments, **options)
 
     monkeypatch.setattr(local, "HeadWorker", Borrowed)
 

@@ -15,7 +15,7 @@ from .options import (
     ContractOption,
     DataOption,
     DebugOption,
-    DeviceOption,
+    DevicesOption,
     DropsOption,
     FormatOption,
     HeadOption,
@@ -28,6 +28,7 @@ from .options import (
     ThreadsOption,
     TrustOption,
     VocabularyOption,
+    WorkersOption,
 )
 
 FORMATS = ("text", "json", "junit", "github")
@@ -50,8 +51,9 @@ def compare(
     lm: LanguageModelOption = None,
     vocabulary: VocabularyOption = None,
     contract: ContractOption = None,
-    device: DeviceOption = "auto",
+    device: DevicesOption = "auto",
     threads: ThreadsOption = None,
+    workers: WorkersOption = None,
     allow_drops: DropsOption = False,
     trust: TrustOption = False,
     tolerance: Annotated[
@@ -85,6 +87,7 @@ def compare(
             contract=contract or (),
             device=device,
             threads=threads,
+            workers=workers,
             allow_drops=allow_drops,
             trust=trust,
             heads=split(head),

@@ -32,7 +32,19 @@ ContractOption = Annotated[
     list[str] | None, typer.Option("--contract", help="KEY=VALUE that is not declared yet, such as sample_rate=8000.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")]
+DevicesOption = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:0,cuda:1, cuda:all or an ONNX Runtime provider."),
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Encoder processes, which share the threads. [default: 1 on a CPU, 1 to 4 per GPU]")
+]
+ProtocolOption = Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")]
+TapsOption = Annotated[
+    list[str] | None,
+    typer.Option("--taps", help="Outputs or inner tensors to score in one pass, comma-separated; or all-layers."),
+]
 DropsOption = Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you trust its origin.")

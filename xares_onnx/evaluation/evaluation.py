@@ -21,8 +21,8 @@ from ..encoder.encoder import Encoder, onnxruntime_distributions, open_encoder
 from ..encoder.model_file import find_model
 from ..encoder.processor import instruction_sets
 from ..encoder.spec import ModelOptions, ModelSpec
-from ..engine.engine import Engine
 from ..engine import local
+from ..engine.engine import Engine
 from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
@@ -209,7 +209,7 @@ def evaluate_with(
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
             results.make_room(output)
-        tools = _tools(selection, settings, encoder.spec, options.device, cache, observe)
+        tools = _tools(selection, settings, encoder.spec, encoder.spec.device, cache, observe)
         described = {
             **msgspec.json.decode(msgspec.json.encode(settings)),  # as it will be read back
             **_described_tools(tools),

@@ -6,21 +6,20 @@ import functools
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from ..data.catalog import Digests, has_data, missing_data
 from ..data.selection import TaskData, prepare
-from ..data.shards import index_shard
 from ..data.task import Task
-from ..embedding.embed import EmbedSpec, ShardReport, shard_specs
+from ..embedding.embed import ShardReport
 from ..embedding.store import Store
 from ..encoder.encoder import Encoder
 from ..encoder.worker import Worker
 from ..engine.engine import Desk, Engine, Planned, Unplanned, drive
-from ..engine.jobs import AnyJob, AnyReport, EmbedJob, HeadJob, HeadReport
+from ..engine.jobs import AnyJob, AnyReport, HeadJob
 from ..engine.scheduler import Scheduler
 from ..errors import DataError, MachineError, ModelError, XaresError
 from ..metrics.intervals import Estimate
@@ -33,6 +32,7 @@ from .averages import averages
 from .planning import check_disk, head_weight
 from .record import TaskResult, prediction_file
 from .settings import Settings
+from .shards import TaskShards, task_shards
 from .task_scores import (
     Outcome,
     ScoreSpec,
@@ -52,25 +52,12 @@ _MOST_LACKING = 3  # times that a task's embeddings may vanish from the store be
 
 @dataclass
 class _TaskInProgress:
-    """A task that has jobs.
+    """A task that has jobs."""
 
-    `clips` holds the number of each shard that is not stored yet, by the shard's key, and `told` how many of them a running
-    job has done.
-    """
-
-    task: Task
-    specs: dict[str, EmbedSpec]
+    shards: TaskShards
     head: HeadJob
     outcome: Path
-    clips: dict[str, int]
-    stored_clips: int
-    told: dict[str, int] = field(default_factory=dict)
-    reports: list[ShardReport] = field(default_factory=list)
     times_lacking: int = 0
-
-    def progress(self) -> Progress:
-        done = self.stored_clips + sum(self.told.values())
-        return Progress("embed", self.task.name, done, self.stored_clips + sum(self.clips.values()))
 
 
 class Run:
@@ -143,7 +130,9 @@ class Run:
                 continue
             watch = functools.partial(self._tell, desk, task)
             try:
-                planned = self._jobs(task, prepare(task, folder.absolute(), self._digests, self._settings.limit, watch), watch)
+                planned = self._jobs(
+                    task, prepare(task, folder.absolute(), self._digests, self._settings.limit, watch), watch
+                )
             except (DataError, ModelError, MachineError) as error:
                 yield Unplanned(task.name, error)
             else:
@@ -155,26 +144,17 @@ class Run:
     def _jobs(self, task: Task, data: TaskData, watch: Observer) -> list[AnyJob]:
         """The jobs of a task: one per shard that is not stored, and its head's."""
         taps = self._encoder.info.taps
-        frames, crops = kind_of(task).needs_frames, self._protocol.crops(task)
-        specs = shard_specs(self._encoder, task.name, list(data.plans.values()), crops, self._store, frames=frames)
-        if frames and len(taps) > 1:
+        shards = task_shards(self._encoder, data, self._protocol, self._store)
+        if kind_of(task).needs_frames and len(taps) > 1:
+            specs = {spec.shard: spec for spec in shards.specs.values()}
             with Worker() as reader:
                 check_disk(Encoder(self._encoder.spec, reader), data, specs, self._store, watch)
-        keys = [{path: spec.key(tap) for path, spec in specs.items()} for tap in range(len(taps))]
-        shards: list[EmbedJob] = []
-        stored_clips = 0
-        for path, spec in specs.items():
-            header = self._store.header(keys[0][path])
-            if header is not None and all(of_tap[path] in self._store for of_tap in keys):
-                stored_clips += header.expected
-            else:
-                shards.append(_embed_job(keys[0][path], spec))
-        shards = list({job.key: job for job in reversed(shards)}.values())[::-1]  # equal shards of a task are one
+        missing = shards.missing(self._store)
         outcome = self._scratch / f"{task.name}.npz"
         score = ScoreSpec(
             data=data,
             taps=tuple(
-                TapShards(name=self._name(number), contract=tap.contract, keys=keys[number])
+                TapShards(name=self._name(number), contract=tap.contract, keys=shards.keys[number])
                 for number, tap in enumerate(taps)
             ),
             settings=self._settings,
@@ -188,37 +168,30 @@ class Run:
             function=score_task,
             arguments=(score,),
             weight=head_weight(data, len(taps)),
-            memory=sum(self._store.size(key) for of_tap in keys for key in of_tap.values()),
-            needs=tuple(job.key for job in shards),
+            memory=sum(self._store.size(key) for of_tap in shards.keys for key in of_tap.values()),
+            needs=tuple(job.key for job in missing),
         )
-        self._in_progress[task.name] = progress = _TaskInProgress(
-            task,
-            {keys[0][path]: spec for path, spec in specs.items()},
-            head,
-            outcome,
-            {job.key: job.clips for job in shards},
-            stored_clips,
-        )
-        watch(progress.progress())
-        return [*shards, head]
+        self._in_progress[task.name] = _TaskInProgress(shards, head, outcome)
+        watch(shards.progress())
+        return [*missing, head]
 
     # ---------------------------------------------------------------- what the driver reports
 
     def told(self, job: AnyJob, event: Event) -> None:
         if isinstance(job, HeadJob):
-            self._all_embedded(self._in_progress[job.group])
+            self._all_embedded(self._in_progress[job.group].shards)
         if isinstance(job, HeadJob) or not isinstance(event, Progress):  # a head's notes are in its outcome too
             self._observer(event)
             return
-        for of_task in self._tasks_of(job):
-            of_task.told[job.key] = event.done
-            self._observer(of_task.progress())
+        for shards in self._shards_with(job):
+            shards.told[job.key] = event.done
+            self._observer(shards.progress())
 
-    def _all_embedded(self, of_task: _TaskInProgress) -> None:
+    def _all_embedded(self, shards: TaskShards) -> None:
         """Say so, if a shard was stored while the task was planned, by another task or another run."""
-        if of_task.told != of_task.clips:
-            of_task.told = dict(of_task.clips)
-            self._observer(of_task.progress())
+        if shards.told != shards.clips:
+            shards.told = dict(shards.clips)
+            self._observer(shards.progress())
 
     def _heard(self, task: str, event: Event) -> None:
         if isinstance(event, Note):
@@ -226,15 +199,13 @@ class Run:
         self._observer(event)
 
     def done(self, job: AnyJob, report: AnyReport) -> Iterable[AnyJob]:
-        if isinstance(job, EmbedJob):
-            assert isinstance(report, ShardReport)
-            for of_task in self._tasks_of(job):
-                of_task.told[job.key] = of_task.clips[job.key]
-                self._observer(of_task.progress())
-            self._in_progress[job.group].reports.append(report)
-            return []
-        assert isinstance(report, HeadReport)
         of_task = self._in_progress[job.group]
+        if isinstance(report, ShardReport):
+            for shards in self._shards_with(job):
+                shards.told[job.key] = shards.clips[job.key]
+                self._observer(shards.progress())
+            of_task.shards.reports.append(report)
+            return []
         if report.lacking:
             return self._again(of_task, report.lacking)
         self._outcomes[job.group] = read_outcome(of_task.outcome)
@@ -249,30 +220,21 @@ class Run:
                 self._end = self._end or (name, error)
 
     def lost(self, job: AnyJob, error: BaseException) -> None:
-        for of_task in self._tasks_of(job):
-            of_task.told.pop(job.key, None)
-        what = "embedded" if isinstance(job, EmbedJob) else "trained"
-        self._observer(Note(f"{job.group}: {error}; what it worked on is {what} again"))
+        for shards in self._shards_with(job):
+            shards.told.pop(job.key, None)
+        self._observer(Note(f"{job.group}: {error}; a new process goes on with it"))  # no score depends on it: not recorded
 
     def _again(self, of_task: _TaskInProgress, lacking: Sequence[str]) -> list[AnyJob]:
         """The jobs for shards whose embeddings are gone from the store, or damaged there, and the head's again."""
         of_task.times_lacking += 1
         if of_task.times_lacking > _MOST_LACKING:
             raise RuntimeError(f"the store lost {lacking[0]} right after it was written")
-        shards = [_embed_job(key, of_task.specs[key]) for key in lacking]
-        for job in shards:
-            if job.key not in of_task.clips:
-                of_task.stored_clips -= job.clips
-            of_task.clips[job.key] = job.clips
-            of_task.told.pop(job.key, None)
         of_task.head = msgspec.structs.replace(of_task.head, needs=tuple(lacking))
-        return [*shards, of_task.head]
+        return [*of_task.shards.again(lacking), of_task.head]
 
-    def _tasks_of(self, job: AnyJob) -> list[_TaskInProgress]:
-        """The tasks that need a shard, or a head's own."""
-        if isinstance(job, HeadJob):
-            return []
-        return [of_task for of_task in self._in_progress.values() if job.key in of_task.clips]
+    def _shards_with(self, job: AnyJob) -> list[TaskShards]:
+        """The shards of each task that waits for this one."""
+        return [of_task.shards for of_task in list(self._in_progress.values()) if job.key in of_task.shards.clips]
 
     # ---------------------------------------------------------------- results
 
@@ -283,7 +245,7 @@ class Run:
             name, error = self._end
             outcome = self._unscored(task, "skipped", f"not run, because the run ended at {name}: {error}")
         in_progress = self._in_progress.get(task.name)
-        reports = in_progress.reports if in_progress else []
+        reports = in_progress.shards.reports if in_progress else []
         embed_seconds, audio = sum(r.seconds for r in reports), sum(r.audio_seconds for r in reports)
         taps = [self._name(number) for number in range(len(self._encoder.info.taps))]
         for record in outcome.results:
@@ -307,10 +269,3 @@ class Run:
         """The outcome of a task that has no score by any tap."""
         taps = [Shared(self._name(tap)) for tap in range(len(self._encoder.info.taps))]
         return Outcome(without_score(task, self._settings, taps, status, reason))
-
-
-def _embed_job(key: str, spec: EmbedSpec) -> EmbedJob:
-    samples = index_shard(spec.shard).samples
-    chosen = [sample for sample in samples if spec.selected is None or sample.key in spec.selected]
-    clips = len(samples) if spec.selected is None else len(spec.selected)
-    return EmbedJob(key=key, spec=spec, clips=clips, weight=float(sum(sample.audio.size for sample in chosen)))

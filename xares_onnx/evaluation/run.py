@@ -168,7 +168,7 @@ class Run:
             function=score_task,
             arguments=(score,),
             weight=head_weight(data, len(taps)),
-            memory=sum(self._store.size(key) for of_tap in shards.keys for key in of_tap.values()),
+            memory=shards.stored_bytes(self._store),
             needs=tuple(job.key for job in missing),
         )
         self._in_progress[task.name] = _TaskInProgress(shards, head, outcome)

@@ -16,6 +16,8 @@ from ..progress import Progress
 from ..scoring.kinds import kind_of
 from ..scoring.protocol import Protocol
 
+_BYTES_PER_VALUE = 4  # of pooled embeddings; frames are mapped, and not read as a whole
+
 
 @dataclass
 class TaskShards:
@@ -47,6 +49,15 @@ class TaskShards:
             elif key not in jobs:
                 jobs[key] = self._job(key)
         return list(jobs.values())
+
+    def stored_bytes(self, store: Store) -> int:
+        """What the embeddings take in the store once all are there: those that are missing, as far as the others tell."""
+        stored = sum(store.size(key) for of_tap in self.keys for key in of_tap.values())
+        missing = sum(self.clips.values())
+        if self.stored_clips:
+            return int(stored * (1 + missing / self.stored_clips))
+        spec = next(iter(self.specs.values()))
+        return missing * sum(_BYTES_PER_VALUE * tap.contract.dim for tap in spec.model.info.taps)
 
     def again(self, lacking: Iterable[str]) -> list[EmbedJob]:
         """The jobs of shards that are gone from the store, or damaged there."""

@@ -109,9 +109,12 @@ lock:  ## resolve the newest versions into requirements.lock, in a fresh environ
 	$(BIN)/pip install --quiet --no-deps resemblyzer==0.1.4
 	touch $@
 
-# The wheels of these two carry ONNX models, which is all that the tests use of them.
+# The wheels of the first two carry ONNX models, which is all that the tests use of them. X-ARES brings a package called
+# `tasks`, so it lies in a folder of its own, which only its process sees.
 .venv/installed-third-party: .venv/installed-resemblyzer
 	$(BIN)/pip install --quiet --no-deps silero-vad==6.2.3 basic-pitch==0.4.0
+	$(BIN)/pip install --quiet --no-deps --target .venv/x-ares xares==0.1.3 \
+	  loguru==0.7.3 pandas==3.1.1 python-dateutil==2.9.0.post0 pytorch-ignite==0.5.5 six==1.17.0
 	touch $@
 
 clean:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
-__all__ = ["__version__", "check", "compare", "evaluate", "load_encoder", "read_result", "table"]
+__all__ = ["__version__", "check", "compare", "evaluate", "load_encoder", "read_result", "table", "torch_module"]
 
 if TYPE_CHECKING:
     from .checking import check
     from .encoder.encoder import load_encoder
+    from .encoder.torch_module import torch_module
     from .evaluation.comparison import compare
     from .evaluation.evaluation import evaluate
     from .evaluation.record import read_result
@@ -22,6 +23,7 @@ _HOMES = {
     "load_encoder": "encoder.encoder",
     "read_result": "evaluation.record",
     "table": "report.table",
+    "torch_module": "encoder.torch_module",
 }
 
 

@@ -27,8 +27,10 @@ from xares_onnx.embedding import embed, store
 from xares_onnx.embedding.embed import EmbedSpec
 from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Header, Store, prune, store_key
 from xares_onnx.encoder import spec as encoder_spec
+from xares_onnx.encoder.contract.constants import Constant
 from xares_onnx.encoder.contract.contract import Contract
 from xares_onnx.encoder.contract.frontend import make_frontend
+from xares_onnx.encoder.contract.tokens import Tokens
 from xares_onnx.encoder.exposure import Exposure
 from xares_onnx.encoder.model_file import ModelScan
 from xares_onnx.encoder.session import CUDA
@@ -262,6 +264,8 @@ SHAPING: dict[str, Any] = {
     "model.info.contract.fixed_batch": 4,
     "model.info.contract.window_frames": 100,
     "model.info.contract.frontend": make_frontend({"preset": "whisper"}, 16_000),
+    "model.info.contract.constants": {"is_longer": Constant("tensor(bool)", (None, 1), (1, 1), (True,))},
+    "model.info.contract.tokens": Tokens(2, 12),
     "crops.seconds": None,
     "crops.rule": "whole-crops",
     "crops.pad_short_clips": False,

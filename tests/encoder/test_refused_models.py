@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "a second waveform": (
         lambda: models.encoder(extra_inputs=[models.waveform_input("padding_mask")]),
         "the model needs input 'padding_mask' (tensor(float), shape ['batch', 'samples']) beside the waveform, which "
-        "nothing here can fill; if it is a mask with ones for samples, set --contract mask_input=padding_mask, else",
+        "nothing here can fill; if it is a mask with ones for samples, set --contract mask_input=padding_mask; if",
     ),
     "one value a frame": (
         lambda: models.one_value("BT1"),

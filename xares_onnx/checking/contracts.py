@@ -18,7 +18,7 @@ def check_loads(bench: Bench, tolerance: float | None) -> Outcome:
 
 def check_inputs(bench: Bench, tolerance: float | None) -> Outcome:
     contract = bench.contract
-    beside = [name for name in (contract.lengths_input, contract.mask_input) if name]
+    beside = [name for name in (contract.lengths_input, contract.mask_input, *(contract.constants or ())) if name]
     filled = f"; {' and '.join(repr(name) for name in beside)} filled beside it" if beside else ""
     return passed(
         f"{contract.input!r} takes the waveform as {contract.input_layout}{filled}", measured=contract.input_layout

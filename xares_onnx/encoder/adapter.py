@@ -74,6 +74,8 @@ class Adapter:
         if contract.mask_input is not None:
             mask = np.arange(length) < np.broadcast_to(length if own is None else own, items)[rows][:, None]
             feeds[contract.mask_input] = mask.astype(MASK_TYPES[self._types[contract.mask_input]])
+        for name, constant in (contract.constants or {}).items():
+            feeds[name] = constant.array(len(rows))
         return feeds
 
     def _arranged(self, values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
@@ -103,7 +105,7 @@ class Adapter:
             items: How many waveforms it was fed.
 
         Raises:
-            ContractError: Its rank or its axes of size one are not those that were measured.
+            ContractError: Its rank or its axes of size one are not those that were measured, or its tokens are no grid.
         """
         layout, output = self._contract.output_layout, self._contract.output
         if result.ndim != len(layout):
@@ -118,4 +120,5 @@ class Adapter:
             result = result[..., None, :]
         if "B" not in axes:
             result = result[None]
-        return result if self._contract.fixed_batch is None else result[:items]
+        result = result if self._contract.fixed_batch is None else result[:items]
+        return self._contract.tokens.frames(result, output) if self._contract.tokens and "T" in axes else result

@@ -10,8 +10,12 @@ from typing import Any, Literal
 import msgspec
 
 from . import frontend as frontends
+from .constants import PREFIX as CONSTANT
+from .constants import Constant
 from .frame_law import FrameLaw
 from .frontend import Frontend
+from .tokens import PREFIX as TOKENS
+from .tokens import Tokens
 
 DEFAULT_SAMPLE_RATE = 16_000
 DEFAULT_CHUNK_SECONDS = 10.0
@@ -26,7 +30,9 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     A model that takes features has a `frontend`, which makes them from waveforms; its lengths here are in samples too, and
     only the lengths and masks that it is fed count frames. If the graph fixes the batch, `fixed_batch` is its size. If it
     fixes the samples, every chunk is a window of `chunk_samples` that gives `window_frames` frames, and the hop may be a
-    fraction. `sources` says where each field is from.
+    fraction. `constants` are inputs that take the same numbers in every call, and `tokens` says how an output's tokens make
+    frames; both are unset if there are none, so that models without them keep their names in the store. `sources` says where
+    each field is from.
     """
 
     input: str
@@ -50,6 +56,8 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     fixed_batch: int | None = None
     window_frames: int | None = None
     frontend: Frontend | None = None
+    constants: dict[str, Constant] | msgspec.UnsetType = msgspec.UNSET
+    tokens: Tokens | msgspec.UnsetType = msgspec.UNSET
     license: str | None = None
     source: str | None = None
     sources: dict[str, str] = {}
@@ -57,6 +65,11 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def clip_only(self) -> bool:
         return self.hop_samples is None
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether the output's layout and tokens hold frames, and not one vector per clip."""
+        return "T" in self.output_layout and not (self.tokens and self.tokens.use == "prefix")
 
     @property
     def fixed_window(self) -> bool:
@@ -78,7 +91,12 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Each field as {"value": …, "source": …}, for the record."""
-        values = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("sources", "frontend")}
+        apart = ("sources", "frontend", "constants", "tokens")
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name not in apart}
+        values |= {CONSTANT + name: constant.values for name, constant in (self.constants or {}).items()}
+        if self.tokens:
+            values |= {f"{TOKENS}prefix": self.tokens.prefix, f"{TOKENS}grid": self.tokens.grid}
+            values |= {f"{TOKENS}bands": self.tokens.join, f"{TOKENS}use": self.tokens.use}
         values["input_kind"] = "waveform" if self.frontend is None else "features"
         for name in self.frontend.__struct_fields__ if self.frontend else ():
             if name != "sample_rate":  # the contract's own

@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 
 from ...errors import ContractError, UsageError, nearest
+from . import constants, tokens
 from . import frontend as frontends
 from .contract import DEFAULT_SAMPLE_RATE
 from .extractors import NotComputedError, declared_by_extractor
 from .frontend import Frontend, make_frontend
+from .tokens import Tokens
 
 CONTRACT_VERSION = 1
 
@@ -41,12 +43,14 @@ _DECLARABLE: dict[str, Callable[[str], Any]] = {
     "normalize": str,
     "license": str,
     "source": str,
+    **tokens.KEYS,
     **frontends.KEYS,
 }
 _CHOICES: dict[str, frozenset[str]] = {
     "input_kind": frozenset({"waveform", "features"}),
     "amplitude": frozenset({"unit", "int16"}),
     "normalize": frozenset({"none", "zscore"}),
+    **tokens.CHOICES,
     **frontends.CHOICES,
 }
 _COMMAND_LINE = "--contract"
@@ -99,9 +103,11 @@ def declared_in_sidecar(path: Path) -> Declarations:
         raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ContractError(f"{path} beside the model is not valid TOML: {error}") from error
-    if isinstance(table := raw.get("frontend"), dict):  # a table [frontend], or keys with a dot
-        raw = {key: value for key, value in raw.items() if key != "frontend"}
-        raw |= {frontends.PREFIX + key: value for key, value in table.items()}
+    for prefix in (frontends.PREFIX, tokens.PREFIX, constants.PREFIX):  # a table [frontend], or keys with a dot
+        name = prefix.removesuffix(".")
+        if isinstance(table := raw.get(name), dict):
+            raw = {key: value for key, value in raw.items() if key != name}
+            raw |= {prefix + key: value for key, value in table.items()}
     return _read(raw, path.name, strict=True)
 
 
@@ -204,6 +210,17 @@ def declared_frontend(declared: Declarations, mels: int | None) -> tuple[Fronten
     return frontend, sources
 
 
+def declared_tokens(declared: Declarations) -> Tokens | None:
+    """How an output's tokens lie; None if nothing is declared of them.
+
+    Raises:
+        ContractError: The declarations contradict each other.
+    """
+    own = {key: declaration for key, declaration in declared.items() if key.startswith(tokens.PREFIX)}
+    values = {key.removeprefix(tokens.PREFIX): declaration.value for key, declaration in own.items()}
+    return tokens.make_tokens(values, " and ".join(sorted({declaration.source for declaration in own.values()})))
+
+
 def _check_version(metadata: Mapping[str, str]) -> None:
     version = metadata.get("xares.contract_version", str(CONTRACT_VERSION))
     if version.strip() != str(CONTRACT_VERSION):
@@ -216,8 +233,8 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
     declarations: Declarations = {}
     for key, value in raw.items():
         name = key.removeprefix("xares.")
-        if name not in _DECLARABLE:
-            if strict or name.startswith(frontends.PREFIX):  # other features than those meant give a wrong score
+        if name not in _DECLARABLE and not name.startswith(constants.PREFIX):
+            if strict or name.startswith((frontends.PREFIX, tokens.PREFIX)):  # a key of the wrong name gives a wrong score
                 kind = UsageError if strict else ContractError
                 raise kind(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
             continue
@@ -230,9 +247,11 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
 
 
 def _value(name: str, value: Any, source: str) -> str | int | float:
-    reader = _DECLARABLE[name]
     # On the command line a wrong value is wrong usage; beside or inside a model it is an error of the model.
     error_class = UsageError if source == _COMMAND_LINE else ContractError
+    if name.startswith(constants.PREFIX):
+        return _constant(name, value, source, error_class)
+    reader = _DECLARABLE[name]
     try:
         parsed = reader(str(value).strip())
         if reader is float and not math.isfinite(parsed):
@@ -249,6 +268,13 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
         raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from {low:g} to {high:g}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
         raise error_class(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+    if name == f"{tokens.PREFIX}prefix" and not 0 <= parsed <= tokens.MOST_PREFIX:
+        raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from 0 to {tokens.MOST_PREFIX}")
+    if name == f"{tokens.PREFIX}grid":
+        try:
+            tokens.parsed_grid(parsed)
+        except ValueError:
+            raise error_class(f"{source}: {name}={parsed[:40]!r} must be {tokens.GRID_FORM}") from None
     if name == "input_layout" and not re.fullmatch(r"(?!.*([BTF]).*\1)[BTF1]*T[BTF1]*", parsed):
         raise error_class(
             f"{source}: {name}={parsed!r} must name each axis: B the batch, T the samples or frames, F the bins of "
@@ -260,6 +286,17 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
             "size one, such as BTD"
         )
     return parsed  # type: ignore[no-any-return]
+
+
+def _constant(name: str, value: Any, source: str, error_class: type[UsageError | ContractError]) -> str:
+    try:
+        text = value.strip() if isinstance(value, str) else json.dumps(value)
+        constants.parsed(text)
+    except (ValueError, TypeError, RecursionError):
+        raise error_class(
+            f"{source}: {name[:60]}={str(value)[:40]} must be a number, true, false, or a list of these, such as [0, 0.5]"
+        ) from None
+    return text
 
 
 def _small_text(path: Path, limit: int = 1 << 20) -> str | None:

@@ -1,4 +1,4 @@
-"""Which input of a model takes the waveform or its features, and which others can be filled: lengths and a mask.
+"""Which input of a model takes the waveform or its features, and which others can be filled: lengths, a mask, constants.
 
 Nothing here runs a model.
 """
@@ -12,6 +12,8 @@ import msgspec
 
 from ...errors import ContractError, ContradictionError
 from ..adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
+from ..contract.constants import PREFIX as CONSTANT
+from ..contract.constants import Constant, constant_of
 from ..contract.declarations import Declarations, declared_frontend
 from ..contract.frontend import PREFIX, Frontend
 from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
@@ -43,8 +45,9 @@ class Inputs(msgspec.Struct, frozen=True):
     lengths: str | None
     mask: str | None
     frontend: Frontend | None = None
+    constants: dict[str, Constant] = {}
     sources: dict[str, str] = {}
-    """Where the front end's fields are from."""
+    """Where the fields of the front end and the constants are from."""
 
     @property
     def time(self) -> int | str | None:
@@ -83,6 +86,8 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
                 f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}",
                 about=key,
             )
+    constants = _constants(by_name, declared)
+    nodes = [node for node in nodes if node.name not in constants]
     features = "input_kind" in declared and declared["input_kind"].value == "features"
     if "input" in declared:
         audio = by_name[str(declared["input"].value)]
@@ -107,7 +112,24 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
                 f"the model needs input {node.name!r} ({node.type}, shape {node.shape}) beside the "
                 f"{'features' if features else 'waveform'}, which nothing here can fill; {_cure(node)}"
             )
-    return Inputs(audio.name, layouts, tuple(audio.shape), lengths, mask, frontend, sources)
+    sources |= {CONSTANT + name: declared[CONSTANT + name].source for name in constants}
+    return Inputs(audio.name, layouts, tuple(audio.shape), lengths, mask, frontend, constants, sources)
+
+
+def _constants(nodes: dict[str, onnxruntime.NodeArg], declared: Declarations) -> dict[str, Constant]:
+    """The declared inputs that carry no audio."""
+    constants = {}
+    for key, declaration in declared.items():
+        if not key.startswith(CONSTANT):
+            continue
+        name = key.removeprefix(CONSTANT)
+        if name not in nodes:
+            raise ContradictionError(
+                f"{declaration.source}: the model has no input {name[:40]!r}; it has {listed(nodes)}", about="input"
+            )
+        node = nodes[name]
+        constants[name] = constant_of(name, node.type, node.shape, str(declaration.value), declaration.source)
+    return constants
 
 
 def listed(items: Iterable[Any]) -> str:
@@ -259,6 +281,7 @@ def _is_lengths(node: onnxruntime.NodeArg, declared: Declarations) -> bool:
 
 
 def _cure(node: onnxruntime.NodeArg) -> str:
+    constant = f"if it carries no audio, {CONSTANT}{node.name}=VALUE; else export it without that input"
     if node.type in MASK_TYPES and len(node.shape) == 2:
-        return f"if it is a mask with ones for samples, set --contract mask_input={node.name}, else export it without"
-    return "export it without that input"
+        return f"if it is a mask with ones for samples, set --contract mask_input={node.name}; {constant}"
+    return constant.replace(", ", ", set --contract ", 1)

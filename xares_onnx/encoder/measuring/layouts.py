@@ -137,7 +137,7 @@ def moving_axis(
         ContractError: The change moves along no axis, or along several.
     """
     wide = [axis for axis in range(plain.ndim) if axis != batch and plain.shape[axis] > 1]
-    moved = {axis: _centre(lasts, plain, axis) - _centre(firsts, plain, axis) for axis in wide}
+    moved = {axis: movement(plain, firsts, lasts, axis) for axis in wide}
     best = sorted(wide, key=lambda axis: moved[axis], reverse=True)
     if len(wide) < 2:
         return best[0] if best and moved[best[0]] > _MOVES_ALONE else None
@@ -146,6 +146,13 @@ def moving_axis(
             "no measurement shows which axis holds the frames; declare the axes, as in --contract output_layout=BTD or BDT"
         )
     return best[0]
+
+
+def movement(
+    plain: npt.NDArray[Any], firsts: Sequence[npt.NDArray[Any]], lasts: Sequence[npt.NDArray[Any]], axis: int
+) -> float:
+    """How far along an axis, as a share of it, a change moves from the first to the last quarter of the window."""
+    return _centre(lasts, plain, axis) - _centre(firsts, plain, axis)
 
 
 def output_layout(shape: tuple[int, ...], batch: int | None, time: int | None) -> str:

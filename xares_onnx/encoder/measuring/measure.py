@@ -10,15 +10,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning
+from ..adapter import Adapter
 from ..contract.contract import DEFAULT_CHUNK_SECONDS, DEFAULT_SAMPLE_RATE, Contract
-from ..contract.declarations import Declarations
+from ..contract.declarations import Declarations, declared_tokens
 from ..contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
+from ..contract.tokens import PREFIX as TOKENS
+from ..contract.tokens import Tokens
 from ..limits import UNTRUSTED
 from ..session import Session
+from . import patch_grid
 from .frame_times import WINDOW_HOP, even_hop, first_center, first_center_in_window
 from .inputs import Inputs, choose_inputs, listed
 from .layouts import batch_axis, growing_axis, output_layout
@@ -26,6 +31,7 @@ from .probe import Probe
 from .windows import Window
 
 COUPLING_TOLERANCE = 1e-3  # times the largest embedding value; float32 kernels differ by about 1e-6 between batch sizes
+_MOVES_AS_FRAMES = 0.5  # of the axis of frames, for a change that moves 0.75 of the window
 _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_samples"}
 
 
@@ -73,6 +79,8 @@ def measure_contract(
         batch_coupled=False,
         fixed_batch=inputs.fixed_batch,
         frontend=inputs.frontend,
+        constants=inputs.constants or msgspec.UNSET,
+        tokens=declared_tokens(declared) or msgspec.UNSET,
         license=probe.choose("license", None),
         source=probe.choose("source", None),
     )
@@ -98,6 +106,11 @@ def _sources(probe: Probe, inputs: Inputs) -> dict[str, str]:
         sources["fixed_batch"] = "graph"
     if "output" in probe.declared:
         sources["output"] = probe.declared["output"].source
+    if probe.contract.tokens:
+        keys = ("prefix", "grid", "bands", "use")
+        sources |= {
+            key: probe.declared[key].source if key in probe.declared else "default" for key in map(TOKENS.__add__, keys)
+        }
     sources.setdefault("output", "graph")
     sources.setdefault("output_layout", "measured")
     return sources
@@ -136,7 +149,7 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
     if probe.contract.max_samples:
         high = min(high, probe.contract.max_samples)
     _choose_output(probe, low, high)
-    if "T" in probe.contract.output_layout:
+    if probe.contract.has_frames:
         law = _measure_law(probe, inputs, low, high)
         center, center_source = first_center(law, inputs.frontend)
         probe.update(
@@ -181,7 +194,7 @@ def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
 def _measure_window(probe: Probe, samples: int) -> None:
     """Measure a model whose input is a fixed window: output, and the times of the frames in it."""
     window = _choose_output(probe, samples, samples)
-    if "T" not in probe.contract.output_layout:
+    if not probe.contract.has_frames:
         _refuse_frames_of_a_clip(probe)
         return
     frames = probe.frames(samples)
@@ -198,9 +211,8 @@ def _measure_window(probe: Probe, samples: int) -> None:
         receptive: int | None = probe.agree("receptive_field_samples", law.receptive_field)
         center, center_source = first_center(law, frontend)
     else:
-        hop = probe.choose("hop_samples", even_hop(samples, frames, frontend), WINDOW_HOP)
+        hop, center, center_source = _times_in_window(probe, samples, frames)
         receptive = probe.choose("receptive_field_samples", None)
-        center, center_source = first_center_in_window(samples, frames, hop, frontend)
         if center < 0 or (center == 0 and frontend is None):
             raise ContradictionError(
                 f"{probe.sources['hop_samples']} declares hop_samples={hop}, but {frames} frames at that hop do not fit "
@@ -214,6 +226,70 @@ def _measure_window(probe: Probe, samples: int) -> None:
         receptive_field_samples=receptive,
         first_frame_center_samples=probe.choose("first_frame_center_samples", center, center_source),
     )
+
+
+def _times_in_window(probe: Probe, samples: int, frames: int) -> tuple[float, float, str]:
+    """The hop, and the first frame's centre with where it is from, of frames that see the whole window."""
+    frontend, tokens = probe.contract.frontend, probe.contract.tokens
+    if tokens and "hop_samples" not in probe.declared:
+        changes = _changes(probe, samples)
+        measured = patch_grid.times(*changes.in_time(), tokens)
+        if measured is not None and measured.explained > patch_grid.SURE:
+            hop, center = patch_grid.times_in_samples(measured, frames, frontend, probe.contract.sample_rate)
+            return probe.choose("hop_samples", hop, patch_grid.MEASURED), center, patch_grid.MEASURED
+    hop = probe.choose("hop_samples", even_hop(samples, frames, frontend), WINDOW_HOP)
+    return hop, *first_center_in_window(samples, frames, hop, frontend)
+
+
+def _changes(probe: Probe, samples: int) -> patch_grid.Changes:
+    """How the output's tokens, as the model gives them, change with parts of an input of noise."""
+    adapter = Adapter(msgspec.structs.replace(probe.contract, tokens=msgspec.UNSET), probe.session.types)
+
+    def tokenise(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        (result,) = probe.run_values([probe.contract.output], values)
+        tokens: npt.NDArray[np.float32] = adapter.frames(result, 1)[0]
+        return tokens
+
+    return patch_grid.Changes(tokenise, adapter.values(probe.noise(samples)))
+
+
+def _refuse_patches(probe: Probe, window: Window | None, samples: int) -> None:
+    """Raise `ContractError` if what would pass for frames are patches, several bands at every time."""
+    contract = probe.contract
+    if contract.tokens or not contract.has_frames:
+        return
+    grid = None
+    # Bands that lie one after the other hold a change of one time apart, so that it seems to move little.
+    if window and window.movement(contract.output, contract.output_layout.index("T")) < _MOVES_AS_FRAMES:
+        grid = patch_grid.find_grid(_changes(probe, samples), has_bins=contract.frontend is not None)
+    elif contract.frontend is not None:
+        grid = patch_grid.find_bands_within_times(_changes(probe, samples))
+    if grid:
+        raise ContractError(
+            f"output {contract.output!r} has shape {_shape(probe, samples)}: {_looks_like(grid)}", about="output"
+        )
+
+
+def _shape(probe: Probe, samples: int) -> list[int]:
+    (result,) = probe.run_outputs([probe.contract.output], probe.noise(samples))
+    return list(result.shape)
+
+
+def _looks_like(grid: Tokens) -> str:
+    leading = f" after {grid.prefix} leading tokens" if grid.prefix else ""
+    return (
+        f"its tokens look like patches of a spectrogram, {grid.bands} bands at every time{leading}; if they are, set "
+        f"{patch_grid.flags(grid)}, and if each is a frame, --contract tokens.grid=1xT"
+    )
+
+
+def _with_grid(probe: Probe, name: str, samples: int, layout: str, problem: ContractError) -> ContractError:
+    """The error of an output whose axes no measurement tells, with the options that declare its grid if it shows one."""
+    probe.update(output=name, output_layout=layout)
+    grid = patch_grid.find_grid(_changes(probe, samples), has_bins=probe.contract.frontend is not None)
+    if grid is None:
+        return problem
+    return ContractError(_looks_like(grid), about=problem.about)
 
 
 # ---------------------------------------------------------------- outputs
@@ -244,9 +320,10 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
         problem = f"{layout.source} declares output_layout={layout.value}, but {layouts[name]} was measured"
         raise ContradictionError(problem, about="output_layout")
     probe.update(output=name, output_layout=layouts[name])
+    _refuse_patches(probe, window, low)
     dim = probe.embed(low).shape[2]
     if dim < 2:
-        unit = "frame" if "T" in layouts[name] else "clip"
+        unit = "frame" if probe.contract.has_frames else "clip"
         problem = f"output {name!r} gives {dim} value per {unit}; an embedding needs a dimension of 2 or more"
         raise ContractError(problem, about="output")
     if dim > probe.max_dim:
@@ -340,12 +417,20 @@ def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray
 
 def _window_time(probe: Probe, window: Window, name: str, batch: int | None) -> int | None:
     """The axis of the frames in a window: as measured, or as declared if no measurement shows it."""
+    shape = window.plain[name].shape
+    if probe.contract.tokens and "output_layout" not in probe.declared and len(shape) == 3 and batch == 0:
+        probe.sources["output_layout"] = (
+            "default (of tokens)"  # a change moves within every band, and so little along the axis
+        )
+        return 1
     try:
         return window.time_axis(name, batch)
-    except ContractError:
+    except ContractError as error:
         declaration = probe.declared.get("output_layout")
         layout = str(declaration.value) if declaration else ""
-        if not declaration or "T" not in layout or len(layout) != window.plain[name].ndim:
+        if not declaration and len(shape) == 3 and batch == 0:
+            raise _with_grid(probe, name, probe.contract.chunk_samples, "BTD", error) from None
+        if not declaration or "T" not in layout or len(layout) != len(shape):
             raise
         probe.sources["output_layout"] = declaration.source
         return layout.index("T")

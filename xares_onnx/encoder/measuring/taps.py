@@ -156,7 +156,7 @@ class _Outputs:
             msgspec.structs.replace(main, output=name, output_layout=layouts[name], window_frames=None, sources=sources)
             for name in names
         ]
-        framed = [draft for draft in self._drafts if "T" in draft.output_layout] if window else []
+        framed = [draft for draft in self._drafts if draft.has_frames] if window else []
         laws = dict(zip((draft.output for draft in framed), window.measure_laws(framed) if window else (), strict=True))
         measured = []
         runs = zip(self._values(low), self._values(low, seed=1), self._batching(low), strict=True)
@@ -178,7 +178,7 @@ class _Outputs:
     def _frames(self, i: int, low: int, high: int, at_low: int, window_law: FrameLaw | None) -> dict[str, Any]:
         """The contract's fields on the frames of output number `i`, which has `at_low` of them for `low` samples."""
         draft, main = self._drafts[i], self._main
-        if "T" not in draft.output_layout:
+        if not draft.has_frames:
             return {"hop_samples": None, "receptive_field_samples": None, "first_frame_center_samples": None}
         if main.fixed_window:
             return {"window_frames": at_low} | self._frames_of_window(draft, window_law, low, at_low)

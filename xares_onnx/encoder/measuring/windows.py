@@ -16,7 +16,7 @@ from ..adapter import Adapter
 from ..contract.contract import Contract
 from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
 from .frame_times import law_in_samples
-from .layouts import moving_axis
+from .layouts import movement, moving_axis
 from .probe import Probe
 
 _CHANGES = 3  # noises, because one may by chance change a few values along an axis that holds no frames
@@ -46,6 +46,11 @@ class Window:
         """
         firsts, lasts = ([outputs[name] for outputs in group] for group in (self._firsts, self._lasts))
         return moving_axis(self.plain[name], firsts, lasts, batch)
+
+    def movement(self, name: str, axis: int) -> float:
+        """How far a change moves along an axis of an output, as a share of it, from the first to the last quarter."""
+        firsts, lasts = ([outputs[name] for outputs in group] for group in (self._firsts, self._lasts))
+        return movement(self.plain[name], firsts, lasts, axis)
 
     def measure_laws(self, contracts: Sequence[Contract]) -> list[FrameLaw | None]:
         """The frame law of each contract's output, in samples, from what each of its frames sees.

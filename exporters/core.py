@@ -25,7 +25,7 @@ from xares_onnx.encoder.contract.frame_law import FrameLaw
 from xares_onnx.encoder.processor import PairSums, pair_sums
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters.precision import LOUDNESS_STEP, TOLERANCE, Precision, halve, quantize
-from xares_onnx.files import disk_error
+from xares_onnx.files import check_target, disk_error
 from xares_onnx.version import __version__
 
 __all__ = ["ExportReport", "Spec", "check_dynamic", "check_parity", "export_encoder", "probe_lengths"]
@@ -113,6 +113,8 @@ def export_encoder(
     """
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"{output} cannot be written: name a file in a folder that exists")
+    check_target(output)
+    check_target(_weights_beside(output))
     encoder = encoder.eval().cpu()
     try:
         # Beside the output, so that the final renames stay on one file system and are atomic.

@@ -26,7 +26,7 @@ MAX_ITERATIONS = 500
 _MEMORY = 8  # steps that L-BFGS remembers
 _MAX_TRIALS = 12  # of the length of a step
 _TINY = 1e-300
-_LEAST_CURVATURE = 1e-12
+LEAST_CURVATURE = 1e-12
 
 
 class Loss(Protocol):
@@ -230,7 +230,7 @@ class _Problem:
 
     def _curvature(self, curvature: Floats) -> Floats:
         """(rank + 1, outputs) guess of the diagonal of the Hessian."""
-        return np.asarray(np.maximum(curvature, _LEAST_CURVATURE) * self._variances + self._penalty)
+        return np.asarray(np.maximum(curvature, LEAST_CURVATURE) * self._variances + self._penalty)
 
     def _relative_norm(self, theta: Floats, gradient: Floats, curvature: Floats) -> Floats:
         """(groups,). A share of the bias keeps it finite if nothing can be learnt from the rows."""

@@ -24,11 +24,17 @@ Indices = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
 ROWS_AT_ONCE = 2048
+_BLOCK_VALUES = 1 << 22
 # A dimension whose deviation is a smaller share of its mean holds little but the rounding of float32 (6e-8): it is left out.
 LEAST_DEVIATION = 1e-6
 _SMALLEST = 1e-37  # below it the inverse leaves float32
 _LEAST_VARIANCE = 1e-12  # as a share of the largest along an axis; anything smaller is rounding
 _VALUES_KEPT = 1 << 24  # of standardised rows, 64 MiB; larger sets are standardised anew in every pass
+
+
+def rows_at_once(dim: int) -> int:
+    """Rows per block, fewer if they are long: a block then stays at 16 MiB, and in a processor's cache."""
+    return max(1, min(ROWS_AT_ONCE, _BLOCK_VALUES // max(1, dim)))
 
 
 class Blocks(Protocol):
@@ -55,11 +61,12 @@ class MatrixRows:
 
     def __init__(self, matrix: Singles, index: Indices, targets: npt.NDArray[Any]) -> None:
         self.count, self.dim = len(index), matrix.shape[1]
-        self.blocks = -(-self.count // ROWS_AT_ONCE)
+        self._rows_at_once = rows_at_once(self.dim)
+        self.blocks = -(-self.count // self._rows_at_once)
         self._matrix, self._index, self._targets = matrix, index, targets
 
     def _rows(self, number: int) -> Indices:
-        return self._index[number * ROWS_AT_ONCE : (number + 1) * ROWS_AT_ONCE]
+        return self._index[number * self._rows_at_once : (number + 1) * self._rows_at_once]
 
     def block(self, number: int) -> Singles:
         return self._matrix[self._rows(number)]
@@ -140,7 +147,7 @@ class Design:
                 variances = np.einsum("ij,ij->j", self._kept, self._kept, dtype=np.float64) / rows.count
             self.axes, self.variances = axes, variances
         else:
-            self.axes, self.variances = _main_axes(np.asarray(sum(pool.map(self._moment, rows.blocks))) / rows.count)
+            self.axes, self.variances = main_axes(np.asarray(sum(pool.map(self._moment, rows.blocks))) / rows.count)
 
     def _standardised(self, number: int) -> Singles:
         return self.standardisation.apply(self.rows.block(number))
@@ -198,14 +205,14 @@ def _axes_of(rows: Singles) -> tuple[Floats, Floats]:
     count, dim = rows.shape
     exact = rows.astype(np.float64)
     if count > dim:
-        return _main_axes(exact.T @ exact / count)
+        return main_axes(exact.T @ exact / count)
     variances, left = np.linalg.eigh(exact @ exact.T / count)
     kept = variances > _LEAST_VARIANCE * max(variances[-1], 0)
     variances, left = variances[kept], left[:, kept]
     return exact.T @ left / np.sqrt(count * variances), variances
 
 
-def _main_axes(covariance: Floats) -> tuple[Floats, Floats]:
+def main_axes(covariance: Floats) -> tuple[Floats, Floats]:
     """All axes, so that rotating loses nothing."""
     variances, axes = np.linalg.eigh(covariance)
     return axes, np.maximum(variances, 0)

@@ -47,7 +47,7 @@ def run_step(folder: Path, *, code: int = 0, **inputs: str) -> tuple[int, list[l
         env={**environment, **given},
         cwd=folder,
         check=False,
-        timeout=30,
+        timeout=200,
     )
     calls = (folder / "calls").read_text() if (folder / "calls").exists() else ""
     outputs = (folder / "outputs").read_text() if (folder / "outputs").exists() else ""

@@ -25,9 +25,16 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+# Characters of a message, so that what slipped through `foreign` is no flood either.
+_MAX_MESSAGE = 2_000
+_MAX_FOREIGN = 200
+
 
 class XaresError(Exception):
     exit_code = 70
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_cut(message, _MAX_MESSAGE))
 
 
 class UsageError(XaresError, ValueError):
@@ -37,7 +44,7 @@ class UsageError(XaresError, ValueError):
 class UnknownTaskError(UsageError):
     @classmethod
     def named(cls, name: str, known: Iterable[str]) -> UnknownTaskError:
-        return cls(f"there is no task {name!r}{nearest(name, known)}; `xares-onnx tasks` lists them")
+        return cls(f"there is no task {quoted(name)}{nearest(name, known)}; `xares-onnx tasks` lists them")
 
 
 class TaskFileError(UsageError):
@@ -122,12 +129,47 @@ def worst_exit_code(codes: Iterable[int]) -> int:
     return next((code for code in EXIT_CODE_PRECEDENCE if code in present), 0)
 
 
+def escaped(text: str) -> str:
+    """Text on one line, with what is not printable escaped: control characters, and those that turn the text's direction."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
 def printable(text: str) -> str:
-    """Text on one line, with control characters escaped: a name in a stranger's file must not control the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Text to print: on one line, escaped, and no command to a build server, which takes `::` at the start of a line and
+    `##[` anywhere in it for one. A line of ours that holds a stranger's text begins with a word of ours all the same.
+    """
+    text = escaped(text).replace("##", r"#\x23")
+    return rf":\x3a{text[2:]}" if text.startswith("::") else text
+
+
+def foreign(text: str) -> str:
+    """A stranger's text, such as a name in a model or a cell of a table, for a message or a line of output: `printable`, and
+    at most 200 characters.
+    """
+    return printable(_cut(text, _MAX_FOREIGN))
+
+
+def quoted(value: object) -> str:
+    """A stranger's text or value in quotes, for a message: as `repr` writes it, and at most 200 characters of it."""
+    return repr(_cut(value, _MAX_FOREIGN)) if isinstance(value, str) else _cut(repr(value), _MAX_FOREIGN)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _cut(text: str, most: int) -> str:
+    """Text of at most `most` characters: of a longer one the start and the end."""
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end - 1]}\N{HORIZONTAL ELLIPSIS}{text[-end:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The clause `; did you mean 'esc50' or 'fsd50k'?`, or nothing if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if len(name) > _MAX_FOREIGN:  # the search takes time in the square of the name
+        return ""
+    names = [other for other in known if len(other) <= _MAX_FOREIGN]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""

@@ -15,6 +15,7 @@ import xares_onnx
 from xares_onnx.checking import CheckReport, check
 from xares_onnx.checking.registry import PROPERTIES
 from xares_onnx.encoder import limits
+from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.errors import MachineError, UsageError
 
 FIGURES = ("size", "latency", "real-time-factor", "memory")
@@ -172,8 +173,9 @@ def test_the_frozen_length_is_named(tmp_path: Path, shared_process: None) -> Non
 
 
 def test_a_model_that_hangs_on_one_sound_loses_nothing_that_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_process: None
 ) -> None:
+    load_encoder(save(sound(), tmp_path / "quick.onnx"))  # the process has started, so a silence is the model's
     monkeypatch.setattr(limits, "SILENCE_SECONDS", 3.0)
     report = checked(never_ends_on_dc(), tmp_path)
     assert report.exit_code == 3

@@ -326,13 +326,13 @@ def test_an_ascii_terminal_gets_escapes_and_json_stays_json(world: World) -> Non
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_reports_it_and_resumes(world: World, tmp_path: Path, number: int, code: int) -> None:
     endless = write_task(tmp_path, "good", epochs=10_000)
-    options = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out.json")]
+    options = ["--protocol", "xares", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out.json")]
     with world.start(["evaluate", world.model, "--tasks", str(endless), *options]) as process:
         assert process.stderr is not None
         try:
             assert process.stderr.readline() == b"good: embedding done, 44 clips\n"
             process.send_signal(number)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=200)
         finally:
             process.kill()
     assert process.returncode == code

@@ -51,8 +51,8 @@ ALL = [("bank.onnx", "good", "4"), ("bank.onnx", "other", "4"), ("second.onnx", 
 def test_prune_without_a_choice_removes_only_leftovers(cache: Path) -> None:
     assert stored(cache) == ALL
     shard = next((cache / "store").rglob("*.safetensors"))
-    leftover = shard.with_name(f"{shard.name}.abcd.part")
-    young = shard.with_name(f"{shard.name}.efgh.part")
+    leftover = shard.with_name(f"{shard.name}.0123abcd.part")
+    young = shard.with_name(f"{shard.name}.4567abcd.part")
     leftover.write_bytes(b"x" * 2_000_000)
     young.write_bytes(b"x")
     os.utime(leftover, (0, 0))
@@ -82,7 +82,7 @@ def test_prune_by_age(cache: Path) -> None:
 def test_prune_everything(cache: Path) -> None:
     assert run("cache", "prune", "--all", "--cache", str(cache))[1].startswith("removed 12 stored shards, freed 0.")
     assert stored(cache) == []
-    assert not [path for path in (cache / "store").rglob("*") if path.is_file()]
+    assert not [path for path in (cache / "store").rglob("*") if path.is_file() and path.name != "CACHEDIR.TAG"]
 
 
 def test_export_takes_a_factory_and_a_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from onnx_models import save
 
 from xares_onnx.checking.registry import PROPERTIES
 from xares_onnx.encoder import limits
+from xares_onnx.encoder.encoder import load_encoder
 
 GOOD, HOP, STATE = "good.onnx", "hop.onnx", "state.onnx"
 
@@ -44,7 +45,7 @@ def test_a_good_model_is_a_table_and_nothing_else(folder: Path) -> None:
     assert list(by_property) == list(PROPERTIES)
     assert set(by_property.values()) == {"pass", "skip"}
     first, *_, contract, last = out.splitlines()
-    assert first.startswith("good.onnx  ")
+    assert first.startswith("encoder good.onnx  ")
     assert "4 dimensions, a frame every 10 ms, 16000 Hz, CPU" in first
     assert "hop_samples=160 (measured, as declared in metadata)" in contract
     assert last.startswith("25 pass, 4 skip in ")
@@ -68,7 +69,10 @@ def test_an_unusable_model_exits_3_in_every_format(format_: str, folder: Path) -
     assert "the model keeps a state" in out
 
 
-def test_a_hanging_model_exits_3_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_model_exits_3_with_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_process: None
+) -> None:
+    load_encoder(save(sound(), tmp_path / "quick.onnx"))  # the process has started, so a silence is the model's
     monkeypatch.setattr(limits, "SILENCE_SECONDS", 3.0)
     monkeypatch.chdir(tmp_path)
     save(never_ends_on_dc(), tmp_path / "loop.onnx")

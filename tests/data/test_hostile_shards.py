@@ -22,6 +22,8 @@ from xares_onnx.data.audio import MAX_SECONDS
 from xares_onnx.data.shards import index_shard
 from xares_onnx.evaluation.evaluation import Evaluation, evaluate
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 Member = tuple[tarfile.TarInfo, bytes]
 LABEL = {"label": CLASSES[0]}
 HEALTHY = 8  # test clips beside the hostile ones
@@ -105,28 +107,34 @@ def flac_of_hours(hours: float) -> bytes:
     return file.getvalue()
 
 
-READ = {  # odd, but a clip
-    "six channels": wav(np.stack([noise(1)] * 6, axis=1)),
-    "192 kHz": wav(noise(1, rate=192_000), 192_000),
-    "ten minutes": wav(noise(600, rate=8_000), 8_000),
-    "ten samples": wav(noise(1)[:10]),
-    "../../up": wav(noise(1)),
-    "/absolute": wav(noise(1)),
-    "a/../../../b": wav(noise(1)),
-    "pipe:touch sprung|": wav(noise(1)),
-    "|touch sprung": wav(noise(1)),
-    "$(touch sprung)`touch sprung`;touch sprung": wav(noise(1)),
-    "-rf *": wav(noise(1)),
-}
-DROPPED: dict[str, tuple[bytes, str]] = {
-    "NaN": (nan_at(np.nan), "NaN or infinite"),
-    "Inf": (nan_at(np.inf), "NaN or infinite"),
-    "empty": (wav(np.empty(0)), "holds no samples"),
-    "no bytes": (b"", "audio cannot be decoded"),
-    "text": (b"<html>404</html>" * 50, "audio cannot be decoded"),
-    "cut flac": (encoded(noise(1), container="FLAC")[:5_000], "audio cannot be decoded"),
-    "three hours": (flac_of_hours(3), f"longer than {MAX_SECONDS // 60} minutes"),
-}
+def read() -> dict[str, bytes]:
+    """Odd, but clips."""
+    return {
+        "six channels": wav(np.stack([noise(1)] * 6, axis=1)),
+        "192 kHz": wav(noise(1, rate=192_000), 192_000),
+        "ten minutes": wav(noise(600, rate=8_000), 8_000),
+        "ten samples": wav(noise(1)[:10]),
+        "../../up": wav(noise(1)),
+        "/absolute": wav(noise(1)),
+        "a/../../../b": wav(noise(1)),
+        "pipe:touch sprung|": wav(noise(1)),
+        "|touch sprung": wav(noise(1)),
+        "$(touch sprung)`touch sprung`;touch sprung": wav(noise(1)),
+        "-rf *": wav(noise(1)),
+    }
+
+
+def dropped() -> dict[str, tuple[bytes, str]]:
+    """What cannot be read, and why."""
+    return {
+        "NaN": (nan_at(np.nan), "NaN or infinite"),
+        "Inf": (nan_at(np.inf), "NaN or infinite"),
+        "empty": (wav(np.empty(0)), "holds no samples"),
+        "no bytes": (b"", "audio cannot be decoded"),
+        "text": (b"<html>404</html>" * 50, "audio cannot be decoded"),
+        "cut flac": (encoded(noise(1), container="FLAC")[:5_000], "audio cannot be decoded"),
+        "three hours": (flac_of_hours(3), f"longer than {MAX_SECONDS // 60} minutes"),
+    }
 
 
 def test_hostile_audio_and_names_are_named_drops(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +142,10 @@ def test_hostile_audio_and_names_are_named_drops(ground: Path, tmp_path: Path, m
     room.mkdir()
     monkeypatch.chdir(room)
     trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    odd, spoilt = read(), dropped()
     clips = {
-        **{key: (audio, LABEL) for key, audio in READ.items()},
-        **{key: (data, LABEL) for key, (data, _) in DROPPED.items()},
+        **{key: (audio, LABEL) for key, audio in odd.items()},
+        **{key: (data, LABEL) for key, (data, _) in spoilt.items()},
     }
     parts = [
         *(part for key, (audio, label) in clips.items() for part in clip_members(key, audio, label)),
@@ -147,9 +156,9 @@ def test_hostile_audio_and_names_are_named_drops(ground: Path, tmp_path: Path, m
         *healthy(),
     ]
     done = scored(ground, tmp_path, write_tar(tmp_path / "test-0.tar", parts))
-    lost = losses(done, HEALTHY + len(READ))
+    lost = losses(done, HEALTHY + len(odd))
     reasons = {
-        **{key: reason for key, (_, reason) in DROPPED.items()},
+        **{key: reason for key, (_, reason) in spoilt.items()},
         "pickled": "audio cannot be decoded",
         "pickled json": "its json cannot be read",
     }
@@ -318,10 +327,9 @@ def test_a_shard_that_is_packed_or_no_tar_beside_a_healthy_one(ground: Path, tmp
 
 
 def test_recordings_too_long_to_be_decoded_together(ground: Path, tmp_path: Path) -> None:
-    """Each of 100 minutes; many at a time would take more memory than a worker has."""
-    long = flac_of_hours(100 / 60)
-    assert len(long) < 1 << 20
-    clips = {f"long-{i}": (long, LABEL) for i in range(2)}
+    """Of 100 minutes and of 20; many at a time would take more memory than a worker has."""
+    clips = {f"{minutes} minutes": (flac_of_hours(minutes / 60), LABEL) for minutes in (100, 20)}
+    assert all(len(flac) < 1 << 20 for flac, _ in clips.values())
     shard = write_shard(tmp_path / "test-0.tar", {**clips, **tones(HEALTHY, 5, prefix="good")})
     assert losses(scored(ground, tmp_path, shard), HEALTHY + 2) == {}
 

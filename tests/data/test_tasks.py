@@ -189,8 +189,8 @@ def test_a_users_own_file_works_like_a_shipped_one(tmp_path: Path) -> None:
         ({"splits": 'folds = { pattern = "../{fold}", numbers = [1, 2] }'}, "must be a plain pattern inside"),
         ({"title": "title = "}, "is not valid TOML: .*line 2"),
         ({"title": "title = 'a'\ntitle = 'b'"}, "is not valid TOML"),
-        ({"title": "x = " + "9" * 5_000}, "is not valid TOML"),
-        ({"title": "x = " + "[" * 50_000}, "is not valid TOML"),
+        ({"title": "x = " + "9" * 5_000}, "has a key or a number of more than 200 characters"),
+        ({"title": "x = " + "[" * 50_000}, "it is nested deeper than 32"),
     ],
 )
 def test_an_error_says_what_is_wrong_with_a_file(changes: dict[str, str], message: str) -> None:
@@ -236,7 +236,7 @@ def test_a_pipe_or_a_huge_file_is_refused(tmp_path: Path) -> None:
         load_task(tmp_path / "pipe.toml")
     with (tmp_path / "giant.toml").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(TaskFileError, match=r"^task file \S+giant\.toml is larger than 4 MiB$"):
+    with pytest.raises(TaskFileError, match=r"^task file \S+giant\.toml cannot be read \(it is larger than 4 MB\)$"):
         load_task(tmp_path / "giant.toml")
 
 
@@ -246,7 +246,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskFileError, match="cannot be read"):
         load_task(tmp_path)
     (tmp_path / "latin.toml").write_bytes('name = "ä"'.encode("latin-1"))
-    with pytest.raises(TaskFileError, match="is not valid TOML"):
+    with pytest.raises(TaskFileError, match="it is not UTF-8 text"):
         load_task(tmp_path / "latin.toml")
 
 

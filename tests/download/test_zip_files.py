@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import stat
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import http_faults as faults
 import pytest
 from download_world import RECORD, Place, error_text
-from http_faults import Zenodo, content, serving
+from http_faults import Zenodo, content
 
 from xares_onnx.data import catalog
 from xares_onnx.download import zip_files as archives
@@ -23,14 +22,10 @@ from xares_onnx.errors import DiskFullError
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    for name in os.environ:
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    with serving(Zenodo()) as zenodo:
-        made = Place(tmp_path, zenodo)
-        put(zenodo, zipped({f"folder/{name}": data for name, data in made.files.items()} | {"readme.txt": b"x"}))
-        yield made
+def place(place: Place) -> Place:
+    """The same record as one archive."""
+    put(place.zenodo, zipped({f"folder/{name}": data for name, data in place.files.items()} | {"readme.txt": b"x"}))
+    return place
 
 
 def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED, **info: Any) -> bytes:

@@ -10,6 +10,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -372,14 +373,16 @@ def test_long_recordings_are_decoded_one_at_a_time(
     long_seconds: float, together: int, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embed, "_LONG_SECONDS", long_seconds)
-    decode, lock, at_once = audio.decode, threading.Lock(), [0, 0]
+    decode, changed, at_once = audio.decode, threading.Condition(), [0, 0]
 
     def watched(data: bytes) -> tuple[audio.Waveform, int]:
-        with lock:
+        with changed:
             at_once[0] += 1
             at_once[1] = max(at_once)
+            changed.notify_all()
+            changed.wait_for(lambda: at_once[1] >= together, timeout=100)
         time.sleep(0.05)
-        with lock:
+        with changed:
             at_once[0] -= 1
         return decode(data)
 
@@ -390,19 +393,30 @@ def test_long_recordings_are_decoded_one_at_a_time(
 def test_decoding_is_a_sign_of_life_for_a_while(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recording of hours keeps a worker waiting; so does a decoder that spins, but not for ever."""
     monkeypatch.setattr(embed, "_DECODING_SECONDS", 2)
-    decode, beats = audio.decode, [0]
+    monkeypatch.setattr(_Decoded, "_beat_sometimes", lambda self: None)
+    decode, beats, waited, clips = audio.decode, [0], threading.Event(), list[Any]()
+
+    def hurried(futures: list[Any], timeout: float) -> Any:
+        """A second takes 50 ms for the third clip; each other one is waited for as long as it takes."""
+        clips.extend(set(futures) - set(clips))
+        return wait(futures, timeout / 20 if len(clips) == 3 else None)
+
+    monkeypatch.setattr(embed, "wait", hurried)
 
     def slow(data: bytes) -> tuple[audio.Waveform, int]:
         samples, rate = decode(data)
         if samples[0] == np.float32(0.2):
-            time.sleep(4)
+            waited.wait(100)
+            time.sleep(0.3)
         return samples, rate
 
     def beat() -> None:
         beats[0] += 1
+        if beats[0] == 2:
+            waited.set()
 
     assert len(decoding(encoder, tmp_path, monkeypatch, slow, beat)[0]) == 6
-    assert 2 <= beats[0] <= 3  # two while it is waited for, and one when it has come after all
+    assert beats[0] == 2
 
 
 # ---------------------------------------------------------------- what is stored is not embedded again

@@ -165,13 +165,14 @@ def test_a_copy_of_a_copy_is_the_same(tmp_path: Path) -> None:
     assert written_to(tmp_path / "two.onnx") == written_to(tmp_path / "one.onnx")
 
 
-def test_an_output_that_is_there_is_replaced_and_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_an_output_that_is_there_is_replaced_and_a_link_is_refused(tmp_path: Path) -> None:
     model = save(models.encoder(), tmp_path / "model.onnx")
-    (tmp_path / "other.onnx").write_bytes(b"other")
-    (tmp_path / "out.onnx").symlink_to("other.onnx")
+    (tmp_path / "out.onnx").write_bytes(b"other")
+    (tmp_path / "link.onnx").symlink_to("out.onnx")
+    with pytest.raises(UsageError, match="is a link, which is never written to or replaced; name a file, new or old"):
+        annotate(model, ["sample_rate=8000"], tmp_path / "link.onnx")
+    assert (tmp_path / "out.onnx").read_bytes() == b"other"
     annotate(model, ["sample_rate=8000"], tmp_path / "out.onnx")
-    assert not (tmp_path / "out.onnx").is_symlink()
-    assert (tmp_path / "other.onnx").read_bytes() == b"other"
     assert load_encoder(tmp_path / "out.onnx").contract.sample_rate == 8000
 
 
@@ -188,11 +189,13 @@ def test_weights_files_go_with_the_copy(tmp_path: Path) -> None:
     model = save_external(tmp_path / "from", "deep/weights.bin")
     (tmp_path / "to").mkdir()
     done = annotate(model, ["sample_rate=16000"], tmp_path / "to/out.onnx")
-    assert done.copied == ("deep/weights.bin",)
+    assert done.copied == ("out.onnx.data",)
     found = files_in(tmp_path / "to")
-    assert sorted(found) == ["deep/weights.bin", "out.onnx"]
-    assert found["deep/weights.bin"] == models.WEIGHTS.tobytes()
-    assert without_metadata(tmp_path / "to/out.onnx") == without_metadata(model)
+    assert sorted(found) == ["out.onnx", "out.onnx.data"]
+    assert found["out.onnx.data"] == models.WEIGHTS.tobytes()
+    moved = onnx.load(tmp_path / "to/out.onnx")  # reads the weights
+    moved.ClearField("metadata_props")
+    assert moved.SerializeToString() == onnx.load(model).SerializeToString()
     for file in (tmp_path / "from").rglob("*.*"):
         file.unlink()
     same_embedding(tmp_path / "to/out.onnx")
@@ -204,14 +207,14 @@ def test_weights_files_go_with_the_copy(tmp_path: Path) -> None:
 def test_equal_weights_that_lie_there_are_used_and_others_are_never_overwritten(tmp_path: Path) -> None:
     model = save_external(tmp_path / "from")
     (tmp_path / "to").mkdir()
-    weights = tmp_path / "to/weights.bin"
+    weights = tmp_path / "to/out.onnx.data"
     weights.write_bytes(models.WEIGHTS.tobytes())
     assert annotate(model, ["sample_rate=16000"], tmp_path / "to/out.onnx").copied == ()
     same_embedding(tmp_path / "to/out.onnx")
     (tmp_path / "to/out.onnx").unlink()
     weights.write_bytes(models.WEIGHTS.tobytes()[:-4] + b"else")
     before = files_in(tmp_path / "to")
-    with pytest.raises(UsageError, match=r"weights\.bin exists and is not the model's weights file"):
+    with pytest.raises(UsageError, match=r"out\.onnx\.data exists and is not the model's weights file"):
         annotate(model, ["sample_rate=16000"], tmp_path / "to/out.onnx")
     assert files_in(tmp_path / "to") == before
 
@@ -324,7 +327,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def fail(source: Path, target: Path) -> None:
         if target.name == "out.onnx":  # the last step: the weights lie there already
-            assert (tmp_path / "to/weights.bin").exists()
+            assert (tmp_path / "to/out.onnx.data").exists()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 

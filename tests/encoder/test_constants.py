@@ -95,7 +95,7 @@ def test_without_a_declaration_the_error_shows_the_flag(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("declared", "error", "sentence"),
     [
-        ("constant.extra=yes", UsageError, r"constant\.extra=yes must be a number, true, false, or a list of these"),
+        ("constant.extra=yes", UsageError, r"constant\.extra=yes must be a number, true, false, or a short list of"),
         ("constant.extra=NaN", UsageError, "must be a number"),
         ("constant.extra=[]", UsageError, "must be a number"),
         ("constant.extra=" + "[" * 5_000, UsageError, "must be a number"),

@@ -278,7 +278,7 @@ def test_clap(tmp_path: Path) -> None:
         ),
         (
             {"feature_extractor_type": "ASTFeatureExtractor", "max_length": "long"},
-            "(ASTFeatureExtractor, whose settings cannot be read: invalid literal for int()",
+            "(ASTFeatureExtractor, whose settings cannot be read: max_length='long' is no number, or too large)",
         ),
         ({"feature_extractor_type": ["a"]}, "(['a'], which is not known here)"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 from cli_world import run, said, table
 from corpus import DIM, write_encoder, write_task, write_tones
 from feature_models import HOPS, feature_model
-from kind_makers import write_kind
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from kind_makers import clips_of, write_kind
+from layered_model import layered
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import constant, make_external, value
 
 from xares_onnx.embedding.embed import embed_shard
@@ -30,37 +30,6 @@ from xares_onnx.report.board import make_board
 pytestmark = pytest.mark.usefixtures("shared_process")
 
 FLOAT = TensorProto.FLOAT
-"""Frames every 10 ms; `layers` of them, each x + W2 relu(W1 x)."""
-
-
-def layered(
-    path: Path, layers: int = 3, *, output: str = "stream3", more: Sequence[NodeProto] = (), outputs: Sequence[str] = ()
-) -> Path:
-    """`write_encoder`'s filters (tensor `stream0`), then residual layers with outputs `stream1` and on.
-
-    `more` nodes may read any, and `outputs` are outputs beside `output`, which goes by the name of embeddings.
-    """
-    bank = onnx.load(write_encoder(path))
-    rng = np.random.default_rng(3)
-    nodes = [node for node in bank.graph.node if "embeddings" not in node.output]
-    nodes.append(helper.make_node("Transpose", ["levels"], ["stream0"], perm=[0, 2, 1]))
-    weights = list(bank.graph.initializer)
-    for i in range(layers):
-        for name in (f"in{i}", f"out{i}"):
-            weights.append(numpy_helper.from_array((0.4 * rng.standard_normal((DIM, DIM))).astype(np.float32), name))
-        nodes += [
-            helper.make_node("MatMul", [f"stream{i}", f"in{i}"], [f"inner{i}"]),
-            helper.make_node("Relu", [f"inner{i}"], [f"active{i}"]),
-            helper.make_node("MatMul", [f"active{i}", f"out{i}"], [f"branch{i}"]),
-            helper.make_node("Add", [f"stream{i}", f"branch{i}"], [f"stream{i + 1}"]),
-        ]
-    nodes += [helper.make_node("Tanh", [output], ["embeddings"]), *more]
-    described = [value("embeddings", FLOAT, ["batch", "frames", DIM]), *(value(name, FLOAT, None) for name in outputs)]
-    graph = helper.make_graph(nodes, "layered", list(bank.graph.input), described, weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    helper.set_model_props(model, {entry.key: entry.value for entry in bank.metadata_props})
-    onnx.save(model, path)
-    return path
 
 
 def only(source: Path, tensor: str, path: Path) -> Path:
@@ -436,7 +405,8 @@ def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatc
 def test_a_tap_without_frames_has_no_score_where_frames_are_needed(tmp_path: Path) -> None:
     more = [helper.make_node("ReduceMean", ["stream1"], ["whole"], axes=[1], keepdims=0)]
     model = layered(tmp_path / "m.onnx", more=more)
-    task = write_kind(tmp_path, "events")
+    few = {split: clips_of("events", split, count, seed=0) for split, count in (("train", 16), ("valid", 8), ("test", 8))}
+    task = write_kind(tmp_path, "events", **few)
     done = evaluate(model, [str(task)], taps=["whole", "stream1"], data=tmp_path / "data", cache=tmp_path / "cache", seeds=1)
     assert [(r.tap, r.status) for r in done.result.tasks] == [(None, "not_applicable"), ("stream1", "ok")]
 

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from xares_onnx import cli
 from xares_onnx.encoder.encoder import load_encoder
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 RATE = 22_050  # of basic-pitch
 
 
@@ -42,7 +44,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments of an evaluation on a small task of tones."""
     monkeypatch.chdir(tmp_path)
     task = write_task(tmp_path, "tones")
-    write_tones(tmp_path / "data", "tones", train=24, valid=8, test=12)
+    write_tones(tmp_path / "data", "tones", train=8, valid=4, test=4)
     places = ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out.json")]
     return ["--tasks", str(task), *places, "--method", "knn", "--device", "cpu", "--threads", "1", "--json"]
 

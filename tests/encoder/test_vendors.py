@@ -30,7 +30,7 @@ RATE, HOP, RECEPTIVE, DIM = 16_000, 160, 400, 64
 def run_example(title: str, folder: Path) -> None:
     """The code block under a heading, in a process of its own."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.split(f"\n## {title}")[1].split("\n## ")[0], flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
 

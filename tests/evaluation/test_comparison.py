@@ -26,6 +26,8 @@ from xares_onnx.evaluation.evaluation import evaluate
 from xares_onnx.evaluation.verdict import Comparison, Speed, verdict
 from xares_onnx.progress import Event, Progress
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 
 class World:
     """An encoder, a copy that hears four of its bands only, and one with other dimensions; a task, and their results."""

@@ -29,6 +29,8 @@ from xares_onnx.evaluation.evaluation import Evaluation, evaluate
 from xares_onnx.evaluation.record import TaskResult
 from xares_onnx.progress import Event, Note, Progress, ignore
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 MAY_DIFFER = {"seconds", "rtf", "environment", "created"}
 
 

@@ -14,6 +14,8 @@ from xares_onnx.errors import UsageError
 from xares_onnx.evaluation.evaluation import Evaluation, evaluate
 from xares_onnx.progress import Event, Note, Progress, ignore
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,6 +22,8 @@ from xares_onnx.evaluation.gates import Floor, Gates
 from xares_onnx.evaluation.record import Average, Gate
 from xares_onnx.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 SETTINGS: dict[str, Any] = {"protocol": "corrected", "seeds": 3, "limit": None, "methods": ["head", "knn"]}
 ESC50 = shipped_tasks()["esc50"]
 

@@ -26,6 +26,8 @@ from xares_onnx.evaluation.record import Seconds, TaskResult, make_room
 from xares_onnx.files import indented
 from xares_onnx.metrics.intervals import Estimate
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 Record = dict[str, Any]
 
 

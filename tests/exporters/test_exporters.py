@@ -104,12 +104,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("weights") / "speaker.pt")
 
 
-@pytest.fixture(scope="module", params=["logmel", "resemblyzer"])
-def encoder_file(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One exported file a family; its stem is the family's name."""
-    family: str = request.param
-    path = tmp_path_factory.mktemp("exported") / f"{family}.onnx"
-    return export(family, str(checkpoint) if family == "resemblyzer" else None, path).path
+@pytest.fixture(scope="module")
+def logmel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export("logmel", None, tmp_path_factory.mktemp("exported") / "logmel.onnx").path
+
+
+@pytest.fixture(scope="module")
+def speaker_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export("resemblyzer", str(checkpoint), tmp_path_factory.mktemp("exported") / "resemblyzer.onnx").path
+
+
+@pytest.fixture(params=["logmel", "resemblyzer"])
+def encoder_file(request: pytest.FixtureRequest, logmel_file: Path, speaker_file: Path) -> Path:
+    """One exported file of each family; its stem is the family's name."""
+    return logmel_file if request.param == "logmel" else speaker_file
 
 
 # ---------------------------------------------------------------- every family
@@ -214,25 +222,22 @@ def test_export_leaves_torch_its_threads(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- log-mel
 
 
-def test_logmel_is_the_logarithm_of_mel_power(tmp_path: Path) -> None:
-    path = export("logmel", None, tmp_path / "logmel.onnx").path
+def test_logmel_is_the_logarithm_of_mel_power(logmel_file: Path) -> None:
     audio = chirp(1.3)
     expected = np.log(np.maximum(mel_reference(audio, 64, centred=False), 1e-10))
-    np.testing.assert_allclose(run(path, audio)[0], expected, atol=1e-3)
+    np.testing.assert_allclose(run(logmel_file, audio)[0], expected, atol=1e-3)
 
 
-def test_logmel_hears_nothing_below_16_bits(tmp_path: Path) -> None:
-    path = export("logmel", None, tmp_path / "logmel.onnx").path
-    assert run(path, np.zeros(1_000)) == pytest.approx(np.log(1e-10))
+def test_logmel_hears_nothing_below_16_bits(logmel_file: Path) -> None:
+    assert run(logmel_file, np.zeros(1_000)) == pytest.approx(np.log(1e-10))
     one_step = np.where(np.random.default_rng(0).random(16_000) < 0.5, 0, 1 / 32_768)
-    assert run(path, one_step).mean() > np.log(1e-10) + 1
+    assert run(logmel_file, one_step).mean() > np.log(1e-10) + 1
 
 
-def test_a_click_is_loudest_in_the_frame_whose_declared_centre_it_is(tmp_path: Path) -> None:
-    path = export("logmel", None, tmp_path / "logmel.onnx").path
+def test_a_click_is_loudest_in_the_frame_whose_declared_centre_it_is(logmel_file: Path) -> None:
     click = np.zeros(16_000)
     click[200 + 7 * 160] = 1.0
-    energies = run(path, click)[0].sum(axis=1)
+    energies = run(logmel_file, click)[0].sum(axis=1)
     assert energies.argmax() == 7
     assert energies[6] == pytest.approx(energies[8], rel=1e-3)  # the window is symmetric about its centre
 
@@ -253,10 +258,9 @@ def test_speaker_front_end_is_centred_mel_power() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6 * expected.max())
 
 
-def test_frame_159_is_the_embedding_of_a_partial(checkpoint: Path, tmp_path: Path) -> None:
-    path = export("resemblyzer", str(checkpoint), tmp_path / "speaker.onnx").path
+def test_frame_159_is_the_embedding_of_a_partial(checkpoint: Path, speaker_file: Path) -> None:
     audio = chirp(2.5)
-    embeddings = run(path, audio)[0]
+    embeddings = run(speaker_file, audio)[0]
     np.testing.assert_allclose(embeddings[159], partial_reference(audio, checkpoint), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
 

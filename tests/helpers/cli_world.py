@@ -56,7 +56,7 @@ class World:
     def real(self, *arguments: str, **options: Any) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a process of its own."""
         process = self.start(arguments, **options)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
         return process.returncode, out.decode(), err.decode()
 
 

@@ -24,7 +24,7 @@ QUICK = Patience(
     answer_seconds=10,
 )
 # For servers that never send what they should; elsewhere a busy machine must not look like one.
-IMPATIENT = msgspec.structs.replace(QUICK, stall_seconds=0.3, answer_seconds=0.5)
+IMPATIENT = msgspec.structs.replace(QUICK, attempts=2, stall_seconds=1, answer_seconds=1)
 
 
 class Place:

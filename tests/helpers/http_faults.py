@@ -219,7 +219,7 @@ def stalled(at: int) -> Fault:
 
     def answer(handler: _Handler, data: bytes, start: int | None) -> None:
         handler.wfile.write(handler.begin(data, start)[:at])
-        handler.zenodo.over.wait(20)
+        handler.zenodo.over.wait(200)
         handler.close_connection = True
 
     return answer

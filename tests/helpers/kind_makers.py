@@ -75,7 +75,9 @@ def write_bank(path: Path, *, hop: int = 160, gain: float = 1.0) -> Path:
     return path
 
 
-def write_kind(folder: Path, kind: str, name: str | None = None, *, weight: int | None = None, **clips: Clips) -> Path:
+def write_kind(
+    folder: Path, kind: str, name: str | None = None, *, weight: int | None = None, epochs: int | None = None, **clips: Clips
+) -> Path:
     """Shards of a task `name` in `folder/data` and its task file; `clips` replaces whole splits."""
     name = name or kind
     for number, (split, count) in enumerate(SIZES.items()):
@@ -85,6 +87,8 @@ def write_kind(folder: Path, kind: str, name: str | None = None, *, weight: int 
     data = '[data]\nsplits = { train = "train-*.tar", valid = "valid-*.tar", test = "test-*.tar" }\n'
     path = folder / f"{name}.toml"
     tables = {**TABLES[kind], "target": {"kind": kind, **TABLES[kind]["target"]}}
+    if epochs is not None:
+        tables["head"] = {**tables["head"], "epochs": epochs}
     lines = [
         f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
         for name, table in tables.items()

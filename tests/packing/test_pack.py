@@ -14,6 +14,7 @@ import soundfile
 from cli_world import run
 from kind_makers import KINDS, SIZES, write_bank
 from pack_makers import short, tree, write_files, write_kind, write_table, write_tones
+from quick_sweeps import quick_sweeps
 
 from xares_onnx.data import audio
 from xares_onnx.data.catalog import find_parts
@@ -55,6 +56,7 @@ def split_of(folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- to a score
 
 
+@quick_sweeps()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("shared_process")
 def test_every_kind_is_packed_and_then_scored(kind: str, model: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_the_page_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XARES_ONNX_CACHE", str(tmp_path / "cache"))
     (code,) = re.findall(r"```python\n(.*?)```", EXAMPLE, flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     commands = re.findall(r"^    xares-onnx ((?:export|pack|evaluate) (?!MODEL).*)$", EXAMPLE, flags=re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["export", "pack", "evaluate"]

@@ -1,4 +1,4 @@
-"""The transcript heads against torch's own layers, CTC loss and optimiser, a head at a time, and against brute force."""
+"""The transcript heads against torch's own layers, CTC loss and optimiser, a head at a time."""
 
 from __future__ import annotations
 
@@ -6,183 +6,34 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from ctc_reference import (
+    ALPHABET,
+    DIM,
+    Corpus,
+    Settings,
+    bytes_of,
+    character_accuracy,
+    corpus,
+    parameters_of,
+    rows,
+    torch_loss,
+    train_one,
+    word_accuracy,
+)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xares_onnx.errors import ScoreUndefinedError
-from xares_onnx.models.ctc import CtcHead, Workspace, collapse, ctc_gradient
+from xares_onnx.models.ctc import CtcHead
 from xares_onnx.probes import ctc
-from xares_onnx.probes.ctc import train_ctc, why_not
+from xares_onnx.probes.ctc import why_not
 from xares_onnx.probes.sweep import Sweep
-from xares_onnx.probes.training import HeadResult, Rows
-
-DIM = 12
-SILENCE = "_"  # the sound of no character
-ALPHABET = "abcd "
-
-
-@dataclass(frozen=True)
-class Settings:
-    epochs: int
-    batch_size: int = 4
-    learning_rate: float = 0.03
-
-
-@dataclass(frozen=True)
-class Corpus:
-    frames: Sequence[NDArray[Any]]
-    transcripts: list[str]
-    folds: list[Rows]
-
-    def train(
-        self, settings: Settings | Sweep, seeds: Sequence[int] = (0,), folds: int | None = None, **more: Any
-    ) -> list[HeadResult]:
-        return train_ctc(self.frames, self.transcripts, self.folds[:folds], settings, seeds, **more)
-
-
-def rows(*parts: Sequence[int]) -> Rows:
-    return Rows(*(np.array(part, np.int64) for part in parts))
-
-
-def spoken(text: str, sounds: dict[str, NDArray[np.float64]], noise: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Each character is one to three frames of its sound; equal neighbours have silence between them, others may."""
-    said = [SILENCE]
-    for before, character in zip(["", *list(text)], text, strict=False):
-        said += [SILENCE] * int(rng.integers(before == character, 3)) + [character] * int(rng.integers(1, 4))
-    clean = np.stack([sounds[sound] for sound in said])
-    # LayerNorm must matter: scale and offset of each frame are arbitrary.
-    scale = rng.uniform(0.5, 20, (len(said), 1))
-    return ((clean + noise * rng.standard_normal(clean.shape)) * scale + 3).astype(np.float32)
-
-
-def corpus(sizes: Sequence[tuple[int, int, int]], *, noise: float = 0.3, seed: int = 0) -> Corpus:
-    """Folds of (train, valid, test) clips of a toy language."""
-    rng = np.random.default_rng(seed)
-    sounds = {character: rng.standard_normal(DIM) for character in ALPHABET + SILENCE}
-    transcripts = []
-    for _ in range(max(sum(size) for size in sizes)):
-        words = ["".join(rng.choice(list("abcd"), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))]
-        transcripts.append(" ".join(words))
-    folds = []
-    for train, valid, test in sizes:
-        order = rng.permutation(len(transcripts))
-        folds.append(rows(*np.split(order[: train + valid + test], [train, train + valid])))
-    return Corpus([spoken(text, sounds, noise, rng) for text in transcripts], transcripts, folds)
-
-
-# ---------------------------------------------------------------- references
-
-
-def torch_loss(
-    logits: Tensor, lengths: Sequence[int], targets: Sequence[NDArray[np.int64]], reduction: str = "mean"
-) -> Tensor:
-    """torch's CTC loss of clips whose frames follow each other."""
-    padded = nn.utils.rnn.pad_sequence(list(logits.split(list(lengths))))
-    return nn.functional.ctc_loss(
-        padded.log_softmax(dim=2),
-        torch.from_numpy(np.concatenate(targets)),
-        torch.tensor(lengths),
-        torch.tensor([len(target) for target in targets]),
-        reduction=reduction,
-        zero_infinity=True,
-    )
-
-
-def spelt(path: Sequence[int]) -> list[int]:
-    return [number for number, _ in itertools.groupby(path) if number != 0]
-
-
-def wrong_words(reference: str, hypothesis: str) -> int:
-    wanted, got = reference.split(), hypothesis.split()
-    row = list(range(len(got) + 1))
-    for i, word in enumerate(wanted, start=1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(got, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
-
-
-def character_accuracy(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Characters are words of a text in which every one stands alone; a space is written as one that is no letter."""
-
-    def spread(text: str) -> str:
-        return " ".join("_".join(text.split()))
-
-    wrong = sum(wrong_words(spread(r), spread(h)) for r, h in zip(references, hypotheses, strict=True))
-    return 1 - wrong / sum(len(spread(r).split()) for r in references)
-
-
-def word_accuracy(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    wrong = sum(wrong_words(r, h) for r, h in zip(references, hypotheses, strict=True))
-    return 1 - wrong / sum(len(r.split()) for r in references)
-
-
-Parameters = dict[str, NDArray[np.float32]]
-
-
-@dataclass
-class Reference:
-    initial: Parameters
-    scores: list[float] = field(default_factory=list)  # of validation, an epoch each
-    last: Parameters = field(default_factory=dict)
-    best: Parameters = field(default_factory=dict)
-    hypotheses: list[str] = field(default_factory=list)
-
-
-def train_one(c: Corpus, fold: int, seed: int, settings: Settings, *, constant_rate: bool = False) -> Reference:
-    """One head, trained by autograd. The draws are the probe's: weights, biases, then a permutation an epoch."""
-    part = c.folds[fold]
-    alphabet = sorted({character for clip in part.train for character in c.transcripts[clip]})
-    rng = np.random.default_rng([seed, fold])
-    norm, linear = nn.LayerNorm(DIM), nn.Linear(DIM, len(alphabet) + 1)
-    with torch.no_grad():
-        linear.weight.copy_(torch.tensor(rng.uniform(-(DIM**-0.5), DIM**-0.5, (len(alphabet) + 1, DIM))))
-        linear.bias.copy_(torch.tensor(rng.uniform(-(DIM**-0.5), DIM**-0.5, len(alphabet) + 1)))
-    model = nn.Sequential(norm, linear)
-
-    def parameters() -> Parameters:
-        named = {"scale": norm.weight, "shift": norm.bias, "weight": linear.weight, "bias": linear.bias}
-        return {name: value.detach().numpy().copy() for name, value in named.items()}
-
-    def hypothesis(clip: int) -> str:
-        with torch.no_grad():
-            path = model(torch.from_numpy(c.frames[clip]).float()).argmax(dim=1).tolist()
-        return "".join(alphabet[number - 1] for number in spelt(path))
-
-    found = Reference(parameters())
-    adam = torch.optim.Adam(model.parameters())
-    best = -math.inf
-    for epoch in range(settings.epochs):
-        for group in adam.param_groups:
-            curve = 1 if constant_rate else 0.55 + 0.45 * math.cos(math.pi * epoch / settings.epochs)
-            group["lr"] = settings.learning_rate * curve
-        order = rng.permutation(part.train)
-        for start in range(0, len(order), settings.batch_size):
-            batch = order[start : start + settings.batch_size]
-            logits = model(torch.from_numpy(np.concatenate([c.frames[clip] for clip in batch])).float())
-            targets = [np.array([1 + alphabet.index(character) for character in c.transcripts[clip]]) for clip in batch]
-            adam.zero_grad()
-            torch_loss(logits, [len(c.frames[clip]) for clip in batch], targets).backward()
-            adam.step()
-        if len(part.valid):
-            found.scores.append(
-                character_accuracy([c.transcripts[i] for i in part.valid], [hypothesis(i) for i in part.valid])
-            )
-        if not found.scores or found.scores[-1] > best:
-            best = found.scores[-1] if found.scores else best
-            found.best = parameters()
-            found.hypotheses = [hypothesis(clip) for clip in sorted(part.test)]
-    found.last = parameters()
-    return found
 
 
 @pytest.fixture
@@ -197,144 +48,6 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> list[CtcHead]:
 
     monkeypatch.setattr(ctc, "CtcHead", Watched)
     return made
-
-
-def parameters_of(head: CtcHead) -> Parameters:
-    return {
-        "scale": head.scale[0].numpy(),
-        "shift": head.shift[:, 0].numpy(),
-        "weight": head.weight.numpy(),
-        "bias": head.bias[:, 0].numpy(),
-    }
-
-
-def bytes_of(made: Sequence[CtcHead]) -> list[list[bytes]]:
-    return [[parameter.numpy().tobytes() for parameter in head.parameters] for head in made]
-
-
-# ---------------------------------------------------------------- the loss and its gradient
-
-
-clips_of_a_batch = st.lists(
-    st.tuples(st.integers(0, 14), st.lists(st.integers(1, 3), min_size=1, max_size=6)), min_size=1, max_size=4
-)
-
-
-@given(clips_of_a_batch, st.integers(0, 99), st.sampled_from([0.1, 1, 8]))
-def test_losses_and_gradient_are_torchs(clips: list[tuple[int, list[int]]], seed: int, spread: float) -> None:
-    lengths, targets = [length for length, _ in clips], [np.array(target) for _, target in clips]
-    lengths[-1] += sum(lengths) == 0  # torch wants a frame
-    logits = spread * torch.from_numpy(np.random.default_rng(seed).standard_normal((sum(lengths), 4)))
-    logits.requires_grad_()
-    losses, gradient = ctc_gradient(logits.detach().float(), lengths, targets, Workspace())
-    expected = torch_loss(logits, lengths, targets, "none") / torch.tensor([len(target) for target in targets])
-    torch.testing.assert_close(losses.double(), expected.detach(), atol=1e-5, rtol=1e-5)
-    mean = torch_loss(logits, lengths, targets)
-    torch.testing.assert_close(losses.mean().double(), mean.detach(), atol=1e-5, rtol=1e-5)
-    mean.backward()
-    torch.testing.assert_close(gradient.double(), logits.grad, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("target", [[1], [1, 2], [2, 2], [1, 2, 1], [1, 1, 1], [2, 2, 1]])
-@pytest.mark.parametrize("frames", [1, 3, 5, 6])
-def test_the_likelihood_is_the_sum_over_every_path_that_spells_the_text(target: list[int], frames: int) -> None:
-    probabilities = np.random.default_rng(frames).dirichlet([1, 1, 1], frames)
-    paths = [path for path in itertools.product(range(3), repeat=frames) if spelt(path) == target]
-    logits = torch.from_numpy(np.log(probabilities)).float() + 5  # logits need not be normalised
-    losses, gradient = ctc_gradient(logits, [frames], [np.array(target)], Workspace())
-    if not paths:
-        assert losses.tolist() == [0]
-        assert not gradient.any()
-        return
-    weights = np.array([math.prod(probabilities[t, number] for t, number in enumerate(path)) for path in paths])
-    assert float(losses[0]) == pytest.approx(-math.log(weights.sum()) / len(target), abs=1e-5)
-    posterior = np.zeros((frames, 3))
-    for path, weight in zip(paths, weights / weights.sum(), strict=True):
-        posterior[np.arange(frames), path] += weight
-    np.testing.assert_allclose(gradient, (probabilities - posterior) / len(target), atol=1e-5)
-
-
-def test_long_clips_lose_no_more_precision_than_torchs() -> None:
-    rng = np.random.default_rng(2)
-    lengths, targets = [1500, 900], [rng.integers(1, 29, 210), rng.integers(1, 29, 160)]
-    exact = torch.from_numpy(rng.standard_normal((2400, 29)))
-    exact[:, 0] += 6  # mostly blank, as early in a training: what fits the text is unlikely from where most paths are
-    single = exact.float().requires_grad_()
-    exact.requires_grad_()
-    torch_loss(exact, lengths, targets).backward()
-    torch_loss(single, lengths, targets).backward()
-    assert exact.grad is not None
-    assert single.grad is not None
-    losses, gradient = ctc_gradient(single.detach(), lengths, targets, Workspace())
-    torch.testing.assert_close(losses.mean().double(), torch_loss(exact, lengths, targets).detach(), atol=0, rtol=1e-5)
-    assert (gradient - exact.grad).abs().max() < 3 * (single.grad - exact.grad).abs().max()
-
-
-def test_a_batch_is_its_clips_one_by_one_whatever_was_in_the_workspace() -> None:
-    rng = np.random.default_rng(1)
-    workspace = Workspace()
-    for lengths, sizes in (([30, 7, 19], [9, 2, 5]), ([4], [3]), ([11, 40, 3, 25], [4, 1, 7, 12]), ([6, 6], [2, 2])):
-        logits = torch.from_numpy(rng.standard_normal((sum(lengths), 5))).float()
-        targets = [rng.integers(1, 5, size) for size in sizes]
-        losses, gradient = ctc_gradient(logits, lengths, targets, workspace)
-        alone = [
-            ctc_gradient(part, [length], [target], Workspace())
-            for part, length, target in zip(logits.split(lengths), lengths, targets, strict=True)
-        ]
-        torch.testing.assert_close(losses, torch.cat([loss for loss, _ in alone]))
-        torch.testing.assert_close(gradient, torch.cat([part for _, part in alone]) / len(lengths), atol=1e-6, rtol=1e-5)
-
-
-def test_clips_without_frames_have_neither_loss_nor_gradient() -> None:
-    losses, gradient = ctc_gradient(torch.empty(0, 3), [0, 0], [np.array([1]), np.array([2, 1])], Workspace())
-    assert losses.tolist() == [0, 0]
-    assert gradient.shape == (0, 3)
-
-
-def test_huge_logits_are_no_trouble() -> None:
-    logits = torch.tensor([[9e9, 0.0, -9e9], [0.0, 9e9, 1.0], [-9e9, 1.0, 9e9], [9e9, 7e9, 8e9]])
-    losses, gradient = ctc_gradient(logits, [4], [np.array([1, 2])], Workspace())
-    assert losses.tolist() == [0]
-    assert torch.isfinite(gradient).all()
-
-
-def test_what_is_not_a_number_does_not_pass_for_a_clip_that_is_too_short() -> None:
-    logits = torch.zeros(5, 3)
-    logits[2] = torch.nan
-    losses, gradient = ctc_gradient(logits, [5], [np.array([1, 2])], Workspace())
-    assert losses.isnan().all()
-    assert gradient.isnan().any()
-
-
-def test_backward_is_autograd() -> None:
-    rng = np.random.default_rng(3)
-    head = CtcHead(DIM, 5, rng)
-    for parameter in (head.scale, head.shift):
-        parameter += torch.from_numpy(rng.normal(0, 0.3, parameter.shape)).float()
-    for gradient in head.gradients:
-        gradient.fill_(9)
-    norm, linear = nn.LayerNorm(DIM), nn.Linear(DIM, 5)
-    with torch.no_grad():
-        norm.weight.copy_(head.scale[0])
-        norm.bias.copy_(head.shift[:, 0])
-        linear.weight.copy_(head.weight)
-        linear.bias.copy_(head.bias[:, 0])
-    raw = torch.from_numpy(rng.normal(1, 4, (31, DIM))).float()
-    at_logits = torch.from_numpy(rng.standard_normal((31, 5))).float()
-    x = nn.functional.layer_norm(raw, (DIM,))
-    logits = linear(norm(raw))
-    torch.testing.assert_close(head.logits(x), logits, atol=1e-5, rtol=1e-5)
-    head.backward(x, at_logits)
-    logits.backward(at_logits)
-    expected = (norm.weight.grad, norm.bias.grad, linear.weight.grad, linear.bias.grad)
-    for got, reference in zip(head.gradients, expected, strict=True):
-        assert reference is not None
-        torch.testing.assert_close(got.view_as(reference), reference, atol=1e-5, rtol=1e-4)
-
-
-@given(st.lists(st.integers(0, 3), max_size=12))
-def test_paths_collapse(path: list[int]) -> None:
-    assert collapse(np.array(path, np.int64)).tolist() == spelt(path)
 
 
 # ---------------------------------------------------------------- training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import msgspec
 from report_results import record, result, right
 from rich.console import Console
 
@@ -99,3 +100,48 @@ def test_a_knn_has_a_selection_score_of_its_own() -> None:
 def test_the_note_covers_both_ways_of_choosing() -> None:
     assert best_note([True, False]).count(";") == 1
     assert best_tap([]) is None
+
+
+def mixed(weights: dict[str, list[float]], right_clips: int = 95) -> TaskResult:
+    of = tuned("mix", right_clips, 0.99)
+    assert of.tuning is not None
+    return msgspec.structs.replace(of, tuning=msgspec.structs.replace(of.tuning, chosen=[0.1, 0.1], mix=weights))
+
+
+def test_the_mix_stands_beside_the_best_tap_with_its_weights() -> None:
+    """It selects best of all, and is no layer."""
+    mix = mixed({"layer.0": [0.7, 0.5], "layer.1": [0.3, 0.5]})
+    of = layers(tuned(None, 90, 0.6), tuned("layer.0", 70, 0.7), tuned("layer.1", 80, 0.8), mix)
+    best = best_tap(of.tasks)
+    assert best is not None
+    assert best.record.tap == "layer.1"
+    rows = [line.replace("|", "").split() for line in printed(of).splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        ["layer.0", "0.700", "60", "%"],
+        ["layer.1", "0.800", "40", "%"],
+        ["embeddings", "0.900"],
+        ["best", "layer.1"],
+        ["mix", "0.950"],
+    ]
+    assert "mix: the learned weighted sum of the taps" in " ".join(printed(of).split())
+    (curve,) = make_board([Side.of_result("a", of)]).curves
+    assert curve.weights == (0.6, 0.4, None)
+    page = html(make_board([Side.of_result("a", of)]))
+    assert "layer.0 60 %; layer.1 40 %" in page
+    assert '<code>mix</code></th><td class="n">0.950</td>' in page
+    assert "mix: the learned weighted sum of the taps" in page
+
+
+def test_a_mix_without_a_score_says_why_there_is_none() -> None:
+    mix = record(ESC, right(range(60)), tap="mix", status="not_applicable", score=None, reason="no layers")
+    of = layers(tuned(None, 90, 0.6), tuned("layer.0", 70, 0.7), mix)
+    assert "not applicable" in printed(of)
+    page = html(make_board([Side.of_result("a", of)]))
+    assert '<code>mix</code></th><td class="n">not applicable</td>' in page
+    assert "weights in the mix" not in page
+
+
+def test_without_a_mix_nothing_speaks_of_one() -> None:
+    of = layers(tuned(None, 90, 0.6), tuned("layer.0", 70, 0.7))
+    assert "mix" not in printed(of)
+    assert "<code>mix</code>" not in html(make_board([Side.of_result("a", of)]))

@@ -34,6 +34,8 @@ from xares_onnx.scoring.dataset import Dataset, assemble
 from xares_onnx.scoring.folds import Fold, cross_validation, hold_out, make_folds
 from xares_onnx.scoring.protocol import Protocol
 
+pytestmark = pytest.mark.usefixtures("shared_process")
+
 CORRECTED, XARES = Protocol("corrected"), Protocol("xares")
 SPLITS = load_task(Path("mine.toml"), task_toml())
 FOLDED = load_task(Path("mine.toml"), task_toml(splits='folds = { pattern = "f{fold}.tar", numbers = [1, 2, 3] }'))

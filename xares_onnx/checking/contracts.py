@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..encoder.contract.contract import Contract
+from ..errors import quoted
 from .findings import Outcome, failed, passed, skipped, warned
 from .model_under_test import Bench
 
@@ -21,7 +22,7 @@ def check_inputs(bench: Bench, tolerance: float | None) -> Outcome:
     beside = [name for name in (contract.lengths_input, contract.mask_input, *(contract.constants or ())) if name]
     filled = f"; {' and '.join(repr(name) for name in beside)} filled beside it" if beside else ""
     return passed(
-        f"{contract.input!r} takes the waveform as {contract.input_layout}{filled}", measured=contract.input_layout
+        f"{quoted(contract.input)} takes the waveform as {contract.input_layout}{filled}", measured=contract.input_layout
     )
 
 
@@ -36,7 +37,7 @@ def check_contract(bench: Bench, tolerance: float | None) -> Outcome:
 def check_output(bench: Bench, tolerance: float | None) -> Outcome:
     contract = bench.contract
     return passed(
-        f"{contract.output!r} gives {contract.output_layout} with {contract.dim} dimensions",
+        f"{quoted(contract.output)} gives {contract.output_layout} with {contract.dim} dimensions",
         measured=contract.dim,
         unit="dimensions",
     )

@@ -9,7 +9,7 @@ import onnx
 from ..encoder.integer_products import LARGEST, Product, integer_products
 from ..encoder.processor import pair_sums
 from ..encoder.worker import Beat
-from ..errors import printable
+from ..errors import quoted
 from .findings import Outcome, passed, skipped, warned
 from .model_under_test import Bench
 
@@ -50,7 +50,7 @@ def check_saturation(bench: Bench, tolerance: float | None) -> Outcome:
 
 
 def _described(product: Product) -> str:
-    name = f"{product.operator} {printable(product.name)[:80]!r}"
+    name = f"{product.operator} {quoted(product.name)}"
     if not product.constant:
         return f"{name} of two computed operands"
     return f"{name} up to {product.largest:,}, {100 * product.share:.2g} % of its pairs of weights"

@@ -8,18 +8,19 @@ latency = { severity = "warn", tolerance = 50 }
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, foreign, nearest, quoted
+from ..foreign import ForeignFileError, parse_toml, read_small
 from .findings import Outcome
 from .registry import PROPERTIES
 
 Severity = Literal["error", "warn", "off"]
+_MAX_BYTES = 1_000_000  # a project's settings of every tool
 _SECTION = "tool.xares-onnx.check"
 
 
@@ -48,8 +49,8 @@ def read_settings(start: Path) -> dict[str, Setting]:
     else:
         return {}
     try:
-        raw: Any = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raw = parse_toml(read_small(path, _MAX_BYTES))
+    except ForeignFileError as error:
         raise UsageError(f"{path} cannot be read ({error})") from error
     tool = raw.get("tool")
     section = tool.get("xares-onnx", {}) if isinstance(tool, dict) else {}
@@ -57,7 +58,7 @@ def read_settings(start: Path) -> dict[str, Setting]:
         raise UsageError(f"{path}: [tool.xares-onnx] must be a table")
     for key in section:  # an unknown key may be another program's, but not a misspelled `check`
         if key != "check" and (close := nearest(key, ["check"])):
-            raise UsageError(f"{path}: [tool.xares-onnx] has no {key!r}{close}")
+            raise UsageError(f"{path}: [tool.xares-onnx] has no {quoted(key)}{close}")
     return make_settings(section.get("check", {}), f"{path}, [{_SECTION}]")
 
 
@@ -73,7 +74,7 @@ def make_settings(raw: Any, where: str) -> dict[str, Setting]:
 
 def _setting(name: str, value: Any, where: str) -> Setting:
     if name not in PROPERTIES:
-        raise UsageError(f"{where}: there is no property {name!r}{nearest(name, PROPERTIES)}")
+        raise UsageError(f"{where}: there is no property {quoted(name)}{nearest(name, PROPERTIES)}")
     if isinstance(value, Setting):
         value = {key: part for key, part in msgspec.structs.asdict(value).items() if part is not None}
     table = {"severity": value} if isinstance(value, str) else value
@@ -81,14 +82,14 @@ def _setting(name: str, value: Any, where: str) -> Setting:
         raise UsageError(f'{where}: {name} must be "error", "warn" or "off", or a table of severity and tolerance')
     for key in table:
         if key not in Setting.__struct_fields__:
-            raise UsageError(f"{where}: {name} has no {key!r}{nearest(str(key), Setting.__struct_fields__)}")
+            raise UsageError(f"{where}: {name} has no {quoted(str(key))}{nearest(str(key), Setting.__struct_fields__)}")
     severity: Any = table.get("severity")
     tolerance: Any = table.get("tolerance")
     if severity is not None and severity not in get_args(Severity):
-        raise UsageError(f"{where}: {name} = {severity!r} must be one of {', '.join(get_args(Severity))}")
+        raise UsageError(f"{where}: {name} = {foreign(repr(severity))} must be one of {', '.join(get_args(Severity))}")
     if tolerance is not None:
         if not PROPERTIES[name].tolerance:
             raise UsageError(f"{where}: {name} takes no tolerance; set its severity")
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not math.isfinite(tolerance):
-            raise UsageError(f"{where}: the tolerance of {name} must be a number, not {tolerance!r}")
+            raise UsageError(f"{where}: the tolerance of {name} must be a number, not {foreign(repr(tolerance))}")
     return Setting(severity, None if tolerance is None else float(tolerance))

@@ -43,7 +43,10 @@ WorkersOption = Annotated[
 ProtocolOption = Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")]
 TapsOption = Annotated[
     list[str] | None,
-    typer.Option("--taps", help="Outputs or inner tensors to score in one pass, comma-separated; or all-layers."),
+    typer.Option(
+        "--taps",
+        help="Outputs or inner tensors to score in one pass, comma-separated; all-layers; mix for their learned sum.",
+    ),
 ]
 DropsOption = Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")]
 TrustOption = Annotated[

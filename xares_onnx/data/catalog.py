@@ -13,8 +13,9 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
-from ..errors import DataMissingError, UnknownTaskError, UsageError
-from ..files import TEMPORARY_SUFFIX, Stamp, stamp, write_aside
+from ..errors import DataMissingError, UnknownTaskError, UsageError, foreign, quoted
+from ..files import TEMPORARY_SUFFIX, Stamp, make_private, stamp, write_aside
+from ..foreign import ForeignFileError, decode_json, read_small
 from ..progress import Note, Observer, Progress
 from . import synthetic
 from .manifest import read_manifest
@@ -47,7 +48,7 @@ def suite_tasks(suite: str) -> list[Task]:
         UsageError: `suite` is not one of `SUITES`.
     """
     if suite not in SUITES:
-        raise UsageError(f"there is no suite {suite!r}; choose from {', '.join(SUITES)}")
+        raise UsageError(f"there is no suite {quoted(suite)}; choose from {', '.join(SUITES)}")
     return [task for task in shipped_tasks().values() if in_group(task, suite)]
 
 
@@ -73,7 +74,7 @@ def named_tasks(names: Iterable[str]) -> list[Task]:
         if name.endswith(".toml"):
             task = load_task(Path(name))
             if (shipped_tasks() | chosen).get(task.name, task) != task:
-                raise UsageError(f"task file {name} uses the name {task.name!r} of another task; give it another name")
+                raise UsageError(f"task file {name} uses the name {quoted(task.name)} of another task; give it another name")
             tasks = [task]
         else:
             tasks = [task for task in shipped_tasks().values() if fnmatch.fnmatchcase(task.name, name)]
@@ -142,7 +143,7 @@ def missing_data(task: Task, folder: Path) -> str:
     globs = part_globs(task)
     without_shards = [globs[part] for part, shards in shards_on_disk(task, folder).items() if not shards]
     missing = without_shards or _undelivered(task, folder)
-    where = f"{folder / task.name} holds no {missing[0]}"
+    where = f"{folder / task.name} holds no {foreign(missing[0])}"
     if task.data.zenodo:
         name = task.name if shipped_tasks().get(task.name) == task else "TASK.toml"
         how = f"`xares-onnx download {name}` fetches Zenodo record {task.data.zenodo}, or name another folder by --data"
@@ -184,13 +185,14 @@ class Digests:
         now = stamp(path)
         file = self._folder / f"{hashlib.sha256(now[0].encode()).hexdigest()[:32]}.json"
         try:
-            digest, then = msgspec.json.decode(file.read_bytes(), type=tuple[str, Stamp])
+            digest, then = decode_json(read_small(file), tuple[str, Stamp])
             if then == now:
                 return digest, now
-        except (OSError, msgspec.MsgspecError):
+        except ForeignFileError:
             pass
         digest = file_digest(path)
-        write_aside(file, msgspec.json.encode((digest, now)))
+        make_private(self._folder)
+        write_aside(file, msgspec.json.encode((digest, now)), anew=True)
         return digest, now
 
     def of_parts(self, task: str, parts: Mapping[str, Sequence[Path]], observer: Observer) -> dict[Path, tuple[str, Stamp]]:

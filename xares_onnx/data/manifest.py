@@ -6,9 +6,13 @@ from pathlib import Path
 
 import msgspec
 
+from ..errors import quoted
 from ..files import CHECKSUM_ALGORITHMS, write_aside
+from ..foreign import ForeignFileError, decode_json, read_small
 
 MANIFEST_NAME = ".xares-onnx.json"
+_MAX_BYTES = 64_000_000  # a few hundred bytes a file
+_MAX_SIZE = 1 << 60
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -21,7 +25,9 @@ class Held(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if self.algorithm not in CHECKSUM_ALGORITHMS:
-            raise ValueError(f"unknown checksum {self.checksum!r}")
+            raise ValueError(f"unknown checksum {quoted(self.checksum)}")
+        if not (0 <= self.size <= _MAX_SIZE and abs(self.mtime_ns) < 1 << 63):
+            raise ValueError("a size or time that no file has")
 
     @property
     def algorithm(self) -> str:
@@ -42,6 +48,10 @@ class Manifest(msgspec.Struct):
     files: dict[str, Held] = {}
     archives: dict[str, str] = {}
     version: int = 1
+
+    def __post_init__(self) -> None:
+        if not all(0 <= size <= _MAX_SIZE for size in self.wanted.values()):
+            raise ValueError("a size that no file has")
 
     def holds(self, folder: Path, name: str, checksum: str | None = None) -> bool:
         """Whether a file is as it was when it was verified, by its size and time; its content is not read."""
@@ -79,7 +89,7 @@ class Manifest(msgspec.Struct):
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a task's folder; None if there is none or it cannot be read."""
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
+        manifest = decode_json(read_small(folder / MANIFEST_NAME, _MAX_BYTES), Manifest)
+    except ForeignFileError:
         return None
     return manifest if manifest.version == 1 else None

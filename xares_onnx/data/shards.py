@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import ClipError, DataError, DataMissingError, LabelError, printable
+from ..errors import ClipError, DataError, DataMissingError, LabelError, escaped, quoted
 from .audio import AUDIO_EXTENSIONS
 
 MAX_AUDIO_BYTES = 1 << 31
@@ -90,7 +90,7 @@ def index_shard(path: Path) -> ShardIndex:
     for member in _members(path, index):
         if member.isdir() or _is_meta(member.name):
             continue
-        name = printable(member.name)
+        name = escaped(member.name)
         stem, _, extension = name.rpartition(".")
         extension = extension.lower()
         nameless = stem.rpartition("/")[2][:1] in ("", ".")
@@ -104,7 +104,7 @@ def index_shard(path: Path) -> ShardIndex:
             group.fault = "a link or a special file"
         elif member.offset_data + member.size > size:
             group.fault = "the shard ends inside it"
-            index.damage = f"the shard ends inside member {name!r}"
+            index.damage = f"the shard ends inside member {quoted(name)}"
         else:
             part = Extent(member.offset_data, member.size)
             (group.label if extension == "json" else group.audio).append(part)

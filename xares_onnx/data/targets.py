@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ..errors import LabelError
+from ..errors import LabelError, quoted
 from .sound_events import Events
 from .text import normalise
 
@@ -207,7 +207,8 @@ def _check_classes(classes: tuple[str, ...], separator: str) -> None:
         raise ValueError("`separator` must not be empty")
     if bad := [name for name in classes if separator in name or name != name.strip() or not name]:
         raise ValueError(
-            f"class {bad[0]!r} can never be read: it is empty, contains the separator, or begins or ends with white space"
+            f"class {quoted(bad[0])} can never be read: it is empty, contains the separator, or begins or ends with white "
+            "space"
         )
 
 
@@ -224,7 +225,7 @@ def _check_characters(name: str, text: str) -> None:
 
 def _field(label: Mapping[str, Any], key: str) -> Any:
     if key not in label:
-        raise LabelError(f"its json has no {key!r}")
+        raise LabelError(f"its json has no {quoted(key)}")
     return label[key]
 
 

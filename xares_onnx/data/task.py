@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..errors import TaskFileError, UsageError, nearest, printable
+from ..errors import TaskFileError, UsageError, escaped, foreign, nearest, quoted
+from ..foreign import ForeignFileError, parse_toml, read_small
 from .targets import CaptionsTarget, Target
 
 Domain = Literal["speech", "environment", "music", "synthetic"]
@@ -36,9 +36,9 @@ class Folds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         try:
             globs = {self.glob(number) for number in self.numbers}
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise ValueError(f"`pattern` {self.pattern!r} must hold {{fold}} or {{fold:02}}") from error
+            raise ValueError(f"`pattern` {quoted(self.pattern)} must hold {{fold}} or {{fold:02}}") from error
         if len(globs) != len(self.numbers):
-            raise ValueError(f"`pattern` {self.pattern!r} must hold {{fold}} or {{fold:02}}")
+            raise ValueError(f"`pattern` {quoted(self.pattern)} must hold {{fold}} or {{fold:02}}")
         for glob in globs:
             _check_glob(glob)
 
@@ -99,7 +99,7 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             value = label.get(self.group)
             if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
                 value = str(value)
-        return printable(value) if isinstance(value, str) and 0 < len(value) <= MAX_GROUP else None
+        return escaped(value) if isinstance(value, str) and 0 < len(value) <= MAX_GROUP else None
 
 
 @functools.cache
@@ -110,9 +110,13 @@ def _template(text: str) -> re.Pattern[str]:
     """
     literals, wildcards = re.split(r"\*|\{group\}", text), re.findall(r"\*|\{group\}", text)
     if wildcards.count("{group}") != 1 or set("".join(literals)) & set("{}"):
-        raise ValueError(f"`group` {text!r} must hold {{group}} once, and no other braces; a json key has no `*` or braces")
+        raise ValueError(
+            f"`group` {quoted(text)} must hold {{group}} once, and no other braces; a json key has no `*` or braces"
+        )
     if not all(literals[1:-1]):
-        raise ValueError(f"`group` {text!r} must have a text between `*` and {{group}}, or nothing tells where one ends")
+        raise ValueError(
+            f"`group` {quoted(text)} must have a text between `*` and {{group}}, or nothing tells where one ends"
+        )
     pattern = re.escape(literals[0])
     for before, wildcard, after in zip(literals, wildcards, literals[1:], strict=False):
         ends = "|".join(re.escape(literal) for literal in (before, after, "/") if literal)
@@ -121,7 +125,8 @@ def _template(text: str) -> re.Pattern[str]:
     return re.compile(pattern, re.DOTALL)
 
 
-_MAX_BYTES = 4 << 20  # of a task file
+_MAX_GLOB, _MAX_GLOB_PARTS = 300, 16  # characters of a shard pattern, and its folders
+_MAX_BYTES = 4_000_000  # of a task file, which may name 100,000 classes
 HEAD_KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
 
 # The heads and metrics that fit each kind of target.
@@ -225,7 +230,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             if value not in allowed:
                 choices = " or ".join(repr(word) for word in allowed)
                 raise ValueError(
-                    f"[{table}] {key} {value!r} does not fit a target of kind {self.kind!r}; write {key} = {choices}"
+                    f"[{table}] {key} {quoted(value)} does not fit a target of kind {self.kind!r}; write {key} = {choices}"
                 )
         if (self.score.segment_seconds is None) == (self.kind == "events"):
             needed = "needs `segment_seconds`" if self.kind == "events" else "has no use for `segment_seconds`"
@@ -256,7 +261,8 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """The task with another kind of head; `UsageError` if that does not fit the target."""
         if kind not in HEADS[self.kind]:
             raise UsageError(
-                f"head {kind!r} does not fit {self.name}, a task of kind {self.kind!r}: {' or '.join(HEADS[self.kind])}"
+                f"head {quoted(kind)} does not fit {self.name}, a task of kind {self.kind!r}: "
+                f"{' or '.join(HEADS[self.kind])}"
             )
         return msgspec.structs.replace(self, head=msgspec.structs.replace(self.head, kind=kind))
 
@@ -298,11 +304,10 @@ def load_task(path: Path, text: str | None = None) -> Task:
     Raises:
         TaskFileError: The file cannot be read or is not a valid task; names the key, and the nearest valid one.
     """
-    data = _small_file(path) if text is None else text.encode("utf-8", "surrogatepass")
     try:
-        raw = tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, an integer of 5,000 digits
-        raise TaskFileError(f"task file {path} is not valid TOML: {error}") from error
+        raw = parse_toml(read_small(path, _MAX_BYTES) if text is None else text.encode("utf-8", "surrogatepass"))
+    except ForeignFileError as error:
+        raise TaskFileError(f"task file {path} cannot be read ({error})") from error
     _reject_unknown(raw, Task, path, "")
     try:
         return msgspec.convert(raw, Task)
@@ -311,24 +316,11 @@ def load_task(path: Path, text: str | None = None) -> Task:
         raise TaskFileError(f"task file {path}: {message}") from error
 
 
-def _small_file(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe could block for ever
-            raise TaskFileError(f"task file {path} cannot be read (it is not a regular file)")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise TaskFileError(f"task file {path} cannot be read ({error.strerror})") from error
-    if len(data) > _MAX_BYTES:
-        raise TaskFileError(f"task file {path} is larger than {_MAX_BYTES >> 20} MiB")
-    return data
-
-
 def _check_glob(glob: str) -> None:
     parts = PurePosixPath(glob).parts
     plain = glob.isprintable() and not set(glob) & set("\\:") and all(part == "**" or "**" not in part for part in parts)
-    if not parts or glob.startswith("/") or ".." in parts or not plain:
-        raise ValueError(f"shard pattern {glob!r} must be a plain pattern inside the task's folder")
+    if not 0 < len(parts) <= _MAX_GLOB_PARTS or len(glob) > _MAX_GLOB or glob.startswith("/") or ".." in parts or not plain:
+        raise ValueError(f"shard pattern {quoted(glob)} must be a plain pattern inside the task's folder")
 
 
 def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
@@ -336,14 +328,14 @@ def _reject_unknown(raw: Any, expected: Any, path: Path, where: str) -> None:
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if isinstance(raw, str) and typing.get_origin(expected) is Literal and raw not in typing.get_args(expected):
         words = ", ".join(map(repr, typing.get_args(expected)))
-        raise TaskFileError(f"task file {path}: {where} is {raw!r}, but must be one of {words}")
+        raise TaskFileError(f"task file {path}: {where} is {quoted(raw)}, but must be one of {words}")
     known = _known_keys(raw, options) if isinstance(raw, dict) else None
     if known is None:
         return
     for key, value in raw.items():
         if key not in known:
             place = f"[{where}] " if where else ""
-            raise TaskFileError(f"task file {path}: unknown key {place}{key}{nearest(key, known)}")
+            raise TaskFileError(f"task file {path}: unknown key {place}{foreign(key)}{nearest(key, known)}")
         _reject_unknown(value, known[key], path, f"{where}.{key}".lstrip("."))
 
 

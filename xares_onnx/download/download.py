@@ -14,7 +14,7 @@ import msgspec
 from ..data import catalog
 from ..data.manifest import Manifest, read_manifest
 from ..data.task import Task
-from ..errors import DataMissingError, DiskFullError, DownloadError, MachineError, UsageError, XaresError
+from ..errors import DataMissingError, DiskFullError, DownloadError, MachineError, UsageError, XaresError, quoted
 from ..files import TEMPORARY_SUFFIX, disk_error, remove_leftovers
 from ..progress import Note, Observer, ignore
 from . import zip_files
@@ -87,7 +87,8 @@ def choose(names: Sequence[str], suite: str | None, observer: Observer = ignore)
         for glob in catalog.part_globs(task).values():
             if task.data.zenodo and "/" in glob:
                 raise UsageError(
-                    f"{task.name} has its shards at {glob!r}, but files of a record lie in no folders; download them by hand"
+                    f"{task.name} has its shards at {quoted(glob)}, but files of a record lie in no folders; download "
+                    "them by hand"
                 )
     return [task for task in chosen if task.data.zenodo]
 
@@ -173,10 +174,12 @@ def _wanted(record: Record, tasks: Sequence[Task]) -> list[Wanted]:
             raise DownloadError(f"record {record.number} has no file that matches {lacking[0]}, for {task.name}")
         for file in [*matching, *(zips if lacking else ())]:
             if not is_plain(file.name) or file.name.endswith(TEMPORARY_SUFFIX):
-                raise DownloadError(f"record {record.number} has a file named {file.name!r}, which is not a plain file name")
+                raise DownloadError(
+                    f"record {record.number} has a file named {quoted(file.name)}, which is not a plain file name"
+                )
             wanted = files.setdefault(file.name, Wanted(file, [], archive=file not in matching))
             if wanted.file != file:
-                raise DownloadError(f"record {record.number} has two files named {file.name!r}")
+                raise DownloadError(f"record {record.number} has two files named {quoted(file.name)}")
             wanted.tasks.append(task)
     return list(files.values())
 

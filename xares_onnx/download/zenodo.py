@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from ..errors import DownloadError, UsageError, printable
+from ..errors import DownloadError, UsageError, printable, quoted
 from ..files import CHECKSUM_ALGORITHMS
 
 ZENODO = "https://zenodo.org"
@@ -59,7 +59,7 @@ class Address:
         """The address of a mirror; `UsageError` unless it is a plain http or https address."""
         url = text.strip().rstrip("/")
         if origin(url) is None or urlsplit(url).query or urlsplit(url).fragment or not url.isprintable() or " " in url:
-            raise UsageError(f"mirror {text!r} is not an address; give one such as https://mirror.example/zenodo")
+            raise UsageError(f"mirror {quoted(text)} is not an address; give one such as https://mirror.example/zenodo")
         if "@" in urlsplit(url).netloc:
             raise UsageError("the mirror's address contains a user name or password, which would be printed; leave them out")
         return cls(url)
@@ -127,7 +127,7 @@ def parse_record(number: str, payload: bytes, address: Address, folder: str | No
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         start = printable(payload[:40].decode("utf-8", "replace"))
         raise DownloadError(
-            f"{address.host} does not describe record {number} in a known format: {error}, in {start!r}..."
+            f"{address.host} does not describe record {number} in a known format: {error}, in {quoted(start)}..."
         ) from error
     if answer.id is not None and number not in (str(answer.id), str(answer.conceptrecid)):  # or the newest of its versions
         raise DownloadError(f"{address.host} sent record {printable(str(answer.id))} instead of {number}")
@@ -167,7 +167,7 @@ def _license(metadata: _Metadata) -> str | None:
 
 
 def _file(number: str, entry: _Entry, address: Address, folder: str | None) -> RemoteFile:
-    listed = f"record {number} at {address.host} lists {printable(entry.key)[:_MAX_NAME]!r}"
+    listed = f"record {number} at {address.host} lists {quoted(entry.key)}"
     if not 0 <= entry.size <= MAX_FILE_BYTES:
         raise DownloadError(f"{listed} with a size of {entry.size} bytes, which no shard has")
     checksum = entry.checksum
@@ -176,7 +176,7 @@ def _file(number: str, entry: _Entry, address: Address, folder: str | None) -> R
     algorithm, _, digest = (checksum or "").lower().partition(":")
     if algorithm in CHECKSUM_ALGORITHMS:
         if not re.fullmatch(f"[0-9a-f]{{{2 * hashlib.new(algorithm, usedforsecurity=False).digest_size}}}", digest):
-            raise DownloadError(f"{listed} with {printable(checksum or '')[:99]!r}, which is not a checksum")
+            raise DownloadError(f"{listed} with {quoted(checksum or '')}, which is not a checksum")
         checksum = f"{algorithm}:{digest}"
     else:
         checksum = None
@@ -195,7 +195,7 @@ def _url(listed: str, number: str, entry: _Entry, address: Address, folder: str 
     if address.url != ZENODO and link.startswith(f"{ZENODO}/"):  # a proxy passes on the links of the server behind it
         link = address.url + link.removeprefix(ZENODO)
     if origin(link) != address.origin or "@" in urlsplit(link).netloc:
-        raise DownloadError(f"{listed} at {printable(link)[:200]!r}, which is not on {address.host}: it is not followed")
+        raise DownloadError(f"{listed} at {quoted(link)}, which is not on {address.host}: it is not followed")
     return link
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ..errors import DiskFullError, DownloadError, printable
+from ..errors import DiskFullError, DownloadError, printable, quoted
 from ..files import file_checksum, made_aside
 from .zenodo import is_plain
 
@@ -128,7 +128,7 @@ def _chosen(archive: Path, opened: zipfile.ZipFile, wanted: Callable[[str], bool
         if info.is_dir() or not wanted(path.name):
             continue
         if fault := _fault(info, path, path.name in chosen):
-            raise DownloadError(f"archive {archive} is not unpacked: its member {printable(info.filename)[:200]!r} {fault}")
+            raise DownloadError(f"archive {archive} is not unpacked: its member {quoted(info.filename)} {fault}")
         chosen[path.name] = info
     if sum(info.file_size for info in chosen.values()) > _MAX_RATIO * archive.stat().st_size:  # members may overlap
         raise DownloadError(f"archive {archive} is not unpacked: it claims to contain more than {_MAX_RATIO} times its size")

@@ -31,7 +31,7 @@ from ..encoder.runner import ChunkRunner, Job
 from ..encoder.session import Session
 from ..encoder.spec import ModelSpec
 from ..encoder.worker import Beat, Tell
-from ..errors import ClipError, DataError, printable
+from ..errors import ClipError, DataError, escaped
 from ..files import Stamp, stamp
 from ..progress import Doing, Progress
 from .store import STORE_VERSION, Clip, EmbeddedShard, FrameSpool, Header, Store, store_key
@@ -148,7 +148,7 @@ def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
                 model=Path(info.path).name,
                 model_sha256=info.scan.sha256,
                 task=spec.task,
-                shard=printable(spec.shard.name),
+                shard=escaped(spec.shard.name),
                 expected=len(of_tap.clips) + len(drops) + len(of_tap.drops),
                 damage=index.damage,
                 audio_seconds=of_tap.audio_seconds,

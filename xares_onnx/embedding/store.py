@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -27,13 +28,25 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ..data.shards import Drop
-from ..files import TEMPORARY_SUFFIX, disk_error, write_aside
+from ..errors import UsageError
+from ..files import TEMPORARY_SUFFIX, disk_error, is_own, made_aside, make_private, remove_own, write_aside
+from ..foreign import ForeignFileError, NoFileError, open_regular, read_small
 
 STORE_VERSION = 2
 _HEADER_BYTES = 4096  # reserved for the header, so that frames can be written before it; a page, which mapping needs
 _FLOAT16_MAX = 65504.0
 _BLUR = 0.01  # float16's largest error in a frame, as a share of the frame's own spread
 _COPIED_AT_ONCE = 1 << 22
+_MAX_HEADER_LINE = 1 << 20
+_MAX_ROWS = 16 << 30
+# A folder with this file is a store, and only there does `prune` remove anything. Backups know its first line, and skip it.
+_MARKER = "CACHEDIR.TAG"
+_MARKER_TEXT = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# Embeddings of xares-onnx; `xares-onnx cache prune` removes files here by their names.\n"
+)
+_FOLDER = re.compile("[0-9a-f]{2}")
+_FILE = re.compile(r"([0-9a-f]{40})\.(?:safetensors|jsonl)(?:\.[0-9a-f]{8}\.part)?")
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,32 +119,36 @@ class Store:
         lines = [msgspec.json.encode(shard.header)]
         lines += [msgspec.json.encode({"clip": msgspec.to_builtins(clip)}) for clip in shard.clips]
         lines += [msgspec.json.encode({"drop": msgspec.to_builtins(drop)}) for drop in shard.drops]
-        write_aside(self._rows(key), b"\n".join(lines) + b"\n")
+        self._make_folder(key)
+        write_aside(self._rows(key), b"\n".join(lines) + b"\n", anew=True)
         tensors: dict[str, npt.NDArray[Any]] = {"pooled": shard.pooled, "clip_of_crop": shard.clip_of_crop}
         if spool is not None:
             spool.finish(tensors, self._tensors(key))
         else:
             names = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-            write_aside(self._tensors(key), _header(names) + b"".join(array.tobytes() for array in tensors.values()))
+            data = _header(names) + b"".join(array.tobytes() for array in tensors.values())
+            write_aside(self._tensors(key), data, anew=True)
 
     def spool(self, key: str, dim: int) -> FrameSpool:
         """A file for the frames of a shard, before the shard is whole."""
+        self._make_folder(key)
         return FrameSpool(self._tensors(key), dim)
 
     def read(self, key: str) -> EmbeddedShard | None:
         """The shard, or None if it is missing or was damaged after it was written."""
         path = self._tensors(key)
         try:
+            open_regular(path).close()  # a pipe would be waited for
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys() if name != "frames"}  # noqa: SIM118
-            first, *lines = self._rows(key).read_bytes().splitlines()
+            first, *lines = read_small(self._rows(key), _MAX_ROWS).splitlines()
             header = msgspec.json.decode(first, type=Header)
             rows = [json.loads(line) for line in lines]
             clips = [msgspec.convert(row["clip"], Clip) for row in rows if "clip" in row]
             drops = [msgspec.convert(row["drop"], Drop) for row in rows if "drop" in row]
             pooled, clip_of_crop = arrays["pooled"], arrays["clip_of_crop"]
             frames = Frames(_mapped_frames(path), arrays["offsets"], arrays["times"]) if "offsets" in arrays else None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, msgspec.MsgspecError):
+        except (ForeignFileError, OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
             return None
         whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
         whole = whole and set(clip_of_crop.tolist()) == set(range(len(clips)))
@@ -162,14 +179,16 @@ class Store:
 
     def entries(self) -> Iterator[tuple[str, Header, int, float]]:
         """Of every shard its key, header, bytes and the time of its last use (seconds since the epoch)."""
-        for tensors in sorted(self.root.glob("*/*.safetensors")):
+        own = dict(self._own_files())
+        for tensors, status in own.items():
             rows = tensors.with_suffix(".jsonl")
+            if tensors.suffix != ".safetensors" or rows not in own:
+                continue
             try:
-                with rows.open("rb") as file:
-                    header = msgspec.json.decode(file.readline(), type=Header)
-                size = tensors.stat().st_size + rows.stat().st_size
-                yield tensors.stem, header, size, tensors.stat().st_mtime
-            except (OSError, msgspec.MsgspecError):
+                with open_regular(rows, links=False) as file:
+                    header = msgspec.json.decode(file.readline(_MAX_HEADER_LINE), type=Header)
+                yield tensors.stem, header, status.st_size + own[rows].st_size, status.st_mtime
+            except (ForeignFileError, OSError, msgspec.MsgspecError, RecursionError):
                 continue
 
     def touch(self, key: str) -> None:
@@ -181,22 +200,52 @@ class Store:
 
     def remove(self, key: str) -> int:
         """Remove a shard; the bytes that this freed."""
-        return sum(_unlink(path) for path in (self._tensors(key), self._rows(key)))
+        return sum(remove_own(path) for path in (self._tensors(key), self._rows(key)))
 
     def remove_leftovers(self, older_than_seconds: float = 3600) -> int:
         """Remove the parts that killed runs left; the bytes that this freed. Younger parts may belong to a present run."""
         freed, now = 0, time.time()
         known = {key for key, *_ in self.entries()}
-        for path in self.root.glob("*/*"):
+        for path, status in self._own_files():
             if path.suffix != TEMPORARY_SUFFIX and path.stem in known:
                 continue
-            try:
-                age = now - path.stat().st_mtime
-            except FileNotFoundError:  # another process has renamed or removed it
-                continue
-            if age > older_than_seconds:
-                freed += _unlink(path)
+            if now - status.st_mtime > older_than_seconds:
+                freed += remove_own(path)
         return freed
+
+    def check_marked(self) -> None:
+        """Raise `UsageError` if files are there and no mark of a store, so that nothing may be removed."""
+        try:
+            marked = read_small(self.root / _MARKER, links=False) == _MARKER_TEXT
+        except NoFileError:
+            marked = not _entries(self.root)
+        except ForeignFileError:
+            marked = False
+        if not marked:
+            raise UsageError(
+                f"{self.root} is not marked as a store of embeddings, so nothing is removed from it; if an earlier version "
+                "wrote it, the next `evaluate` that embeds something there marks it"
+            )
+
+    def _own_files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """The files that a store writes, with their status: of this user, by their names, and never through a link."""
+        for folder in _entries(self.root):
+            if not (_FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False)):
+                continue
+            for entry in _entries(folder.path):
+                name = _FILE.fullmatch(entry.name)
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:  # another process has renamed or removed it
+                    continue
+                if name and name[1].startswith(folder.name) and is_own(status):
+                    yield self.root / folder.name / entry.name, status
+
+    def _make_folder(self, key: str) -> None:
+        make_private(self._rows(key).parent)
+        if not (self.root / _MARKER).exists():
+            with made_aside(self.root / _MARKER, anew=True) as aside:
+                aside.write_bytes(_MARKER_TEXT)
 
     def _tensors(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}.safetensors"
@@ -370,7 +419,11 @@ def prune(
 
     Returns:
         Shards removed, and bytes freed. With an age and a model only shards that fit both are removed; with neither, none.
+
+    Raises:
+        UsageError: The folder is not a store.
     """
+    store.check_marked()
     removed, freed = 0, store.remove_leftovers()
     for key, header, _, used in list(store.entries()):
         old = older_than_days is None or time.time() - used > older_than_days * 86_400
@@ -381,12 +434,10 @@ def prune(
     return removed, freed
 
 
-def _unlink(path: Path) -> int:
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name; nothing if it cannot be read."""
     try:
-        size = path.stat().st_size
-        path.unlink()
-        return size
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise disk_error(error, path) from error
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        return []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ContractError
+from ..errors import ContractError, quoted
 from .contract.contract import Contract
 from .features import features_of
 
@@ -109,10 +109,10 @@ class Adapter:
         """
         layout, output = self._contract.output_layout, self._contract.output
         if result.ndim != len(layout):
-            raise ContractError(f"output {output!r} changes its rank from {len(layout)} to {result.ndim}")
+            raise ContractError(f"output {quoted(output)} changes its rank from {len(layout)} to {result.ndim}")
         single = tuple(i for i, axis in enumerate(layout) if axis == "1")
         if any(result.shape[i] != 1 for i in single):
-            raise ContractError(f"output {output!r} has shape {list(result.shape)}, but {layout} was measured")
+            raise ContractError(f"output {quoted(output)} has shape {list(result.shape)}, but {layout} was measured")
         axes = layout.replace("1", "")
         result = np.squeeze(result.astype(np.float32, copy=False), single)
         result = result.transpose([axes.index(axis) for axis in "BTD" if axis in axes])

@@ -6,16 +6,19 @@ declaration that the model contradicts is not written.
 
 from __future__ import annotations
 
-import filecmp
+import itertools
+import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..errors import ModelError, UsageError, XaresError
-from ..files import copy_aside, made_aside, write_aside
+from ..errors import ModelError, UsageError, XaresError, quoted
+from ..files import check_target, made_aside, solid_bytes, write_aside
+from ..foreign import ForeignFileError, open_regular
 from ..progress import Doing, Observer, ignore
 from .contract.declarations import (
     Declarations,
@@ -27,9 +30,16 @@ from .contract.declarations import (
     metadata_with,
 )
 from .encoder import load_encoder
-from .limits import memory_bytes, silence_seconds
-from .model_file import PREPROCESSOR_CONFIG, ModelScan, find_model, scan_model
+from .limits import limits, memory_bytes, silence_seconds
+from .model_file import PREPROCESSOR_CONFIG, ModelScan, check_unchanged, find_model, scan_model
+from .model_guard import messages
 from .worker import Beat, Tell, Worker, limit_memory
+
+if TYPE_CHECKING:
+    import onnx
+
+_ALIGNED = 1 << 16  # so that each file's weights can be mapped as before
+_BLOCK = 1 << 22
 
 
 class Annotation(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +53,14 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True):
     kept: tuple[str, ...]
     """The keys of metadata that stayed."""
     copied: tuple[str, ...]
-    """Weights files that were copied too, relative to the folder of the copy."""
+    """The file of weights that was written too, relative to the folder of the copy."""
+
+
+class _Written(msgspec.Struct, frozen=True):
+    """A model that was scanned, and where each file of its weights starts in the one file of the copy's."""
+
+    scan: ModelScan
+    starts: dict[str, int]
 
 
 def annotate(
@@ -51,7 +68,8 @@ def annotate(
 ) -> Annotation:
     """Write a copy of a model that declares its contract in its metadata. Other metadata stays.
 
-    Weights files that the model names are copied beside the output, unless they are there already. After an error nothing is
+    If the output is not in the model's own folder, weights in other files are copied to one, `<output>.data`, unless it is
+    there already with the same content: no file is ever written under a name that a model gives. After an error nothing is
     left of the copy.
 
     Args:
@@ -73,21 +91,28 @@ def annotate(
         raise UsageError("there is nothing to write; declare something by --contract KEY=VALUE, such as sample_rate=16000")
     source, target = find_model(Path(model)).absolute(), Path(output).absolute()
     _check_target(source, target)
+    data = target.with_name(f"{target.name}.data")
+    shared = target.parent.samefile(source.parent)
     with _removed_on_failure() as copied, made_aside(target) as aside:
         with Worker() as worker:
-            scan = worker.call(
+            written = worker.call(
                 _write,
                 str(source),
                 str(aside),
+                None if shared else data.name,
                 declared,
                 trust,
-                returns=ModelScan,
-                silence_limit=silence_seconds(source.stat().st_size, trust),
+                returns=_Written,
+                silence_limit=silence_seconds(solid_bytes(source.stat()), trust),
                 observer=observer,
             )
+        scan = written.scan
         metadata = metadata_with(scan.metadata, declared)
         _check_surroundings(source, target, declared, declared_in_metadata(metadata))
-        _copy_weights(source, target, scan.external, copied)
+        if target in {target.parent / name for name in scan.external}:
+            raise UsageError(f"the model keeps weights in a file named {target.name}; choose another name for the output")
+        if written.starts:
+            _copy_weights(source, data, written, copied)
         try:
             load_encoder(aside, trust=trust, observer=observer).close()
         except XaresError as error:  # named as the user named the output
@@ -102,17 +127,25 @@ def annotate(
     )
 
 
-def _write(source: str, target: str, declared: Declarations, trust: bool, *, tell: Tell) -> ModelScan:
-    """Scan the model and write a copy with the declarations. Runs in the worker."""
+def _write(source: str, target: str, data: str | None, declared: Declarations, trust: bool, *, tell: Tell) -> _Written:
+    """Scan the model and write a copy with the declarations, whose weights in other files are in the file `data`, if that is
+    not None. Runs in the worker.
+    """
     import onnx
     from google.protobuf.message import EncodeError
 
     path = Path(source)
     tell(Doing("reading the model's file"))
-    limit_memory(memory_bytes(path.stat().st_size, trust))
+    limit_memory(memory_bytes(solid_bytes(path.stat()), trust))
     scan = scan_model(path, lambda: tell(Beat()), trust=trust)
     model = onnx.load_model(path, format="protobuf", load_external_data=False)
+    check_unchanged(path, scan.stamps)
     onnx.helper.set_model_props(model, metadata_with(scan.metadata, declared))
+    starts = {} if data is None else _starts(scan)
+    if data is not None:
+        for message in messages(path, model, limits(trust)):
+            if isinstance(message, onnx.TensorProto) and message.data_location == message.EXTERNAL:
+                _move(message, data, starts)
     tell(Doing("writing the copy"))
     try:
         write_aside(Path(target), model.SerializeToString())
@@ -120,7 +153,23 @@ def _write(source: str, target: str, declared: Declarations, trust: bool, *, tel
         raise ModelError(
             f"{path} with more metadata exceeds the 2 GB of an ONNX file; keep its weights in another file"
         ) from error
-    return scan
+    return _Written(scan, starts)
+
+
+def _starts(scan: ModelScan) -> dict[str, int]:
+    """Where each file of a model's weights starts if they are joined, in bytes."""
+    lengths = [-(-scan.stamps[name][1] // _ALIGNED) * _ALIGNED for name in scan.external]
+    return dict(zip(scan.external, itertools.accumulate([0, *lengths]), strict=False))
+
+
+def _move(tensor: onnx.TensorProto, data: str, starts: Mapping[str, int]) -> None:
+    """Let a tensor's values be in the joined file."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    start = starts[str(PurePosixPath(entries["location"]))]
+    entries |= {"location": data, "offset": str(start + int(entries.get("offset", "0")))}
+    del tensor.external_data[:]
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
 
 
 def _check_target(source: Path, target: Path) -> None:
@@ -131,9 +180,10 @@ def _check_target(source: Path, target: Path) -> None:
         if target.exists() and target.samefile(source):
             raise UsageError(f"{target} is the model itself, which is never changed in place; name another file")
     except UnicodeEncodeError as error:
-        raise UsageError(f"output {str(target)!r} has a name that is not UTF-8; choose another") from error
+        raise UsageError(f"output {quoted(str(target))} has a name that is not UTF-8; choose another") from error
     except OSError as error:
         raise UsageError(f"{target} cannot be written ({error.strerror}); choose another place") from error
+    check_target(target)
 
 
 def _check_surroundings(source: Path, target: Path, declared: Declarations, in_metadata: Declarations) -> None:
@@ -166,19 +216,37 @@ def _check_surroundings(source: Path, target: Path, declared: Declarations, in_m
             )
 
 
-def _copy_weights(source: Path, target: Path, names: Iterable[str], copied: list[Path]) -> None:
-    """Copy each weights file beside `target`; in the model's own folder both models share the files."""
-    if target in {target.parent / name for name in names}:
-        raise UsageError(f"the model keeps weights in a file named {target.name}; choose another name for the output")
-    if target.parent.samefile(source.parent):
+def _copy_weights(source: Path, data: Path, written: _Written, copied: list[Path]) -> None:
+    """Write the joined file of weights. One that is there must be the same; it is never overwritten."""
+    blocks = _joined(source, written)
+    check_target(data)
+    if data.exists():
+        with open_regular(data, links=False) as there:
+            if not all(there.read(len(block)) == block for block in blocks) or there.read(1):
+                raise UsageError(f"{data} exists and is not the model's weights file; choose another output")
         return
-    for name in names:
-        original, copy = source.parent / name, target.parent / name
-        if not copy.exists():
-            copy_aside(original, copy)
-            copied.append(copy)
-        elif not (copy.is_file() and filecmp.cmp(original, copy, shallow=False)):
-            raise UsageError(f"{copy} exists and is not the model's weights file; choose another folder")
+    with made_aside(data) as aside, aside.open("xb") as file:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    copied.append(data)
+
+
+def _joined(source: Path, written: _Written) -> Iterator[bytes]:
+    """The bytes of all files of weights, each from its start on, with zeros before it."""
+    position = 0
+    for name, start in written.starts.items():
+        yield bytes(start - position)
+        position = start
+        try:
+            with open_regular(source.parent / name, links=False) as file:
+                while block := file.read(_BLOCK):
+                    position += len(block)
+                    yield block
+        except ForeignFileError as error:
+            raise ModelError(f"weights of {source} cannot be read ({error})") from error
+    check_unchanged(source, written.scan.stamps)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data import audio
-from ..errors import DataMissingError, ModelLimitError, UsageError, nearest
-from ..files import Stamp, stamp, write_aside
+from ..errors import ModelError, ModelLimitError, UsageError, nearest, quoted
+from ..files import make_private, solid_bytes, stamp, write_aside
+from ..foreign import ForeignFileError, decode_json, read_small
 from ..progress import Note, Observer, ignore
 from ..threads import usable_cores
 from .contract.contract import Contract
@@ -36,7 +37,7 @@ from .contract.declarations import (
 from .devices import chosen_devices
 from .exposure import ALL_LAYERS
 from .limits import LIFTED, silence_seconds
-from .model_file import PREPROCESSOR_CONFIG, find_model
+from .model_file import PREPROCESSOR_CONFIG, check_unchanged, find_model
 from .resolve import resolve
 from .runner import embed_waveforms
 from .session import CPU, cuda_may_work
@@ -44,7 +45,8 @@ from .spec import EncoderInfo, ModelOptions, ModelSpec
 from .worker import Array, Worker
 
 T = TypeVar("T")
-_CACHE_VERSION = 6
+_REMEMBERED_BYTES = 256_000_000  # a model may have metadata of 16 MB
+_CACHE_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Encoder:
         """
         taps = {loaded.name: number for number, loaded in enumerate(self.info.taps)}
         if tap is not None and tap not in taps:
-            raise UsageError(f"there is no tap {tap!r}{nearest(tap, taps)}; `taps` of load_encoder names them")
+            raise UsageError(f"there is no tap {quoted(tap)}{nearest(tap, taps)}; `taps` of load_encoder names them")
         if not audio.MIN_RATE <= rate <= audio.MAX_RATE:
             raise UsageError(f"rate={rate} must be a sampling rate from {audio.MIN_RATE} to {audio.MAX_RATE} Hz")
         signals = [_checked_waveform(waveform) for waveform in waveforms]
@@ -100,7 +102,7 @@ class Encoder:
 
     def call(self, function: Callable[..., T], *arguments: Any, returns: type[T], observer: Observer = ignore) -> T:
         """`function(*arguments, tell=…)` in the encoder's process, with the time limit for a model of its size."""
-        limit = silence_seconds(self.info.scan.bytes, self.spec.trust)
+        limit = silence_seconds(self.info.scan.solid_bytes, self.spec.trust)
         with _advised(self.spec.trust):
             return self.worker.call(function, *arguments, returns=returns, silence_limit=limit, observer=observer)
 
@@ -174,7 +176,6 @@ def open_encoder(
     threads = usable_cores() if options.threads is None else options.threads
     if threads < 1:
         raise UsageError(f"threads={threads} must be 1 or more")
-    as_measured = stamp(model)
     worker = Worker()
     ignored = sorted(without)
     remembered = _Remembered(cache, model, device, options, declared, beside) if cache and not ignored else None
@@ -194,7 +195,7 @@ def open_encoder(
                     ignored,
                     trust,
                     returns=EncoderInfo,
-                    silence_limit=silence_seconds(model.stat().st_size, trust),
+                    silence_limit=silence_seconds(solid_bytes(model.stat()), trust),
                     observer=observer,
                 )
             if device == "auto" and info.provider == CPU and cuda_may_work():
@@ -206,7 +207,7 @@ def open_encoder(
             raise
     for note in info.notes:
         observer(Note(note))
-    return Encoder(ModelSpec(info, device, threads, as_measured, trust), worker)
+    return Encoder(ModelSpec(info, device, threads, trust), worker)
 
 
 def onnxruntime_distributions() -> dict[str, str]:
@@ -224,11 +225,11 @@ def _check_taps(taps: Sequence[str], declared: Declarations) -> None:
     if ALL_LAYERS in taps and len(taps) > 1:
         raise UsageError(f"--taps {ALL_LAYERS} stands alone: the model's output is among them")
     if twice := [name for name in taps if taps.count(name) > 1]:
-        raise UsageError(f"--taps names {twice[0]!r} twice")
+        raise UsageError(f"--taps names {quoted(twice[0])} twice")
     output = declared.get("output")
     if output and taps and taps[0] not in (ALL_LAYERS, output.value):
         raise UsageError(
-            f"{output.source} declares output={output.value}, so --taps must begin with it, not with {taps[0]!r}"
+            f"{output.source} declares output={output.value}, so --taps must begin with it, not with {quoted(taps[0])}"
         )
 
 
@@ -289,13 +290,14 @@ class _Remembered:
 
     def load(self) -> EncoderInfo | None:
         try:
-            info, stamps = msgspec.json.decode(self._file.read_bytes(), type=tuple[EncoderInfo, dict[str, Stamp]])
-            if all(stamp(self._model.parent / name) == then for name, then in stamps.items()):
-                return msgspec.structs.replace(info, path=str(self._model))  # another path may lead to the same file
-        except (OSError, DataMissingError, msgspec.MsgspecError):
-            pass
-        return None
+            info = decode_json(read_small(self._file, _REMEMBERED_BYTES), EncoderInfo)
+            check_unchanged(self._model, info.scan.stamps)
+        except (ForeignFileError, ModelError):
+            return None
+        if info.scan.solid_bytes > sum(size for _, size, *_ in info.scan.stamps.values()):
+            return None
+        return msgspec.structs.replace(info, path=str(self._model))  # another path may lead to the same file
 
     def save(self, info: EncoderInfo) -> None:
-        stamps = {name: stamp(self._model.parent / name) for name in info.scan.external}
-        write_aside(self._file, msgspec.json.encode((info, stamps)))
+        make_private(self._file.parent)
+        write_aside(self._file, msgspec.json.encode(info), anew=True)

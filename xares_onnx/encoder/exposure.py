@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..errors import ContractError, nearest
+from ..errors import ContractError, nearest, quoted
 
 if TYPE_CHECKING:
     import onnx
@@ -41,7 +41,8 @@ def exposing(model: onnx.ModelProto, exposure: Exposure) -> bytes:
     for tensor, output in zip(exposure.tensors, exposure.outputs, strict=True):
         if tensor not in computed:
             raise ContractError(
-                f"the model has no output or inner tensor {tensor!r}{nearest(tensor, computed)}; name another by --taps"
+                f"the model has no output or inner tensor {quoted(tensor)}{nearest(tensor, computed)}; name another by "
+                "--taps"
             )
         for i, bounds in enumerate(exposure.cuts):
             last = i == len(exposure.cuts) - 1

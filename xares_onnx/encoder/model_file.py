@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 
-from ..errors import ModelError
+from ..errors import DataMissingError, ModelError, foreign, quoted
+from ..files import Stamp, solid_bytes, stamp
 from .integer_products import computes_in_integers
 from .limits import Limits, limits
 from .model_guard import check_model
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
+_ORT_MAGIC = b"ORTM"  # at byte 4 of ONNX Runtime's own format, which the guard cannot read
 
 
 class ModelScan(msgspec.Struct, frozen=True):
@@ -25,9 +28,13 @@ class ModelScan(msgspec.Struct, frozen=True):
     sha256: str
     bytes: int
     """Of all files."""
+    solid_bytes: int
+    """Of all files, without holes: what limits may grow with."""
     parameters: int
     external: tuple[str, ...]
     """Paths of external data, relative to the model's folder."""
+    stamps: dict[str, Stamp]
+    """Of all files by that path, the model's own under "", from before they were read: what is loaded must have the same."""
     metadata: dict[str, str]
     producer: str
     opset: int
@@ -45,7 +52,7 @@ def find_model(path: Path) -> Path:
         str(path).encode()
         return _existing(path)
     except UnicodeEncodeError as error:
-        raise ModelError(f"model {str(path)!r} has a name that is not UTF-8; rename it") from error
+        raise ModelError(f"model {quoted(str(path))} has a name that is not UTF-8; rename it") from error
     except OSError as error:
         raise ModelError(f"model {path} cannot be read ({error.strerror})") from error
 
@@ -85,28 +92,36 @@ def scan_model(path: Path, beat: Callable[[], None] = lambda: None, *, trust: bo
     from google.protobuf.message import DecodeError
 
     allowed = limits(trust)
-    _check_size(path, [path], allowed)
+    stamps = {"": stamp(path)}
+    _check_size(path, stamps, allowed)
     try:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise ModelError(f"model {path} cannot be read ({error.strerror})") from error
     except (DecodeError, ValueError) as error:
-        raise ModelError(f"{path} is not an ONNX file, or a damaged one ({_first_line(error)})") from error
+        raise ModelError(
+            f"{path} is in ONNX Runtime's own format; name the .onnx file that it was made from"
+            if _has_ort_magic(path)
+            else f"{path} is not an ONNX file, or a damaged one ({_first_line(error)})"
+        ) from error
     beat()
     values, external = check_model(path, model, allowed)
-    files = [path, *(path.parent / name for name in external)]
-    size_of_files = _check_size(path, files, allowed)
-    digest = hashlib.sha256()
-    for file in files:
+    stamps |= {name: stamp(path.parent / name) for name in external}
+    size_of_files = _check_size(path, stamps, allowed)
+    digest, solid = hashlib.sha256(), 0
+    for file in files_of(path, external):
         with file.open("rb") as stream:
+            solid += solid_bytes(os.fstat(stream.fileno()))
             while block := stream.read(1 << 22):
                 digest.update(block)
                 beat()
     return ModelScan(
         sha256=digest.hexdigest(),
         bytes=size_of_files,
+        solid_bytes=solid,
         parameters=values,
         external=external,
+        stamps=stamps,
         metadata={entry.key: entry.value for entry in model.metadata_props},
         producer=f"{model.producer_name} {model.producer_version}".strip()[:200],
         opset=max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0),
@@ -114,9 +129,26 @@ def scan_model(path: Path, beat: Callable[[], None] = lambda: None, *, trust: bo
     )
 
 
-def _check_size(path: Path, files: Sequence[Path], allowed: Limits) -> int:
+def files_of(path: Path, external: Iterable[str]) -> list[Path]:
+    """The model's file, then its external data."""
+    return [path, *(path.parent / name for name in external)]
+
+
+def check_unchanged(path: Path, stamps: Mapping[str, Stamp]) -> None:
+    """Raise `ModelError` if a file of a model is not the one that was scanned."""
+    for name, then in stamps.items():
+        try:
+            now = stamp(path.parent / name if name else path)
+        except DataMissingError as error:
+            raise ModelError(f"a file of {path} was removed while it was in use; run again") from error
+        if now != then:
+            what = f"{quoted(name)}, weights of {path}," if name else path
+            raise ModelError(f"{what} was replaced while it was in use; run again")
+
+
+def _check_size(path: Path, stamps: Mapping[str, Stamp], allowed: Limits) -> int:
     """The bytes of all files."""
-    size = sum(file.stat().st_size for file in files)
+    size = sum(size for _, size, *_ in stamps.values())
     if size > allowed.file_bytes:
         raise ModelError(
             f"{path} has {size / 1e9:.1f} GB with its weights, and without trust the limit is "
@@ -125,5 +157,10 @@ def _check_size(path: Path, files: Sequence[Path], allowed: Limits) -> int:
     return size
 
 
+def _has_ort_magic(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8)[4:] == _ORT_MAGIC
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return foreign((str(error).strip().splitlines() or [type(error).__name__])[0])

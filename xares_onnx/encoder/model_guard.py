@@ -11,9 +11,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ModelError
+from ..errors import ModelError, quoted
 from .limits import Limits
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _MAX_DEPTH = 100  # of graphs in graphs and functions in functions
 _MAX_RANK = 100
 _MAX_NAMES = 1_000  # inputs and outputs of the graph
 _MAX_NAME = 1_000  # characters
+_MAX_TEXT = 10_000  # characters of any other name: of a node, an operator, a function, an axis
+_UNBOUNDED = {"doc_string", "value", "key"}  # documentation, which is never read; metadata has a bound of its own
 _MAX_METADATA = 16 << 20  # characters
 # At a location such as */_ORT_MEM_ADDR_/*, ONNX Runtime reads memory instead of a file, with an address as offset.
 _MEMORY = "_MEM_ADDR_"
@@ -59,7 +61,7 @@ def check_model(path: Path, model: onnx.ModelProto, limits: Limits) -> tuple[int
     if not model.graph.node or not model.graph.output:
         raise ModelError(f"{path} is not an ONNX file: it holds no graph")
     tensors = []
-    for message in _messages(path, model, limits):
+    for message in messages(path, model, limits):
         match message:
             case onnx.TensorProto():
                 tensors.append(message)
@@ -73,7 +75,7 @@ def check_model(path: Path, model: onnx.ModelProto, limits: Limits) -> tuple[int
     return values, tuple(sorted({location for location in locations if location}))
 
 
-def _messages(path: Path, model: onnx.ModelProto, limits: Limits) -> Iterator[Message]:
+def messages(path: Path, model: onnx.ModelProto, limits: Limits) -> Iterator[Message]:
     """Every message of a model, at any depth: graphs, nodes, tensors, functions.
 
     Raises:
@@ -81,21 +83,23 @@ def _messages(path: Path, model: onnx.ModelProto, limits: Limits) -> Iterator[Me
     """
     from google.protobuf.message import Message
 
-    messages: list[Message] = [model]
+    waiting: list[Message] = [model]
     seen = 0
-    while messages:
-        message = messages.pop()
+    while waiting:
+        message = waiting.pop()
         yield message
         seen += 1
-        if seen + len(messages) > limits.parts:
+        if seen + len(waiting) > limits.parts:
             raise ModelError(f"{path} holds more than {limits.parts} nodes, attributes and tensors")
         for field, value in message.ListFields():
             if field.message_type is not None:
-                messages.extend([value] if isinstance(value, Message) else value)
+                waiting.extend([value] if isinstance(value, Message) else value)
             elif field.type == field.TYPE_STRING:
                 texts = [value] if isinstance(value, str | bytes) else value
                 if any(isinstance(text, bytes) for text in texts):
                     raise ModelError(f"{path} is damaged: its {field.name} is not UTF-8 text")
+                if field.name not in _UNBOUNDED and any(len(text) > _MAX_TEXT for text in texts):
+                    raise ModelError(f"{path} has a {field.name} of more than {_MAX_TEXT} characters")
 
 
 def _check_names(path: Path, model: onnx.ModelProto) -> None:
@@ -105,6 +109,8 @@ def _check_names(path: Path, model: onnx.ModelProto) -> None:
         raise ModelError(
             f"{path} has more than {_MAX_NAMES} inputs and outputs, or a name of more than {_MAX_NAME} characters among them"
         )
+    if any(len(value.type.tensor_type.shape.dim) > _MAX_RANK for value in values):
+        raise ModelError(f"{path} has an input or output of more than {_MAX_RANK} dimensions")
     if sum(len(entry.key) + len(entry.value) for entry in model.metadata_props) > _MAX_METADATA:
         raise ModelError(f"{path} has metadata of more than {_MAX_METADATA >> 20} MB")
 
@@ -112,10 +118,18 @@ def _check_names(path: Path, model: onnx.ModelProto) -> None:
 # ---------------------------------------------------------------- nodes and functions
 
 
+class _Size(NamedTuple):
+    """Nodes with all functions inlined, and how many graphs and functions lie in one another."""
+
+    nodes: int
+    levels: int
+
+
 class _Operators:
     """Checks whose operators a model uses, and how many nodes it has with all functions inlined.
 
-    Each function is counted once, so a bomb of 2^1000 nodes is counted as fast as any model.
+    Each function is counted once, so a bomb of 2^1000 nodes is counted as fast as any model. The depth below a function is
+    kept with its size: in a file that defines the innermost first, none is deep by itself.
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto, limits: Limits) -> None:
@@ -125,33 +139,40 @@ class _Operators:
         }
         if len(self._functions) < len(model.functions):  # which of them would run is undefined
             raise ModelError(f"{path} is damaged: it defines a function twice")
-        self._sizes: dict[tuple[str, str, str], int | None] = {}  # None while a function is being counted
+        self._sizes: dict[tuple[str, str, str], _Size | None] = {}  # None while a function is being counted
 
     def check(self) -> None:
         for key in self._functions:  # uncalled ones too: ONNX Runtime reads them all
             self._function(key, 0)
         self._nodes(self._model.graph.node, 0)
 
-    def _function(self, key: tuple[str, str, str], depth: int) -> int:
+    def _function(self, key: tuple[str, str, str], depth: int) -> _Size:
+        """What a function that is called at some depth adds; `levels` counts it and the deepest below it."""
         if key not in self._sizes:
             self._sizes[key] = None
             function = self._functions[key]
             defaults = self._graphs(function.attribute_proto, depth)
-            self._sizes[key] = self._nodes(function.node, depth + 1) + defaults
+            body = self._nodes(function.node, depth + 1)
+            self._sizes[key] = _Size(body.nodes + defaults.nodes, max(1 + body.levels, defaults.levels))
         size = self._sizes[key]
         if size is None:
-            raise ModelError(f"{self._path} has a function {key[1]!r} that calls itself, so it cannot be loaded")
+            raise ModelError(f"{self._path} has a function {quoted(key[1])} that calls itself, so it cannot be loaded")
+        self._check_depth(depth + size.levels)
         return size
 
-    def _nodes(self, nodes: Iterable[onnx.NodeProto], depth: int) -> int:
+    def _check_depth(self, depth: int) -> None:
         if depth > _MAX_DEPTH:
             raise ModelError(f"{self._path} nests graphs and functions deeper than {_MAX_DEPTH}")
-        count = 0
+
+    def _nodes(self, nodes: Iterable[onnx.NodeProto], depth: int) -> _Size:
+        self._check_depth(depth)
+        count, levels = 0, 0
         for node in nodes:
             count += 1
             key = (_domain(node.domain), node.op_type, node.overload)
             if key in self._functions:
-                count += self._function(key, depth)
+                inlined = self._function(key, depth)
+                count, levels = count + inlined.nodes, max(levels, inlined.levels)
             elif node.op_type == _COMPILED:
                 raise ModelError(
                     f"{self._path} holds a part compiled for one machine ({_COMPILED}), which may name any file; export it "
@@ -159,19 +180,21 @@ class _Operators:
                 )
             elif node.domain not in _DOMAINS:
                 raise ModelError(
-                    f"{self._path} needs operator {node.op_type[:100]!r} of domain {node.domain[:100]!r}, which ONNX "
+                    f"{self._path} needs operator {quoted(node.op_type)} of domain {quoted(node.domain)}, which ONNX "
                     "Runtime lacks; custom operators are never loaded, so export the model with standard ones"
                 )
-            count += self._graphs(node.attribute, depth)
+            if node.attribute:
+                inner = self._graphs(node.attribute, depth)
+                count, levels = count + inner.nodes, max(levels, inner.levels)
             if count > self._limit:
                 raise ModelError(
                     f"{self._path} has more than {self._limit} nodes with all functions inlined; if you trust it, --trust "
                     "lifts the limit"
                 )
-        return count
+        return _Size(count, levels)
 
-    def _graphs(self, attributes: Iterable[onnx.AttributeProto], depth: int) -> int:
-        count = 0
+    def _graphs(self, attributes: Iterable[onnx.AttributeProto], depth: int) -> _Size:
+        count, levels = 0, 0
         for attribute in attributes:
             if attribute.ref_attr_name and attribute.type in (attribute.GRAPH, attribute.GRAPHS):
                 raise ModelError(
@@ -179,8 +202,9 @@ class _Operators:
                     "functions inlined"
                 )
             for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                count += self._nodes(graph.node, depth + 1)
-        return count
+                inner = self._nodes(graph.node, depth + 1)
+                count, levels = count + inner.nodes, max(levels, 1 + inner.levels)
+        return _Size(count, levels)
 
 
 def _domain(name: str) -> str:
@@ -192,9 +216,9 @@ def _domain(name: str) -> str:
 
 def _elements(path: Path, dims: Sequence[int], name: str) -> int:
     if len(dims) > _MAX_RANK:
-        raise ModelError(f"{path} is damaged: tensor {name[:100]!r} has {len(dims)} dimensions")
+        raise ModelError(f"{path} is damaged: tensor {quoted(name)} has {len(dims)} dimensions")
     if any(dim < 0 for dim in dims):
-        raise ModelError(f"{path} is damaged: tensor {name[:100]!r} has a negative dimension")
+        raise ModelError(f"{path} is damaged: tensor {quoted(name)} has a negative dimension")
     return math.prod(dims)
 
 
@@ -202,11 +226,11 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
     """The location of a tensor's external data, if it has any. Raises `ModelError` if it claims more than there is."""
     import onnx
 
-    damaged = f"{path} is damaged: tensor {tensor.name[:100]!r} "
+    damaged = f"{path} is damaged: tensor {quoted(tensor.name)} "
     elements = _elements(path, tensor.dims, tensor.name)
     bits = _BITS.get(tensor.data_type)
     if bits is None:
-        raise ModelError(f"{path} has a tensor {tensor.name[:100]!r} of type {tensor.data_type}, which is not supported")
+        raise ModelError(f"{path} has a tensor {quoted(tensor.name)} of type {tensor.data_type}, which is not supported")
     size = (elements * bits + 7) // 8
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -229,7 +253,7 @@ def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
     """The location, if it is a regular file in the model's folder, reached without links, that holds the tensor's bytes."""
     location = entries.get("location", "")
     relative = PurePosixPath(location)
-    problem = f"{model} keeps weights in {location[:200]!r}, "
+    problem = f"{model} keeps weights in {quoted(location)}, "
     if not location or relative.is_absolute() or ".." in relative.parts or "\\" in location or ":" in location:
         raise ModelError(problem + "outside its folder; put the file beside the model")
     if _MEMORY in location:
@@ -246,7 +270,9 @@ def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
         raise ModelError(problem + "which is a hard link to a file elsewhere; put a copy beside the model")
     offset, length = entries.get("offset", "0"), entries.get("length", str(size))
     if not all(re.fullmatch("[0-9]{1,18}", number, re.ASCII) for number in (offset, length)):
-        raise ModelError(f"{model} is damaged: it reads bytes {offset[:30]!r} + {length[:30]!r} of {location[:200]!r}")
+        raise ModelError(
+            f"{model} is damaged: it reads bytes {quoted(offset[:30])} + {quoted(length[:30])} of {quoted(location)}"
+        )
     if int(offset) + max(int(length), size) > stat.st_size:
         raise ModelError(problem + f"which ends at byte {stat.st_size}, before the weights do; get the whole file")
     return str(relative)

@@ -10,14 +10,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..errors import ContractError, ModelError, ModelLimitError
-from ..files import stamp
+from ..errors import ContractError, ModelLimitError
+from ..files import solid_bytes
 from ..progress import Doing
 from .contract.contract import remarks
 from .contract.declarations import Declarations, declared_in_metadata, merge
 from .exposure import Exposure
 from .limits import limits, measuring_seconds, memory_bytes, silence_seconds
-from .model_file import scan_model
+from .model_file import check_unchanged, scan_model
 from .session import CPU, Session, cuda_may_work
 from .spec import EncoderInfo, ModelSpec, Tap
 from .worker import Beat, Tell, limit_memory
@@ -44,28 +44,26 @@ def resolve(
     path = Path(model)
     tell(Doing("reading the model's file"))
     on_cpu = device == "cpu" or (device == "auto" and not cuda_may_work())
-    size = path.stat().st_size
+    size = solid_bytes(path.stat())
     if on_cpu:
         device = "cpu"  # the name under which `open_session` finds the session again
         limit_memory(memory_bytes(size, trust))
-    before = stamp(path)
     scan = scan_model(path, lambda: tell(Beat()), trust=trust)
-    stamps = {path: before, **{file: stamp(file) for file in (path.parent / name for name in scan.external)}}
     if on_cpu:
-        limit_memory(memory_bytes(scan.bytes, trust))
-    patience = silence_seconds(scan.bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
+        limit_memory(memory_bytes(scan.solid_bytes, trust))
+    patience = silence_seconds(scan.solid_bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
     patience += 0.0 if on_cpu else _CUDA_SECONDS
     tell(Doing("loading the model", patience))
     session = _session(model, device, None)
-    if any(stamp(file) != then for file, then in stamps.items()):
-        raise ModelError(f"{path} was replaced while it was read; run again")
+    check_unchanged(path, scan.stamps)
     tell(Doing("measuring the model", patience))
     declarations = merge(declared, declared_in_metadata(scan.metadata), beside)
     declarations = {key: declaration for key, declaration in declarations.items() if key not in ignored}
-    budget = measuring_seconds(scan.bytes, trust) * (2 if taps else 1) + (0.0 if on_cpu else _CUDA_SECONDS)
+    budget = measuring_seconds(scan.solid_bytes, trust) * (2 if taps else 1) + (0.0 if on_cpu else _CUDA_SECONDS)
     beat = _Budget(budget, tell).beat
     open_exposing = functools.partial(_session, model, device)
     measured = measure_taps(path, open_exposing, declarations, taps, beat, max_dim=limits(trust).dim)
+    check_unchanged(path, scan.stamps)  # taps were read from the file again
     info = EncoderInfo(
         path=model,
         scan=scan,
@@ -126,13 +124,13 @@ def open_session(spec: ModelSpec, tell: Tell) -> Session:
     Raises `ModelError` if the file changed since it was measured, `ContractError` if the provider did.
     """
     if spec.info.provider == CPU:
-        limit_memory(memory_bytes(spec.info.scan.bytes, spec.trust, spec.threads))
-    if spec.stamp is not None and stamp(Path(spec.info.path)) != spec.stamp:
-        raise ModelError(f"{spec.info.path} was replaced while it was in use; run again")
+        limit_memory(memory_bytes(spec.info.scan.solid_bytes, spec.trust, spec.threads))
+    check_unchanged(Path(spec.info.path), spec.info.scan.stamps)
     tell(Doing("loading the model", 0.0 if spec.info.provider == CPU else _CUDA_SECONDS))
     # A spec that was measured on the CPU must not run on a GPU that appeared since.
     device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
     session = _session(spec.info.path, device, spec.info.exposure)
+    check_unchanged(Path(spec.info.path), spec.info.scan.stamps)
     if session.provider != spec.info.provider:
         remedy = session.note or "run again"
         raise ContractError(f"the model was measured on {spec.info.provider}, but now runs on {session.provider}; {remedy}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError, concerning
+from ..errors import ContractError, MachineError, ModelError, ModelLimitError, UsageError, concerning, quoted
 from .adapter import Adapter
 from .contract.contract import Contract
 from .cuda import load_libraries, why_no_cuda
@@ -77,6 +77,8 @@ class Session:
         session_options.intra_op_num_threads = 1
         session_options.inter_op_num_threads = 1
         session_options.log_severity_level = 4
+        # Whatever the file's name or first bytes say: the guard has read it as ONNX, and nothing else may be loaded.
+        session_options.add_session_config_entry("session.load_model_format", "ONNX")
         if self._record_placement:
             session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider == CUDA:
@@ -137,7 +139,7 @@ class Session:
         for name, result in zip(outputs, results, strict=True):
             if not isinstance(result, np.ndarray):
                 raise ContractError(
-                    f"output {name!r} is not a tensor; name another by --contract output=NAME", about="output"
+                    f"output {quoted(name)} is not a tensor; name another by --contract output=NAME", about="output"
                 )
         return results
 
@@ -168,7 +170,7 @@ def provider_of(device: str) -> tuple[str, dict[str, str]]:
         return CUDA, {"device_id": number or "0"}
     if device.endswith("ExecutionProvider"):
         return device, {}
-    raise UsageError(f"--device {device!r} must be auto, cpu, cuda, cuda:N or the name of an ONNX Runtime provider")
+    raise UsageError(f"--device {quoted(device)} must be auto, cpu, cuda, cuda:N or the name of an ONNX Runtime provider")
 
 
 def cuda_may_work() -> bool:

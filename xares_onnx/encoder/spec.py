@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..files import Stamp
 from .batching import Batching
 from .contract.contract import Contract
 from .exposure import Exposure
@@ -81,7 +80,6 @@ class ModelSpec(msgspec.Struct, frozen=True):
     info: EncoderInfo
     device: str
     threads: int
-    stamp: Stamp | None = None  # of the model file as it was measured
     trust: bool = False  # lifts limits on size, memory and time (`limits`)
 
     @property

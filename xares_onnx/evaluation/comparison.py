@@ -20,7 +20,7 @@ from ..encoder.encoder import Encoder, open_encoder
 from ..encoder.model_file import find_model
 from ..encoder.spec import ModelOptions
 from ..encoder.speed import measure_together
-from ..errors import DataError, UsageError, XaresError, printable
+from ..errors import DataError, UsageError, XaresError, printable, quoted
 from ..progress import Event, Note, Observer, Progress, ignore
 from ..scoring.kinds import kind_of
 from ..scoring.protocol import Protocol, ProtocolName
@@ -217,7 +217,7 @@ def _chosen(side: Side, names: Sequence[str]) -> Side:
     for pattern in patterns:
         of_pattern = [record for record in side.result.tasks if fnmatch.fnmatchcase(record.task, pattern)]
         if not of_pattern:
-            raise UsageError(f"{side.name} holds no task {pattern!r}")
+            raise UsageError(f"{side.name} holds no task {quoted(pattern)}")
         kept += [record for record in of_pattern if record not in kept]
     return Side(side.name, msgspec.structs.replace(side.result, tasks=kept), side.predictions_of)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
 from ..scoring.kinds import kind_of
+from ..scoring.mixing import MIX, check_names, model_taps
 from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.scoring import Predictions
 from ..version import __version__
@@ -60,7 +61,8 @@ class Evaluation:
         return Side(name, self.result, self._predictions_of)
 
     def _predictions_of(self, record: TaskResult) -> Predictions:
-        tap = self.result.encoder.taps.index(record.tap) if record.tap is not None else 0
+        taps = [*self.result.encoder.taps, MIX]
+        tap = taps.index(record.tap) if record.tap is not None else 0
         return self.predictions[record.task, method_by_tap(record.method, tap)]
 
     def json(self) -> str:
@@ -123,7 +125,8 @@ def evaluate(
         lm: Folder of the language model for the `llm` head.
         vocabulary: BERT's `vocab.txt`, for captions under X-ARES's protocol.
         shots: Numbers of training clips per class with which class tasks are scored as well.
-        taps: Outputs or inner tensors to score in one pass, the first in place of the model's output; or `all-layers`.
+        taps: Outputs or inner tensors to score in one pass, the first in place of the model's output; or `all-layers`. With
+            `mix`, also their weighted sum with learned weights; `mix` alone is that of all layers.
         baseline: A result that no score may fall behind by more than `tolerance`.
         tolerance: The tolerated loss against the baseline, as a fraction; 0.01 by default.
         fail_under: Lowest accepted scores, as "TASK[:METHOD]=SCORE".
@@ -204,7 +207,9 @@ def evaluate_with(
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
-    with open_encoder(model, options, cache=cache, observer=observe) as encoder:
+    with open_encoder(model, _for_model(options), cache=cache, observer=observe) as encoder:
+        if settings.mix:
+            check_names([tap.name for tap in encoder.info.taps])
         if save and output is None:
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
@@ -232,9 +237,7 @@ def evaluate_with(
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 tasks=run.results,
                 averages=run.averages(0),
-                averages_by_tap={tap.name: run.averages(i) for i, tap in enumerate(encoder.info.taps)}
-                if options.taps
-                else {},
+                averages_by_tap=run.averages_by_tap() if options.taps else {},
             ),
             run.predictions,
             run.errors,
@@ -294,7 +297,7 @@ def plan(
         options, protocol=protocol, seeds=seeds, limit=limit, heads=heads, lm=lm, vocabulary=vocabulary
     )
     cache = cache_folder(cache)
-    with open_encoder(model, options, cache=cache, observer=observer) as encoder:
+    with open_encoder(model, _for_model(options), cache=cache, observer=observer) as encoder:
         planned = []
         for task, folder in with_heads(choose_tasks(tasks, suite, data, cache, observer), settings):
             if kind_of(task).needs_frames and all(tap.contract.clip_only for tap in encoder.info.taps):
@@ -311,6 +314,10 @@ def plan(
             seeds=settings.seeds,
             observer=observer,
         )
+
+
+def _for_model(options: ModelOptions) -> ModelOptions:
+    return replace(options, taps=model_taps(options.taps))
 
 
 def default_output(model: Path, sha256: str) -> Path:

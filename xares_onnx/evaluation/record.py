@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 
 from ..data.shards import Clips
-from ..errors import DataError, DataMissingError, MachineError, UsageError
-from ..files import disk_error, indented, write_aside
+from ..errors import DataError, DataMissingError, MachineError, UsageError, foreign
+from ..files import check_target, disk_error, indented, write_aside
+from ..foreign import ForeignFileError, NoFileError, decode_json, open_regular, read_small
 from ..probes.tuning import Tuning
 from ..scoring.scoring import Predictions
 from ..scoring.shots import Shots
@@ -177,11 +178,12 @@ def make_room(path: Path) -> None:
         path: File of the result.
 
     Raises:
-        UsageError: `path` is a folder.
+        UsageError: `path` is a folder, or a link, pipe or device, which a file would replace.
         MachineError: Its folder cannot be made or written to.
     """
     if path.is_dir():
         raise UsageError(f"--output {path} is a folder; name a file in it")
+    check_target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -225,21 +227,21 @@ def read_result(path: Path) -> Result:
         0.83
     """
     try:
-        if not path.is_file():
-            raise UsageError(f"there is no result file {path}")
-        if path.stat().st_size > _MAX_RESULT_BYTES:
-            raise UsageError(f"{path} is too large for a result; name the JSON file that `xares-onnx evaluate` wrote")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"result file {path} cannot be read ({error.strerror})") from error
+        data = read_small(path, _MAX_RESULT_BYTES)
+    except NoFileError as error:
+        raise UsageError(f"there is no result file {path}") from error
+    except ForeignFileError as error:
+        raise UsageError(
+            f"result file {path} cannot be read ({error}); name the JSON file that `xares-onnx evaluate` wrote"
+        ) from error
     try:
-        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        version = decode_json(data, _Versioned).schema_version
         if version != SCHEMA_VERSION:
             raise UsageError(
                 f"{path} has schema_version {version}, and this version of xares-onnx reads {SCHEMA_VERSION}; evaluate again"
             )
-        return msgspec.json.decode(data, type=Result)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        return decode_json(data, Result)
+    except ForeignFileError as error:
         raise UsageError(f"{path} is not a result of `xares-onnx evaluate`: {error}") from error
 
 
@@ -264,14 +266,14 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
     if place.is_absolute() or ".." in place.parts or "\\" in record.predictions or "\0" in record.predictions:
         raise DataError(f"{path} names predictions of {name} outside its own folder; it was not written by an evaluation")
     file = path.parent / place
-    if not file.is_file():
-        raise DataMissingError(f"the predictions of {name} are not at {file}; keep them beside {path.name}")
     try:
-        with zipfile.ZipFile(file) as archive:
-            if sum(member.file_size for member in archive.infolist()) > _MAX_PREDICTION_BYTES:
-                raise ValueError("it is larger than predictions are")
-        with np.load(file, allow_pickle=False) as archive:
-            arrays: Predictions = {column: archive[column] for column in archive.files}
+        with open_regular(file) as opened:
+            with zipfile.ZipFile(opened) as archive:
+                if sum(member.file_size for member in archive.infolist()) > _MAX_PREDICTION_BYTES:
+                    raise ValueError("it is larger than predictions are")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as archive:
+                arrays: Predictions = {column: archive[column] for column in archive.files}
         if any(not isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("it holds something other than arrays")
         rows = len(arrays["key"])
@@ -281,8 +283,20 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
             raise ValueError("key and fold must be texts, and seed a whole number")
         if "group" in arrays and arrays["group"].dtype.kind != "U":
             raise ValueError("group must be a text")
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = f"there is no column {error}" if isinstance(error, KeyError) else error
+    except NoFileError as error:
+        raise DataMissingError(f"the predictions of {name} are not at {file}; keep them beside {path.name}") from error
+    except (
+        ForeignFileError,
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        MemoryError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        reason = foreign(f"there is no column {error}" if isinstance(error, KeyError) else str(error))
         raise DataError(f"{file} does not hold predictions as an evaluation writes them: {reason}") from error
     return arrays
 

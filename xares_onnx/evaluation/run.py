@@ -25,6 +25,7 @@ from ..errors import DataError, MachineError, ModelError, XaresError
 from ..metrics.intervals import Estimate
 from ..progress import Event, Note, Observer, Progress
 from ..scoring.kinds import kind_of
+from ..scoring.mixing import MIX
 from ..scoring.protocol import Protocol
 from ..scoring.scoring import Predictions
 from . import record as results
@@ -91,7 +92,8 @@ class Run:
         self._outcomes: dict[str, Outcome] = {}
         self._task_notes: dict[str, list[str]] = {}
         self._end: tuple[str, XaresError] | None = None
-        self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in encoder.info.taps]
+        self._taps = [tap.name for tap in encoder.info.taps] + [MIX] * settings.mix
+        self._estimates: list[dict[tuple[str, str], Estimate]] = [{} for _ in self._taps]
 
     def averages(self, tap: int) -> results.Averages:
         """The averages over the tasks, of the embeddings by tap number `tap`."""
@@ -99,9 +101,13 @@ class Run:
         of_tap = [record for record in self.results if record.tap == name]
         return averages(of_tap, self._estimates[tap], list(self._tasks.values()), self._settings.protocol)
 
+    def averages_by_tap(self) -> dict[str, results.Averages]:
+        """The same for every tap, the mix included."""
+        return {name: self.averages(tap) for tap, name in enumerate(self._taps)}
+
     def _name(self, tap: int) -> str | None:
         """The name of tap number `tap` in a record: None for the first, which is the model's output or stands in for it."""
-        return self._encoder.info.taps[tap].name if tap else None
+        return self._taps[tap] if tap else None
 
     def all(self, selection: Sequence[tuple[Task, Path]], engine: Engine) -> None:
         """Evaluate every task, each given with the folder of its data.
@@ -247,7 +253,7 @@ class Run:
         in_progress = self._in_progress.get(task.name)
         reports = in_progress.shards.reports if in_progress else []
         embed_seconds, audio = sum(r.seconds for r in reports), sum(r.audio_seconds for r in reports)
-        taps = [self._name(number) for number in range(len(self._encoder.info.taps))]
+        taps = [self._name(number) for number in range(len(self._taps))]
         for record in outcome.results:
             name = method_by_tap(record.method, taps.index(record.tap))
             kept = self._output is not None and name in outcome.predictions
@@ -267,5 +273,5 @@ class Run:
 
     def _unscored(self, task: Task, status: results.Status, reason: str) -> Outcome:
         """The outcome of a task that has no score by any tap."""
-        taps = [Shared(self._name(tap)) for tap in range(len(self._encoder.info.taps))]
+        taps = [Shared(self._name(tap)) for tap in range(len(self._taps))]
         return Outcome(without_score(task, self._settings, taps, status, reason))

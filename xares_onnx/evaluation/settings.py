@@ -11,6 +11,7 @@ import msgspec
 from ..data.task import HEAD_KINDS, HEADS, HeadKind, Task
 from ..encoder.spec import ModelOptions
 from ..errors import UsageError, nearest
+from ..scoring.mixing import MIX, check_mix
 from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.shots import checked_shots
 
@@ -37,11 +38,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lm: str | None = None
     vocabulary: str | None = None
     taps: tuple[str, ...] = ()
-    """Outputs or inner tensors to score, or `all-layers`; empty for the model's output."""
+    """Outputs or inner tensors to score, `all-layers`, `mix`; empty for the model's output."""
     shots: tuple[int, ...] = ()
     """Numbers of training clips per class that heads are scored with as well."""
     trust: bool = False
     """Whether the limits on the model's size, memory and time were lifted."""
+
+    @property
+    def mix(self) -> bool:
+        """Whether the learned mix of all taps is scored too."""
+        return MIX in self.taps
 
 
 def checked_settings(
@@ -72,6 +78,7 @@ def checked_settings(
         raise UsageError("--shots is not part of protocol xares; leave --protocol out")
     if shots and "head" not in chosen:
         raise UsageError("--shots trains heads, which --method knn leaves out; leave --method out")
+    check_mix(options.taps, corrected=protocol == "corrected", heads="head" in chosen)
     by_task: dict[str, HeadKind] = {}
     for pair in heads:
         task, _, kind = pair.partition("=")

@@ -30,10 +30,11 @@ from ..metrics.intervals import Estimate, Scale
 from ..probes.tuning import remarks
 from ..progress import Note, Progress
 from ..scoring import scoring
-from ..scoring.dataset import assemble, check_drops
+from ..scoring.dataset import Dataset, assemble, check_drops
 from ..scoring.folds import make_folds
 from ..scoring.kinds import Kind, Tools, kind_of
 from ..scoring.kinds.classes import Classes
+from ..scoring.mixing import MIX, NotMixedError, StoredTap, mixed
 from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.scoring import Predictions
 from ..scoring.shots import Shots, score_shots
@@ -134,6 +135,8 @@ def score_task(spec: ScoreSpec, *, tell: Tell) -> HeadReport:
             if damaged := [spec.taps[0].keys[path] for path, shard in of_tap.items() if shard is None]:
                 return HeadReport(tuple(damaged))
             scores.tap(number, {path: shard for path, shard in of_tap.items() if shard is not None})
+        if spec.settings.mix:
+            scores.mix(store)
         write_outcome(spec.outcome, scores.outcome)
     except MemoryError as error:
         raise MachineError(
@@ -159,7 +162,7 @@ class _Scores:
         self._protocol = Protocol(spec.settings.protocol)
         self._tools = spec.tools.load()
         self._tell = tell
-        self.outcome = Outcome(estimates=[{} for _ in spec.taps])
+        self.outcome = Outcome(estimates=[{} for _ in range(len(spec.taps) + spec.settings.mix)])
 
     def tap(self, number: int, shards: Mapping[Path, EmbeddedShard]) -> None:
         """Score every method on the embeddings by tap number `number`."""
@@ -168,7 +171,24 @@ class _Scores:
         if kind_of_task.needs_frames and tap.contract.clip_only:
             self._without_score("not_applicable", no_frames(self._task), shared)
             return
-        dataset = assemble(self._data, shards)
+        self._score_methods(assemble(self._data, shards), number, self._tools_of(tap), shared)
+
+    def mix(self, store: Store) -> None:
+        """Score the head on the mix of all taps, which comes after the last of them."""
+        taps = [StoredTap(tap.name or tap.contract.output, tap.contract, tap.keys) for tap in self._spec.taps]
+        shared = Shared(MIX, self._data.digest())
+        try:
+            mix = mixed(self._data, taps, store)
+        except NotMixedError as error:
+            self._without_score("not_applicable", str(error), shared)
+            return
+        self._note(f"{self._task.name}: {note}" for note in mix.notes)
+        tools = replace(self._tools, layers=mix.layers)
+        self._score_methods(mix.dataset, len(taps), tools, replace(shared, notes=tuple(mix.notes)))
+
+    def _score_methods(self, dataset: Dataset, number: int, tools: Tools, shared: Shared) -> None:
+        """Score every method on a data set: of tap number `number`, or of the mix."""
+        kind_of_task = kind_of(self._task)
         shared = replace(shared, clips=dataset.clips, audio_hours=dataset.audio_seconds / 3600)
         losses = []
         try:
@@ -188,16 +208,17 @@ class _Scores:
             notes = [*notes, f"{outside} events are of no class of the vocabulary, and are left out"]
         notes = [*losses, *notes]
         self._note(f"{self._task.name}: {note}" for note in notes)
+        notes = [*shared.notes, *notes]
         shared = replace(shared, comparable=self._settings.limit is None and not losses, notes=tuple(notes))
-        kind = kind_of_task(self._task, self._protocol, dataset, folds, self._tools_of(tap))
+        kind = kind_of_task(self._task, self._protocol, dataset, folds, tools)
         if reason := kind.why_undefined():
-            self._undefined(methods_of(self._task, self._settings), reason, shared)
+            self._undefined(methods_of(self._task, self._settings, shared.tap), reason, shared)
         elif reason := kind.why_not_applicable():
             self._without_score("not_applicable", reason, shared)
         else:
-            for method in methods_of(self._task, self._settings):
+            for method in methods_of(self._task, self._settings, shared.tap):
                 self._score(kind, method, number, shared)
-            self._compare_methods(kind, number)
+            self._compare_methods(kind, number, shared.tap)
 
     def _tools_of(self, tap: TapShards) -> Tools:
         contract = tap.contract
@@ -256,16 +277,15 @@ class _Scores:
 
     def _shots(self, kind: Kind) -> list[Shots]:
         """The head's scores with few training clips per class, if the settings ask for them."""
-        if not (self._settings.shots and isinstance(kind, Classes)):
+        if not (self._settings.shots and isinstance(kind, Classes)) or kind.tools.layers:
             return []
         name = self._task.name
         shots = score_shots(kind, self._settings.shots, lambda fitted, of: self._tell(Progress("shots", name, fitted, of)))
         self._note(f"{name}, {row.clips_per_class} clips per class: {row.note}" for row in shots if row.note)
         return shots
 
-    def _compare_methods(self, kind: Kind, tap: int) -> None:
+    def _compare_methods(self, kind: Kind, tap: int, name: str | None) -> None:
         """Note on a task's head if its own kNN does better; only under `corrected`, whose heads belong to the embeddings."""
-        name = self._spec.taps[tap].name
         methods = self._task.head.kind, "knn"
         head, knn = (self.outcome.predictions.get(method_by_tap(method, tap)) for method in methods)
         if head is None or knn is None or not self._protocol.corrected:
@@ -298,8 +318,9 @@ class _Scores:
 # ---------------------------------------------------------------- records
 
 
-def methods_of(task: Task, settings: Settings) -> list[Method]:
-    return [method for method in settings.methods if method == "head" or task.knn]
+def methods_of(task: Task, settings: Settings, tap: str | None) -> list[Method]:
+    """The methods that score a task by a tap; the mix is learned by a head."""
+    return [method for method in settings.methods if method == "head" or (task.knn and tap != MIX)]
 
 
 def method_by_tap(method: str, tap: int) -> str:
@@ -317,7 +338,7 @@ def without_score(task: Task, settings: Settings, taps: Iterable[Shared], status
     return [
         task_result(task, method, settings.protocol, shared, status=status, reason=reason)
         for shared in taps
-        for method in methods_of(task, settings)
+        for method in methods_of(task, settings, shared.tap)
     ]
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from ..embedding.drift import Drift
 from ..encoder.speed import factor
+from ..errors import foreign
 from .differences import AverageDifference, Difference, Unpaired, gate_of
 
 Outcome = Literal["better", "worse", "mixed", "same", "unclear"]
@@ -128,8 +129,8 @@ def verdict(comparison: Comparison) -> str:
         costs.append(f"{factor(comparison.memory.bytes_b / comparison.memory.bytes_a)} the memory")
     if costs:
         parts.append(", ".join(costs))
-    a, b = comparison.a.file, comparison.b.file
-    names = "B against A" if a == b else f"{b} against {a}"
+    a, b = foreign(comparison.a.file), foreign(comparison.b.file)
+    names = "B against A" if a == b else f"model {b} against {a}"
     return f"{names}: {'; '.join(parts)}"
 
 

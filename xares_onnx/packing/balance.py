@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..errors import DataError
+from ..errors import DataError, quoted
 from .index import Index
 from .labels import Labels
 
@@ -47,7 +47,7 @@ class Balance:
         """Raises `DataError` if there is nothing to learn."""
         if self.kind == "class" and len(self.clips) < 2:
             (only,) = self.clips
-            raise DataError(f"every clip is of class {only!r}: there is nothing to tell apart")
+            raise DataError(f"every clip is of class {quoted(only)}: there is nothing to tell apart")
         if self.kind in ("tags", "events") and not self.clips:
             raise DataError(f"no clip has any {self.kind}: there is nothing to learn")
 
@@ -86,7 +86,7 @@ def check_balance(balance: Balance, folds: bool) -> list[str]:
         untrained = [name for name in balance.names if tested[name] and not trained[name]]
         if untrained and balance.kind == "class":
             raise DataError(
-                f"class {untrained[0]!r} is tested in {where} but has no training clip, so there is no score"
+                f"class {quoted(untrained[0])} is tested in {where} but has no training clip, so there is no score"
                 f"{_more(untrained)}; leave it out, or divide the clips otherwise"
             )
         if untrained:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, quoted
 from .labels import END, KINDS, NAME, START, EventLabels, Labels, NumberLabels, TagLabels
 from .tables import Table
 
@@ -48,13 +48,13 @@ class Columns:
             value = int(value)
         text = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
         if not text:
-            raise UsageError(f"{where} names no {'split' if self.split else 'fold'} in its column {column!r}")
+            raise UsageError(f"{where} names no {'split' if self.split else 'fold'} in its column {quoted(column)}")
         if self.split is None:
             return text
         if text.lower() not in _SPLIT_OF:
             words = ", ".join(_SPLIT_OF)
             raise UsageError(
-                f"{where} names the split {text!r}, which is not one of {words}{nearest(text.lower(), _SPLIT_OF)}"
+                f"{where} names the split {quoted(text)}, which is not one of {words}{nearest(text.lower(), _SPLIT_OF)}"
             )
         return _SPLIT_OF[text.lower()]
 
@@ -86,12 +86,12 @@ def find_columns(
     columns = {name.strip().lower(): name for name in table.columns}
     path = next((columns[name] for name in PATHS if name in columns), None)
     if path is None:
-        raise _lacking(table, f"column {PATHS[0]!r} with the files' names", PATHS)
+        raise _lacking(table, f"column {quoted(PATHS[0])} with the files' names", PATHS)
     split, fold = columns.get("split"), columns.get("fold")
     if split and fold:
         raise UsageError(f"{table.path.name} has a column split and a column fold; leave one out")
     if group is not None and group.strip().lower() not in columns:
-        raise _lacking(table, f"column {group!r} to group by", [group])
+        raise _lacking(table, f"column {quoted(group)} to group by", [group])
     labels = _labels(table, columns, target, kind)
     if separator is not None and not isinstance(labels, TagLabels):
         raise UsageError(f"--separator is for tags, not for {labels.kind}")
@@ -108,14 +108,14 @@ def find_columns(
 
 def _labels(table: Table, columns: Mapping[str, str], target: str | None, kind: str | None) -> Labels:
     if kind is not None and kind not in KINDS:
-        raise UsageError(f"--kind {kind!r} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        raise UsageError(f"--kind {quoted(kind)} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
     if kind is not None and target is None:
         raise UsageError("--kind says what a column is; name the column by --target")
     candidates = _candidates(columns)
     if target is not None:
         wanted = target.strip().lower()
         if wanted not in columns and wanted not in candidates:
-            raise _lacking(table, f"column {target!r}", [*columns, *candidates])
+            raise _lacking(table, f"column {quoted(target)}", [*columns, *candidates])
         if kind is not None and wanted in columns:
             return KINDS[kind]((columns[wanted],))
         candidates = {name: labels for name, labels in candidates.items() if wanted in (name, *_lower(labels.columns))}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar
 
-from ..errors import LabelError
+from ..errors import LabelError, quoted
 
 # Separators of a vocabulary; the last is a control character for this purpose, which nobody types.
 SEPARATORS = (";", "|", ",", "\x1f")
@@ -212,7 +212,7 @@ def rounded_outwards(low: float, high: float) -> tuple[float, float]:
 def _event(start: Any, end: Any, name: Any) -> dict[str, Any]:
     onset, offset, event_class = _number(start, "start"), _number(end, "end"), _name(name, "event's label")
     if onset > offset:
-        raise LabelError(f"an event {event_class!r} ends before it starts")
+        raise LabelError(f"an event {quoted(event_class)} ends before it starts")
     return {"start": onset, "end": offset, "label": event_class}
 
 
@@ -237,5 +237,7 @@ def _number(value: Any, what: str) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise LabelError(f"it has no {what}" if value in (None, "") else f"its {what} {str(value)[:40]!r} is not a number")
+        raise LabelError(
+            f"it has no {what}" if value in (None, "") else f"its {what} {quoted(str(value)[:40])} is not a number"
+        )
     return number

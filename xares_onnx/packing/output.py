@@ -14,9 +14,11 @@ import msgspec
 
 from ..data.shards import Drop
 from ..errors import MachineError, UsageError
-from ..files import disk_error, write_aside
+from ..files import check_target, disk_error, write_aside
+from ..foreign import ForeignFileError, decode_json, read_small
 
 MANIFEST = "packed.json"
+_MAX_BYTES = 1 << 30  # a drop is a line
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -54,8 +56,8 @@ def check_output(output: Path, name: str, source: Source) -> None:
             raise UsageError(f"{task_file} is there already; {elsewhere}")
         return
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError):
+        manifest = decode_json(read_small(folder / MANIFEST, _MAX_BYTES), Manifest)
+    except ForeignFileError:
         if folder.is_dir() and not any(folder.iterdir()) and not task_file.exists():
             return
         raise UsageError(f"{folder} contains files that were not packed here; {elsewhere}") from None
@@ -96,6 +98,7 @@ def put_in_place(fresh: Path, output: Path, name: str, text: str, manifest: Mani
     """
     folder, task_file = output / name, output / f"{name}.toml"
     notes = []
+    check_target(task_file)
     if task_file.exists() and task_file.read_bytes() != text.encode():
         before = task_file.with_name(f"{task_file.name}.before")
         os.replace(task_file, before)

@@ -23,7 +23,7 @@ from ..data.catalog import shipped_tasks
 from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, Drop, parse_label
 from ..data.targets import Target
 from ..data.task import MAX_GROUP, Data, Domain, Score, Task, load_task
-from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest
+from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest, quoted
 from ..progress import Note, Observer, Progress, ignore
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
@@ -133,7 +133,7 @@ def pack(
     """
     heading = _heading(name, title, domain)
     if leaks not in LEAKS:
-        raise UsageError(f"--leaks {leaks!r} is not one of {', '.join(LEAKS)}{nearest(leaks, LEAKS)}")
+        raise UsageError(f"--leaks {quoted(leaks)} is not one of {', '.join(LEAKS)}{nearest(leaks, LEAKS)}")
     if not audio.is_dir():
         raise DataMissingError(f"audio folder {audio} does not exist")
     root = audio.resolve()
@@ -205,13 +205,13 @@ _LOSSES: tuple[Any, ...] = ("missing", "unusable", "copy")
 
 def _heading(name: str, title: str | None, domain: str | None) -> Heading:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
-        raise UsageError(f"--name {name!r} may hold letters, digits, `_`, `-` and `.` only")
+        raise UsageError(f"--name {quoted(name)} may hold letters, digits, `_`, `-` and `.` only")
     if name in shipped_tasks():
-        raise UsageError(f"--name {name!r} is already a task of X-ARES or of the built-in suite; choose another")
+        raise UsageError(f"--name {quoted(name)} is already a task of X-ARES or of the built-in suite; choose another")
     if domain is not None and domain not in DOMAINS:
-        raise UsageError(f"--domain {domain!r} is not one of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
+        raise UsageError(f"--domain {quoted(domain)} is not one of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
     if title is not None and not title.isprintable():
-        raise UsageError(f"--title {title!r} contains characters that cannot be printed")
+        raise UsageError(f"--title {quoted(title)} contains characters that cannot be printed")
     return Heading(name, title or name, domain or "environment")
 
 
@@ -238,7 +238,7 @@ def _read_rows(run: _Run) -> None:
         where = run.table.at(line)
         name = cells[columns.path]
         if not isinstance(name, str) or not name.strip():
-            raise UsageError(f"{where} names no file in its column {columns.path!r}")
+            raise UsageError(f"{where} names no file in its column {quoted(columns.path)}")
         path = path_below(run.root, name, where)
         part, team = columns.part(cells, where), _team(cells.get(columns.group or ""), where)
         known = index.find(path)
@@ -250,7 +250,9 @@ def _read_rows(run: _Run) -> None:
             clip = known.id
             for word, new, old in (("split or fold", part, known.part), ("group", team, known.team)):
                 if new != old:
-                    raise DataError(f"{where} says {word} {new!r} of {path!r}, {run.table.at(known.line)} says {old!r}")
+                    raise DataError(
+                        f"{where} says {word} {quoted(new)} of {quoted(path)}, {run.table.at(known.line)} says {quoted(old)}"
+                    )
         try:
             index.state(clip, line, json.dumps(columns.labels.read(cells)))
         except LabelError as error:
@@ -282,7 +284,8 @@ def _join_rows(run: _Run) -> None:
             if len(different) > 1 and not run.columns.labels.adds_up:
                 (new, first), (old, second) = different[-1], different[-2]
                 raise DataError(
-                    f"{clip.path!r} is {json.loads(new)!r} in {run.table.at(first)} and {json.loads(old)!r} in "
+                    f"{quoted(clip.path)} is {quoted(json.loads(new))} in {run.table.at(first)} and "
+                    f"{quoted(json.loads(old))} in "
                     f"{run.table.at(second)}; a clip has one {run.columns.labels.kind}"
                 )
             repeated += len(statements) - len(different)
@@ -355,16 +358,16 @@ def _check_copies(run: _Run, leaks: str) -> None:
             ranks = [part for part in reversed(SPLITS) if part in parts] if run.columns.split else sorted(parts)
             copies = index.copies(ranks)
             index.leave_out([("its recording is in another split or fold too", clip) for _, clip in copies], "copy")
-            run.note(f"{_clips(len(copies))} left out whose recordings are in another part of {parts_column!r} too")
+            run.note(f"{_clips(len(copies))} left out whose recordings are in another part of {quoted(parts_column)} too")
         elif recordings:
             count = f"{recordings} recording{'s' if recordings > 1 else ''}"
-            leak = f"{count} in several parts of {parts_column!r}, such as {_both(pair)}"
+            leak = f"{count} in several parts of {quoted(parts_column)}, such as {_both(pair)}"
             remedy = "remove the copies, leave them out by --leaks drop, or keep them by --leaks keep"
             _refuse_or_note(run, leaks, leak, remedy)
         teams, pair = index.across("team")
         if teams:
             count = f"{teams} group{'s' if teams > 1 else ''}"
-            leak = f"{count} in several parts of {parts_column!r}, such as that of {_both(pair)}"
+            leak = f"{count} in several parts of {quoted(parts_column)}, such as that of {_both(pair)}"
             remedy = "correct the table, or keep them by --leaks keep"
             _refuse_or_note(run, "refuse" if leaks == "drop" else leaks, leak, remedy)
     number, paths = index.pairs_of_content(same_label=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, quoted
 from .columns import Columns
 from .index import Index
 from .splits import SPLITS, TEST, draw, make_splits, make_units, pool_small
@@ -34,13 +34,13 @@ def name_parts(index: Index, columns: Columns, seed: int, note: Callable[[str], 
             if needed not in parts:
                 raise DataError(
                     f"no clip is in the split {needed}, only in {', '.join(parts)}; name some clips so, or leave the column "
-                    f"{columns.split!r} out to have splits made"
+                    f"{quoted(columns.split)} out to have splits made"
                     + (f"; {other} alone gives no score" if len(parts) == 1 else "")
                 )
         return False
     if columns.fold:
         if len(parts) < 2:
-            raise DataError(f"every clip is in fold {parts[0]!r}; a test needs at least two folds")
+            raise DataError(f"every clip is in fold {quoted(parts[0])}; a test needs at least two folds")
         _number_folds(index, parts, note)
         return True
     _make_splits(index, columns, seed)

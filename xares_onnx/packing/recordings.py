@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.audio import AUDIO_EXTENSIONS, READABLE_EXTENSIONS, decode_blocks
-from ..errors import ClipError, UsageError
+from ..errors import ClipError, UsageError, quoted
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def path_below(root: Path, name: str, where: str) -> str:
         below = posixpath.normpath(Path(relative).as_posix())
         target = (root / below).resolve()
     except (ValueError, OSError, RuntimeError) as error:  # a zero byte, half a surrogate pair, links in a circle
-        raise UsageError(f"{where} names the file {name!r}, which cannot exist ({error})") from error
+        raise UsageError(f"{where} names the file {quoted(name)}, which cannot exist ({error})") from error
     if below == ".." or below.startswith("../") or not target.is_relative_to(root):
-        raise UsageError(f"{where} names {name!r}, which lies outside {root}; the table's paths start there")
+        raise UsageError(f"{where} names {quoted(name)}, which lies outside {root}; the table's paths start there")
     return below
 
 

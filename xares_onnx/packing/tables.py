@@ -8,6 +8,7 @@ they are, since tsv is not usually quoted. White space around the cells of both 
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from abc import ABC, abstractmethod
@@ -19,7 +20,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from ..data.audio import AUDIO_EXTENSIONS
-from ..errors import DataError, DataMissingError, UsageError
+from ..errors import DataError, DataMissingError, UsageError, foreign, quoted
+from ..foreign import ForeignFileError, NoFileError, open_regular
 
 Row = tuple[int, dict[str, Any]]
 
@@ -37,7 +39,7 @@ class Table(ABC):
         with self._opened():
             self.columns: tuple[str, ...] = tuple(self._read_columns())
         if repeated := sorted({name for name in self.columns if self.columns.count(name) > 1}):
-            raise UsageError(f"{path} has two columns {repeated[0]!r}; rename one")
+            raise UsageError(f"{path} has two columns {quoted(repeated[0])}; rename one")
 
     @abstractmethod
     def _read_columns(self) -> list[str]: ...
@@ -58,8 +60,10 @@ class Table(ABC):
     def _opened(self) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
+        except NoFileError as error:
             raise DataMissingError(f"table {self.path} does not exist") from error
+        except ForeignFileError as error:
+            raise DataError(f"table {self.path} cannot be read ({error})") from error
         except UnicodeDecodeError as error:
             raise DataError(f"table {self.path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
         except OSError as error:
@@ -77,7 +81,7 @@ class DelimitedTable(Table):
         _, names = next(self._lines(), (0, []))
         if len(names) == 1 and (other := next((mark for mark in ("\t", ";", ",") if mark in names[0]), None)):
             need = "tabs, or name it .csv" if self._tabs else "commas, or name it .tsv if those are tabs"
-            raise UsageError(f"the cells of {self.path} seem to be separated by {other!r}; separate them by {need}")
+            raise UsageError(f"the cells of {self.path} seem to be separated by {quoted(other)}; separate them by {need}")
         return names
 
     def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]:
@@ -93,7 +97,7 @@ class DelimitedTable(Table):
         csv.field_size_limit(
             MAX_LINE_BYTES
         )  # for the whole process; the default of 128 kB is less than the events of a long clip
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(self.path), encoding="utf-8-sig", newline="") as file:
             options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if self._tabs else {"strict": True}
             reader = csv.reader(file, **options)
             try:
@@ -101,7 +105,7 @@ class DelimitedTable(Table):
                     if any(cell.strip() for cell in cells):
                         yield reader.line_num, [self._clean(cell) for cell in cells]
             except csv.Error as error:
-                raise DataError(f"{self.at(reader.line_num)} cannot be read ({error})") from error
+                raise DataError(f"{self.at(reader.line_num)} cannot be read ({foreign(str(error))})") from error
 
     def _clean(self, cell: str) -> str:
         cell = cell.strip()
@@ -121,7 +125,7 @@ class JsonLinesTable(Table):
             yield number, {name: cells.get(name) for name in wanted}
 
     def _objects(self) -> Iterator[Row]:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
@@ -133,7 +137,7 @@ class JsonLinesTable(Table):
                 try:
                     cells = msgspec.json.decode(line)
                 except (msgspec.DecodeError, RecursionError) as error:
-                    raise DataError(f"{self.at(number)} is not json ({error})") from error
+                    raise DataError(f"{self.at(number)} is not json ({foreign(str(error))})") from error
                 if not isinstance(cells, dict):
                     raise DataError(f"{self.at(number)} is not an object of columns and values")
                 yield number, cells
@@ -163,12 +167,12 @@ class ParquetTable(Table):
             import pyarrow.parquet
         except ImportError as error:
             raise UsageError(f"reading {self.path.name} needs pyarrow: pip install 'xares-onnx[parquet]'") from error
-        with self.path.open("rb") as opened:
+        with open_regular(self.path) as opened:
             try:
                 with pyarrow.parquet.ParquetFile(opened, pre_buffer=False) as file:
                     yield file
             except pyarrow.ArrowException as error:
-                raise DataError(f"table {self.path} is not a readable parquet file ({error})") from error
+                raise DataError(f"table {self.path} is not a readable parquet file ({foreign(str(error))})") from error
 
 
 class FolderTable(Table):

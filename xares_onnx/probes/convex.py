@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -26,7 +26,7 @@ from ..metrics.average_precision import AveragePrecisionScorer
 from ..metrics.bootstrap import point
 from ..models import ridge
 from ..models.logistic import MAX_ITERATIONS, Loss, Multinomial, OneVersusRest, Solution, path, solve
-from ..models.standardised import ROWS_AT_ONCE, Design, Head, MatrixRows, Pool, Rows, pool_of
+from ..models.standardised import Design, Head, MatrixRows, Pool, Rows, pool_of, rows_at_once
 from . import tuning
 from .training import Indices
 from .training import Rows as RowNumbers
@@ -42,7 +42,7 @@ RIDGE_STRENGTHS = tuple(float(f"{10 ** (4 - 0.5 * step):.3g}") for step in range
 # fits that are compared, at most 4 of 1,000 decisions differed from the optimum; in the last fit, none.
 SELECTION_TOLERANCE = 3e-3
 TOLERANCE = 1e-4
-_PATH_TOLERANCE = 1e-2  # of the stronger fits that lead to the last one
+PATH_TOLERANCE = 1e-2  # of the stronger fits that lead to the last one
 LEAST_PROBABILITY = 1e-15  # in log losses
 
 
@@ -64,12 +64,16 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Fit:
-    """A head, the strength of its penalty, and how well it converged; `axes` speed up the next fit on similar rows."""
+    """A head, the strength of its penalty, and how well it converged; `axes` speed up the next fit on similar rows.
+
+    Of a head on a mix of layers, `shares` are their weights, by name.
+    """
 
     head: Head
     strength: float
     convergence: Convergence
     axes: Floats | None = None
+    shares: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Tried:
 class ConvexResult:
     """Predictions for the fold's test `examples` (sorted, unique), a row each, and how the head was chosen.
 
-    `chosen` is an index of `tried`; `convergence` and the `train` score are those of the last fit, which predicts.
+    `chosen` is an index of `tried`; `convergence`, the `train` score and the `shares` of mixed layers are those of the last
+    fit, which predicts.
     """
 
     fold: int
@@ -98,6 +103,7 @@ class ConvexResult:
     convergence: Convergence
     train: float
     seed: int = 0
+    shares: Mapping[str, float] | None = None
 
     @property
     def valid_score(self) -> float:
@@ -123,6 +129,7 @@ class ConvexResult:
                 relative_gradient_norm=self.convergence.relative_gradient_norm,
             ),
             train=tuning.finite_or_none(self.train),
+            mix=None if self.shares is None else {layer: [share] for layer, share in self.shares.items()},
         )
 
 
@@ -197,7 +204,7 @@ def fit_fold(
         tested, predictions, _ = scoring.predict(last.head, rows.test)
         train, _ = scoring.score(last.head, all_train)
         on_fit()
-        return ConvexResult(fold, tested, predictions, tried, chosen, last.convergence, train)
+        return ConvexResult(fold, tested, predictions, tried, chosen, last.convergence, train, shares=last.shares)
 
 
 def train_convex(
@@ -296,8 +303,8 @@ class _Scoring:
         crops = crops[np.argsort(self._examples[crops], kind="stable")]
         examples, starts = np.unique(self._examples[crops], return_index=True)
         bounds = np.append(starts, len(crops))
-        # Each part begins with the first example that starts behind another ROWS_AT_ONCE crops.
-        firsts = np.unique(np.searchsorted(starts, np.arange(0, len(crops), ROWS_AT_ONCE)))
+        # Each part begins with the first example that starts behind another `rows_at_once` crops.
+        firsts = np.unique(np.searchsorted(starts, np.arange(0, len(crops), rows_at_once(self._embeddings.shape[1]))))
         firsts = np.append(firsts[firsts < len(examples)], len(examples))
 
         def part(number: int) -> tuple[npt.NDArray[Any], float]:
@@ -350,13 +357,13 @@ class Logistic:
     without_selection = 1e-3
     outputs: int
 
-    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+    def loss(self, rows: Rows) -> tuple[Loss, Floats]:
         """The loss, and biases (classes,) for the classes that it leaves out."""
         raise NotImplementedError
 
     def fits(self, rows: Rows, pool: Pool) -> Iterator[Fit]:
         design = standardised_design(rows, pool)
-        loss, bias = self._loss(rows)
+        loss, bias = self.loss(rows)
         if not (loss.outputs and design.variances.any()):
             yield from (_constant(design, loss, bias, strength) for strength in self.strengths)
             return
@@ -365,12 +372,12 @@ class Logistic:
 
     def refit(self, rows: Rows, pool: Pool, near: Fit) -> Fit:
         design = standardised_design(rows, pool, near.axes)
-        loss, bias = self._loss(rows)
+        loss, bias = self.loss(rows)
         if not (loss.outputs and design.variances.any()):
             return _constant(design, loss, bias, near.strength)
         # Start not at the weights of `near`, because held-out rows lie far on the wrong side of some of its boundaries; nor
         # a few strengths above: at ESC-50's size a fold took 167 passes from the strongest, 184 from four, 245 from one.
-        *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], _PATH_TOLERANCE, MAX_ITERATIONS)
+        *_, start = path(design, loss, [s for s in self.strengths if s >= near.strength], PATH_TOLERANCE, MAX_ITERATIONS)
         solution = solve(design, loss, near.strength, start.theta, TOLERANCE, MAX_ITERATIONS)
         return self._fit(design, loss, solution, bias)
 
@@ -401,7 +408,7 @@ class Classes(Logistic):
     def __init__(self, targets: Indices, classes: int) -> None:
         self.targets, self.outputs = targets, classes
 
-    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+    def loss(self, rows: Rows) -> tuple[Loss, Floats]:
         counts = sum(np.bincount(rows.targets(number), minlength=self.outputs) for number in range(rows.blocks))
         return Multinomial(np.asarray(counts)), np.full(self.outputs, -np.inf)
 
@@ -428,7 +435,7 @@ class OneAgainstTheRest(Logistic):
     def __init__(self, classes: int, positive_weight: float) -> None:
         self.outputs, self._positive_weight = classes, positive_weight
 
-    def _loss(self, rows: Rows) -> tuple[Loss, Floats]:
+    def loss(self, rows: Rows) -> tuple[Loss, Floats]:
         positives = np.asarray(sum(rows.targets(number).sum(axis=0) for number in range(rows.blocks)))
         loss = OneVersusRest(positives, rows.count, self._positive_weight)
         return loss, np.where(positives > 0, np.inf, -np.inf)

@@ -21,8 +21,9 @@ from scipy.special import expit
 from ..data.sound_events import Events, Floats
 from ..metrics import segments
 from ..metrics.segments import Average, Bools
-from ..models.standardised import ROWS_AT_ONCE, Head, Pool, pool_of
+from ..models.standardised import Head, Pool, pool_of, rows_at_once
 from .convex import LEAST_PROBABILITY, ConvexResult, Fit, FoldRows, OneAgainstTheRest, Tried, better, over_folds, undefined
+from .mix import MixedFits
 from .training import Indices
 from .tuning import Tuning
 
@@ -55,12 +56,13 @@ class FrameRows:
     def __init__(self, clips: Clips, chosen: Indices) -> None:
         lengths = np.array([len(clips.frames[clip]) for clip in chosen], np.int64)
         self.count, self.dim = int(lengths.sum()), clips.frames[0].shape[1]
-        self.blocks = -(-self.count // ROWS_AT_ONCE)
+        self._rows_at_once = rows_at_once(self.dim)
+        self.blocks = -(-self.count // self._rows_at_once)
         self._clips, self._chosen = clips, chosen
         self._bounds = np.append(0, np.cumsum(lengths))
 
     def _pieces(self, number: int) -> list[tuple[int, slice]]:
-        start, stop = number * ROWS_AT_ONCE, min((number + 1) * ROWS_AT_ONCE, self.count)
+        start, stop = number * self._rows_at_once, min((number + 1) * self._rows_at_once, self.count)
         first, last = np.searchsorted(self._bounds, [start, stop], side="right") - 1
         pieces = []
         for position in range(int(first), min(int(last), len(self._chosen) - 1) + 1):
@@ -95,6 +97,7 @@ def fit_frames(
     *,
     segment_seconds: float,
     average: Average,
+    layers: Sequence[str] = (),
     fold: int = 0,
     threads: int = 1,
     on_fit: Callable[[], None] = lambda: None,
@@ -107,6 +110,7 @@ def fit_frames(
         positive_weight: How many times a positive counts in the loss.
         segment_seconds: Length of a segment.
         average: Of the F1 over segments, which selects and scores.
+        layers: Names of the layers whose frames lie side by side, if the head is to see a mix of them.
         fold: Number of the fold, for the result.
         threads: Share the passes over the frames; any number gives the same bytes.
         on_fit: Called after each fit.
@@ -114,7 +118,8 @@ def fit_frames(
     Raises:
         ScoreUndefinedError: A frame is not finite.
     """
-    objective = OneAgainstTheRest(clips.classes, positive_weight)
+    one_layer = OneAgainstTheRest(clips.classes, positive_weight)
+    objective = MixedFits(one_layer, layers) if layers else one_layer
     with np.errstate(all="ignore"), pool_of(threads) as pool:
         counting = _Counting(clips, segment_seconds, average, pool)
         tried: list[Tried] = []
@@ -135,7 +140,9 @@ def fit_frames(
         predictions = counting.counts(last.head, examples, [threshold])[0][:, 0]
         train = counting.f1(counting.counts(last.head, all_train, [threshold])[0][:, 0])
         on_fit()
-        return EventsResult(fold, examples, predictions, tried, chosen, last.convergence, train, threshold=threshold)
+        return EventsResult(
+            fold, examples, predictions, tried, chosen, last.convergence, train, shares=last.shares, threshold=threshold
+        )
 
 
 def train_convex_frames(
@@ -145,6 +152,7 @@ def train_convex_frames(
     *,
     segment_seconds: float,
     average: Average,
+    layers: Sequence[str] = (),
     threads: int = 1,
     on_fit: Callable[[int], None] = lambda fits: None,
 ) -> list[EventsResult]:
@@ -157,6 +165,7 @@ def train_convex_frames(
             positive_weight,
             segment_seconds=segment_seconds,
             average=average,
+            layers=layers,
             fold=fold,
             threads=threads,
             on_fit=fitted,
@@ -195,8 +204,9 @@ class _Counting:
             clip = int(chosen[position])
             frames = clips.frames[clip]
             pieces = []
-            for start in range(0, len(frames), ROWS_AT_ONCE):
-                block = frames[start : start + ROWS_AT_ONCE].astype(np.float32)
+            step = rows_at_once(frames.shape[1])
+            for start in range(0, len(frames), step):
+                block = frames[start : start + step].astype(np.float32)
                 if not np.isfinite(block).all():
                     raise undefined()
                 pieces.append(expit(head.logits(block)))

@@ -264,7 +264,7 @@ class _Training:
             "improved": str(self.selection.improved),
             "sha256": _content_digest(tensors),
         }
-        write_aside(self._path, save(tensors, state))
+        write_aside(self._path, save(tensors, state), anew=True)
 
     def resume(self, path: Path) -> None:
         """Keep this training's checkpoint at `path`, and resume from it if it is whole and of this training."""

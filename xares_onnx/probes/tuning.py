@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 Setting = Literal["L2 strength", "learning rate"]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_ROUNDING = 1e-6
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +46,16 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     """Score on the rows that the last fit saw."""
     thresholds: list[float] | None = None
     """Probability from which on an event is active, one per head; null for other kinds of task."""
+    mix: dict[str, list[Share]] | None = None
+    """Of a head on a mix of layers, the weight of each layer in the sum, one per head; those of a head sum to 1."""
+
+    def __post_init__(self) -> None:
+        if self.mix is None:
+            return
+        if not self.mix or any(len(shares) != len(self.chosen) for shares in self.mix.values()):
+            raise ValueError("mix must have a weight per layer and head")
+        if any(abs(sum(of_head) - 1) > _ROUNDING for of_head in zip(*self.mix.values(), strict=True)):
+            raise ValueError("the weights of a mix must sum to 1")
 
 
 def remarks(tuning: Tuning) -> list[str]:
@@ -107,6 +119,9 @@ def pooled(heads: Sequence[Tuning]) -> Tuning:
         ),
         train=_mean(head.train for head in heads),
         thresholds=[value for head in heads for value in head.thresholds or []] or None,
+        mix={layer: [share for head in heads for share in (head.mix or {})[layer]] for layer in first.mix}
+        if first.mix
+        else None,
     )
 
 

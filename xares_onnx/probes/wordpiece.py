@@ -18,9 +18,11 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
-from ..errors import UsageError, printable
+from ..errors import UsageError, foreign, printable
+from ..foreign import ForeignFileError, read_small
 
 _UNKNOWN, _START, _END = "[UNK]", "[CLS]", "[SEP]"
+_MAX_BYTES = 64_000_000
 _MARKS = ("[PAD]", _UNKNOWN, _START, _END)
 _CONTINUES = "##"
 
@@ -68,19 +70,19 @@ class WordPiece:
         """Read BERT's `vocab.txt`: a token per line, numbered from 0. Raises `UsageError` for any other file."""
         name = f"the vocabulary {printable(str(path))}"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_small(path, _MAX_BYTES).decode("utf-8")
         except UnicodeDecodeError:
             raise UsageError(f"{name} is not text; give BERT's vocab.txt, with one token per line") from None
-        except OSError as error:
-            raise UsageError(f"{name} cannot be read: {error.strerror}; give BERT's vocab.txt") from None
-        tokens = text.removesuffix("\n").split("\n")
+        except ForeignFileError as error:
+            raise UsageError(f"{name} cannot be read ({error}); give BERT's vocab.txt") from None
+        tokens = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
         counts = Counter(tokens)
         if missing := [mark for mark in _MARKS if mark not in counts]:
             raise UsageError(f"{name} has no {', '.join(missing)}; give BERT's vocab.txt, with one token per line")
         token, count = counts.most_common(1)[0]
         if count > 1:
             raise UsageError(
-                f"{name} has the line '{printable(token)}' {count} times; give BERT's vocab.txt as it was published"
+                f"{name} has the line '{foreign(token)}' {count} times; give BERT's vocab.txt as it was published"
             )
         return cls(tokens)
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from ..checking import CheckReport, Finding
 from ..checking.contracts import shown
 from ..checking.findings import STATUSES
-from ..errors import printable
+from ..errors import foreign, printable
 from .ci import Case, markdown_cell
 from .tables import empty_table
 from .units import data_size
@@ -20,7 +20,7 @@ _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 def print_check(report: CheckReport, console: Console) -> None:
     """What the model is, a line a property, and what to do about each that is not well."""
-    console.print(Text.assemble((printable(Path(report.file).name), "bold"), f"  {_described(report)}"))
+    console.print(Text.assemble("encoder ", (foreign(Path(report.file).name), "bold"), f"  {_described(report)}"))
     table = empty_table(console, ("property", "result"), ("measured", "tolerance"), ("found",))
     table.columns[-1].no_wrap = False
     for finding in report.findings:
@@ -85,7 +85,7 @@ def markdown(report: CheckReport) -> str:
     for finding in (finding for status in STATUSES for finding in _having(report, status)):
         what = _sentence(finding) if finding.status in ("fail", "warn") else finding.says
         result = f"**{finding.status}**" if finding.status == "fail" else finding.status
-        cells = [markdown_cell(printable(cell)) for cell in (_measured(finding), _tolerance(finding), what)]
+        cells = [markdown_cell(cell) for cell in (_measured(finding), _tolerance(finding), what)]
         lines.append(f"| {finding.property} | {result} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
 import msgspec
 
-from ..errors import MachineError, UsageError
+from ..errors import MachineError, UsageError, escaped, foreign, printable
 
 Status = Literal["pass", "warn", "fail", "skip"]
 
 _LEVELS: dict[Status, str] = {"fail": "error", "warn": "warning"}
-# XML 1.0 has no way to write these, not even as a reference.
-_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # A runner takes these in a log for commands: `::` at the start of a line, `##[` anywhere.
 _COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\[)", re.MULTILINE)
+
+
+_MAX_CELL = 2_000  # characters
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -45,7 +47,7 @@ def junit(title: str, cases: Sequence[Case]) -> str:
             attributes = {"classname": _xml(suite), "name": _xml(case.name), "time": f"{case.seconds:.3f}"}
             _add_outcome(ElementTree.SubElement(element, "testcase", attributes), case)
     ElementTree.indent(root)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{_harmless(ElementTree.tostring(root, encoding="unicode"))}\n'
 
 
 def github(title: str, cases: Sequence[Case], *, file: str | None, summary: str) -> str:
@@ -60,7 +62,7 @@ def github(title: str, cases: Sequence[Case], *, file: str | None, summary: str)
             properties = ",".join(f"{key}={_property(value)}" for key, value in where.items() if value)
             text = "\n".join(part for part in (case.message, case.details) if part)
             lines.append(f"::{level} {properties}::{_data(text)}")
-    return "\n".join([*lines, _COMMAND.sub(lambda match: _spaced(match[0]), summary)]).rstrip("\n") + "\n"
+    return "\n".join([*lines, _harmless(summary)]).rstrip("\n") + "\n"
 
 
 def write_step_summary(markdown: str) -> bool:
@@ -69,6 +71,8 @@ def write_step_summary(markdown: str) -> bool:
     if not path:
         return False
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise MachineError(f"the step summary {foreign(path)} is no regular file; unset GITHUB_STEP_SUMMARY")
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(markdown.rstrip("\n") + "\n")
     except OSError as error:
@@ -79,8 +83,8 @@ def write_step_summary(markdown: str) -> bool:
 
 
 def markdown_cell(text: str) -> str:
-    """A stranger's text in a cell of a Markdown table: no markup, no HTML, no further cell."""
-    text = " ".join(_xml(text).split())
+    """A stranger's text in a cell of a Markdown table: no markup, no HTML, no further cell, no control characters."""
+    text = printable(" ".join(text[:_MAX_CELL].split()))
     return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
@@ -110,7 +114,8 @@ def _add_outcome(element: ElementTree.Element, case: Case) -> None:
 
 
 def _xml(text: str) -> str:
-    return _NOT_XML.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """Lines with what is not printable escaped, which holds all that XML 1.0 has no way to write."""
+    return "".join(part if part in "\t\r\n" else escaped(part) for part in re.split(r"([\t\r\n])", text))
 
 
 def _data(text: str) -> str:
@@ -119,6 +124,10 @@ def _data(text: str) -> str:
 
 def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def _harmless(text: str) -> str:
+    return _COMMAND.sub(lambda match: _spaced(match[0]), text)
 
 
 def _spaced(command: str) -> str:

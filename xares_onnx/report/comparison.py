@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ..embedding.drift import Drift
 from ..encoder.speed import factor
-from ..errors import printable
+from ..errors import foreign, printable
 from ..evaluation.differences import AverageDifference, Difference, gate_of, signed
 from ..evaluation.gates import loss
 from ..evaluation.record import Gate, Interval
@@ -36,7 +36,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(_terminal_table(console, _SCORES, _score_rows(comparison.failed)), soft_wrap=False)
     console.print(Text(printable(comparison.verdict), style="bold"))
     a, b = comparison.a, comparison.b
-    console.print(f"A {printable(a.file)} {a.sha256[:8]}, B {printable(b.file)} {b.sha256[:8]}")
+    console.print(f"A {foreign(a.file)} {foreign(a.sha256[:8])}, B {foreign(b.file)} {foreign(b.sha256[:8])}")
     for headings, rows in _tables(comparison):
         console.print(_terminal_table(console, headings, rows), soft_wrap=False)
     for line in _remarks(comparison):

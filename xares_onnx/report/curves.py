@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ..evaluation.record import Interval, Result, TaskResult
 from ..evaluation.settings import Method
-from .taps import best_tap, ordered_taps
+from ..scoring.mixing import MIX
+from .taps import best_tap, mix_weights, ordered_taps
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Curve:
 
     `steps` are taps from the input to the output, or numbers of training clips per class; `scores` and `ci95` have an entry
     per step. `model` is the index of the result, `best` the index of the best step, if one was chosen, and `best_on_test`
-    whether it was chosen on the test clips themselves.
+    whether it was chosen on the test clips themselves. `mix` is the record of the mix of the taps, if one was asked for,
+    and `weights` those of the steps in it, None for a step that it leaves out; empty if the mix has no score.
     """
 
     task: str
@@ -30,6 +32,8 @@ class Curve:
     ci95: tuple[Interval | None, ...]
     best: int | None = None
     best_on_test: bool = False
+    mix: TaskResult | None = None
+    weights: tuple[float | None, ...] = ()
 
 
 def tap_curves(results: Sequence[Result]) -> Iterator[Curve]:
@@ -47,6 +51,8 @@ def tap_curves(results: Sequence[Result]) -> Iterator[Curve]:
             best = best_tap(known)
             if best is None:
                 continue
+            mix = by_tap.get(MIX)
+            weights = mix_weights(mix)
             yield Curve(
                 task=task,
                 title=known[0].title,
@@ -59,6 +65,8 @@ def tap_curves(results: Sequence[Result]) -> Iterator[Curve]:
                 ci95=tuple(record.ci95 if record else None for record in records),
                 best=next(i for i, record in enumerate(records) if record is best.record),
                 best_on_test=best.on_test,
+                mix=mix,
+                weights=tuple(weights.get(tap) for tap in taps) if weights else (),
             )
 
 

@@ -57,7 +57,7 @@ def headline(board: Board) -> str:
     scope = f"the weighted average of {len(row.tasks)} of {row.group_size} {row.group} tasks by {_METHOD_NAMES[row.method]}"
     span = f" (95 %: {first.ci95[0]:.3f} to {first.ci95[1]:.3f})" if first.ci95 else ""
     if len(board.models) == 1:
-        return f"{best} has {first.weighted:.3f}{span}, {scope}."
+        return f"Model {best} has {first.weighted:.3f}{span}, {scope}."
     near = [
         model.label
         for model, cell in zip(board.models, row.cells, strict=True)
@@ -65,7 +65,7 @@ def headline(board: Board) -> str:
     ]
     tied = f" {listed(near)} {'is' if len(near) == 1 else 'are'} within noise of it." if near else ""
     runner_up = "" if near else f", ahead of {board.models[1].label} with {row.cells[1].weighted:.3f}"
-    return f"{best} is best with {first.weighted:.3f}{span}, {scope}{runner_up}.{tied}"
+    return f"Model {best} is best with {first.weighted:.3f}{span}, {scope}{runner_up}.{tied}"
 
 
 def noise(board: Board) -> str:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 Table = list[dict[str, Any]]
 
-# Characters that start a formula in a spreadsheet.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# Characters that start a formula in a spreadsheet; the last four are as wide as East Asian ones, and some read them alike.
+_FORMULA = tuple(
+    "=+-@\t\r\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
+)
 
 
 def table(results: str | Path | Result | Evaluation | Iterable[str | Path | Result | Evaluation]) -> Table:
@@ -147,4 +149,4 @@ def _csv_cell(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     text = printable(str(value))
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text

@@ -17,7 +17,7 @@ from ..data.catalog import part_globs, shipped_tasks
 from ..data.inventory import Holding
 from ..data.task import Task
 from ..embedding.store import Header
-from ..errors import printable
+from ..errors import foreign, printable
 from ..evaluation.averages import published_averages, weight_shares
 from ..evaluation.planning import Plan, PlanRow
 from ..evaluation.record import SHOWN_GROUPS, Average, Result, TaskResult
@@ -39,7 +39,8 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     contract = result.encoder.contract
     console.print(
         Text.assemble(
-            (printable(result.encoder.file), "bold"),
+            "encoder ",
+            (foreign(result.encoder.file), "bold"),
             f"  {data_size(result.encoder.bytes)}, {result.encoder.parameters / 1e6:.1f} M parameters, "
             f"{contract['dim']['value']} dimensions, {_hop(result)}, "
             f"{result.environment['provider'].removesuffix('ExecutionProvider')}",
@@ -63,7 +64,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
         cells += _score_cells(records.get("knn"))
         dropped = len(first.clips.dropped)
         table.add_row(
-            *(printable(first.title), first.domain, METRIC_NAMES[first.metric])[: len(words)],
+            *(foreign(first.title), first.domain, METRIC_NAMES[first.metric])[: len(words)],
             *cells,
             str(first.n_test) if first.n_test else "",
             Text(str(dropped), style="yellow") if dropped else "",
@@ -93,7 +94,7 @@ def print_result(result: Result, console: Console, *, saved: str | None = None) 
     several_seeds = max((len(record.per_seed) for record in main), default=0) > 1
     seeds = f", {settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}" if several_seeds or not with_grid else ""
     error_titles = dict.fromkeys(record.title for record in main if not record.higher_is_better)
-    exceptions = f", but lower for {', '.join(map(printable, error_titles))}" if error_titles else ""
+    exceptions = f", but lower for {', '.join(map(foreign, error_titles))}" if error_titles else ""
     notes = "; grid: lowest and highest score over the settings that were tried" if with_grid else ""
     notes += "; +- is the standard deviation over seeds" if with_seeds else ""
     console.print(f"protocol {settings['protocol']}{seeds}; scores are fractions, higher is better{exceptions}{notes}")
@@ -130,7 +131,7 @@ def _print_shots(result: Result, console: Console) -> None:
         row_cells = []
         for score, ci95 in (cells.get(count, (None, None)) for count in counts):
             row_cells += ["" if score is None else f"{score:.3f}", *([] if is_narrow(console) else [_interval(ci95)])]
-        table.add_row(printable(curve.title), *row_cells)
+        table.add_row(foreign(curve.title), *row_cells)
     console.print(table, soft_wrap=False)
     console.print("few clips: the mean of 10 draws of training clips, scored on the task's test clips")
 
@@ -141,10 +142,10 @@ def _print_published(records: Iterable[TaskResult], console: Console) -> None:
     if not shown:
         return
     encoders = list(dict.fromkeys(name for record in shown for name in record.published))
-    table = empty_table(console, ("beside published scores", "method"), ("this model", *map(printable, encoders)))
+    table = empty_table(console, ("beside published scores", "method"), ("this model", *map(foreign, encoders)))
     for record in shown:
         published = [f"{record.published[name]:.3f}" if name in record.published else "" for name in encoders]
-        table.add_row(printable(record.title), record.method, _score_cells(record)[0], *published)
+        table.add_row(foreign(record.title), record.method, _score_cells(record)[0], *published)
     table.add_section()
     for method in METHODS:
         rows = [record for record in shown if record.family == method and record.weight and record.comparable]
@@ -184,8 +185,8 @@ def print_tasks(rows: Sequence[tuple[Task, Holding]], folder: Path, console: Con
         column.no_wrap = False
     for task, held in rows:
         weight = f"{task.weight:g}" if task.weight is not None else "-"
-        words = (task.name, *(printable(task.title) for _ in title), task.domain, task.kind, METRIC_NAMES[task.score.metric])
-        record = (data_size(held.record_bytes) if held.record_bytes is not None else "", printable(held.license or ""))
+        words = (task.name, *(foreign(task.title) for _ in title), task.domain, task.kind, METRIC_NAMES[task.score.metric])
+        record = (data_size(held.record_bytes) if held.record_bytes is not None else "", foreign(held.license or ""))
         on_disk = printable(held.on_disk) + (", private" if task.private else "")
         if held.unfinished_bytes:
             on_disk += f", {data_size(held.unfinished_bytes)} of unfinished downloads"
@@ -204,7 +205,7 @@ def print_download(reports: Sequence[TaskReport], console: Console, *, plan: boo
         transfer = report.missing_bytes if plan else fetched
         total += transfer
         cells = (str(len(report.files)), data_size(report.bytes), data_size(transfer))
-        table.add_row(report.task, report.record, printable(report.license or "not stated"), *cells)
+        table.add_row(report.task, report.record, foreign(report.license or "not stated"), *cells)
     table.add_section()
     table.add_row("total", "", "", "", "", data_size(total))
     console.print(table, soft_wrap=False)
@@ -325,9 +326,9 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
         hours = sum(header.audio_seconds for header, *_ in shards) / 3600
         latest = max(last_used for *_, last_used in shards)
         table.add_row(
-            printable(model),
-            printable(sha256),
-            printable(task),
+            foreign(model),
+            foreign(sha256),
+            foreign(task),
             str(len(shards)),
             f"{hours:.2f}",
             data_size(sum(size for _, size, _ in shards)),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,12 +63,21 @@ class Dataset:
         return np.flatnonzero(wanted[self.clip_of_crop])
 
 
-def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
+class Spool(Protocol):
+    """Takes rows (crops, dim) shard by shard, and gives them as one matrix that memory need not hold."""
+
+    def append(self, rows: npt.NDArray[np.float32]) -> None: ...
+
+    def matrix(self) -> npt.NDArray[np.float32]: ...
+
+
+def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard], spool: Spool | None = None) -> Dataset:
     """Concatenate a task's shards; a clip with a label outside the task's vocabulary is one more named drop.
 
     Args:
         data: The task, its parts, and which clips are selected.
         shards: Embeddings of every shard, by its path.
+        spool: Takes the pooled embeddings, if memory should not.
 
     Returns:
         The clips of all shards, in the order of `shards`.
@@ -111,7 +120,7 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
             keys.append(key)
             groups.append(data.task.data.group_of(clip.key, label))
         owner = new_index[shard.clip_of_crop]
-        matrices.append(shard.pooled[owner >= 0])
+        (matrices if spool is None else spool).append(shard.pooled[owner >= 0])
         owners.append(owner[owner >= 0])
         if shard.frames is not None:
             for crop in np.flatnonzero(owner >= 0):
@@ -120,7 +129,7 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard]) -> Dataset:
                 times.append(shard.frames.times[rows])
     named, group_note = _usable_groups(data.task, keys, groups)
     return Dataset(
-        embeddings=np.concatenate(matrices),
+        embeddings=np.concatenate(matrices) if spool is None else spool.matrix(),
         clip_of_crop=np.concatenate(owners),
         labels=labels,
         keys=keys,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..data.selection import key_hash
 from ..data.task import Task
+from ..errors import quoted
 from .protocol import Protocol
 
 Indices = npt.NDArray[np.int64]
@@ -250,7 +251,7 @@ def _split_officially(parts: Mapping[str, Indices], groups: Sequence[str]) -> li
     if not split:
         return []
     overlap = "are both in train and in test" if "train" in parts else "are in several folds"
-    return [f"{len(split)} of {len(parts_of)} groups, such as {split[0]!r}, {overlap}: scores may be too high"]
+    return [f"{len(split)} of {len(parts_of)} groups, such as {quoted(split[0])}, {overlap}: scores may be too high"]
 
 
 def _share_groups(some: Indices, others: Indices, groups: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ContractError
+from ...errors import ContractError, foreign, quoted
 
 PREFIX = "constant."
 _MOST_VALUES = 4096  # in a declaration; the shape of the input may repeat them
@@ -67,7 +67,10 @@ def constant_of(name: str, type_name: str, shape: Sequence[int | str | None], te
     Raises:
         ContractError: The numbers do not fit.
     """
-    says = f"{source} declares {PREFIX}{name}={text[:60]}, but input {name!r} is {type_name} {list(shape)}"
+    says = (
+        f"{source} declares {foreign(PREFIX + name)}={foreign(text[:60])}, but input {quoted(name)} is {type_name} "
+        f"{foreign(str(list(shape)))}"
+    )
     if type_name not in _TYPES:
         raise ContractError(f"{says}; only numbers and booleans can be declared")
     try:

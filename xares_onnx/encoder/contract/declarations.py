@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ...errors import ContractError, UsageError, nearest
+from ...errors import ContractError, UsageError, foreign, nearest, quoted
+from ...foreign import ForeignFileError, NoFileError, parse_json, parse_toml, read_small
 from . import constants, tokens
 from . import frontend as frontends
 from .contract import DEFAULT_SAMPLE_RATE
@@ -61,6 +61,9 @@ _NORMALIZE_SAMPLES = {"unit": "1", "int16": "0"}
 
 # These depend on the kind of input: a source that declares another kind than the source before it does not count for them.
 _DEPEND_ON_INPUT = {"amplitude", "normalize", "input_layout", "min_samples", "max_samples", "chunk_samples"}
+_MAX_TEXT = 1_000  # characters of a declared value
+_MAX_NUMBERS = 64_000  # characters of an input's numbers
+_PREPROCESSOR_BYTES = 2_000_000  # some hold their mel filters, 80 or 128 times 201 numbers
 _POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
 
 
@@ -84,7 +87,7 @@ def declared_on_command_line(pairs: Iterable[str]) -> Declarations:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError(f"--contract {pair!r} must be KEY=VALUE, such as sample_rate=16000")
+            raise UsageError(f"--contract {quoted(pair)} must be KEY=VALUE, such as sample_rate=16000")
         values[key.strip()] = value.strip()
     return _read(values, _COMMAND_LINE, strict=True)
 
@@ -96,13 +99,12 @@ def declared_in_sidecar(path: Path) -> Declarations:
         UsageError: A key is unknown.
         ContractError: The file cannot be read, or a value is wrong.
     """
-    text = _small_text(path)
-    if text is None:
-        return {}
     try:
-        raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ContractError(f"{path} beside the model is not valid TOML: {error}") from error
+        raw = parse_toml(read_small(path))
+    except NoFileError:
+        return {}
+    except ForeignFileError as error:
+        raise ContractError(f"{path} beside the model cannot be read ({error})") from error
     for prefix in (frontends.PREFIX, tokens.PREFIX, constants.PREFIX):  # a table [frontend], or keys with a dot
         name = prefix.removesuffix(".")
         if isinstance(table := raw.get(name), dict):
@@ -148,15 +150,12 @@ def declared_by_preprocessor(path: Path) -> Declarations:
     Raises:
         ContractError: The file cannot be read, or a value is wrong.
     """
-    text = _small_text(path)
-    if text is None:
-        return {}
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{path} beside the model is not valid json: {error}") from error
-    if not isinstance(raw, dict):
-        raise ContractError(f"{path} beside the model is not a json object")
+        raw = parse_json(read_small(path, _PREPROCESSOR_BYTES), dict[str, Any])
+    except NoFileError:
+        return {}
+    except ForeignFileError as error:
+        raise ContractError(f"{path} beside the model cannot be read ({error})") from error
     try:
         return _read(declared_by_extractor(raw), path.name, strict=False)
     except NotComputedError as error:  # an error only if nothing else declares the input
@@ -225,7 +224,7 @@ def _check_version(metadata: Mapping[str, str]) -> None:
     version = metadata.get("xares.contract_version", str(CONTRACT_VERSION))
     if version.strip() != str(CONTRACT_VERSION):
         raise ContractError(
-            f"the model declares contract version {version[:20]!r}, this program reads {CONTRACT_VERSION}; update it"
+            f"the model declares contract version {quoted(version[:20])}, this program reads {CONTRACT_VERSION}; update it"
         )
 
 
@@ -236,7 +235,7 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
         if name not in _DECLARABLE and not name.startswith(constants.PREFIX):
             if strict or name.startswith((frontends.PREFIX, tokens.PREFIX)):  # a key of the wrong name gives a wrong score
                 kind = UsageError if strict else ContractError
-                raise kind(f"{source}: there is no contract key {name!r}{nearest(name, _DECLARABLE)}")
+                raise kind(f"{source}: there is no contract key {quoted(name)}{nearest(name, _DECLARABLE)}")
             continue
         declarations[name] = Declaration(_value(name, value, source), source)
     of_features = next((name for name in declarations if name.startswith(frontends.PREFIX)), None)
@@ -251,6 +250,8 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
     error_class = UsageError if source == _COMMAND_LINE else ContractError
     if name.startswith(constants.PREFIX):
         return _constant(name, value, source, error_class)
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        raise error_class(f"{source}: {name} has {len(value)} characters; the most is {_MAX_TEXT}")
     reader = _DECLARABLE[name]
     try:
         parsed = reader(str(value).strip())
@@ -260,30 +261,30 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
             parsed.encode()
     except ValueError:
         kind = "a whole number" if reader is int else "a number" if reader is float else "UTF-8 text"
-        raise error_class(f"{source}: {name}={str(value)[:40]!r} is not {kind}") from None
+        raise error_class(f"{source}: {name}={quoted(str(value)[:40])} is not {kind}") from None
     if name in _POSITIVE and not 0 < parsed < 1 << 31:
         raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from 1 to {(1 << 31) - 1}")
     low, high = frontends.RANGES.get(name, (-math.inf, math.inf))
     if name in frontends.RANGES and not low <= parsed <= high:
         raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from {low:g} to {high:g}")
     if name in _CHOICES and parsed not in _CHOICES[name]:
-        raise error_class(f"{source}: {name}={parsed!r} must be one of {', '.join(sorted(_CHOICES[name]))}")
+        raise error_class(f"{source}: {name}={quoted(parsed)} must be one of {', '.join(sorted(_CHOICES[name]))}")
     if name == f"{tokens.PREFIX}prefix" and not 0 <= parsed <= tokens.MOST_PREFIX:
         raise error_class(f"{source}: {name}={str(parsed)[:40]} must be from 0 to {tokens.MOST_PREFIX}")
     if name == f"{tokens.PREFIX}grid":
         try:
             tokens.parsed_grid(parsed)
         except ValueError:
-            raise error_class(f"{source}: {name}={parsed[:40]!r} must be {tokens.GRID_FORM}") from None
+            raise error_class(f"{source}: {name}={quoted(parsed)} must be {tokens.GRID_FORM}") from None
     if name == "input_layout" and not re.fullmatch(r"(?!.*([BTF]).*\1)[BTF1]*T[BTF1]*", parsed):
         raise error_class(
-            f"{source}: {name}={parsed!r} must name each axis: B the batch, T the samples or frames, F the bins of "
+            f"{source}: {name}={quoted(parsed)} must name each axis: B the batch, T the samples or frames, F the bins of "
             "features, 1 an axis of size one, such as BT or BFT"
         )
     if name == "output_layout" and not re.fullmatch(r"(?!.*([BTD]).*\1)[BTD1]*D[BTD1]*", parsed):
         raise error_class(
-            f"{source}: {name}={parsed!r} must name each axis: B the batch, T the frames, D the dimension, 1 an axis of "
-            "size one, such as BTD"
+            f"{source}: {name}={quoted(parsed)} must name each axis: B the batch, T the frames, D the dimension, 1 an "
+            "axis of size one, such as BTD"
         )
     return parsed  # type: ignore[no-any-return]
 
@@ -291,24 +292,12 @@ def _value(name: str, value: Any, source: str) -> str | int | float:
 def _constant(name: str, value: Any, source: str, error_class: type[UsageError | ContractError]) -> str:
     try:
         text = value.strip() if isinstance(value, str) else json.dumps(value)
+        if len(text) > _MAX_NUMBERS:
+            raise ValueError
         constants.parsed(text)
     except (ValueError, TypeError, RecursionError):
         raise error_class(
-            f"{source}: {name[:60]}={str(value)[:40]} must be a number, true, false, or a list of these, such as [0, 0.5]"
+            f"{source}: {foreign(name)}={foreign(str(value)[:60])} must be a number, true, false, or a short list of "
+            "these, such as [0, 0.5]"
         ) from None
     return text
-
-
-def _small_text(path: Path, limit: int = 1 << 20) -> str | None:
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe might never end
-            raise ContractError(f"{path} beside the model cannot be read (it is not a regular file)")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ContractError(f"{path} is larger than 1 MiB; it should hold a few declarations")
-        return data.decode("utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path} beside the model cannot be read ({error})") from error

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ContractError
+from ...errors import ContractError, quoted
 
 PREFIX = "tokens."
 KEYS = {f"{PREFIX}{name}": kind for name, kind in {"prefix": int, "grid": str, "bands": str, "use": str}.items()}
@@ -51,8 +51,8 @@ class Tokens(msgspec.Struct, frozen=True):
         patches = count - self.prefix
         if patches < self.bands or patches % self.bands:
             raise ContractError(
-                f"output {output!r} gives {count} tokens, which are not {self.prefix} and a grid of {self.bands} bands; "
-                f"correct --contract {PREFIX}prefix=N or {PREFIX}grid=12xT"
+                f"output {quoted(output)} gives {count} tokens, which are not {self.prefix} and a grid of {self.bands} "
+                f"bands; correct --contract {PREFIX}prefix=N or {PREFIX}grid=12xT"
             )
         if self.use == "prefix":
             vector: npt.NDArray[np.float32] = tokens[:, : self.prefix].mean(axis=1, keepdims=True, dtype=np.float32)

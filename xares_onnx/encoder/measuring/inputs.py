@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ...errors import ContractError, ContradictionError
+from ...errors import ContractError, ContradictionError, foreign, quoted
 from ..adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
 from ..contract.constants import PREFIX as CONSTANT
 from ..contract.constants import Constant, constant_of
@@ -83,7 +83,7 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
     for key in ("input", "lengths_input", "mask_input"):
         if key in declared and declared[key].value not in by_name:
             raise ContradictionError(
-                f"{declared[key].source}: the model has no input {declared[key].value!r}; it has {listed(by_name)}",
+                f"{declared[key].source}: the model has no input {quoted(declared[key].value)}; it has {listed(by_name)}",
                 about=key,
             )
     constants = _constants(by_name, declared)
@@ -95,7 +95,7 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
         audio = _features(nodes, outputs, declared) if features else _waveform(nodes, outputs, declared)
     if audio.type not in FLOAT_TYPES:
         what = "an input of features" if features else "a waveform input"
-        raise ContractError(f"input {audio.name!r} is {audio.type}; {what} must be float")
+        raise ContractError(f"input {quoted(audio.name)} is {audio.type}; {what} must be float")
     frontend, sources = _frontend(audio, declared) if features else (None, {})
     layouts = _feature_layouts(audio, frontend, declared) if frontend else (_layout(audio, declared),)
     lengths, mask = None, None
@@ -109,7 +109,7 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
         else:
             _refuse_state([other for other in nodes if other.name != audio.name], outputs)
             raise ContractError(
-                f"the model needs input {node.name!r} ({node.type}, shape {node.shape}) beside the "
+                f"the model needs input {quoted(node.name)} ({node.type}, shape {foreign(str(node.shape))}) beside the "
                 f"{'features' if features else 'waveform'}, which nothing here can fill; {_cure(node)}"
             )
     sources |= {CONSTANT + name: declared[CONSTANT + name].source for name in constants}
@@ -125,7 +125,7 @@ def _constants(nodes: dict[str, onnxruntime.NodeArg], declared: Declarations) ->
         name = key.removeprefix(CONSTANT)
         if name not in nodes:
             raise ContradictionError(
-                f"{declaration.source}: the model has no input {name[:40]!r}; it has {listed(nodes)}", about="input"
+                f"{declaration.source}: the model has no input {quoted(name)}; it has {listed(nodes)}", about="input"
             )
         node = nodes[name]
         constants[name] = constant_of(name, node.type, node.shape, str(declaration.value), declaration.source)
@@ -148,8 +148,8 @@ def _refuse_state(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
             same_shape = len(node.shape) >= 3 and isinstance(node.shape[-1], int) and list(output.shape) == list(node.shape)
             if same_rank and (node.name.lower() in output.name.lower() or same_shape):
                 raise ContractError(
-                    f"the model keeps a state: input {node.name!r} takes output {output.name!r} of the previous call, but "
-                    "each clip is embedded by itself; export it with the state inside, starting at zero"
+                    f"the model keeps a state: input {quoted(node.name)} takes output {quoted(output.name)} of the "
+                    "previous call, but each clip is embedded by itself; export it with the state inside, starting at zero"
                 )
 
 
@@ -191,8 +191,9 @@ def _only_or_named(
 
 def _waveform_error(audio: onnxruntime.NodeArg, declared: Declarations) -> ContractError:
     return ContractError(
-        f"{declared['input_kind'].source} says that the model takes features, but input {audio.name!r} has the shape of a "
-        f"waveform, {list(audio.shape)}; if its front end is inside, set --contract input_kind=waveform"
+        f"{declared['input_kind'].source} says that the model takes features, but input {quoted(audio.name)} has the "
+        f"shape of a waveform, {foreign(str(list(audio.shape)))}; if its front end is inside, set --contract "
+        "input_kind=waveform"
     )
 
 
@@ -202,7 +203,9 @@ def _frontend(audio: onnxruntime.NodeArg, declared: Declarations) -> tuple[Front
     if not any(key.startswith(PREFIX) for key in declared):
         if input_layout(audio.shape) and not any(isinstance(size, int) and size > 1 for size in audio.shape[-2:]):
             raise _waveform_error(audio, declared)
-        raise ContractError(f"{kind.source} says that input {audio.name!r} takes features, but not how to make them; {_HOW}")
+        raise ContractError(
+            f"{kind.source} says that input {quoted(audio.name)} takes features, but not how to make them; {_HOW}"
+        )
     frontend, sources = declared_frontend(declared, None)
     shown = None if PREFIX + "mels" in declared else bins_shown(audio.shape, frontend.bins)
     if shown and shown % frontend.stack_frames == 0:
@@ -223,8 +226,8 @@ def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: D
         fits = len(layout) == len(shape) and bins_fit(sizes["F"], sizes["T"], frontend.bins)
         if not fits or any(isinstance(size, int) and size != 1 for size in singles):
             raise ContractError(
-                f"{declaration.source} declares input_layout={layout}, but input {audio.name!r} has shape {shape}, and a "
-                f"frame has {frontend.bins} bins"
+                f"{declaration.source} declares input_layout={layout}, but input {quoted(audio.name)} has shape "
+                f"{foreign(str(shape))}, and a frame has {frontend.bins} bins"
             )
         return (layout,)
     if input_layout(shape) and frontend.bins not in shape:
@@ -232,7 +235,8 @@ def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: D
     layouts = feature_layouts(shape, frontend.bins)
     if not layouts:
         raise ContractError(
-            f"input {audio.name!r} has shape {shape}, and the front end gives {frontend.bins} bins per frame; set the "
+            f"input {quoted(audio.name)} has shape {foreign(str(shape))}, and the front end gives {frontend.bins} bins "
+            "per frame; set the "
             "number of bands by --contract frontend.mels=N, or the axes by --contract input_layout=BTF or BFT"
         )
     return tuple(layouts)
@@ -243,23 +247,25 @@ def _layout(audio: onnxruntime.NodeArg, declared: Declarations) -> str:
     layout = input_layout(shape)
     if layout is None and looks_like_features(shape):
         raise ContractError(
-            f"input {audio.name!r} has the shape of features, {shape}, and nothing declares how to make them; {_HOW}"
+            f"input {quoted(audio.name)} has the shape of features, {foreign(str(shape))}, and nothing declares how to "
+            f"make them; {_HOW}"
         )
     if layout is None:
         raise ContractError(
-            f"input {audio.name!r} has shape {shape}; a waveform input is [batch, samples], [batch, 1, samples], "
-            "[batch, samples, 1] or [samples]"
+            f"input {quoted(audio.name)} has shape {foreign(str(shape))}; a waveform input is [batch, samples], [batch, "
+            "1, samples], [batch, samples, 1] or [samples]"
         )
     declaration = declared.get("input_layout")
     if declaration and declaration.value != layout:
         raise ContradictionError(
-            f"{declaration.source} declares input_layout={declaration.value}, but input {audio.name!r} has shape {shape}",
+            f"{declaration.source} declares input_layout={declaration.value}, but input {quoted(audio.name)} has shape "
+            f"{foreign(str(shape))}",
             about="input_layout",
         )
     if not declaration and not _is_audio(shape, layout):
         raise ContractError(
-            f"input {audio.name!r} takes exactly {shape[layout.index('T')]} values, too few for a window of audio; export "
-            f"it with a dynamic samples axis, or declare that they are samples by --contract input_layout={layout}"
+            f"input {quoted(audio.name)} takes exactly {shape[layout.index('T')]} values, too few for a window of audio; "
+            f"export it with a dynamic samples axis, or declare that they are samples by --contract input_layout={layout}"
         )
     return layout
 
@@ -281,7 +287,7 @@ def _is_lengths(node: onnxruntime.NodeArg, declared: Declarations) -> bool:
 
 
 def _cure(node: onnxruntime.NodeArg) -> str:
-    constant = f"if it carries no audio, {CONSTANT}{node.name}=VALUE; else export it without that input"
+    constant = f"if it carries no audio, {CONSTANT}{foreign(node.name)}=VALUE; else export it without that input"
     if node.type in MASK_TYPES and len(node.shape) == 2:
-        return f"if it is a mask with ones for samples, set --contract mask_input={node.name}; {constant}"
+        return f"if it is a mask with ones for samples, set --contract mask_input={foreign(node.name)}; {constant}"
     return constant.replace(", ", ", set --contract ", 1)

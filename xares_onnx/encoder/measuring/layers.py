@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from ...errors import ContractError
+from ...errors import ContractError, quoted
 from ..exposure import Exposure
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def _residual_layers(graph: _Graph) -> list[str]:
         if repeats >= _FEWEST:
             stream = [join.skip for join in chain[len(chain) - period * repeats :: period]]
             return [*stream, graph.end_of_last_layer(stream[-1], chain[-period - 1].node, chain[-1].node)]
-    raise ContractError(f"no chain of residual layers leads to output {graph.output!r}; name tensors by --taps instead")
+    raise ContractError(
+        f"no chain of residual layers leads to output {quoted(graph.output)}; name tensors by --taps instead"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning
+from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning, quoted
 from ..adapter import Adapter
 from ..contract.contract import DEFAULT_CHUNK_SECONDS, DEFAULT_SAMPLE_RATE, Contract
 from ..contract.declarations import Declarations, declared_tokens
@@ -135,7 +135,7 @@ def _choose_input_layout(probe: Probe, inputs: Inputs, samples: int | None) -> N
     if len(accepted) > 1:
         flags = " or ".join(f"--contract input_layout={layout}" for layout in accepted)
         raise ContractError(
-            f"input {inputs.audio!r} has shape {list(inputs.shape)}, and the model accepts features in any order; set "
+            f"input {quoted(inputs.audio)} has shape {list(inputs.shape)}, and the model accepts features in any order; set "
             f"{flags} (B batch, T frames, F bins)"
         )
     probe.update(input_layout=accepted[0])
@@ -181,7 +181,7 @@ def _fixed_samples(probe: Probe, inputs: Inputs) -> int | None:
     for key, declaration in declared.items():
         if declaration.value != window:
             raise ContradictionError(
-                f"{declaration.source} declares {key}={declaration.value}, but input {inputs.audio!r} takes exactly "
+                f"{declaration.source} declares {key}={declaration.value}, but input {quoted(inputs.audio)} takes exactly "
                 f"{window} samples{f' ({inputs.time} frames)' if inputs.frontend else ''}; correct the declaration",
                 about=key,
             )
@@ -266,7 +266,7 @@ def _refuse_patches(probe: Probe, window: Window | None, samples: int) -> None:
         grid = patch_grid.find_bands_within_times(_changes(probe, samples))
     if grid:
         raise ContractError(
-            f"output {contract.output!r} has shape {_shape(probe, samples)}: {_looks_like(grid)}", about="output"
+            f"output {quoted(contract.output)} has shape {_shape(probe, samples)}: {_looks_like(grid)}", about="output"
         )
 
 
@@ -301,7 +301,7 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
     if "output" in probe.declared:
         output = probe.declared["output"]
         if output.value not in names:
-            problem = f"{output.source}: the model has no float output {output.value!r}; it has {listed(names)}"
+            problem = f"{output.source}: the model has no float output {quoted(output.value)}; it has {listed(names)}"
             raise ContradictionError(problem, about="output")
         names = [str(output.value)]
     layouts, problems, window = find_layouts(probe, names, low, high)
@@ -324,20 +324,20 @@ def _choose_output(probe: Probe, low: int, high: int) -> Window | None:
     dim = probe.embed(low).shape[2]
     if dim < 2:
         unit = "frame" if probe.contract.has_frames else "clip"
-        problem = f"output {name!r} gives {dim} value per {unit}; an embedding needs a dimension of 2 or more"
+        problem = f"output {quoted(name)} gives {dim} value per {unit}; an embedding needs a dimension of 2 or more"
         raise ContractError(problem, about="output")
     if dim > probe.max_dim:
         raise too_wide(name, dim, probe.max_dim)
     probe.update(dim=probe.agree("output_dim", dim))
     if np.array_equal(probe.run(probe.noise(low)), probe.run(probe.noise(low, seed=1))):
-        problem = f"output {name!r} is the same for any input; name another by --contract output=NAME"
+        problem = f"output {quoted(name)} is the same for any input; name another by --contract output=NAME"
         raise ContractError(problem, about="constant")
     return window
 
 
 def too_wide(output: str, dim: int, max_dim: int) -> ContractError:
     return ContractError(
-        f"output {output!r} has a dimension of {dim}, more than {max_dim}; --trust lifts the limit", about="output"
+        f"output {quoted(output)} has a dimension of {dim}, more than {max_dim}; --trust lifts the limit", about="output"
     )
 
 
@@ -377,7 +377,7 @@ def find_layouts(
                 "" if window else f" and {list(long[name].shape)} for {high}"
             )
             frozen = window is None and short[name].ndim > 2 and short[name].shape == long[name].shape
-            problem = f"output {name!r} has shape {lengths}: {error}"
+            problem = f"output {quoted(name)} has shape {lengths}: {error}"
             problems[name] = ContractError(problem, about=error.about or ("time" if frozen else "output"))
     return layouts, problems, window
 
@@ -441,7 +441,7 @@ def _refuse_frames_of_a_clip(probe: Probe) -> None:
         key = min(contradicted)
         raise ContradictionError(
             f"{probe.declared[key].source} declares {key}={probe.declared[key].value}, but output "
-            f"{probe.contract.output!r} gives one vector per clip, without frames",
+            f"{quoted(probe.contract.output)} gives one vector per clip, without frames",
             about=key,
         )
 
@@ -464,7 +464,8 @@ def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
     if law is None or not law_holds(law, probe.frames, low, high):
         counts = ", ".join(f"{n} -> {probe.frames(n)}" for n in (low, (low + high) // 2, high))
         raise ContractError(
-            f"the frame count of output {probe.contract.output!r} follows no law floor((samples - receptive) / hop) + 1 "
+            f"the frame count of output {quoted(probe.contract.output)} follows no law floor((samples - receptive) / hop) "
+            "+ 1 "
             f"(samples -> frames: {counts}), so its frames have no times",
             about="frames",
         )

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ContractError, ModelError
+from ...errors import ContractError, ModelError, quoted
 from ..adapter import Adapter
 from ..contract.contract import Contract
 from ..contract.declarations import Declaration, Declarations
@@ -93,7 +93,7 @@ def _measure_layers(
     notes = []
     if exposure.tensors[-1] == contract.output:
         last, _ = names.popitem()
-        notes.append(f"{last} is the model's output {contract.output!r} and is listed under that name")
+        notes.append(f"{last} is the model's output {quoted(contract.output)} and is listed under that name")
         exposure = Exposure(exposure.tensors[:-1])
     return Measured(*_more(open_session(exposure), contract, declared, names, beat, max_dim), exposure, notes)
 
@@ -144,7 +144,7 @@ class _Outputs:
         main, floats = self._main, self._probe.float_outputs()
         if others := [name for name in names if name not in floats]:
             raise ContractError(
-                f"output {others[0]!r} is not a float tensor, so it cannot be scored; leave it out of --taps"
+                f"output {quoted(others[0])} is not a float tensor, so it cannot be scored; leave it out of --taps"
             )
         low = main.chunk_samples if main.fixed_window else self._probe.shortest_probe()
         high = low if main.fixed_window else min(3 * low + 1, main.max_samples or 3 * low + 1)
@@ -162,9 +162,9 @@ class _Outputs:
         runs = zip(self._values(low), self._values(low, seed=1), self._batching(low), strict=True)
         for i, (draft, (values, other_values, batches)) in enumerate(zip(self._drafts, runs, strict=True)):
             if not np.isfinite(values).all():
-                raise ModelError(f"output {draft.output!r} gives NaN or infinity for {low} samples of quiet noise")
+                raise ModelError(f"output {quoted(draft.output)} gives NaN or infinity for {low} samples of quiet noise")
             if np.array_equal(values, other_values):
-                raise ContractError(f"output {draft.output!r} is the same for any input; leave it out of --taps")
+                raise ContractError(f"output {quoted(draft.output)} is the same for any input; leave it out of --taps")
             measured.append(
                 msgspec.structs.replace(
                     draft,
@@ -185,7 +185,7 @@ class _Outputs:
         law = self._growing_law(i, low, high)
         if self._counted(main.chunk_samples)[i] != law.frames(main.chunk_samples):
             raise ContractError(
-                f"output {draft.output!r} does not follow the law of shorter inputs at {main.chunk_samples} samples; "
+                f"output {quoted(draft.output)} does not follow the law of shorter inputs at {main.chunk_samples} samples; "
                 "declare a shorter --contract chunk_samples=N"
             )
         return self._frames_of_law(draft, law)
@@ -230,7 +230,7 @@ class _Outputs:
         fitted = fit_frame_law(counted, low, high)
         if fitted is None or not law_holds(fitted, counted, low, high):
             raise ContractError(
-                f"the frame count of output {self._drafts[i].output!r} follows no law, so its frames have no times; "
+                f"the frame count of output {quoted(self._drafts[i].output)} follows no law, so its frames have no times; "
                 "leave it out of --taps"
             )
         self._laws.append(fitted)

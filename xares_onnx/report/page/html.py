@@ -25,7 +25,7 @@ from ..curves import Curve
 from ..profile import NOTE, Aspect, aspects
 from ..remarks import costs, headline, listed, noise, remarks, short, summary
 from ..tables import grid_range
-from ..taps import best_note
+from ..taps import MIX_NOTE, best_note
 from ..units import data_size
 from . import plots
 from .listening import Listening, load_sounds
@@ -79,6 +79,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "headline": headline(board),
         "js": Markup(js),
         "layer_tables": [table for number in range(len(board.models)) for table in _layer_tables(board, number)],
+        "mix_note": MIX_NOTE if any(curve.mix for curve in board.curves) else "",
         "layer_note": best_note(curve.best_on_test for curve in board.curves),
         "layers": list(_layers(board)),
         "lead": summary(board),
@@ -212,10 +213,26 @@ def _layer_tables(board: Board, number: int) -> Iterator[dict[str, Any]]:
     if not curves:
         return
     rows = [
-        (tap, [(curve.scores[i], i == curve.best, curve.best_on_test) for curve in curves])
+        (
+            tap,
+            [
+                (curve.scores[i], i == curve.best, curve.best_on_test, curve.weights[i] if curve.weights else None)
+                for curve in curves
+            ],
+        )
         for i, tap in enumerate(curves[0].steps)
     ]
-    yield {"model": number, "headings": [f"{curve.title}, {curve.method}" for curve in curves], "rows": rows}
+    yield {
+        "model": number,
+        "headings": [f"{curve.title}, {curve.method}" for curve in curves],
+        "rows": rows,
+        "mix": [curve.mix for curve in curves] if any(curve.mix for curve in curves) else [],
+        "weights": [
+            (curve.title, plots.bars(curve.steps, curve.weights, f"Weights in the mix of {printable(curve.title)}"))
+            for curve in curves
+            if curve.weights
+        ],
+    }
 
 
 def _drawn(board: Board, mistakes: Mistakes) -> _Mistakes:

@@ -227,6 +227,23 @@ def heat_map(matrix: Array, classes: Sequence[str], name: str) -> Markup:
     return _svg(left + n * cell + 8, n * cell + below + 8, name, description, parts)
 
 
+def bars(names: Sequence[str], shares: Sequence[float | None], name: str) -> Markup:
+    """A bar per name, as long as its share of 0..1; names without a share are left out."""
+    width, left, line = 340, 130, 20
+    shown = [(text, share) for text, share in zip(names, shares, strict=True) if share is not None]
+    parts = []
+    for i, (text, share) in enumerate(shown):
+        y = line * i + 4
+        length = (width - left - 50) * min(1.0, max(0.0, share))
+        parts.append(_text(left - 8, y + 12, _cut(text, 18), "end", "small"))
+        parts.append(
+            Markup('<rect class="bar" x="{}" y="{}" width="{:.1f}" height="{}"/>').format(left, y, length, line - 5)
+        )
+        parts.append(_text(left + length + 6, y + 12, f"{100 * share:.0f} %", "start", "small"))
+    description = "; ".join(f"{printable(text)} {100 * share:.0f} %" for text, share in shown)
+    return _svg(width, line * len(shown) + 8, name, description, parts)
+
+
 def _svg(width: float, height: float, name: str, description: str, parts: Sequence[Markup]) -> Markup:
     return Markup(
         '<svg class="plot" viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" role="img" '

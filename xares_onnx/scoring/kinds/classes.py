@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.task import Metric
+from ...errors import quoted
 from ...metrics.bootstrap import Scorer, SumScorer
 from ...metrics.statistics import accuracy_statistics, class_metrics, ratio
 from ..folds import Fold, Indices
@@ -41,7 +42,7 @@ class Classes(PooledKind):
             unknown = np.setdiff1d(tested, known)
             if len(unknown) and not self.dataset.limited:
                 names = self.task.target.class_names
-                return f"class {names[unknown[0]]!r} is tested in fold {fold.name} but has no training clip"
+                return f"class {quoted(names[unknown[0]])} is tested in fold {fold.name} but has no training clip"
         return None
 
     def converged(self) -> convex.Classes:

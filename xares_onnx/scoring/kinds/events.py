@@ -26,6 +26,7 @@ Average = Literal["macro", "micro"]
 
 class EventsKind(Kind):
     needs_frames = True
+    mixes = True
 
     @property
     def average(self) -> Average:
@@ -62,6 +63,7 @@ class EventsKind(Kind):
                     head.positive_weight,
                     segment_seconds=segment_seconds,
                     average=self.average,
+                    layers=self.tools.layers,
                     threads=self.tools.threads,
                     on_fit=on_step,
                 )

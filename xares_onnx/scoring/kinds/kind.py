@@ -50,7 +50,7 @@ class Tools:
 
     `hop_seconds` is the encoder's hop, `vocabulary` BERT's, `checkpoints` a folder for long trainings, in which `identity`
     names this encoder's embeddings of this task's data. `threads` share the work of heads that converge; any number of them
-    gives the same bytes.
+    gives the same bytes. `layers` are the names of those whose embeddings lie side by side, for a head on their mix.
     """
 
     hop_seconds: float | None = None
@@ -59,12 +59,15 @@ class Tools:
     checkpoints: Path | None = None
     identity: str = ""
     threads: int = 1
+    layers: tuple[str, ...] = ()
 
 
 class Kind(ABC):
     """One task with its data and folds. An example is a clip, or under X-ARES's protocol a crop."""
 
     needs_frames: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+    """Whether the head of `corrected` can learn a mix of layers."""
 
     def __init__(self, task: Task, protocol: Protocol, dataset: Dataset, folds: Sequence[Fold], tools: Tools) -> None:
         self.task = task

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: only to train
 
 
 class PooledKind(Kind):
+    mixes = True
+
     @abstractmethod
     def converged(self) -> convex.Objective:
         """The objective of the head under `corrected`."""
@@ -36,8 +38,12 @@ class PooledKind(Kind):
         if self.protocol.corrected:
             from ...probes.convex import train_convex
 
-            rows, threads = self.convex_rows(), self.tools.threads
-            return outcomes_of(train_convex(embeddings, self.converged(), examples, rows, threads=threads, on_fit=on_step))
+            objective, rows, threads = self.converged(), self.convex_rows(), self.tools.threads
+            if self.tools.layers:
+                from ...probes.mix import mixed
+
+                objective = mixed(objective, self.tools.layers)
+            return outcomes_of(train_convex(embeddings, objective, examples, rows, threads=threads, on_fit=on_step))
         from ...probes.linear import train_linear
 
         crops, head = self.crop_rows(), self.task.head

@@ -29,6 +29,7 @@ from ..engine.scheduler import Scheduler
 from ..errors import ClipError, DataError, MachineError, ModelError, UsageError, XaresError
 from ..progress import Doing, Event, Note, Observer, Progress, ignore
 from ..scoring.kinds import kind_of
+from ..scoring.mixing import model_taps
 from ..scoring.protocol import Protocol, ProtocolName
 from .shards import TaskShards, task_shards
 
@@ -112,7 +113,7 @@ def embed(
         UsageError, ModelError, DataMissingError, MachineError: As `evaluate`.
     """
     options = ModelOptions(
-        device=device, threads=threads, workers=workers, contract=tuple(contract), taps=tuple(taps), trust=trust
+        device=device, threads=threads, workers=workers, contract=tuple(contract), taps=model_taps(taps), trust=trust
     )
     if protocol not in ("corrected", "xares"):
         raise UsageError(f"protocol {protocol!r} must be corrected or xares")

@@ -20,7 +20,7 @@ from xares_onnx.encoder.spec import ModelOptions
 from xares_onnx.encoder.worker import Worker
 from xares_onnx.engine import local
 from xares_onnx.engine.scheduler import LOSSES
-from xares_onnx.errors import DataError, ModelError
+from xares_onnx.errors import DataError, ModelError, UsageError
 from xares_onnx.evaluation import run as runs
 from xares_onnx.progress import Event, Note, Progress
 
@@ -151,6 +151,11 @@ def test_a_data_error_ends_its_task_and_no_other(
     assert [record.status for record in done.result.tasks] == ["failed", "failed", "ok", "ok"]
     assert [type(error) for error in done.errors] == [DataError]
     assert "changed while it was read" in (done.result.tasks[0].reason or "")
+
+
+def test_no_workers_are_refused(world: EngineWorld, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="workers=0 must be 1 or more"):
+        world.run(tmp_path, workers=0, threads=1)
 
 
 def test_nothing_is_left_running_when_an_observer_raises(world: EngineWorld, tmp_path: Path, head_process: Worker) -> None:

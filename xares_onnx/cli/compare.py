@@ -29,6 +29,7 @@ from .options import (
     TrustOption,
     VocabularyOption,
     WorkersOption,
+    check_counts,
 )
 
 FORMATS = ("text", "json", "junit", "github")
@@ -71,8 +72,7 @@ def compare(
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r} must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} must be 1 or more")
+    check_counts(threads=threads, workers=workers)
     settings: dict[str, Any] = {"methods": split(method) or None, "protocol": protocol}
     with TerminalObserver(quiet=quiet) as observer:
         result = comparison.compare(

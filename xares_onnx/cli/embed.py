@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UsageError, worst_exit_code
+from ..errors import worst_exit_code
 from .app import app, one_line, put_json, reported, say, split
 from .options import (
     CacheOption,
@@ -23,6 +23,7 @@ from .options import (
     ThreadsOption,
     TrustOption,
     WorkersOption,
+    check_counts,
 )
 
 
@@ -53,8 +54,7 @@ def embed(
     from ..evaluation import filling
     from ..report.observer import TerminalObserver, stdout_console
 
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} must be 1 or more")
+    check_counts(threads=threads, workers=workers)
     with TerminalObserver(quiet=quiet) as observer:
         filled = filling.embed(
             model,

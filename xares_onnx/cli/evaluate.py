@@ -31,6 +31,7 @@ from .options import (
     TrustOption,
     VocabularyOption,
     WorkersOption,
+    check_counts,
 )
 
 
@@ -82,8 +83,7 @@ def evaluate(
     from ..report import terminal
     from ..report.observer import TerminalObserver, stdout_console
 
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} must be 1 or more")
+    check_counts(threads=threads, workers=workers)
     arguments: dict[str, Any] = {
         "suite": suite,
         "data": data,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
+
 ModelArgument = Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")]
 TasksOption = Annotated[
     list[str] | None, typer.Option("--tasks", help="Names, patterns such as 'vox*', or task files; comma-separated.")
@@ -54,3 +56,10 @@ TrustOption = Annotated[
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text, json, junit or github.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback of an error.")]
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise `UsageError` if an option that is a count is below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"--{name} {count} must be 1 or more")

@@ -176,6 +176,8 @@ def open_encoder(
     threads = usable_cores() if options.threads is None else options.threads
     if threads < 1:
         raise UsageError(f"threads={threads} must be 1 or more")
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"workers={options.workers} must be 1 or more")
     worker = Worker()
     ignored = sorted(without)
     remembered = _Remembered(cache, model, device, options, declared, beside) if cache and not ignored else None

@@ -15,7 +15,7 @@ from ..encoder.encoder import Encoder
 from ..encoder.session import CUDA
 from ..encoder.spec import ModelOptions
 from ..encoder.worker import Worker, was_killed
-from ..errors import MachineError, UsageError, XaresError
+from ..errors import MachineError, XaresError
 from ..progress import Event, Observer
 from .engine import Done, Failed, Report, Told
 from .jobs import AnyJob, EmbedJob, HeadJob, HeadReport
@@ -122,11 +122,9 @@ def open_engine(encoder: Encoder, options: ModelOptions) -> LocalEngine:
     """The engine that the options ask for.
 
     Raises:
-        UsageError: The number of workers or the devices are invalid.
+        UsageError: The devices are invalid.
         MachineError: A device is not there.
     """
-    if options.workers is not None and options.workers < 1:
-        raise UsageError(f"--workers {options.workers} must be 1 or more")
     devices = chosen_devices(options.device)
     workers = options.workers or len(devices) * _encoders_per_device(encoder, devices[0])
     placed = [devices[number % len(devices)] for number in range(workers)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,10 @@ def test_embeddings_that_are_damaged_or_vanish_between_two_jobs_are_made_again(
     world: EngineWorld, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.run(tmp_path)
+    old, young = (tmp_path / "cache" / "scratch" / name for name in ("old", "young"))  # of killed runs
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
     store = sorted((tmp_path / "cache" / "store").glob("*/*.safetensors"))
     store[0].write_bytes(store[0].read_bytes()[:50])  # its header, which planning reads, is whole
     planned = runs.Run._jobs
@@ -132,6 +137,8 @@ def test_embeddings_that_are_damaged_or_vanish_between_two_jobs_are_made_again(
 
     monkeypatch.setattr(runs.Run, "_jobs", vanishing)
     world.run(tmp_path)
+    assert young.exists()
+    assert not old.exists()
     assert left(tmp_path) == expected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from .task_scores import (
     without_score,
 )
 
+_OLD_SECONDS = 7 * 86_400.0
 _MOST_LACKING = 3  # times that a task's embeddings may vanish from the store between two jobs
 
 
@@ -116,6 +118,7 @@ class Run:
         are embedded already. `errors` keeps both, and every task has its records in `results` nonetheless.
         """
         self._tasks = {task.name: task for task, _ in selection}
+        _remove_old(self._scratch.parent)
         try:
             drive(engine, Scheduler(engine.slots), functools.partial(self._plan, selection), self)
         finally:
@@ -275,3 +278,13 @@ class Run:
         """The outcome of a task that has no score by any tap."""
         taps = [Shared(self._name(tap)) for tap in range(len(self._taps))]
         return Outcome(without_score(task, self._settings, taps, status, reason))
+
+
+def _remove_old(scratch: Path) -> None:
+    """Remove what killed runs left; a younger folder may belong to a present run."""
+    for folder in scratch.glob("*"):
+        try:
+            if time.time() - folder.stat().st_mtime > _OLD_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # another run has removed it
+            continue

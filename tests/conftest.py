@@ -71,13 +71,9 @@ def _heads_share_a_process(head_process: Worker, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def heads_in_this_process(monkeypatch: pytest.MonkeyPatch, _heads_share_a_process: None) -> None:
     """Heads are trained here, so that what a test patches concerns them."""
-    from xares_onnx.engine import local
+    from heads_here import train_heads_here
 
-    class Here(local.HeadWorker):
-        def call(self, function: Any, *arguments: Any, observer: Any, **options: Any) -> Any:
-            return function(*arguments, tell=observer)
-
-    monkeypatch.setattr(local, "HeadWorker", Here)
+    train_heads_here(monkeypatch)
 
 
 @pytest.fixture(scope="session")

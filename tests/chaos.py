@@ -1,4 +1,5 @@
-"""Chaos: real runs that lose their worker, their parent or their disk at random moments, each followed by one left alone.
+"""Chaos: real runs, of one or two encoders, that lose their processes, their parent or their disk at random moments, each
+followed by one left alone.
 
 Usage: PYTHONPATH=tests/helpers python tests/chaos.py [--rounds 20] [--seed 0]; takes minutes. Every second run ends as an
 undisturbed one ends: the same result but for times, the same predictions and the same store, byte by byte.
@@ -30,7 +31,7 @@ TASKS = "synthetic_timbre,synthetic_events"  # one of vectors with its kNN, one 
 LIMIT = 60
 KINDS = ("worker", "parent SIGKILL", "parent SIGTERM", "parent SIGINT", "disk")
 ENDS = {  # exit codes that a disturbed run may end with; 0 where it was hit between two pieces of work
-    "worker": {0, 3, 5},  # 5 where it was still starting
+    "worker": {0, 3, 5},  # 0 once jobs run, which are done again; else while the model is measured
     "parent SIGKILL": {-signal.SIGKILL},
     "parent SIGTERM": {143, -signal.SIGTERM},  # before the program took the signal over, Python dies of it
     "parent SIGINT": {130, -signal.SIGINT},
@@ -40,8 +41,9 @@ DISK_MEGABYTES = 256
 PATIENCE_SECONDS = 300
 
 
-def start(model: Path, room: Path) -> subprocess.Popen[bytes]:
+def start(model: Path, room: Path, workers: int = 1) -> subprocess.Popen[bytes]:
     arguments = f"evaluate {model} --tasks {TASKS} --limit {LIMIT} --seeds 1 --threads 2 --device cpu --quiet".split()
+    arguments += ["--workers", str(workers)]
     return subprocess.Popen(
         [
             sys.executable,
@@ -125,9 +127,9 @@ def disturb(kind: str, process: subprocess.Popen[bytes], disk: Disk) -> bool:
     return True
 
 
-def disturbed_run(kind: str, moment: float, model: Path, disk: Disk) -> tuple[int, str] | None:
+def disturbed_run(kind: str, moment: float, model: Path, disk: Disk, workers: int) -> tuple[int, str] | None:
     """Exit code and last words of a run that is hit at this moment, in seconds; None where it had ended by then."""
-    with start(model, disk.room) as process:
+    with start(model, disk.room, workers) as process:
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -165,7 +167,8 @@ def main() -> None:
             kind, moment = KINDS[done % len(KINDS)], chance.uniform(0.02, 1.0) * seconds
             disk = Disk(root / "round")
             try:
-                ended = disturbed_run(kind, moment, model, disk)
+                workers = 1 + done // len(KINDS) % 2
+                ended = disturbed_run(kind, moment, model, disk, workers)
                 if ended is None:
                     late += 1
                     continue

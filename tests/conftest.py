@@ -58,6 +58,35 @@ def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="session")
+def head_process() -> Iterator[Worker]:
+    """The process that trains the heads of all tests."""
+    from xares_onnx.engine.local import HeadWorker
+
+    with HeadWorker() as worker:
+        yield worker
+
+
+@pytest.fixture(autouse=True)
+def _heads_share_a_process(head_process: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of all tests are trained in one process, since torch takes seconds to import."""
+    from xares_onnx.engine import local
+
+    class Borrowed(local.HeadWorker):
+        def call(self, *arguments: Any, **options: Any) -> Any:
+            return head_process.call(*arguments, **options)
+
+    monkeypatch.setattr(local, "HeadWorker", Borrowed)
+
+
+@pytest.fixture
+def heads_in_this_process(monkeypatch: pytest.MonkeyPatch, _heads_share_a_process: None) -> None:
+    """Heads are trained here, so that what a test patches concerns them."""
+    from heads_here import train_heads_here
+
+    train_heads_here(monkeypatch)
+
+
+@pytest.fixture(scope="session")
 def taught_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny language model that writes what it is told, one for all tests."""
     from tiny_lm import make_folder

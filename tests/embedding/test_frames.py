@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bank_model import BANDS, HOP, WINDOW, frames_of, write_model
+from embedding_runs import embed_shards
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -19,7 +20,7 @@ from shard_makers import RATE, encoded, noise, small_disk, write_shard
 from xares_onnx.data.audio import CropSettings
 from xares_onnx.data.selection import ShardPlan
 from xares_onnx.data.shards import file_digest
-from xares_onnx.embedding.embed import EmbedSpec, embed_shards, shard_specs
+from xares_onnx.embedding.embed import EmbedSpec, shard_specs
 from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Frames, Header, Store
 from xares_onnx.encoder.encoder import Encoder, load_encoder
 from xares_onnx.errors import DiskFullError

@@ -188,6 +188,7 @@ def test_what_is_remarked_of_a_choice() -> None:
     assert epochs.startswith("a head had no epochs left")
 
 
+@pytest.mark.usefixtures("heads_in_this_process")
 def test_an_iteration_limit_is_a_note(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convex, "MAX_ITERATIONS", 1)
     done = run(world, "official")
@@ -196,6 +197,7 @@ def test_an_iteration_limit_is_a_note(world: Path, monkeypatch: pytest.MonkeyPat
     assert any(note.startswith("official: a fit stopped before it had converged") for note in done.result.notes)
 
 
+@pytest.mark.usefixtures("heads_in_this_process")
 def test_a_head_below_its_own_neighbours_is_a_note(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that always says the same is; one that is as good is not."""
     assert not [note for record in heads(run(world, "official")) for note in record.notes if "below the kNN" in note]

@@ -76,10 +76,11 @@ def stored(cache: Path) -> dict[str, int]:
     return {shard.stem: shard.with_suffix(".jsonl").stat().st_ctime_ns for shard in shards}
 
 
-def stopped_run(root: Path, cache: Path, number: signal.Signals) -> tuple[int, str]:
+def stopped_run(root: Path, cache: Path, number: signal.Signals, workers: int = 1) -> tuple[int, str]:
     """Exit code and stderr of a run that stores one shard more than it found, and then gets the signal."""
     before = len(stored(cache))
     arguments = f"evaluate bank.onnx --tasks mine.toml --data data --output stopped.json --seeds 1 --cache {cache}".split()
+    arguments += ["--workers", str(workers), "--threads", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", START, *arguments],
         cwd=root,
@@ -119,7 +120,7 @@ def test_a_run_stopped_three_times_goes_on_each_time_and_ends_as_if_it_never_was
     assert (code, stderr.strip().splitlines()[-1]) == (130, said)
     after_interrupt = stored(cache)
 
-    code, stderr = stopped_run(root, cache, signal.SIGTERM)
+    code, stderr = stopped_run(root, cache, signal.SIGTERM, workers=2)
     assert (code, stderr.strip().splitlines()[-1]) == (143, said)
     after_terminate = stored(cache)
     assert after_terminate.items() > after_interrupt.items()  # not written again

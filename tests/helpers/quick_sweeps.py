@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from heads_here import train_heads_here
 
 from xares_onnx.models import retrieval as towers
 from xares_onnx.probes import ctc, retrieval
@@ -16,6 +17,7 @@ from xares_onnx.probes import ctc, retrieval
 def quick_sweeps() -> Iterator[None]:
     """The two highest learning rates, at most six epochs of each, and towers of a sixteenth of their width."""
     with pytest.MonkeyPatch.context() as patch:
+        train_heads_here(patch)
         for module in (ctc, retrieval):
             sweep = replace(module.SWEEP, rates=module.SWEEP.rates[-2:], epochs=6, patience=2)
             patch.setattr(module, "SWEEP", sweep)

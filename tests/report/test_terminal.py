@@ -182,6 +182,26 @@ def test_a_long_download_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_what_goes_on_at_the_same_time_has_bars_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task is embedded while the head of another is trained; a bar that has ended goes."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Screen())
+    with observers.TerminalObserver() as observer:
+
+        def visible() -> list[str]:
+            return [bar.description for bar in observer._progress.tasks if bar.visible]
+
+        observer(Progress("embed", "one", 0, 10))
+        observer(Progress("embed", "one", 10, 10))
+        observer(Progress("train", "one", 0, 5))
+        observer(Progress("embed", "two", 0, 10))
+        observer(Progress("train", "one", 4, 5))
+        assert visible() == ["training one", "embedding two"]
+        for name in "abc":
+            observer(Progress("train", name, 0, 5))
+        assert visible() == ["training a", "training b", "training c"]
+
+
 def test_a_download_has_a_bar_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("shared_process")
 # Score that an encoder which hears the tones reaches, and one that hears nothing does not; of an error, the greatest.
 ENOUGH = {"tags": 0.9, "events": 0.8, "captions": 0.12, "transcript": 0.5, "number": 3.5}
 MAY_DIFFER = {"seconds", "rtf", "environment", "created"}
+pytestmark = pytest.mark.usefixtures("heads_in_this_process")  # these tests patch how heads are trained
 
 
 @pytest.fixture(scope="module")

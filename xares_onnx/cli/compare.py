@@ -15,7 +15,7 @@ from .options import (
     ContractOption,
     DataOption,
     DebugOption,
-    DeviceOption,
+    DevicesOption,
     DropsOption,
     FormatOption,
     HeadOption,
@@ -28,6 +28,8 @@ from .options import (
     ThreadsOption,
     TrustOption,
     VocabularyOption,
+    WorkersOption,
+    check_counts,
 )
 
 FORMATS = ("text", "json", "junit", "github")
@@ -50,8 +52,9 @@ def compare(
     lm: LanguageModelOption = None,
     vocabulary: VocabularyOption = None,
     contract: ContractOption = None,
-    device: DeviceOption = "auto",
+    device: DevicesOption = "auto",
     threads: ThreadsOption = None,
+    workers: WorkersOption = None,
     allow_drops: DropsOption = False,
     trust: TrustOption = False,
     tolerance: Annotated[
@@ -69,8 +72,7 @@ def compare(
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r} must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} must be 1 or more")
+    check_counts(threads=threads, workers=workers)
     settings: dict[str, Any] = {"methods": split(method) or None, "protocol": protocol}
     with TerminalObserver(quiet=quiet) as observer:
         result = comparison.compare(
@@ -85,6 +87,7 @@ def compare(
             contract=contract or (),
             device=device,
             threads=threads,
+            workers=workers,
             allow_drops=allow_drops,
             trust=trust,
             heads=split(head),

@@ -15,19 +15,23 @@ from .options import (
     ContractOption,
     DataOption,
     DebugOption,
-    DeviceOption,
+    DevicesOption,
     DropsOption,
     HeadOption,
     LanguageModelOption,
     LimitOption,
     MethodOption,
     ModelArgument,
+    ProtocolOption,
     SeedsOption,
     SuiteOption,
+    TapsOption,
     TasksOption,
     ThreadsOption,
     TrustOption,
     VocabularyOption,
+    WorkersOption,
+    check_counts,
 )
 
 
@@ -41,26 +45,21 @@ def evaluate(
     cache: CacheOption = None,
     output: Annotated[Path | None, typer.Option(help="Result file. [default: results/<model>-<digest>.json]")] = None,
     method: MethodOption = None,
-    protocol: Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")] = "corrected",
+    protocol: ProtocolOption = "corrected",
     seeds: SeedsOption = None,
     limit: LimitOption = None,
     head: HeadOption = None,
     lm: LanguageModelOption = None,
     vocabulary: VocabularyOption = None,
     contract: ContractOption = None,
-    taps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--taps",
-            help="Outputs or inner tensors to score in one pass, comma-separated; all-layers; mix for their learned sum.",
-        ),
-    ] = None,
+    taps: TapsOption = None,
     shots: Annotated[
         list[str] | None,
         typer.Option("--shots", help="Score class tasks with that many training clips per class too: 1,2,4,8,16."),
     ] = None,
-    device: DeviceOption = "auto",
+    device: DevicesOption = "auto",
     threads: ThreadsOption = None,
+    workers: WorkersOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
     allow_drops: DropsOption = False,
     baseline: Annotated[
@@ -84,8 +83,7 @@ def evaluate(
     from ..report import terminal
     from ..report.observer import TerminalObserver, stdout_console
 
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} must be 1 or more")
+    check_counts(threads=threads, workers=workers)
     arguments: dict[str, Any] = {
         "suite": suite,
         "data": data,
@@ -111,6 +109,7 @@ def evaluate(
                 model,
                 names,
                 **arguments,
+                workers=workers,
                 output=output,
                 save=True,
                 methods=split(method) or METHODS,  # type: ignore[arg-type]

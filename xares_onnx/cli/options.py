@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
+
 ModelArgument = Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")]
 TasksOption = Annotated[
     list[str] | None, typer.Option("--tasks", help="Names, patterns such as 'vox*', or task files; comma-separated.")
@@ -32,10 +34,32 @@ ContractOption = Annotated[
     list[str] | None, typer.Option("--contract", help="KEY=VALUE that is not declared yet, such as sample_rate=8000.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or an ONNX Runtime provider.")]
+DevicesOption = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:0,cuda:1, cuda:all or an ONNX Runtime provider."),
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads that call the model. [default: all cores]")]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Encoder processes, which share the threads. [default: 1 on a CPU, 1 to 4 per GPU]")
+]
+ProtocolOption = Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")]
+TapsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--taps",
+        help="Outputs or inner tensors to score in one pass, comma-separated; all-layers; mix for their learned sum.",
+    ),
+]
 DropsOption = Annotated[bool, typer.Option("--allow-drops", help="Score in spite of many dropped clips.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Lift the limits on the model's size, memory and time: you trust its origin.")
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text, json, junit or github.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback of an error.")]
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise `UsageError` if an option that is a count is below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"--{name} {count} must be 1 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,14 @@ class TaskData:
         return {part: frozenset(self.plans[path].digest for path in paths) for part, paths in self.parts.items()}
 
 
-def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, observer: Observer) -> TaskData:
+def prepare(
+    task: Task,
+    folder: Path,
+    digests: Digests,
+    limit: int | None,
+    observer: Observer,
+    only: Collection[Path] | None = None,
+) -> TaskData:
     """Find a task's shards, digest them, and choose which of their clips to use.
 
     Args:
@@ -69,6 +77,7 @@ def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, obser
         digests: Of shards read before.
         limit: Clips per part, chosen by key hash; None for all.
         observer: Receives progress of stage `prepare`.
+        only: Shards to plan; the others are not digested. All by default.
 
     Raises:
         DataMissingError: A part has no shard.
@@ -81,7 +90,8 @@ def prepare(task: Task, folder: Path, digests: Digests, limit: int | None, obser
     if parts is None:
         raise DataMissingError(missing_data(task, folder))
     folder = folder / task.name
-    stamped = digests.of_parts(task.name, parts, observer)
+    planned = {part: [path for path in paths if only is None or path in only] for part, paths in parts.items()}
+    stamped = digests.of_parts(task.name, planned, observer)
     selected: dict[str, _Selected | None] = dict.fromkeys(parts)
     if limit is not None:
         for part, paths in parts.items():

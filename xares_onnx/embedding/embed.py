@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -32,7 +32,7 @@ from ..encoder.spec import ModelSpec
 from ..encoder.worker import Beat, Tell
 from ..errors import ClipError, DataError, escaped
 from ..files import Stamp, stamp
-from ..progress import Doing, Observer, Progress
+from ..progress import Doing, Progress
 from .store import STORE_VERSION, Clip, EmbeddedShard, FrameSpool, Header, Store, store_key
 
 if TYPE_CHECKING:  # the worker imports this module, and starts in half the time without these
@@ -120,78 +120,6 @@ def shard_specs(
         )
         for plan in plans
     }
-
-
-def embed_shards(
-    encoder: Encoder, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer
-) -> tuple[dict[Path, EmbeddedShard], list[ShardReport]]:
-    """Embed every shard whose taps are not all in the store.
-
-    Args:
-        encoder: The encoder.
-        specs: The unit of work of each shard.
-        store: Where embeddings are kept.
-        observer: Receives progress.
-
-    Returns:
-        Every shard's embeddings of the first tap, and a report for each shard that was embedded now.
-
-    Raises:
-        ModelError: The model fails.
-        DataError: A shard changed or cannot be read.
-        MachineError: The store cannot be written.
-    """
-    shards: dict[Path, EmbeddedShard] = {}
-    missing: dict[Path, int] = {}
-    more = range(1, len(encoder.info.taps))
-    for path, spec in specs.items():
-        if (embedded := _stored(spec, store, more)) is not None:
-            shards[path] = embedded
-            for tap in (0, *more):
-                store.touch(spec.key(tap))
-        else:
-            missing[path] = len(index_shard(path).samples) if spec.selected is None else len(spec.selected)
-    reports: list[ShardReport] = []
-    done = sum(shard.header.expected for shard in shards.values())
-    total = done + sum(missing.values())
-    task = next(iter(specs.values())).task
-    for path, clips in missing.items():
-        observer(Progress("embed", task, done, total))
-        spec = specs[path]
-        embedded = _stored(spec, store, more)  # an equal shard or another process may have stored it
-        if embedded is None:
-            watch = _offset(observer, task, done, total)
-            reports.append(encoder.call(embed_shard, spec, returns=ShardReport, observer=watch))
-            embedded = _written(store, spec.key())
-        shards[path] = embedded
-        done += clips
-    observer(Progress("embed", task, total, total))
-    return {path: shards[path] for path in specs}, reports
-
-
-def shards_of_tap(specs: Mapping[Path, EmbedSpec], store: Store, tap: int) -> dict[Path, EmbeddedShard]:
-    """The embeddings of tap number `tap`, after `embed_shards`; tap by tap, since all together may not fit in memory."""
-    return {path: _written(store, spec.key(tap)) for path, spec in specs.items()}
-
-
-def _stored(spec: EmbedSpec, store: Store, more: Sequence[int]) -> EmbeddedShard | None:
-    """A shard's embeddings of the first tap, if those of the taps `more` are stored and whole too."""
-    first = store.read(spec.key())
-    return first if first is not None and all(store.read(spec.key(tap)) is not None for tap in more) else None
-
-
-def _written(store: Store, key: str) -> EmbeddedShard:
-    shard = store.read(key)
-    if shard is None:
-        raise RuntimeError(f"the store lost {key} right after it was written")
-    return shard
-
-
-def _offset(observer: Observer, task: str, before: int, total: int) -> Observer:
-    def observe(event: Any) -> None:
-        observer(Progress("embed", task, before + event.done, total) if isinstance(event, Progress) else event)
-
-    return observe
 
 
 # ---------------------------------------------------------------- what runs in the worker

@@ -169,6 +169,24 @@ class Store:
             return None
         return EmbeddedShard(header, pooled, clip_of_crop, clips, drops, frames)
 
+    def header(self, key: str) -> Header | None:
+        """The header of a shard, without reading the rest; None if the shard is missing."""
+        if key not in self:
+            return None
+        try:
+            with self._rows(key).open("rb") as file:
+                header = msgspec.json.decode(file.readline(), type=Header)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return header if header.store_version == STORE_VERSION else None
+
+    def size(self, key: str) -> int:
+        """Bytes of a shard's tensors, frames included; 0 if it is missing."""
+        try:
+            return self._tensors(key).stat().st_size
+        except OSError:
+            return 0
+
     def entries(self) -> Iterator[tuple[str, Header, int, float]]:
         """Of every shard its key, header, bytes and the time of its last use (seconds since the epoch)."""
         own = dict(self._own_files())

@@ -9,7 +9,6 @@ with load_encoder("model.onnx") as encoder:
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ..errors import ModelError, ModelLimitError, UsageError, nearest, quoted
 from ..files import make_private, solid_bytes, stamp, write_aside
 from ..foreign import ForeignFileError, decode_json, read_small
 from ..progress import Note, Observer, ignore
+from ..threads import usable_cores
 from .contract.contract import Contract
 from .contract.declarations import (
     Declarations,
@@ -34,6 +34,7 @@ from .contract.declarations import (
     declared_on_command_line,
     merge,
 )
+from .devices import chosen_devices
 from .exposure import ALL_LAYERS
 from .limits import LIFTED, silence_seconds
 from .model_file import PREPROCESSOR_CONFIG, check_unchanged, find_model
@@ -167,7 +168,7 @@ def open_encoder(
     observer: Observer = ignore,
 ) -> Encoder:
     """`load_encoder` with its options in one record."""
-    device, trust = options.device, options.trust
+    device, trust = chosen_devices(options.device)[0], options.trust  # several devices are alike: the first is measured
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(options.contract), declared_in_sidecar(model.with_suffix(".toml")))
     _check_taps(options.taps, declared)
@@ -175,9 +176,11 @@ def open_encoder(
     threads = usable_cores() if options.threads is None else options.threads
     if threads < 1:
         raise UsageError(f"threads={threads} must be 1 or more")
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"workers={options.workers} must be 1 or more")
     worker = Worker()
     ignored = sorted(without)
-    remembered = _Remembered(cache, model, options, declared, beside) if cache and not ignored else None
+    remembered = _Remembered(cache, model, device, options, declared, beside) if cache and not ignored else None
     info = remembered.load() if remembered else None
     if trust:
         observer(Note(LIFTED))
@@ -207,13 +210,6 @@ def open_encoder(
     for note in info.notes:
         observer(Note(note))
     return Encoder(ModelSpec(info, device, threads, trust), worker)
-
-
-def usable_cores() -> int:
-    try:
-        return max(1, len(os.sched_getaffinity(0)))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
 
 
 def onnxruntime_distributions() -> dict[str, str]:
@@ -271,13 +267,19 @@ class _Remembered:
     """A model's measurements on disk, named by everything that could change them, so that a rerun loads no model."""
 
     def __init__(
-        self, cache: Path, model: Path, options: ModelOptions, declared: Declarations, beside: Declarations
+        self,
+        cache: Path,
+        model: Path,
+        device: str,
+        options: ModelOptions,
+        declared: Declarations,
+        beside: Declarations,
     ) -> None:
         self._model = model
         causes = {
             "version": _CACHE_VERSION,
             "model": stamp(model),
-            "device": options.device,
+            "device": device,
             "cuda": cuda_may_work(),
             "onnxruntime": onnxruntime_distributions(),
             "declared": declared,

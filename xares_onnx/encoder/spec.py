@@ -26,6 +26,8 @@ class ModelOptions:
 
     device: str = "auto"
     threads: int | None = None
+    workers: int | None = None
+    engine: str = "local"
     contract: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
     trust: bool = False

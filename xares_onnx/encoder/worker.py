@@ -23,7 +23,7 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any, TypeVar
 
 import msgspec
@@ -50,6 +50,20 @@ _ALLOCATOR = {
 _DEATH_SECONDS = 5.0  # from the end of a child's records to its own
 # Exit codes of a child that asked for more memory than it may have: by its allocator, or by the system.
 _OUT_OF_MEMORY = {-signal.SIGABRT, -getattr(signal, "SIGKILL", 9)}
+# Exit codes of a child that somebody else ended: a user, a batch system, or Linux for want of memory.
+_KILLED = {-signal.SIGTERM, -getattr(signal, "SIGKILL", 9), -getattr(signal, "SIGHUP", 1)}
+
+
+class KilledError(Exception):
+    """The cause of the error of a call whose process somebody else ended: the call may succeed in a new one."""
+
+
+def was_killed(error: BaseException) -> bool:
+    """Whether a call failed because somebody else ended its process."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KilledError):
+        cause = cause.__cause__
+    return cause is not None
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
@@ -93,7 +107,12 @@ class Worker:
 
         with Worker() as worker:
             scan = worker.call(scan_model, path, returns=ModelScan, silence_limit=15.0, observer=ignore)
+
+    `subject` names the process in messages, and `environment` is added to its environment.
     """
+
+    subject = "the model's process"
+    environment: Mapping[str, str] = _ALLOCATOR
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -103,7 +122,7 @@ class Worker:
         self._one_call = threading.Lock()
 
     def call(
-        self, function: Callable[..., T], *arguments: Any, returns: type[T], silence_limit: float, observer: Observer
+        self, function: Callable[..., T], *arguments: Any, returns: type[T], silence_limit: float | None, observer: Observer
     ) -> T:
         """Run `function(*arguments, tell=…)` in the child.
 
@@ -111,12 +130,12 @@ class Worker:
             function: Picklable; it reports events and signs of life to `tell`.
             *arguments: Picklable.
             returns: The type of its result, which msgpack decodes.
-            silence_limit: The longest time without any record, in seconds.
+            silence_limit: The longest time without any record, in seconds; None for no limit.
             observer: Called with the child's progress and notes.
 
         Raises:
             ModelLimitError: The child was silent for too long, or ran out of memory.
-            ModelError: The child died, or sent what cannot be read.
+            ModelError: The child died, or sent what cannot be read. The cause is `KilledError` if somebody else ended it.
             XaresError: As the function raised it.
         """
         payload = pickle.dumps((function, arguments))
@@ -126,7 +145,7 @@ class Worker:
             raise _error(reply)
         return msgspec.msgpack.decode(reply.result, type=returns)
 
-    def _reply_to(self, payload: bytes, silence_limit: float, observer: Observer) -> _Done | _Failed:
+    def _reply_to(self, payload: bytes, silence_limit: float | None, observer: Observer) -> _Done | _Failed:
         if self._process is not None and self._process.poll() is not None:  # ended between two calls
             self.close()
         doing, patience = "waiting for work" if self._process else "starting", 0.0  # more seconds of silence, as it asked
@@ -137,7 +156,7 @@ class Worker:
                 process.stdin.write(_HEADER.pack(len(payload)) + payload)
                 process.stdin.flush()
             while True:
-                match self._messages.get(timeout=silence_limit + patience):
+                match self._messages.get(timeout=None if silence_limit is None else silence_limit + patience):
                     case None:
                         raise self._death(doing)
                     case Doing(text, seconds):
@@ -148,9 +167,9 @@ class Worker:
                         observer(event)
         except queue.Empty:
             self.close()
-            seconds = silence_limit + patience
+            seconds = (silence_limit or 0.0) + patience
             raise ModelLimitError(
-                f"the model's process gave no sign of life for {seconds:.3g} s while {doing} and was stopped",
+                f"{self.subject} gave no sign of life for {seconds:.3g} s while {doing} and was stopped",
                 about="process",
             ) from None
         except BaseException:  # in the middle of a call: the child's state is unknown
@@ -177,7 +196,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**_ALLOCATOR, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**self.environment, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         assert self._process.stdout is not None
         # Also runs when a worker is garbage-collected, and at exit while the reading thread is alive.
@@ -191,16 +210,23 @@ class Worker:
         try:
             code = self._process.wait(_DEATH_SECONDS)
         except subprocess.TimeoutExpired:  # it lives, but its records cannot be read
-            return ModelError(f"the model's process sent a malformed reply while {doing} and was stopped", about="process")
+            return ModelError(f"{self.subject} sent a malformed reply while {doing} and was stopped", about="process")
         finally:
             printed = _tail(self._stderr)
             self.close()
-        if doing == "starting":
+        if doing == "starting" and code not in _KILLED:
             return MachineError(f"a worker process could not start: {_last_line(printed) or f'exit code {code}'}")
-        cause = f"the model's process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'}) while {doing}"
-        if code in _OUT_OF_MEMORY or b"bad_alloc" in printed:
-            return ModelLimitError(f"{cause}; it may need more memory than its limit", about="process")
-        return ModelError(cause, about="process")
+        fate = f"{self.subject} died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'}) while {doing}"
+        error = self._fault(fate, out_of_memory=code in _OUT_OF_MEMORY or b"bad_alloc" in printed)
+        if code in _KILLED:
+            error.__cause__ = KilledError()
+        return error
+
+    def _fault(self, fate: str, *, out_of_memory: bool) -> XaresError:
+        """Whose fault the child's death is, as an error."""
+        if out_of_memory:
+            return ModelLimitError(f"{fate}; it may need more memory than its limit", about="process")
+        return ModelError(fate, about="process")
 
 
 def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:

@@ -21,10 +21,12 @@ from ..encoder.encoder import Encoder, onnxruntime_distributions, open_encoder
 from ..encoder.model_file import find_model
 from ..encoder.processor import instruction_sets
 from ..encoder.spec import ModelOptions, ModelSpec
+from ..engine import local
+from ..engine.engine import Engine
 from ..errors import MachineError, XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
-from ..scoring.kinds import Tools, kind_of
+from ..scoring.kinds import kind_of
 from ..scoring.mixing import MIX, check_names, model_taps
 from ..scoring.protocol import Protocol, ProtocolName
 from ..scoring.scoring import Predictions
@@ -34,8 +36,9 @@ from .differences import Side
 from .gates import Gates
 from .planning import Plan, make_plan
 from .record import Result, TaskResult
-from .run import Run, method_by_tap
+from .run import Run
 from .settings import METHODS, Method, Settings, checked_settings, with_heads
+from .task_scores import ToolSettings, describe_tools, method_by_tap
 
 _BY_CONTENT = ("lm", "vocabulary")  # recorded by the content of their files, which is known once they are loaded
 _CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
@@ -83,6 +86,7 @@ def evaluate(
     contract: Sequence[str] = (),
     device: str = "auto",
     threads: int | None = None,
+    workers: int | None = None,
     allow_drops: bool = False,
     heads: Sequence[str] = (),
     lm: str | None = None,
@@ -113,8 +117,10 @@ def evaluate(
         seeds: Trainings of each head; the protocol's number by default.
         limit: Most clips of each split; the scores are then not comparable with others.
         contract: Declarations about the model, as "KEY=VALUE".
-        device: `auto`, `cpu`, `cuda`, `cuda:N`, or the name of an ONNX Runtime provider.
-        threads: Number of threads; the number of usable cores by default.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, `cuda:0,cuda:1`, `cuda:all`, or the name of an ONNX Runtime provider.
+        threads: Number of threads, of all encoders together; the number of usable cores by default.
+        workers: Number of encoders that embed at once, each in a process of its own; by default what is fastest. No score
+            depends on it.
         allow_drops: Whether to score a task that lost too many clips.
         heads: Heads that replace the tasks' own, as "TASK=KIND".
         lm: Folder of the language model for the `llm` head.
@@ -142,7 +148,9 @@ def evaluate(
         >>> evaluation = evaluate("model.onnx", ["esc50"], data=Path("data"))
         >>> evaluation.result.tasks[0].score
     """
-    options = ModelOptions(device=device, threads=threads, contract=tuple(contract), taps=tuple(taps), trust=trust)
+    options = ModelOptions(
+        device=device, threads=threads, workers=workers, contract=tuple(contract), taps=tuple(taps), trust=trust
+    )
     gates = Gates.read(baseline, tolerance, fail_under)
     settings = checked_settings(
         options,
@@ -207,26 +215,26 @@ def evaluate_with(
             output = default_output(Path(encoder.info.path), encoder.info.scan.sha256)
         if output is not None:
             results.make_room(output)
-        tools = _load_tools(selection, settings, encoder.spec, options.device, cache, observe)
+        tools = _tools(selection, settings, encoder.spec, encoder.spec.device, cache, observe)
         described = {
             **msgspec.json.decode(msgspec.json.encode(settings)),  # as it will be read back
-            "lm": tools.language_model and tools.language_model.described(),
-            "vocabulary": tools.vocabulary and tools.vocabulary.digest,
+            **_described_tools(tools),
         }
         gates.check_settings([task for task, _ in selection], described)
-        run = Run(encoder, settings, tools, cache, output, observe)
-        run.all(selection)
+        with local.open_engine(encoder, options) as engine:
+            run = Run(encoder, settings, tools, cache, output, observer)
+            run.all(selection, engine)
         evaluation = Evaluation(
             Result(
                 encoder=_encoder_record(encoder),
-                environment=environment(encoder),
+                environment=environment(encoder, engine),
                 settings={
                     **described,
                     "suite": suite,
                     "tasks": [task.name for task, _ in selection],
                     **gates.described(),
                 },
-                notes=list(dict.fromkeys(notes)),
+                notes=list(dict.fromkeys([*notes, *run.notes])),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 tasks=run.results,
                 averages=run.averages(0),
@@ -317,36 +325,41 @@ def default_output(model: Path, sha256: str) -> Path:
     return Path("results") / f"{model.stem}-{sha256[:8]}.json"
 
 
-def _load_tools(
+def _tools(
     selection: Sequence[tuple[Task, Path]],
     settings: Settings,
     spec: ModelSpec,
     device: str,
     cache: Path,
     observer: Observer,
-) -> Tools:
-    """The vocabulary and language model that heads need, loaded first: a wrong path shows before hours of embedding."""
-    vocabulary, language_model = None, None
-    if settings.vocabulary is not None:
-        from ..probes.wordpiece import WordPiece
-
-        vocabulary = WordPiece.from_file(Path(settings.vocabulary))
-        if settings.protocol != "xares":
-            observer(Note("--vocabulary is not used: only --protocol xares has BERT's, this one trains its own"))
-    if any(task.head.kind == "llm" for task, _ in selection):
-        from ..models.llm import LanguageModel
-
-        assert settings.lm is not None
-        language_model = LanguageModel(settings.lm, _torch_device(device, spec.info.provider))
-    elif settings.lm is not None:
+) -> ToolSettings:
+    """The vocabulary and language model that heads need."""
+    if settings.vocabulary is not None and settings.protocol != "xares":
+        observer(Note("--vocabulary is not used: only --protocol xares has BERT's, this one trains its own"))
+    has_llm = any(task.head.kind == "llm" for task, _ in selection)
+    if settings.lm is not None and not has_llm:
         observer(Note("no task has the llm head, so --lm is not used; --head librispeech=llm chooses it"))
-    return Tools(
-        vocabulary=vocabulary,
-        language_model=language_model,
+    return ToolSettings(
+        vocabulary=None if settings.vocabulary is None else Path(settings.vocabulary).absolute(),
+        language_model=_language_model(settings.lm) if has_llm and settings.lm else None,
+        device=_torch_device(device, spec.info.provider),
         checkpoints=cache / "checkpoints",
         threads=spec.threads,
-        device=_heads_device(device, spec.info.provider, observer),
+        heads_device=_heads_device(device, spec.info.provider, observer),
     )
+
+
+def _language_model(source: str) -> str:
+    """A folder, which a head's process may see from elsewhere; or a name in the cache of such models."""
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
+
+
+def _described_tools(tools: ToolSettings) -> dict[str, Any]:
+    """The tools as the record names them. They are loaded for it: a wrong path shows before hours of embedding."""
+    if tools.vocabulary is None and tools.language_model is None:
+        return {"lm": None, "vocabulary": None}
+    with local.HeadWorker() as process:
+        return process.call(describe_tools, tools, returns=dict[str, Any], silence_limit=None, observer=ignore)
 
 
 def _torch_device(device: str, provider: str) -> str:
@@ -371,7 +384,7 @@ def _heads_device(device: str, provider: str, observer: Observer) -> str | None:
     return name
 
 
-def environment(encoder: Encoder) -> dict[str, Any]:
+def environment(encoder: Encoder, engine: Engine) -> dict[str, Any]:
     """Versions and machine: what may differ between two runs that should agree."""
     packages = ("numpy", "torch", "scikit-learn", "soundfile", "soxr")
     return {
@@ -389,6 +402,7 @@ def environment(encoder: Encoder) -> dict[str, Any]:
             "processor": platform.processor() or platform.machine(),
             "instruction_sets": None if (names := instruction_sets()) is None else list(names),
             "threads": encoder.spec.threads,
+            **engine.described(),
         },
     }
 

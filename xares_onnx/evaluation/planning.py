@@ -129,6 +129,14 @@ def _row(
     )
 
 
+def head_weight(data: TaskData, taps: int) -> float:
+    """What a task's heads cost, in any unit: known from the sizes of its files, for the order in which tasks are taken."""
+    task = data.task
+    audio_bytes = sum(plan.stamp[1] for plan in data.plans.values())
+    weights = len(task.target.class_names or ()) or _WEIGHTS[task.head.kind]
+    return float(audio_bytes * weights * _folds(data) * taps)
+
+
 def _folds(data: TaskData) -> int:
     """Folds that the protocol trains: the task's own, or those of cross-validation if train and test share shards."""
     if data.task.data.folds:

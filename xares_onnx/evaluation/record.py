@@ -55,7 +55,7 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
 
 class Seconds(msgspec.Struct, frozen=True, kw_only=True):
     embed: float
-    """Wall time spent embedding in this run; about 0 where the store had everything."""
+    """Time that encoders spent on the task's shards in this run, added over them; 0 where the store had everything."""
     train: float
     score: float
 

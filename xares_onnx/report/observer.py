@@ -41,6 +41,7 @@ _STAGES = {
     "verify": ("verifying", "bytes"),
 }
 _SILENT_STAGES = ("prepare", "check")  # their end prints no line
+_MOST_BARS = 3  # at once: a task is embedded while the head of another is trained
 _PLAIN_SECONDS = 30  # between lines about a long download outside a terminal
 
 
@@ -122,11 +123,17 @@ class TerminalObserver:
     def _draw(self, stage: str, task: str, done: int, total: int) -> None:
         key = (stage, task)
         if key not in self._bars:
-            for old in self._bars.values():
-                self._progress.update(old, visible=False)
+            for task_id in self._past_bars():
+                self._progress.update(task_id, visible=False)
             description = f"{_STAGES[stage][0]} {task}"
             self._bars[key] = self._progress.add_task(description, total=total, start_done=done, unit=_STAGES[stage][1])
         self._progress.update(self._bars[key], completed=done, total=total)
+
+    def _past_bars(self) -> list[TaskID]:
+        """The bars that make room for a new one: those that ended, and all but the last of the others, which may go on."""
+        ended = {bar.id for bar in self._progress.tasks if bar.finished}
+        going_on = [bar for bar in self._bars.values() if bar not in ended]
+        return [*ended, *going_on[: 1 - _MOST_BARS]]
 
 
 @dataclass

@@ -1,0 +1,89 @@
+"""The jobs of an evaluation: small picklable records, each a pure function of itself and of the files that it names.
+
+A job may run twice, on any machine that sees these files, and leaves the same bytes: embeddings in the store, or an outcome
+in a file. Only its report comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from ..embedding.embed import EmbedSpec, ShardReport, embed_shard
+
+Slot = Literal["encoder", "head"]
+
+
+class Job(Protocol):
+    """What a scheduler knows of a job.
+
+    Attributes:
+        key: Names what the job makes; two jobs of equal keys make the same.
+        group: The task that it works for.
+        slot: What it occupies while it runs.
+        weight: What it costs, in any unit that jobs of its slot share.
+        memory: Bytes that it reads into memory; 0 for a job on an encoder, whose memory does not depend on the job.
+        needs: Keys of the jobs that must be done before. A key that no scheduled job has counts as done.
+    """
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def slot(self) -> Slot: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+
+class EmbedJob(msgspec.Struct, frozen=True, kw_only=True):
+    """Embed one shard. Its report is a `ShardReport`."""
+
+    key: str
+    """The name in the store of the first tap's embeddings, `spec.key()`."""
+    spec: EmbedSpec
+    clips: int
+    weight: float
+    """Bytes of audio: known without decoding, and near to hours among the shards of a task."""
+    slot: Literal["encoder"] = "encoder"
+    memory: int = 0
+    needs: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> str:
+        return self.spec.task
+
+    def call(self, device: str, threads: int) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
+        """What an encoder's process on this device has to call, as `function(*arguments, tell=...)`."""
+        model = msgspec.structs.replace(self.spec.model, device=device, threads=threads)
+        return embed_shard, (msgspec.structs.replace(self.spec, model=model),)
+
+
+class HeadReport(msgspec.Struct, frozen=True):
+    """The report of a head job: the keys that it lacks in the store (it then made nothing), else none."""
+
+    lacking: tuple[str, ...] = ()
+
+
+class HeadJob(msgspec.Struct, frozen=True, kw_only=True):
+    """Call `function(*arguments, tell=...)`, which trains and scores on stored embeddings and returns a `HeadReport`."""
+
+    key: str
+    group: str
+    function: Callable[..., HeadReport]
+    """By its name in a module; it is pickled."""
+    arguments: tuple[Any, ...]
+    weight: float
+    memory: int
+    needs: tuple[str, ...]
+    slot: Literal["head"] = "head"
+
+
+AnyJob = EmbedJob | HeadJob
+AnyReport = ShardReport | HeadReport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from patch_grids import as_tokens, declared
 
 from xares_onnx import load_encoder
 from xares_onnx.encoder.contract.contract import Contract
+from xares_onnx.encoder.contract.declarations import declared_beside
 from xares_onnx.encoder.contract.tokens import Tokens, parsed_grid
 from xares_onnx.encoder.encoder import Encoder
 from xares_onnx.errors import ContractError, UsageError
 
 pytestmark = pytest.mark.usefixtures("shared_process")
 RATE = 16_000
+CONFIG = {
+    "model_type": "audio-spectrogram-transformer",
+    "num_mel_bins": 128,
+    "patch_size": 16,
+    "frequency_stride": 10,
+    "time_stride": 10,
+    "max_length": 1024,
+}
 CLIPS = [models.noise(samples, seed) for seed, samples in enumerate([401, 5_001, *range(15_999, 100_000, 5_322)])]
 
 
@@ -154,6 +164,44 @@ def test_the_times_of_ast_are_measured(ast: Path) -> None:
     # a patch's middle: 7.5 frames after the middle of the first frame, 12.5 ms
     assert contract.first_frame_center_samples == pytest.approx(200 + 7.5 * 160, abs=100)
     assert contract.sources["hop_samples"] == "measured (where a change in the window shows)"
+
+
+def test_its_own_config_declares_the_grid(ast: Path, tmp_path: Path) -> None:
+    for file in ast.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_mel_bins": 64, "max_length": 256}))
+    contract = load_encoder(tmp_path, device="cpu").contract
+    assert (contract.window_frames, contract.hop_samples) == (25, 1_600)
+    assert contract.described()["tokens.grid"] == {"value": "5xT", "source": "config.json"}
+    declared = load_encoder(tmp_path, device="cpu", contract=["tokens.use=prefix"]).contract
+    assert declared.clip_only
+
+
+@pytest.mark.parametrize(
+    ("change", "grid"),
+    [
+        ({}, "12xT"),
+        ({"num_mel_bins": 64, "patch_size": 8, "frequency_stride": 8}, "8xT"),
+        ({"model_type": "wav2vec2"}, None),
+        ({"num_mel_bins": "x"}, None),
+        ({"num_mel_bins": True}, None),
+        ({"frequency_stride": 0}, None),
+        ({"patch_size": 10**30}, None),
+        ({"patch_size": None}, None),
+    ],
+)
+def test_what_a_config_declares(change: dict[str, Any], grid: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+    declared = declared_beside(tmp_path)
+    assert {key: declaration.value for key, declaration in declared.items()} == (
+        {"tokens.prefix": 2, "tokens.grid": grid} if grid else {}
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000])
+def test_a_config_of_another_program_declares_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert declared_beside(tmp_path) == {}
 
 
 # ---------------------------------------------------------------- the arithmetic

@@ -22,7 +22,7 @@ from ..foreign import ForeignFileError, open_regular
 from ..progress import Doing, Observer, ignore
 from .contract.declarations import (
     Declarations,
-    declared_by_preprocessor,
+    declared_beside,
     declared_in_metadata,
     declared_in_sidecar,
     declared_on_command_line,
@@ -31,7 +31,7 @@ from .contract.declarations import (
 )
 from .encoder import load_encoder
 from .limits import limits, memory_bytes, silence_seconds
-from .model_file import PREPROCESSOR_CONFIG, ModelScan, check_unchanged, find_model, scan_model
+from .model_file import ModelScan, check_unchanged, find_model, scan_model
 from .model_guard import messages
 from .worker import Beat, Tell, Worker, limit_memory
 
@@ -192,12 +192,12 @@ def _check_surroundings(source: Path, target: Path, declared: Declarations, in_m
         declared,
         declared_in_sidecar(source.with_suffix(".toml")),
         in_metadata,
-        declared_by_preprocessor(source.parent / PREPROCESSOR_CONFIG),
+        declared_beside(source.parent),
     )
     actual = merge(
         declared_in_sidecar(target.with_suffix(".toml")),
         in_metadata,
-        declared_by_preprocessor(target.parent / PREPROCESSOR_CONFIG),
+        declared_beside(target.parent),
     )
     lost = [
         (key, declaration)

@@ -29,7 +29,7 @@ from ..threads import usable_cores
 from .contract.contract import Contract
 from .contract.declarations import (
     Declarations,
-    declared_by_preprocessor,
+    declared_beside,
     declared_in_sidecar,
     declared_on_command_line,
     merge,
@@ -37,7 +37,7 @@ from .contract.declarations import (
 from .devices import chosen_devices
 from .exposure import ALL_LAYERS
 from .limits import LIFTED, silence_seconds
-from .model_file import PREPROCESSOR_CONFIG, check_unchanged, find_model
+from .model_file import check_unchanged, find_model
 from .resolve import resolve
 from .runner import embed_waveforms
 from .session import CPU, cuda_may_work
@@ -172,7 +172,7 @@ def open_encoder(
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(options.contract), declared_in_sidecar(model.with_suffix(".toml")))
     _check_taps(options.taps, declared)
-    beside = declared_by_preprocessor(model.parent / PREPROCESSOR_CONFIG)
+    beside = declared_beside(model.parent)
     threads = usable_cores() if options.threads is None else options.threads
     if threads < 1:
         raise UsageError(f"threads={threads} must be 1 or more")

@@ -18,7 +18,6 @@ from .integer_products import computes_in_integers
 from .limits import Limits, limits
 from .model_guard import check_model
 
-PREPROCESSOR_CONFIG = "preprocessor_config.json"
 _ORT_MAGIC = b"ORTM"  # at byte 4 of ONNX Runtime's own format, which the guard cannot read
 
 

@@ -15,12 +15,14 @@ from ...errors import ContractError, UsageError, foreign, nearest, quoted
 from ...foreign import ForeignFileError, NoFileError, parse_json, parse_toml, read_small
 from . import constants, tokens
 from . import frontend as frontends
+from .configs import declared_by_config
 from .contract import DEFAULT_SAMPLE_RATE
 from .extractors import NotComputedError, declared_by_extractor
 from .frontend import Frontend, make_frontend
 from .tokens import Tokens
 
 CONTRACT_VERSION = 1
+PREPROCESSOR_CONFIG, CONFIG = "preprocessor_config.json", "config.json"
 
 # What may be declared, and how its text is read. In a model's metadata each has the prefix `xares.`.
 _DECLARABLE: dict[str, Callable[[str], Any]] = {
@@ -164,6 +166,21 @@ def declared_by_preprocessor(path: Path) -> Declarations:
             **_read(rate, path.name, strict=False),
             "input_kind": Declaration("features", f"{path.name} ({error})"),
         }
+
+
+def declared_beside(folder: Path) -> Declarations:
+    """What Hugging Face's files beside a model declare: of its input `preprocessor_config.json`, of its tokens `config.json`.
+
+    Raises:
+        ContractError: `preprocessor_config.json` cannot be read, or a value is wrong. Any program may write a `config.json`.
+    """
+    path = folder / CONFIG
+    try:
+        raw = parse_json(read_small(path, _PREPROCESSOR_BYTES), dict[str, Any])
+    except ForeignFileError:
+        raw = {}
+    of_config = _read(declared_by_config(raw), path.name, strict=False)
+    return merge(declared_by_preprocessor(folder / PREPROCESSOR_CONFIG), of_config)
 
 
 def merge(*by_precedence: Declarations) -> Declarations:

@@ -53,7 +53,7 @@ families: .venv/installed  ## export every family with a checkpoint at real size
 	PYTHONPATH=tests/helpers $(BIN)/python bench/families.py
 
 bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and memory, as ratios within one run
-	$(BIN)/python bench/embedding.py resemblyzer.onnx
+	$(BIN)/python bench/host.py model resemblyzer.onnx
 	$(BIN)/python bench/adapters.py resemblyzer.onnx
 	PYTHONPATH=tests/helpers $(BIN)/python bench/layers.py
 	$(BIN)/python bench/heads.py

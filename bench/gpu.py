@@ -420,7 +420,7 @@ def embed_seconds(shards: list[Path], encoders: list[Any]) -> float:
 
 
 def heads(bench: Bench) -> None:
-    from gpu_heads import knn, linear_head, logistic_regression
+    from gpu_heads import converged, knn, linear_head, same_choice
 
     clips, dim, classes = (2000, 32, 10) if bench.dry else (138_361, 768, 1_251)
     device = "cpu" if bench.device == "cpu" else "cuda"
@@ -432,10 +432,10 @@ def heads(bench: Bench) -> None:
     bench.row("data", f"{clips} x {dim}, {classes} classes, of which {int(test.sum())} to test")
     known = (x, labels, test, classes)
     for what, act in (
-        (f"kNN on {device}", lambda: knn(*known, device)),
-        (f"logistic regression by L-BFGS in float32 on {device}", lambda: logistic_regression(*known, device)),
-        (f"logistic regression in float64 on {device}", lambda: logistic_regression(*known, device, double=True)),
-        ("kNN of 1,000 test clips on the CPU", lambda: knn(*known, None, queries=1000)),
+        (f"kNN on {device}", lambda: knn(x, labels, test, device)),
+        (f"converged head on {device}", lambda: converged(*known, device)),
+        (f"converged head of 100 classes on {device} and the CPU", lambda: same_choice(*known, device)),
+        ("kNN of 1,000 test clips on the CPU", lambda: knn(x, labels, test, None, queries=1000)),
         ("linear head, 1 fold x 1 seed x 1 epoch on the CPU", lambda: linear_head(*known)),
     ):
         bench.guarded(what, lambda what=what, act=act: bench.row(what, act()))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import soundfile
-from embedding import KINDS, embed, write_shard
+from clips import KINDS, embed, write_shard
 
 from xares_onnx.encoder.encoder import load_encoder
 

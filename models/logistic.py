@@ -9,20 +9,25 @@ eight decades take some 90 passes over the rows to a relative gradient norm of 1
 as fast as the others, though separable rows drive their weights far out: residuals and losses are computed without
 cancellation, so that those of 1e-9 are right in float32 (with cancellation, L-BFGS ended in thousands of failing line
 searches); and a strength starts at 2 t1 - t2 of the two solutions before it, on the path if the steps of log s are equal.
+The remembered steps are carried from strength to strength: only their share of the penalty changes, which is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .standardised import Design, Floats, Indices, Singles
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MAX_ITERATIONS = 500
+Dot = Callable[[npt.NDArray[Any], npt.NDArray[Any]], Floats]  # (groups,) dot products of two (rank + 1, outputs)
 _MEMORY = 8  # steps that L-BFGS remembers
 _MAX_TRIALS = 12  # of the length of a step
 _TINY = 1e-300
@@ -48,6 +53,12 @@ class Loss(Protocol):
         `columns` are the outputs of the logits. The sums are those of the loss, whose division within a group is arbitrary,
         and of its second derivative.
         """
+
+    def outputs_of(self, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The targets of a block in terms of outputs, as `step_on_device` takes them."""
+
+    def step_on_device(self, logits: Tensor, targets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """`step` in torch; the sums are float64."""
 
 
 class Multinomial:
@@ -81,12 +92,34 @@ class Multinomial:
         loss = np.where(true == 0, np.log1p(others.astype(np.float64)), np.log(total.astype(np.float64)) - true)
         weights /= total[:, None]
         wrong = others / total
-        curvature = weights.sum(axis=0, dtype=np.float64) - np.einsum("ij,ij->j", weights, weights)
+        curvature = (np.ones(len(weights), np.float32) @ weights).astype(np.float64)
+        curvature -= np.einsum("ij,ij->j", weights, weights)
         curvature += np.bincount(targets, (of_true / total * wrong).astype(np.float64), self.outputs)
         weights[rows, targets] = -wrong
         sums = np.stack([np.zeros(self.outputs), curvature])
         sums[0, 0] = loss.sum()
         return weights, sums
+
+    def outputs_of(self, targets: Indices) -> Indices:
+        return np.asarray(self._output_of[targets])
+
+    def step_on_device(self, logits: Tensor, targets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        at = targets[:, None]
+        logits -= logits.amax(dim=1, keepdim=True)
+        true = logits.gather(1, at).double()
+        weights = logits.exp_()
+        of_true = weights.gather(1, at)
+        weights.scatter_(1, at, 0.0)
+        others = weights.sum(dim=1, keepdim=True)
+        total = others + of_true
+        loss = others.double().log1p().where(true == 0, total.double().log() - true)
+        weights /= total
+        wrong = others / total
+        curvature = (weights - weights * weights).scatter_(1, at, of_true / total * wrong)
+        sums = curvature.sum(dim=0, dtype=true.dtype).repeat(2, 1)
+        sums[0] = 0
+        sums[0, 0] = loss.sum()
+        return weights.scatter_(1, at, -wrong), sums
 
 
 class OneVersusRest:
@@ -118,6 +151,22 @@ class OneVersusRest:
         curvature = weight * small / np.square(1 + small)
         return residual, np.stack([loss.sum(axis=0, dtype=np.float64), curvature.sum(axis=0, dtype=np.float64)])
 
+    def outputs_of(self, targets: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        return np.asarray(targets[:, self.taught])
+
+    def step_on_device(self, logits: Tensor, targets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        positive = targets.index_select(1, columns)
+        distance = logits.where(positive, -logits)
+        small = (-distance.abs()).exp()
+        weight = small.new_tensor(self._positive_weight).where(positive, small.new_tensor(1.0))
+        loss = weight * (small.log1p() + (-distance).clamp_min(0))
+        wrong = small.where(distance > 0, 1.0) / (1 + small)
+        residual = weight * (-wrong).where(positive, wrong)
+        curvature = weight * small / (1 + small).square()
+        double = loss.new_empty((2, loss.shape[1])).double()
+        double[0], double[1] = (values.sum(dim=0, dtype=double.dtype) for values in (loss, curvature))
+        return residual, double
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -137,7 +186,13 @@ class Solution:
 
 
 def path(
-    design: Design, loss: Loss, strengths: Sequence[float], tolerance: float, max_iterations: int = MAX_ITERATIONS
+    design: Design,
+    loss: Loss,
+    strengths: Sequence[float],
+    tolerance: float,
+    max_iterations: int = MAX_ITERATIONS,
+    *,
+    last_tolerance: float | None = None,
 ) -> Iterator[Solution]:
     """The solution of each strength, from the strongest on, which starts at zero weights.
 
@@ -147,50 +202,54 @@ def path(
         strengths: Falling by equal factors.
         tolerance: Of the relative gradient norm.
         max_iterations: Per strength.
+        last_tolerance: Of the last strength, if not the same.
     """
     theta = np.concatenate([np.zeros((design.rank, loss.outputs)), loss.start(design)[None]])
     before: _Point | None = None
     earlier: Floats | None = None
-    for strength in strengths:
+    steps: list[_Step] = []
+    for number, strength in enumerate(strengths, 1):
+        if last_tolerance is not None and number == len(strengths):
+            tolerance = last_tolerance
         start = theta if earlier is None else 2 * theta - earlier
-        solution, end = _Problem(design, loss, strength).solve(start, tolerance, max_iterations, before)
+        solution, end = _Problem(design, loss, strength).solve(start, tolerance, max_iterations, before, steps)
         earlier = None if before is None else theta
         theta, before = solution.theta, end
         yield solution
-
-
-def solve(
-    design: Design, loss: Loss, strength: float, theta: Floats, tolerance: float, max_iterations: int = MAX_ITERATIONS
-) -> Solution:
-    """The solution of one strength, starting at `theta` (rank + 1, outputs)."""
-    return _Problem(design, loss, strength).solve(theta, tolerance, max_iterations, None)[0]
 
 
 @dataclass
 class _Point:
     """The result of a pass over the rows at `theta` (rank + 1, outputs), without the penalty.
 
-    The mean loss (outputs,), its gradient, and the mean second derivative at the logits (outputs,), `bend`.
+    The mean loss (outputs,), its gradient, and the mean second derivative at the logits (outputs,), `bend`; of the weights
+    the sum of squares (outputs,), `size`, and that of squares times the variances, `spread`.
     """
 
     theta: Floats
-    loss: Floats
     gradient: Floats
+    loss: Floats
     bend: Floats
+    size: Floats
+    spread: Floats
 
-    def take(self, columns: Indices, other: _Point) -> None:
+    def _arrays(self) -> tuple[Floats, ...]:
+        return self.theta, self.gradient, self.loss, self.bend, self.size, self.spread
+
+    def with_columns(self, columns: Indices, other: _Point) -> _Point:
         """Replace some outputs by those of `other`, a point of just these outputs, in order."""
         if len(columns) == len(self.loss):
-            self.theta, self.loss, self.gradient, self.bend = other.theta, other.loss, other.gradient, other.bend
-            return
-        self.theta[:, columns], self.gradient[:, columns] = other.theta, other.gradient
-        self.loss[columns], self.bend[columns] = other.loss, other.bend
+            return other
+        copies = [array.copy() for array in self._arrays()]
+        for copy, array in zip(copies, other._arrays(), strict=True):
+            copy[..., columns] = array
+        return _Point(*copies)
 
     def of(self, columns: Indices) -> _Point:
         """The point of some outputs only."""
         if len(columns) == len(self.loss):
             return self
-        return _Point(self.theta[:, columns], self.loss[columns], self.gradient[:, columns], self.bend[columns])
+        return _Point(*(array[..., columns] for array in self._arrays()))
 
 
 class _Problem:
@@ -199,16 +258,23 @@ class _Problem:
         self._penalty = np.append(np.full(design.rank, strength), 0.0)[:, None]
         self._variances = np.append(design.variances, 1.0)[:, None]
         self._groups = int(loss.groups.max()) + 1
+        self._every = np.arange(loss.outputs)
 
     def _per_group(self, values: Floats) -> Floats:
         """(outputs,) to (groups,) sums."""
+        if self._groups == 1:
+            return np.array([values.sum()])
         return np.asarray(np.bincount(self._loss.groups, values, self._groups), np.float64)
+
+    def _per_output(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(groups,) values to (outputs,), or (1,) if there is one group."""
+        return values if self._groups == 1 else values[self._loss.groups]
 
     def _dot(self, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
         """(groups,) dot products of two (rank + 1, outputs)."""
         if self._groups == 1:
             return np.array([np.vdot(a, b)], np.float64)
-        return self._per_group(np.einsum("ij,ij->j", a, b, dtype=np.float64))
+        return self._per_group(np.einsum("ij,ij->j", a, b))
 
     def _evaluate(self, theta: Floats, columns: Indices) -> _Point:
         """The point at `theta` (rank + 1, columns) of some outputs, which are whole groups."""
@@ -216,131 +282,158 @@ class _Problem:
         def step(logits: Singles, targets: npt.NDArray[Any]) -> tuple[Singles, Floats]:
             return self._loss.step(logits, targets, columns)
 
-        gradient, sums = self._design.moments(step, theta)
+        if (on_device := self._design.on_device(self._loss)) is not None:
+            gradient, sums = on_device.moments(theta, columns)
+        else:
+            gradient, sums = self._design.moments(step, theta)
         gradient /= self._design.rows.count
         sums /= self._design.rows.count
-        return _Point(theta, sums[0], gradient, sums[1])
+        squares = np.square(theta[:-1])
+        return _Point(theta, gradient, sums[0], sums[1], squares.sum(axis=0), self._design.variances @ squares)
 
     def _objective(self, point: _Point) -> Floats:
         """(outputs,)"""
-        return np.asarray(point.loss + self._strength / 2 * np.square(point.theta[:-1]).sum(axis=0))
+        return point.loss + self._strength / 2 * point.size
 
     def _gradient(self, point: _Point) -> Floats:
         return point.gradient + self._penalty * point.theta
 
-    def _curvature(self, curvature: Floats) -> Floats:
-        """(rank + 1, outputs) guess of the diagonal of the Hessian."""
-        return np.asarray(np.maximum(curvature, LEAST_CURVATURE) * self._variances + self._penalty)
+    def _inverse_curvature(self, bend: Floats) -> Singles:
+        """(rank + 1, outputs) guess of the diagonal of the inverse Hessian."""
+        return np.asarray(1 / (bend * self._variances + self._penalty), np.float32)
 
-    def _relative_norm(self, theta: Floats, gradient: Floats, curvature: Floats) -> Floats:
-        """(groups,). A share of the bias keeps it finite if nothing can be learnt from the rows."""
-        size = self._dot(theta[:-1], curvature[:-1] * theta[:-1])
-        bias = self._per_group(curvature[-1] * np.square(theta[-1]) + curvature[-1])
-        return np.asarray(np.sqrt(self._dot(gradient, gradient / curvature) / np.maximum(size, 1e-8 * bias + _TINY)))
+    def _relative_norm(self, point: _Point, bend: Floats, squares: Floats) -> Floats:
+        """(groups,), given the `squares` of the gradient. A share of the bias keeps it finite if nothing can be learnt."""
+        size = self._per_group(bend * point.spread + self._strength * point.size)
+        bias = self._per_group(bend * np.square(point.theta[-1]) + bend)
+        return np.asarray(np.sqrt(squares / np.maximum(size, 1e-8 * bias + _TINY)))
 
-    def solve(self, start: Floats, tolerance: float, max_iterations: int, before: _Point | None) -> tuple[Solution, _Point]:
-        """Start at `start`, or at `before` in the groups in which that has the lower objective."""
+    def solve(
+        self, start: Floats, tolerance: float, max_iterations: int, before: _Point | None, steps: list[_Step]
+    ) -> tuple[Solution, _Point]:
+        """Start at `start`, or at `before` in the groups in which that has the lower objective.
+
+        `steps` are those of a stronger penalty; they are replaced by those of this one.
+        """
         groups = self._loss.groups
-        point = self._evaluate(start.copy(), np.arange(self._loss.outputs))
+        point = self._evaluate(start, self._every)
+        for step in steps:
+            step.change_strength(self._strength, self._dot)
         if before is not None:
+            self._remember(steps, before, point)
             back = self._per_group(self._objective(before)) < self._per_group(self._objective(point))
-            columns = np.flatnonzero(back[groups])
-            point.take(columns, before.of(columns))
-        steps: list[_Step] = []
+            if back.any():
+                columns = np.flatnonzero(back[groups])
+                point = point.with_columns(columns, before.of(columns))
         stuck = np.zeros(self._groups, bool)
         iterations = 0
-        gradient = self._gradient(point)
         while True:
-            curvature = self._curvature(point.bend)
-            norms = self._relative_norm(point.theta, gradient, curvature)
+            gradient = self._gradient(point).astype(np.float32)
+            bend = np.maximum(point.bend, LEAST_CURVATURE)
+            inverse = self._inverse_curvature(bend)
+            norms = self._relative_norm(point, bend, self._dot(gradient, gradient * inverse))
             active = (norms > tolerance) & ~stuck
             if not active.any() or iterations == max_iterations:
                 break
-            direction = self._direction(gradient, curvature, steps) * active[groups]
-            old = point.theta.copy()
-            moved = self._search(point, direction, self._dot(gradient, direction), active)
+            direction = self._direction(gradient, inverse, steps)
+            if not active.all():
+                direction *= active[groups]
+            new, moved = self._search(point, direction, self._dot(gradient, direction), active)
             if not moved[active].all():
                 # With a fresh guess of the curvature a step may still go down; if not even that does, float32 ends.
                 if not steps:
                     stuck |= active & ~moved
-                steps = []
-            new = self._gradient(point)
+                steps.clear()
             if moved.any():
-                steps.append(_Step.of(point.theta - old, new - gradient, self._dot))
-                del steps[:-_MEMORY]
-            gradient = new
+                self._remember(steps, point, new)
+            point = new
             iterations += 1
         worst = float(norms.max())
         return Solution(self._strength, point.theta, worst, iterations, worst <= tolerance), point
 
-    def _direction(self, gradient: Floats, curvature: Floats, steps: list[_Step]) -> Floats:
+    def _remember(self, steps: list[_Step], old: _Point, new: _Point) -> None:
+        step, change = new.theta - old.theta, new.gradient - old.gradient
+        change += self._penalty * step
+        steps.append(_Step(self._strength, step.astype(np.float32), change.astype(np.float32), self._dot))
+        del steps[:-_MEMORY]
+
+    def _direction(self, gradient: Singles, inverse_curvature: Singles, steps: list[_Step]) -> Singles:
         """L-BFGS's two loops, each group by itself."""
-        groups = self._loss.groups
-        inverse_curvature = (1 / curvature).astype(np.float32)
-        direction = -gradient.astype(np.float32)
+        direction = -gradient
         shares = []
         for step in reversed(steps):
             share = step.inverse * self._dot(step.step, direction)
             shares.append(share)
-            direction -= share.astype(np.float32)[groups] * step.change
+            direction -= self._per_output(share.astype(np.float32)) * step.change
         direction *= inverse_curvature
         if steps:
             last = steps[-1]
             size = self._dot(last.change, last.change * inverse_curvature)
             fit = np.divide(1, last.inverse * size, out=np.ones(self._groups), where=(last.inverse > 0) & (size > 0))
-            direction *= fit.astype(np.float32)[groups]
+            direction *= self._per_output(fit.astype(np.float32))
         for step, share in zip(steps, reversed(shares), strict=True):
             share = share - step.inverse * self._dot(step.change, direction)
-            direction += share.astype(np.float32)[groups] * step.step
-        return direction.astype(np.float64)
+            direction += self._per_output(share.astype(np.float32)) * step.step
+        return direction
 
     def _search(
-        self, point: _Point, direction: Floats, slope: Floats, active: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.bool_]:
-        """Move each active group far enough down along its direction; returns (groups,) whether it moved.
+        self, point: _Point, direction: Singles, slope: Floats, active: npt.NDArray[np.bool_]
+    ) -> tuple[_Point, npt.NDArray[np.bool_]]:
+        """Move each active group far enough down along its direction; returns the new point and (groups,) what moved.
 
         Far enough is Armijo's rule; or, if the fall is lost in the rounding of the loss, a slope that is not steeper.
         """
         groups = self._loss.groups
         level = self._per_group(self._objective(point))
-        begin = point.theta.copy()
+        begin = point.theta
         scale = np.ones(self._groups)
         pending = active & (slope < 0)
         moved = np.zeros(self._groups, bool)
         for _ in range(_MAX_TRIALS):
             if not pending.any():
                 break
-            columns = np.flatnonzero(pending[groups])
-            trial = self._evaluate(begin[:, columns] + scale[groups[columns]] * direction[:, columns], columns)
-            reached, end = np.zeros(self._groups), np.zeros(self._groups)
-            np.add.at(reached, groups[columns], self._objective(trial))
-            np.add.at(end, groups[columns], np.einsum("ij,ij->j", self._gradient(trial), direction[:, columns]))
-            rise = reached - level
-            flat = (np.abs(rise) <= 1e-6 * np.abs(level)) & (np.abs(end) <= np.abs(slope))
-            down = pending & ((rise <= 1e-4 * scale * slope) | flat)
+            if pending.all():
+                columns = self._every
+                trial = self._evaluate(begin + self._per_output(scale) * direction, columns)
+                rise = self._per_group(self._objective(trial)) - level
+            else:
+                columns = np.flatnonzero(pending[groups])
+                trial = self._evaluate(begin[:, columns] + scale[groups[columns]] * direction[:, columns], columns)
+                rise = np.bincount(groups[columns], self._objective(trial), self._groups) - level
+            down = pending & (rise <= 1e-4 * scale * slope)
+            flat = pending & ~down & (np.abs(rise) <= 1e-6 * np.abs(level))
+            if flat.any():
+                slopes = np.einsum("ij,ij->j", self._gradient(trial), direction[:, columns])
+                end = np.bincount(groups[columns], slopes, self._groups)
+                down |= flat & (np.abs(end) <= np.abs(slope))
             taken = down[groups[columns]]
-            point.take(columns[taken], trial.of(np.flatnonzero(taken)))
+            if taken.any():
+                point = point.with_columns(columns[taken], trial.of(np.flatnonzero(taken)))
             moved |= down
             pending &= ~down
             bow = 2 * (rise - scale * slope)
             least = np.divide(-slope * scale, bow, out=np.full(self._groups, 0.5), where=pending & (bow > 0))
             scale = np.where(pending, scale * least.clip(0.1, 0.5), scale)
-        return moved
+        return point, moved
 
 
-@dataclass(frozen=True)
 class _Step:
-    """One iteration's step and change of the gradient, (rank + 1, outputs), and 1 / their dot product, (groups,).
+    """A step and the change of the gradient along it, (rank + 1, outputs), and 1 / their dot product, (groups,).
 
     The inverse is 0 for a group that did not move, or whose gradient shows no positive curvature.
     """
 
-    step: Singles
-    change: Singles
-    inverse: Floats
+    def __init__(self, strength: float, step: Singles, change: Singles, dot: Dot) -> None:
+        self.step, self.change = step, change
+        self._strength = strength
+        self._invert(dot)
 
-    @classmethod
-    def of(cls, step: Floats, change: Floats, dot: Any) -> _Step:
-        product = dot(step, change)
-        inverse = np.divide(1, product, out=np.zeros_like(product), where=product > _TINY)
-        return cls(step.astype(np.float32), change.astype(np.float32), inverse)
+    def _invert(self, dot: Dot) -> None:
+        product = dot(self.step, self.change)
+        self.inverse = np.divide(1, product, out=np.zeros_like(product), where=product > _TINY)
+
+    def change_strength(self, strength: float, dot: Dot) -> None:
+        """Make the change of the gradient what it would be with another penalty."""
+        self.change[:-1] += np.float32(strength - self._strength) * self.step[:-1]
+        self._strength = strength
+        self._invert(dot)

@@ -12,11 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
+
+if TYPE_CHECKING:  # torch takes seconds to import: only for a device
+    from .device import DeviceRows
+    from .logistic import Loss
 
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -131,12 +135,13 @@ class Design:
         self.rows, self.pool = rows, pool
         self.standardisation = Standardisation.of(rows, pool)
         self._kept: Singles | None = None
+        self._on_device: DeviceRows | None = None
         self._starts = [0]
         if not self.standardisation.finite:
             self.axes, self.variances = np.zeros((rows.dim, 0)), np.zeros(0)
             return
         if rows.count * min(rows.count, rows.dim) <= _VALUES_KEPT:
-            parts = list(pool.map(self._standardised, rows.blocks))
+            parts = list(pool.map(self.standardised, rows.blocks))
             self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
             whole = np.concatenate(parts)
             if axes is None or axes.shape[1] < rows.dim:
@@ -149,12 +154,23 @@ class Design:
         else:
             self.axes, self.variances = main_axes(np.asarray(sum(pool.map(self._moment, rows.blocks))) / rows.count)
 
-    def _standardised(self, number: int) -> Singles:
+    def standardised(self, number: int) -> Singles:
+        """A block of rows, standardised."""
         return self.standardisation.apply(self.rows.block(number))
 
     def _moment(self, number: int) -> Floats:
-        block = self._standardised(number).astype(np.float64)
+        block = self.standardised(number).astype(np.float64)
         return block.T @ block
+
+    def on_device(self, loss: Loss) -> DeviceRows | None:
+        """The rows on the pool's device, for one loss; None if the pool has none, or if so small a pass does not pay."""
+        if self.pool.device is None:
+            return None
+        from .device import DeviceRows, pays, torch_device
+
+        if self._on_device is None and pays(self.rows.count, self.rows.dim, loss.outputs):
+            self._on_device = DeviceRows(self, loss, torch_device(self.pool.device))
+        return self._on_device
 
     @property
     def rank(self) -> int:
@@ -182,7 +198,7 @@ class Design:
         starts = self._starts
 
         def part(number: int) -> tuple[Singles, Floats, Floats]:
-            block = self._standardised(number) if self._kept is None else self._kept[starts[number] : starts[number + 1]]
+            block = self.standardised(number) if self._kept is None else self._kept[starts[number] : starts[number + 1]]
             outputs = block @ weight
             outputs += bias
             values, sums = step(outputs, self.rows.targets(number))
@@ -219,10 +235,13 @@ def main_axes(covariance: Floats) -> tuple[Floats, Floats]:
 
 
 class Pool:
-    """Maps a function over numbers; results come in order, so that their sum is the same with any number of threads."""
+    """Maps a function over numbers; results come in order, so that their sum is the same with any number of threads.
 
-    def __init__(self, executor: ThreadPoolExecutor | None, threads: int) -> None:
-        self._executor, self._threads = executor, threads
+    `device` is the torch device for large passes over rows; None if the CPU makes them all.
+    """
+
+    def __init__(self, executor: ThreadPoolExecutor | None, threads: int, device: str | None = None) -> None:
+        self._executor, self._threads, self.device = executor, threads, device
 
     def map(self, function: Callable[[int], Result], count: int) -> Iterator[Result]:
         if self._executor is None:
@@ -236,11 +255,14 @@ class Pool:
 
 
 @contextmanager
-def pool_of(threads: int) -> Iterator[Pool]:
-    """A pool in which each thread multiplies alone: a product's bytes may depend on how many threads share it."""
+def pool_of(threads: int, device: str | None = None) -> Iterator[Pool]:
+    """A pool in which each thread multiplies alone: a product's bytes may depend on how many threads share it.
+
+    With the name of a torch `device`, large passes over rows are made there.
+    """
     with threadpool_limits(1, user_api="blas"):
         if threads == 1:
-            yield Pool(None, 1)
+            yield Pool(None, 1, device)
         else:
             with ThreadPoolExecutor(threads) as executor:
-                yield Pool(executor, threads)
+                yield Pool(executor, threads, device)

@@ -23,7 +23,17 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """A model's process may be silent for minutes, because it takes long to start on a busy machine."""
+    from xares_onnx.encoder import limits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "SILENCE_SECONDS", 200.0)
+        yield
+
+
+@pytest.fixture(scope="session")
 def _shared_worker() -> Iterator[Worker]:
     from xares_onnx.encoder.worker import Worker
 
@@ -33,7 +43,7 @@ def _shared_worker() -> Iterator[Worker]:
 
 @pytest.fixture
 def shared_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoders of a module's tests share one process, so that a test costs milliseconds.
+    """Encoders of many tests share one process, so that a test costs milliseconds and not the start of one.
 
     The process keeps the last model that it loaded from a path.
     """

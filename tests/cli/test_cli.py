@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(autouse=True)
-def surroundings(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def surroundings(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_process: None) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("XARES_ONNX_DATA", "XARES_ONNX_CACHE"):
         monkeypatch.setenv(name, world.environment[name])
@@ -253,6 +253,19 @@ def test_without_arguments_help_is_printed(world: World) -> None:
 
 
 # ---------------------------------------------------------------- real processes
+
+
+def test_a_rerun_loads_no_model_and_nothing_that_its_heads_do_not_need(world: World) -> None:
+    options = ["--tasks", world.good, "--method", "head", "--seeds", "1"]
+    check = (
+        "import atexit, sys; from xares_onnx.cli import main\n"
+        f"sys.argv = {['xares-onnx', *world.evaluate(*options, '--quiet')]!r}\n"
+        "heavy = ('onnxruntime', 'onnx', 'torch', 'webdataset', 'jiwer', 'jinja2', 'tokenizers')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", check], env=world.environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_help_and_version_load_nothing_heavy(world: World) -> None:

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from shard_makers import clip_members, member, write_tar
 
+from xares_onnx.data import shards
 from xares_onnx.data.shards import (
     MAX_LABEL_BYTES,
     ShardIndex,
@@ -39,6 +40,32 @@ BLOCK = tarfile.BLOCKSIZE
 CLIPS = {f"clip{i}": (f"audio of {i} ".encode() * (20 * i + 1), {"label": "abc"[i % 3], "n": i}) for i in range(6)}
 
 same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+
+
+def header_read_by(reader: Any, block: bytes) -> Any:
+    """What decides where a member lies and what it is, or the error."""
+    try:
+        header = reader.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return type(error), str(error)
+    return header.name, header.size, header.type
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("name", ["ordner/ü.flac", f"{'p' * 99}/{'n' * 90}.json"])
+def test_a_header_is_read_as_tarfile_reads_it_whichever_byte_is_damaged(name: str, form: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime, info.uname = 123_456, 0o640, 1_700_000_000, "someone"
+    block = info.tobuf(form, "utf-8", "surrogateescape")[-BLOCK:]
+    assert header_read_by(shards._Header, block) == header_read_by(tarfile.TarInfo, block)
+    for at in range(BLOCK):
+        for value in {0, 0x20, 0x37, 0xFF, block[at] ^ 1}:
+            damaged = bytearray(block)
+            damaged[at] = value
+            for checksum in (block[148:156], b"%06o\0 " % tarfile.calc_chksums(damaged)[0]):  # type: ignore[attr-defined]
+                damaged[148:156] = damaged[148:156] if 148 <= at < 156 else checksum
+                content = bytes(damaged)
+                assert header_read_by(shards._Header, content) == header_read_by(tarfile.TarInfo, content), (at, value)
 
 
 def healthy() -> list[Member]:

@@ -316,22 +316,30 @@ def test_a_shard_that_changes_while_it_is_read_is_an_error(encoder: Encoder, tmp
     assert not list((tmp_path / "store").glob("*/*"))
 
 
-@pytest.mark.parametrize(("seconds_ahead", "most"), [(900.0, 5), (1.0, 2)])
+@pytest.mark.parametrize(
+    ("seconds_ahead", "group_seconds", "most"), [(900.0, 1.0, 5), (900.0, 3.0, 15), (1.0, 1.0, 2), (1.0, 3.0, 3)]
+)
 def test_decoding_runs_only_a_few_clips_ahead(
-    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds_ahead: float, most: int
+    encoder: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds_ahead: float,
+    group_seconds: float,
+    most: int,
 ) -> None:
     """Else a shard of long clips would lie in memory as a whole; clips that are long wait one at a time."""
     monkeypatch.setattr(embed, "_SECONDS_AHEAD", seconds_ahead)
+    monkeypatch.setattr(embed, "_GROUP_SECONDS", group_seconds)
     path = shard_of(tmp_path / "a.tar", {f"{i}": np.zeros(RATE) for i in range(60)})
     (spec,) = shard_specs(encoder, "mine", [plan_of(path)], WHOLE, Store(tmp_path), frames=False).values()
-    decoded, lock, decode = [0], threading.Lock(), audio.decode
+    decoded, lock, load = [0], threading.Lock(), audio.load
 
-    def counting(data: bytes) -> tuple[audio.Waveform, int]:
+    def counting(*arguments: Any) -> tuple[audio.Waveform, float]:
         with lock:
             decoded[0] += 1
-        return decode(data)
+        return load(*arguments)
 
-    monkeypatch.setattr(audio, "decode", counting)
+    monkeypatch.setattr(audio, "load", counting)
     ahead = []
     for taken, _ in enumerate(_Decoded(spec, index_shard(path).samples, RATE), start=1):
         time.sleep(0.002)
@@ -342,12 +350,12 @@ def test_decoding_runs_only_a_few_clips_ahead(
 
 
 def decoding(
-    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: Any, beat: Any = lambda: None
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Any, beat: Any = lambda: None
 ) -> tuple[list[str], list[Drop]]:
     """Keys that are decoded, and drops, of a shard of six clips of 1 s read with another decoder."""
     path = shard_of(tmp_path / "a.tar", {f"{i}": np.full(RATE, i / 10) for i in range(6)})
     (spec,) = shard_specs(encoder, "mine", [plan_of(path)], WHOLE, Store(tmp_path), frames=False).values()
-    monkeypatch.setattr(audio, "decode", decode)
+    monkeypatch.setattr(audio, "load", load)
     decoded = _Decoded(spec, index_shard(path).samples, RATE, beat)
     return [job.tag[0].key for job in decoded], decoded.drops
 
@@ -355,13 +363,13 @@ def decoding(
 def test_a_clip_that_takes_all_memory_is_a_named_drop(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = audio.decode
+    load = audio.load
 
-    def greedy(data: bytes) -> tuple[audio.Waveform, int]:
-        samples, rate = decode(data)
+    def greedy(*arguments: Any) -> tuple[audio.Waveform, float]:
+        samples, seconds = load(*arguments)
         if samples[0] == np.float32(0.3):
             raise MemoryError
-        return samples, rate
+        return samples, seconds
 
     read, drops = decoding(encoder, tmp_path, monkeypatch, greedy)
     assert read == ["0", "1", "2", "4", "5"]
@@ -372,10 +380,11 @@ def test_a_clip_that_takes_all_memory_is_a_named_drop(
 def test_long_recordings_are_decoded_one_at_a_time(
     long_seconds: float, together: int, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "_LONG_SECONDS", long_seconds)
-    decode, changed, at_once = audio.decode, threading.Condition(), [0, 0]
+    monkeypatch.setattr(audio, "LONG_SECONDS", long_seconds)
+    monkeypatch.setattr(embed, "_GROUP_SECONDS", 1.0)
+    resample, changed, at_once = audio.resample, threading.Condition(), [0, 0]
 
-    def watched(data: bytes) -> tuple[audio.Waveform, int]:
+    def watched(*arguments: Any) -> audio.Waveform:
         with changed:
             at_once[0] += 1
             at_once[1] = max(at_once)
@@ -384,31 +393,53 @@ def test_long_recordings_are_decoded_one_at_a_time(
         time.sleep(0.05)
         with changed:
             at_once[0] -= 1
-        return decode(data)
+        return resample(*arguments)
 
-    assert len(decoding(encoder, tmp_path, monkeypatch, watched)[0]) == 6
+    monkeypatch.setattr(audio, "resample", watched)
+    assert len(decoding(encoder, tmp_path, monkeypatch, audio.load)[0]) == 6
     assert at_once[1] == together
+
+
+def test_long_clips_after_short_ones_are_decoded_one_by_one(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group is as large as the clips before let expect; if it is longer, the rest of it waits."""
+    lengths = [1, 1, 1, 1, 1, 1, 1, 30, 30, 30, 1, 1, 1]
+    path = shard_of(tmp_path / "a.tar", {f"{i:02}": np.zeros(n * RATE) for i, n in enumerate(lengths)})
+    (spec,) = shard_specs(encoder, "mine", [plan_of(path)], WHOLE, Store(tmp_path), frames=False).values()
+    groups, decode = [], _Decoded._decode_group
+
+    def watched(self: _Decoded, group: Any) -> Any:
+        groups.append(outcomes := decode(self, group))
+        return outcomes
+
+    monkeypatch.setattr(_Decoded, "_decode_group", watched)
+    decoded = _Decoded(spec, index_shard(path).samples, RATE)
+    assert [job.tag[0].key for job in decoded] == [f"{i:02}" for i in range(len(lengths))]
+    assert all(sum(clip[1] for clip in group[:-1]) < 10 for group in groups)
+    assert max(len(group) for group in groups) > 1
 
 
 def test_decoding_is_a_sign_of_life_for_a_while(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recording of hours keeps a worker waiting; so does a decoder that spins, but not for ever."""
     monkeypatch.setattr(embed, "_DECODING_SECONDS", 2)
+    monkeypatch.setattr(embed, "_GROUP_SECONDS", 1.0)
     monkeypatch.setattr(_Decoded, "_beat_sometimes", lambda self: None)
-    decode, beats, waited, clips = audio.decode, [0], threading.Event(), list[Any]()
+    load, beats, waited, decoded = audio.load, [0], threading.Event(), list[float]()
 
     def hurried(futures: list[Any], timeout: float) -> Any:
-        """A second takes 50 ms for the third clip; each other one is waited for as long as it takes."""
-        clips.extend(set(futures) - set(clips))
-        return wait(futures, timeout / 20 if len(clips) == 3 else None)
+        """A second takes 50 ms once the third clip alone is waited for; each other one takes as long as it takes."""
+        return wait(futures, timeout / 20 if len(decoded) >= 2 and not waited.is_set() else None)
 
     monkeypatch.setattr(embed, "wait", hurried)
 
-    def slow(data: bytes) -> tuple[audio.Waveform, int]:
-        samples, rate = decode(data)
+    def slow(*arguments: Any) -> tuple[audio.Waveform, float]:
+        samples, seconds = load(*arguments)
         if samples[0] == np.float32(0.2):
             waited.wait(100)
             time.sleep(0.3)
-        return samples, rate
+        decoded.append(float(samples[0]))
+        return samples, seconds
 
     def beat() -> None:
         beats[0] += 1

@@ -19,7 +19,7 @@ from xares_onnx.errors import DataError, DataMissingError, UsageError
 from xares_onnx.evaluation import evaluation
 from xares_onnx.evaluation.differences import Side
 from xares_onnx.evaluation.gates import Floor, Gates
-from xares_onnx.evaluation.record import Average, Gate
+from xares_onnx.evaluation.record import Average, Gate, TaskResult
 from xares_onnx.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("shared_process")
@@ -206,6 +206,28 @@ def test_a_baseline_of_other_data_is_refused(tmp_path: Path) -> None:
     gates.check_data(shipped_tasks()["desed"], "anything")
     with pytest.raises(DataError, match="other data of esc50"):
         gates.check_data(ESC50, "other")
+
+
+def test_a_run_by_one_method_is_held_to_the_baselines_scores_by_that_method() -> None:
+    """Its predictions by the other are not even read, for nothing is compared with them."""
+    of_head, of_knn = kept(0), kept(1)
+    records = [record("esc50", accuracy(of_head)), record("esc50", accuracy(of_knn), method="knn")]
+    read: list[str] = []
+
+    def predictions_of(of: TaskResult) -> Any:
+        read.append(of.method)
+        return of_head if of.method == "linear" else of_knn
+
+    fields = {"definition_digest": ESC50.digest()}
+    records = [msgspec.structs.replace(of, **fields) for of in records]
+    tasks = [ESC50]
+    for method, name in (("head", "linear"), ("knn", "knn")):
+        read.clear()
+        Gates(Side("base", result(records), predictions_of)).check(tasks, {**SETTINGS, "methods": [method]})
+        assert read == [name]
+    neighbours_only = Gates(Side("base", result(records[1:]), predictions_of))
+    with pytest.raises(UsageError, match="base has no score of any selected task"):
+        neighbours_only.check(tasks, {**SETTINGS, "methods": ["head"]})
 
 
 def test_a_tolerance_needs_a_baseline() -> None:

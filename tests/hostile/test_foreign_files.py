@@ -267,3 +267,8 @@ def test_a_text_in_a_model(text: str, tmp_path: Path) -> None:
     outcome = bounded("annotate", tmp_path / "model.onnx", "--contract", "source=x", "-o", tmp_path / "out.onnx", seconds=40)
     refused(outcome, 3, says)
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_name_in_a_folder_that_is_not_utf_8(tmp_path: Path) -> None:
+    models.save(models.encoder(), tmp_path / "mod\udce9l.onnx")
+    refused(scored(tmp_path), 3, "has a name that is not UTF-8; rename it")

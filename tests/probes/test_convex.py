@@ -337,7 +337,6 @@ def test_one_value_that_is_no_number_gives_no_score(name: str, part: str, value:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_same_bytes_whatever_the_threads(monkeypatch: pytest.MonkeyPatch, name: str, kept: int) -> None:
     monkeypatch.setattr(standardised, "ROWS_AT_ONCE", 37)
-    monkeypatch.setattr(convex, "ROWS_AT_ONCE", 37)
     monkeypatch.setattr(standardised, "_VALUES_KEPT", kept)
     p = problem(60)
     found = [p.fit(OBJECTIVES[name](p), threads=threads) for threads in (1, 2, 1)]
@@ -354,7 +353,7 @@ def test_blocks_change_nothing_that_counts(monkeypatch: pytest.MonkeyPatch, name
     p = problem(60)
     whole = p.fit(OBJECTIVES[name](p))
     monkeypatch.setattr(standardised, "ROWS_AT_ONCE", 37)
-    monkeypatch.setattr(convex, "ROWS_AT_ONCE", 11)
+    monkeypatch.setattr(convex, "rows_at_once", lambda dim: 11)
     monkeypatch.setattr(standardised, "_VALUES_KEPT", 10)
     blocks = p.fit(OBJECTIVES[name](p))
     if name == "classes":

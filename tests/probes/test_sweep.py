@@ -70,9 +70,15 @@ class Run:
 
 
 def run(
-    curves: Sequence[Curve], *, seeds: Sequence[int] = (0,), epochs: int = 20, patience: int = 3, rows: Rows = ROWS
+    curves: Sequence[Curve],
+    *,
+    seeds: Sequence[int] = (0,),
+    epochs: int = 20,
+    patience: int = 3,
+    rows: Rows = ROWS,
+    counts_clips: bool = False,
 ) -> Run:
-    plan = Sweep(rates=RATES[: len(curves)], batch_size=4, epochs=epochs, patience=patience)
+    plan = Sweep(RATES[: len(curves)], batch_size=4, epochs=epochs, patience=patience, counts_clips=counts_clips)
     learners: list[Written] = []
     steps: list[int] = []
 
@@ -103,6 +109,50 @@ def test_the_best_rate_on_selection_is_chosen(curves: Sequence[Curve], chosen: f
     assert [trial.selection for trial in result.tuning.tried] == [max(score for score, _ in curve) for curve in curves]
     assert [trial.test for trial in result.tuning.tried] == [learner.rate + learner.best for learner in done.learners]
     assert result.tuning.setting == "learning rate"
+
+
+def chosen_by(curves: Sequence[Curve], selection_clips: int, **options: Any) -> list[float]:
+    rows = Rows(np.arange(40), np.arange(40, 40 + selection_clips), ROWS.test)
+    tuning = run(curves, rows=rows, **options).results[0].tuning
+    assert tuning is not None
+    return tuning.chosen
+
+
+@pytest.mark.parametrize(
+    ("curves", "chosen"),
+    [
+        ([[(0.3, 0)], [(0.5, 2)], [(0.34, 0)]], 0.01),  # far below
+        ([[(0.36, 1)], [(0.5, 2)], [(0.34, 0)]], 0.001),  # within a standard error, 0.16, the lowest loss
+        ([[(0.5, 1)], [(0.5, 2)], [(0.45, 1)]], 0.001),  # of equals the lower rate
+        ([[(0.99, 1)], [(1, 2)], [(0.98, 0)]], 0.01),  # all are right, which has no error
+    ],
+)
+def test_right_or_wrong_clips_that_cannot_tell_rates_apart_leave_it_to_the_loss(
+    curves: Sequence[Curve], chosen: float
+) -> None:
+    assert chosen_by(curves, 10, counts_clips=True) == [chosen]
+
+
+def test_many_selection_clips_tell_rates_apart_that_few_cannot() -> None:
+    curves: list[Curve] = [[(0.5, 1)], [(0.53, 2)]]
+    assert chosen_by(curves, 100, counts_clips=True) == [0.001]
+    assert chosen_by(curves, 400, counts_clips=True) == [0.01]
+    assert chosen_by(curves, 100) == [0.01]
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(1, 90), (4 * 1500, 90), (4 * 1500 + 1, 90), (4 * 3000, 50), (10**7, 1)])
+def test_a_large_training_has_fewer_epochs(rows: int, epochs: int) -> None:
+    """At most 150,000 batches, and one epoch."""
+    assert Sweep(RATES, batch_size=4, epochs=90, patience=3).most_epochs(rows) == epochs
+
+
+def test_an_epoch_that_the_updates_do_not_allow_is_not_trained_and_is_said() -> None:
+    rising = [(0.1 * epoch, 1.0) for epoch in range(1, 9)]
+    done = run([rising], rows=Rows(np.arange(4 * 30_000), ROWS.valid, ROWS.test))
+    assert done.learners[0].epoch == 5
+    assert done.results[0].tuning is not None
+    assert done.results[0].tuning.convergence.limit_reached
+    assert done.steps[-1] == 20
 
 
 def test_a_loss_that_still_falls_keeps_a_training_going() -> None:

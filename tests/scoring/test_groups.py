@@ -255,6 +255,27 @@ def test_a_stratum_of_one_group_stays_in_training() -> None:
     assert not groups_in(valid, groups) & groups_in(train, groups)
 
 
+def test_the_last_group_of_a_stratum_stays_in_training() -> None:
+    """Both groups that have it are small enough, and together a tenth of the clips."""
+    keys = [f"k{number}" for number in range(100)]
+    groups = ["most"] * 90 + ["a"] * 5 + ["b"] * 5
+    strata = np.array([0] * 90 + [1] * 10)
+    train, valid = hold_out(np.arange(100), keys, strata, groups)
+    assert len(valid) == 5
+    assert set(strata[train]) == {0, 1}
+    assert len(groups_in(valid, groups)) == 1
+
+
+def test_groups_that_must_stay_take_no_place_among_those_held_out() -> None:
+    """Ten speakers say what only they say, so a tenth of all clips is held out from the ten others."""
+    groups = [f"p{number // 6}" for number in range(120)]
+    strata = np.array([number % 2 if number < 60 else 2 + number // 6 for number in range(120)])
+    train, valid = hold_out(np.arange(120), [f"k{number}" for number in range(120)], strata, groups)
+    assert len(valid) == 12
+    assert valid.max() < 60
+    assert not groups_in(valid, groups) & groups_in(train, groups)
+
+
 GOLDEN_VALID = [0, 5, 7, 11, 15, 19]
 GOLDEN_FOLDS = [
     ([8, 15, 20, 25, 27, 28, 33, 34, 47, 49, 50, 57], [0, 13, 18, 35, 44]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from xares_onnx.data.shards import Clips
 from xares_onnx.data.targets import ClassTarget
 from xares_onnx.data.task import Data, Head, Score, Task
 from xares_onnx.errors import UsageError
+from xares_onnx.probes import convex
 from xares_onnx.scoring.dataset import Dataset
 from xares_onnx.scoring.folds import Fold
 from xares_onnx.scoring.kinds import Tools
@@ -36,7 +38,9 @@ TASK = Task(
 )
 
 
-def kind(sizes: tuple[int, ...] = (30, 30, 30, 30), *, crops: int = 1, order: int = 0, folds: int = 1) -> Classes:
+def kind(
+    sizes: tuple[int, ...] = (30, 30, 30, 30), *, crops: int = 1, order: int = 0, folds: int = 1, threads: int = 1
+) -> Classes:
     """Classes around centres of their own; a tenth of the training clips is held out, 200 are tested."""
     draw = np.random.default_rng(5)
     labels = np.concatenate([np.repeat(np.arange(len(sizes)), sizes), draw.integers(0, len(sizes), 200)])
@@ -60,7 +64,8 @@ def kind(sizes: tuple[int, ...] = (30, 30, 30, 30), *, crops: int = 1, order: in
     )
     train, test = np.sort(place[train]), np.sort(place[test])
     fold = Fold("0", train[10:], train[:10], test, held_out=train[:10])
-    return Classes(TASK, Protocol("corrected"), dataset, [replace(fold, name=str(i)) for i in range(folds)], Tools())
+    tools = Tools(threads=threads)
+    return Classes(TASK, Protocol("corrected"), dataset, [replace(fold, name=str(i)) for i in range(folds)], tools)
 
 
 def reference(of: Classes, count: int) -> list[float]:
@@ -125,6 +130,30 @@ def test_the_order_of_the_clips_changes_no_draw(rows: list[Shots]) -> None:
 
 def test_the_same_bytes_twice(rows: list[Shots]) -> None:
     assert score_shots(kind(), (1, 2, 4, 8, 16)) == rows
+
+
+def test_the_same_bytes_with_two_threads_which_share_the_heads(rows: list[Shots], monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=60)
+    fit, waiting = convex.fit_fold, [True, True]
+
+    def together(*args: Any, **options: Any) -> Any:
+        """Each of the first two fits waits for the other, so that one thread alone would never end."""
+        if waiting:
+            waiting.pop()
+            both.wait()
+        return fit(*args, **options)
+
+    monkeypatch.setattr(convex, "fit_fold", together)
+    told: list[tuple[int, int]] = []
+    threads = set()
+
+    def on_draw(done: int, of: int) -> None:
+        told.append((done, of))
+        threads.add(threading.current_thread())
+
+    assert score_shots(kind(threads=2), (1, 2, 4, 8, 16), on_draw) == rows
+    assert told == [(n, 5 * DRAWS) for n in range(1, 5 * DRAWS + 1)]
+    assert threads == {threading.current_thread()}
 
 
 def test_one_count_does_not_depend_on_the_others(rows: list[Shots]) -> None:

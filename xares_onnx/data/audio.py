@@ -7,7 +7,8 @@ for more memory than `MAX_FRAMES` samples.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import BinaryIO, Literal
 
 import msgspec
@@ -31,6 +32,7 @@ MAX_SECONDS = 2 * 3600
 MAX_FRAMES = 1 << 28  # 1 GiB of mono float32
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; a header that claims another rate lies
 MIN_TAIL_SECONDS = 1.0
+LONG_SECONDS = 900.0
 _BLOCK_SAMPLES = 1 << 19  # of all channels together
 
 
@@ -49,32 +51,70 @@ def decode(data: bytes) -> tuple[Waveform, int]:
     # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
     with _Bytes(data) as buffer:
         blocks, rates = zip(*decode_blocks(buffer), strict=True)
-    return np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0]), rates[0]
+    return _joined(blocks), rates[0]
+
+
+def load(data: bytes, target_rate: int, alone: AbstractContextManager[object]) -> tuple[Waveform, float]:
+    """Decode an audio file and resample it.
+
+    Args:
+        data: The encoded file.
+        target_rate: In Hz.
+        alone: Entered while a recording longer than `LONG_SECONDS` is in memory, which may take a gigabyte.
+
+    Returns:
+        Mono samples (frames,) at `target_rate`, and the seconds of the file.
+
+    Raises:
+        ClipError: As `decode` and `resample` do.
+    """
+    with ExitStack() as held:
+        with _Bytes(data) as buffer, _opened(buffer) as (file, rate):
+            if file.frames > LONG_SECONDS * rate:
+                held.enter_context(alone)
+            samples = _joined(list(_blocks(file, rate)))
+        return resample(samples, rate, target_rate), len(samples) / rate
 
 
 def decode_blocks(source: BinaryIO) -> Iterator[tuple[Waveform, int]]:
     """`decode` block by block, so that a long recording is never in memory whole. Yields at least one block, or raises."""
+    with _opened(source) as (file, rate):
+        for samples in _blocks(file, rate):
+            yield samples, rate
+
+
+@contextmanager
+def _opened(source: BinaryIO) -> Iterator[tuple[soundfile.SoundFile, int]]:
+    """An audio file and its sampling rate. What libsndfile or soundfile raise until it is closed becomes a `ClipError`."""
     try:
         with soundfile.SoundFile(source) as file:
             rate = int(file.samplerate)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise ClipError(f"sampling rate {rate} Hz is not plausible")
-            limit = min(MAX_FRAMES, MAX_SECONDS * rate)
-            # The header may lie about the length: blocks are read until the decoder says that it ends.
-            frames = 0
-            block_frames = max(1, _BLOCK_SAMPLES // file.channels)
-            while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
-                frames += len(block)
-                if frames > limit:
-                    raise ClipError(f"longer than {limit / rate / 60:.0f} minutes")
-                samples = _mono(block)
-                if not np.isfinite(samples).all():
-                    raise ClipError("audio holds NaN or infinite samples")
-                yield samples, rate
+            yield file, rate
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise _undecodable(error) from error
+
+
+def _blocks(file: soundfile.SoundFile, rate: int) -> Iterator[Waveform]:
+    limit = min(MAX_FRAMES, MAX_SECONDS * rate)
+    # The header may lie about the length: blocks are read until the decoder says that it ends.
+    frames = 0
+    block_frames = max(1, _BLOCK_SAMPLES // file.channels)
+    while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
+        frames += len(block)
+        if frames > limit:
+            raise ClipError(f"longer than {limit / rate / 60:.0f} minutes")
+        samples = _mono(block)
+        if not np.isfinite(samples).all():
+            raise ClipError("audio holds NaN or infinite samples")
+        yield samples
     if not frames:
         raise ClipError("audio holds no samples")
+
+
+def _joined(blocks: Sequence[Waveform]) -> Waveform:
+    return np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0])
 
 
 class _Bytes(io.BytesIO):
@@ -89,10 +129,14 @@ class _Bytes(io.BytesIO):
 
 def _mono(block: npt.NDArray[np.float32]) -> Waveform:
     """Mean of the channels, (frames, channels) to (frames,). Column by column: nine times as fast as `mean(axis=1)`."""
-    total: Waveform = block[:, 0].copy()
-    for channel in range(1, block.shape[1]):
+    channels = block.shape[1]
+    if channels == 1:
+        return block[:, 0]
+    total: Waveform = block[:, 0] + block[:, 1]
+    for channel in range(2, channels):
         total += block[:, channel]
-    return total if block.shape[1] == 1 else total / np.float32(block.shape[1])
+    total /= np.float32(channels)
+    return total
 
 
 def duration(data: bytes) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx2
 import msgspec
 
-from ..errors import DownloadError, printable
+from ..errors import DownloadError, foreign, printable
 from ..files import TEMPORARY_SUFFIX, disk_error, file_checksum, write_aside
 from ..version import __version__
 from .zenodo import MAX_ANSWER_BYTES, Address, Record, RemoteFile, origin, parse_record
@@ -159,7 +159,7 @@ class Client:
                 f"{self.address.host} redirects to an invalid address: {printable(str(error))[:200]}"
             ) from error
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
-            reason = printable(str(error)) or "no reply"
+            reason = foreign(str(error)) or "no reply"
             raise _PassingError(f"{self.address.host} cannot be reached ({reason})") from error
         except httpx2.TimeoutException as error:
             raise _PassingError(f"nothing arrived for {self.patience.stall_seconds:g} s") from error
@@ -172,11 +172,13 @@ class Client:
             wait = _asked_wait(response)
             if wait is not None:
                 self._resume_at = max(self._resume_at, time.monotonic() + wait)
-            raise _PassingError(f"{self.address.host} answered {status} {response.reason_phrase}".rstrip(), wait)
+            raise _PassingError(f"{self.address.host} answered {status} {foreign(response.reason_phrase)}".rstrip(), wait)
         if status not in (200, 206, 416):
             meaning = {401: "not open to everyone", 403: "not open to everyone", 404: "not there", 410: "withdrawn"}
             explained = f", {meaning[status]}" if status in meaning else ""
-            raise _GoneError(f"{self.address.host} answered {status} {response.reason_phrase}{explained}: {response.url}")
+            raise _GoneError(
+                f"{self.address.host} answered {status} {foreign(response.reason_phrase)}{explained}: {response.url}"
+            )
 
     def check_stop(self) -> None:
         """Raises `StoppedError` if `stop` is set."""

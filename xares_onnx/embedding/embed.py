@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -20,12 +21,10 @@ import numpy.typing as npt
 
 from ..data import audio
 from ..data.audio import CropSettings
-from ..data.selection import ShardPlan
-from ..data.shards import Drop, Sample, index_shard, read_extent, read_label
+from ..data.shards import Drop, Sample, ShardReader, index_shard, label_text, open_shard
 from ..encoder import processor
 from ..encoder.chunking import Chunk, frame_centers
 from ..encoder.contract.contract import Contract
-from ..encoder.encoder import Encoder
 from ..encoder.resolve import open_session
 from ..encoder.runner import ChunkRunner, Job
 from ..encoder.session import Session
@@ -36,12 +35,17 @@ from ..files import Stamp, stamp
 from ..progress import Doing, Progress
 from .store import STORE_VERSION, Clip, EmbeddedShard, FrameSpool, Header, Store, store_key
 
+if TYPE_CHECKING:  # the worker imports this module, and starts in half the time without these
+    from ..data.selection import ShardPlan
+    from ..encoder.encoder import Encoder
+
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
-_LONG_SECONDS = 900.0
 _DECODING_SECONDS = 300  # longest wait for one clip: a long recording is no hanging model
 _DISK_SECONDS = 900.0  # longest wait for a slow disk
 _SECONDS_AHEAD = 900.0  # most decoded audio that waits for the model
+_GROUP_SECONDS = 10.0  # audio that a thread decodes before it hands over
+_GROUP_CLIPS = 16
 
 
 class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,28 +271,50 @@ class _Decoded:
         self.drops: list[Drop] = []
 
     def __iter__(self) -> Iterator[Job]:
-        waiting: deque[tuple[Sample, Future[_DecodedClip]]] = deque()
+        waiting: deque[tuple[Sequence[Sample], Future[list[_DecodedClip | ClipError]]]] = deque()
+        taken = 0
         with ThreadPoolExecutor(self._spec.model.threads) as pool:
-            for sample in self._samples:
-                waiting.append((sample, pool.submit(self._decode, sample)))
+            while taken < len(self._samples) or waiting:
                 # Of long recordings fewer are decoded at a time: the waiting seconds are bounded, too.
-                ahead = min(2 * self._spec.model.threads, int(_SECONDS_AHEAD / max(self._longest, 1.0)))
-                while len(waiting) > ahead:
-                    yield from self._jobs(*waiting.popleft())
-            while waiting:
-                yield from self._jobs(*waiting.popleft())
+                ahead = min(2 * self._spec.model.threads, int(_SECONDS_AHEAD / max(self._longest, _GROUP_SECONDS)))
+                while taken < len(self._samples) and len(waiting) <= ahead:
+                    group = self._samples[taken : taken + self._clips_of_group()]
+                    waiting.append((group, pool.submit(self._decode_group, group)))
+                    taken += len(group)
+                group, future = waiting.popleft()
+                outcomes = self._result(future)
+                if rest := group[len(outcomes) :]:
+                    waiting.appendleft((rest, pool.submit(self._decode_group, rest)))
+                for sample, outcome in zip(group, outcomes, strict=False):
+                    yield from self._jobs(sample, outcome)
 
-    def _decode(self, sample: Sample) -> _DecodedClip:
-        label = read_label(self._spec.shard, sample.label)
+    def _clips_of_group(self) -> int:
+        """How many clips a thread is given at once: short ones share the cost of handing over."""
+        return max(1, min(_GROUP_CLIPS, int(_GROUP_SECONDS / self._longest))) if self._longest else 1
+
+    def _decode_group(self, group: Sequence[Sample]) -> list[_DecodedClip | ClipError]:
+        """The first clips of a group, at least one, until they are long enough together."""
+        outcomes: list[_DecodedClip | ClipError] = []
+        seconds = 0.0
+        with open_shard(self._spec.shard) as shard:
+            for sample in group:
+                try:
+                    clip = self._decode(shard, sample)
+                    seconds += clip[1]
+                    outcomes.append(clip)
+                except ClipError as error:
+                    outcomes.append(error)
+                if seconds >= _GROUP_SECONDS:
+                    break
+        return outcomes
+
+    def _decode(self, shard: ShardReader, sample: Sample) -> _DecodedClip:
+        label = label_text(shard.read(sample.label))
         try:
-            data = read_extent(self._spec.shard, sample.audio)
-            with self._one_at_a_time if audio.duration(data) > _LONG_SECONDS else nullcontext():
-                samples, rate = audio.decode(data)
-                waveform = audio.resample(samples, rate, self._rate)
+            waveform, seconds = audio.load(shard.read(sample.audio), self._rate, self._one_at_a_time)
         except MemoryError as error:
             raise ClipError("it needs more memory than there is") from error
-        crops = audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule)
-        return crops, len(samples) / rate, label
+        return audio.crop(waveform, self._rate, self._spec.crops.seconds, self._spec.crops.rule), seconds, label
 
     def _beat_sometimes(self) -> None:
         """Send a sign of life: many clips may be collected before the first one has a result."""
@@ -296,18 +322,20 @@ class _Decoded:
             self._last_beat = now
             self._beat()
 
-    def _jobs(self, sample: Sample, future: Future[_DecodedClip]) -> Iterator[Job]:
+    def _result(self, future: Future[list[_DecodedClip | ClipError]]) -> list[_DecodedClip | ClipError]:
         for _ in range(_DECODING_SECONDS):
-            if wait([future], timeout=1.0).done:
+            if future.done() or wait([future], timeout=1.0).done:
                 break
             self._last_beat = time.perf_counter()
             self._beat()
         self._beat_sometimes()
-        try:
-            crops, seconds, label = future.result()
-        except ClipError as error:
-            self.drops.append(Drop(sample.key, str(error)))
+        return future.result()
+
+    def _jobs(self, sample: Sample, outcome: _DecodedClip | ClipError) -> Iterator[Job]:
+        if isinstance(outcome, ClipError):
+            self.drops.append(Drop(sample.key, str(outcome)))
             return
+        crops, seconds, label = outcome
         self._longest = max(self._longest, seconds)
         for i, waveform in enumerate(crops):
             yield Job((sample, seconds, label, i == len(crops) - 1), waveform)

@@ -70,6 +70,16 @@ class Clip(msgspec.Struct, frozen=True):
     label: str
 
 
+class _Row(msgspec.Struct, frozen=True):
+    """A further line of the `.jsonl`: one of the two."""
+
+    clip: Clip | None = None
+    drop: Drop | None = None
+
+
+_decode_row = msgspec.json.Decoder(_Row).decode
+
+
 @dataclass(frozen=True)
 class Frames:
     """Frames of all crops: `values` (frames, dim) float16 or float32, `times` (frames,) in seconds from the clip's start.
@@ -143,9 +153,9 @@ class Store:
                 arrays = {name: file.get_tensor(name) for name in file.keys() if name != "frames"}  # noqa: SIM118
             first, *lines = read_small(self._rows(key), _MAX_ROWS).splitlines()
             header = msgspec.json.decode(first, type=Header)
-            rows = [json.loads(line) for line in lines]
-            clips = [msgspec.convert(row["clip"], Clip) for row in rows if "clip" in row]
-            drops = [msgspec.convert(row["drop"], Drop) for row in rows if "drop" in row]
+            rows = [_decode_row(line) for line in lines]
+            clips = [row.clip for row in rows if row.clip is not None]
+            drops = [row.drop for row in rows if row.drop is not None]
             pooled, clip_of_crop = arrays["pooled"], arrays["clip_of_crop"]
             frames = Frames(_mapped_frames(path), arrays["offsets"], arrays["times"]) if "offsets" in arrays else None
         except (ForeignFileError, OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):

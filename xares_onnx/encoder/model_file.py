@@ -50,7 +50,9 @@ def find_model(path: Path) -> Path:
     """
     try:
         str(path).encode()
-        return _existing(path)
+        file = _existing(path)
+        str(file).encode()  # in a folder, a stranger gave the name
+        return file
     except UnicodeEncodeError as error:
         raise ModelError(f"model {quoted(str(path))} has a name that is not UTF-8; rename it") from error
     except OSError as error:

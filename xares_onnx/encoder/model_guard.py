@@ -95,11 +95,11 @@ def messages(path: Path, model: onnx.ModelProto, limits: Limits) -> Iterator[Mes
             if field.message_type is not None:
                 waiting.extend([value] if isinstance(value, Message) else value)
             elif field.type == field.TYPE_STRING:
-                texts = [value] if isinstance(value, str | bytes) else value
-                if any(isinstance(text, bytes) for text in texts):
-                    raise ModelError(f"{path} is damaged: its {field.name} is not UTF-8 text")
-                if field.name not in _UNBOUNDED and any(len(text) > _MAX_TEXT for text in texts):
-                    raise ModelError(f"{path} has a {field.name} of more than {_MAX_TEXT} characters")
+                for text in [value] if isinstance(value, str | bytes) else value:
+                    if isinstance(text, bytes):
+                        raise ModelError(f"{path} is damaged: its {field.name} is not UTF-8 text")
+                    if len(text) > _MAX_TEXT and field.name not in _UNBOUNDED:
+                        raise ModelError(f"{path} has a {field.name} of more than {_MAX_TEXT} characters")
 
 
 def _check_names(path: Path, model: onnx.ModelProto) -> None:

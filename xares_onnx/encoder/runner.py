@@ -68,7 +68,7 @@ class ChunkRunner:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Chunk, list[_Frames], bool]]:
         """(job, chunk, kept frames (frames, dim) of each tap, whether it is the job's last), in the order of the jobs."""
-        # One window runs while the next is collected. If a window is one chunk, each thread has its next chunk ready.
+        # One window runs while the next is collected. If a window is one thread's, each has its next window ready.
         ahead = 1 if self._batching.window_samples else 2 * self._callers
         waiting: deque[list[tuple[_Piece, Future[list[list[_Frames]]], int]]] = deque()
         with ThreadPoolExecutor(self._callers) as pool:
@@ -84,7 +84,8 @@ class ChunkRunner:
                 raise
 
     def _windows(self, jobs: Iterable[Job]) -> Iterator[list[_Piece]]:
-        """Consecutive chunks, as many as the batching's window holds; one at a time if it holds none."""
+        """Consecutive chunks: as many as the batching's window holds; if it holds none, about one full chunk of samples."""
+        size = self._batching.window_samples or self._contract.chunk_samples
         window: list[_Piece] = []
         samples = 0
         for job in jobs:
@@ -94,7 +95,7 @@ class ChunkRunner:
             for chunk in chunks:
                 window.append(_Piece(job, chunk, chunk is chunks[-1]))
                 samples += chunk.length
-                if samples >= self._batching.window_samples:
+                if samples >= size:
                     yield window
                     window, samples = [], 0
         if window:
@@ -103,15 +104,22 @@ class ChunkRunner:
     def _submit(
         self, pool: ThreadPoolExecutor, window: list[_Piece]
     ) -> list[tuple[_Piece, Future[list[list[_Frames]]], int]]:
-        """Each chunk with its call, and its number within the call."""
+        """Each chunk with its future, and its number within it."""
+        if not self._batching.window_samples:  # each chunk has its own call, which may take less time than a future
+            future = pool.submit(self._run_each, window)
+            return [(piece, future, place) for place, piece in enumerate(window)]
         calls: dict[int, tuple[Future[list[list[_Frames]]], int]] = {}
         for group in self._batching.groups([piece.chunk.length for piece in window]):
             future = pool.submit(self._run_group, [window[number] for number in group])
             calls.update((number, (future, place)) for place, number in enumerate(group))
         return [(piece, *calls[number]) for number, piece in enumerate(window)]
 
+    def _run_each(self, window: list[_Piece]) -> list[list[_Frames]]:
+        return [self._run_group([piece])[0] for piece in window]
+
     def _run_group(self, group: list[_Piece]) -> list[list[_Frames]]:
-        batch = np.stack([cut(job.waveform, chunk) for job, chunk, _ in group])
+        cuts = [cut(job.waveform, chunk) for job, chunk, _ in group]
+        batch = cuts[0][None] if len(cuts) == 1 else np.stack(cuts)
         held = [chunk.stop - chunk.start for _, chunk, _ in group]
         kept: list[list[_Frames]] = [[] for _ in group]
         for contract, output in zip(self._taps, self._session.run_taps(batch, self._taps, held), strict=True):

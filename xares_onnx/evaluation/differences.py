@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..data.catalog import in_group, shipped_tasks
 from ..errors import DataError, DataMissingError, ScoreUndefinedError, UsageError
-from ..metrics.bootstrap import Scorer, point
+from ..metrics.bootstrap import Scorer, point, scored_alike
 from ..metrics.intervals import Estimate, Scale, adjusted, average, detectable, estimates, interval, p_value
 from ..scoring.protocol import Protocol
 from ..scoring.scoring import Predictions, clips_of, generator, groups_of_clips, scorers_of
@@ -92,7 +92,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     detectable: float | None
     """The smallest true difference that these clips and seeds detect with a probability of 0.8."""
     alike: bool
-    """Whether both models score every clip alike."""
+    """Whether both models score every clip alike, with every seed."""
     per_seed: list[float]
     tolerance: float
     """Differences up to this count as the same: the tolerance, for an error times A's error."""
@@ -330,7 +330,7 @@ def _difference(
         ci95=ci95,
         p_adjusted=p_value(estimate),
         detectable=detectable(estimate),
-        alike=estimate.unvaried,
+        alike=scored_alike(scorers_a, scorers_b, rng),
         per_seed=[float(value) for value in sign * (scores[1] - scores[0]).mean(axis=0)],
         tolerance=same_within,
         verdict=verdict_of(ci95, same_within),

@@ -23,7 +23,7 @@ from ..encoder.processor import instruction_sets
 from ..encoder.spec import ModelOptions, ModelSpec
 from ..engine import local
 from ..engine.engine import Engine
-from ..errors import XaresError
+from ..errors import MachineError, XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
 from ..scoring.kinds import kind_of
@@ -41,6 +41,7 @@ from .settings import METHODS, Method, Settings, checked_settings, with_heads
 from .task_scores import ToolSettings, describe_tools, method_by_tap
 
 _BY_CONTENT = ("lm", "vocabulary")  # recorded by the content of their files, which is known once they are loaded
+_CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
 @dataclass
@@ -341,9 +342,10 @@ def _tools(
     return ToolSettings(
         vocabulary=None if settings.vocabulary is None else Path(settings.vocabulary).absolute(),
         language_model=_language_model(settings.lm) if has_llm and settings.lm else None,
-        device=_torch_device(device, spec.info.provider),
+        language_device=_torch_device(device, spec.info.provider),
         checkpoints=cache / "checkpoints",
         threads=spec.threads,
+        device=_heads_device(device, spec.info.provider, observer),
     )
 
 
@@ -364,7 +366,22 @@ def _torch_device(device: str, provider: str) -> str:
     """The device of torch: `device` if torch has it, else the one that the ONNX Runtime provider runs on."""
     if device.startswith(("auto", "cpu", "cuda")):
         return device
-    return "cuda" if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
+    return "cuda" if provider in _CUDA_PROVIDERS else "cpu"
+
+
+def _heads_device(device: str, provider: str, observer: Observer) -> str | None:
+    """The torch device of large heads and searches: the encoder's if that runs on CUDA; None for the CPU."""
+    if provider not in _CUDA_PROVIDERS:
+        return None
+    from ..models.device import torch_device
+
+    name = device if device.startswith("cuda") else "cuda"
+    try:
+        torch_device(name)
+    except MachineError as error:
+        observer(Note(f"heads and kNN run on the CPU, though the encoder runs on CUDA: {error}"))
+        return None
+    return name
 
 
 def environment(encoder: Encoder, engine: Engine) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 from .bootstrap import Array, Indices
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 
 class AveragePrecisionScorer:
@@ -85,6 +89,8 @@ class _Ranking:
 
 
 def _rows_of(columns: Indices, bounds: Indices, width: int) -> sparse.csr_array:
+    from scipy import sparse  # needed only for tags
+
     rows: sparse.csr_array = sparse.csr_array(
         (np.ones(len(columns), np.float32), columns, bounds), shape=(len(bounds) - 1, width)
     )

@@ -23,6 +23,7 @@ FromSums = Callable[[Array], Array]
 RESAMPLES = 2000
 LEVEL = 0.95
 _DRAWS_AT_ONCE = 1 << 22
+_WEIGHTS_TRIED = 8
 
 
 class Scorer(Protocol):
@@ -57,6 +58,25 @@ class SumScorer:
 def point(scorers: Sequence[Scorer]) -> Array:
     """The scores themselves (folds, seeds), with every clip counted once."""
     return np.stack([scorer(np.ones((1, scorer.clips)))[0] for scorer in scorers])
+
+
+def scored_alike(a: Sequence[Scorer], b: Sequence[Scorer], rng: np.random.Generator) -> bool:
+    """Whether two models, given by their scorers by fold, score every clip alike with every seed.
+
+    Then their scores are equal however much each clip counts. Equal means over seeds are no sign of it: one seed may lose
+    what another wins.
+
+    Args:
+        a: One model's scorers.
+        b: The other's, of the same clips.
+        rng: Source of the weights that are tried; equality under a few of them by chance has the probability 0.
+    """
+    with one_thread():
+        for scorer, other in zip(a, b, strict=True):
+            weights = rng.exponential(size=(_WEIGHTS_TRIED, scorer.clips))
+            if not np.array_equal(scorer(weights), other(weights), equal_nan=True):
+                return False
+    return True
 
 
 def bootstrap(

@@ -100,6 +100,7 @@ def fit_frames(
     layers: Sequence[str] = (),
     fold: int = 0,
     threads: int = 1,
+    device: str | None = None,
     on_fit: Callable[[], None] = lambda: None,
 ) -> EventsResult:
     """Choose strength and threshold, fit, and predict the test clips of one fold.
@@ -113,6 +114,7 @@ def fit_frames(
         layers: Names of the layers whose frames lie side by side, if the head is to see a mix of them.
         fold: Number of the fold, for the result.
         threads: Share the passes over the frames; any number gives the same bytes.
+        device: torch device for large passes; the CPU makes all of them by default.
         on_fit: Called after each fit.
 
     Raises:
@@ -120,7 +122,7 @@ def fit_frames(
     """
     one_layer = OneAgainstTheRest(clips.classes, positive_weight)
     objective = MixedFits(one_layer, layers) if layers else one_layer
-    with np.errstate(all="ignore"), pool_of(threads) as pool:
+    with np.errstate(all="ignore"), pool_of(threads, device) as pool:
         counting = _Counting(clips, segment_seconds, average, pool)
         tried: list[Tried] = []
         near: Fit | None = None
@@ -154,6 +156,7 @@ def train_convex_frames(
     average: Average,
     layers: Sequence[str] = (),
     threads: int = 1,
+    device: str | None = None,
     on_fit: Callable[[int], None] = lambda fits: None,
 ) -> list[EventsResult]:
     """`fit_frames` of every fold, several at once; `on_fit` is called with the number of `convex.fits` done."""
@@ -168,6 +171,7 @@ def train_convex_frames(
             layers=layers,
             fold=fold,
             threads=threads,
+            device=device,
             on_fit=fitted,
         )
 

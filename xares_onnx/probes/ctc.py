@@ -40,7 +40,7 @@ from .training import (
 
 Frames = npt.NDArray[np.floating[Any]]  # of one clip (frames, dim), float16 or float32
 
-SWEEP = Sweep(rates=(1e-3, 5e-3, 2e-2, 1e-1), batch_size=8, epochs=40, patience=6)
+SWEEP = Sweep(rates=(1e-3, 1e-2, 3e-2, 1e-1), batch_size=8, epochs=100, patience=8)
 _ROWS_READ_AT_ONCE = 64  # small enough to stay in the cache from the conversion to the normalisation
 _ROWS_SCORED_AT_ONCE = 4096
 

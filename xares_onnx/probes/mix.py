@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.logistic import MAX_ITERATIONS, Loss, path
-from ..models.mixing import JointSolution, Layers, Mixture, Squares, solve_jointly
+from ..models.mixing import SELECTION_TOLERANCE, TOLERANCE, JointSolution, Layers, Mixture, Squares, solve_jointly
 from ..models.standardised import Head, Pool, Rows
+from . import convex
 from .convex import (
     PATH_TOLERANCE,
-    SELECTION_TOLERANCE,
-    TOLERANCE,
     Convergence,
     Fit,
     Floats,
@@ -44,7 +43,7 @@ class MixedFits:
         if not problem.learnable(mixture):
             yield from (problem.constant(mixture, strength) for strength in self.strengths)
             return
-        for start in path(mixture, problem.loss, self.strengths, SELECTION_TOLERANCE, MAX_ITERATIONS):
+        for start in path(mixture, problem.loss, self.strengths, convex.SELECTION_TOLERANCE, MAX_ITERATIONS):
             solution = solve_jointly(mixture, problem.loss, start.strength, start.theta, SELECTION_TOLERANCE)
             yield problem.fit(mixture, solution)
 

@@ -39,7 +39,7 @@ from .wordpiece import WordPiece
 
 Arithmetic = Literal["corrected", "xares"]
 
-SWEEP = Sweep(rates=(1e-4, 5e-4, 2e-3, 1e-2), batch_size=128, epochs=60, patience=8)
+SWEEP = Sweep(rates=(1e-4, 5e-4, 2e-3, 1e-2), batch_size=128, epochs=100, patience=8, counts_clips=True)
 RANKS = (1, 5, 10)
 _ROWS_AT_ONCE = 4096  # most crops or captions that go through a tower at once when scoring
 _VALUES_AT_ONCE = 1 << 24  # most similarities held at once, 64 MiB

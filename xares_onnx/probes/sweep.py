@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,26 +18,36 @@ from ..errors import ScoreUndefinedError
 from .training import RUNAWAY, HeadResult, Indices, OnEpoch, Rows, Selection
 from .tuning import Convergence, Trial, Tuning, finite_or_none
 
+MOST_UPDATES = 150_000  # of one training: 42 epochs of 28,500 clips in batches of eight
+
 
 @dataclass(frozen=True)
 class Sweep:
     """The constant learning `rates` of a sweep, ascending, and when each training stops.
 
     A training ends after `patience` epochs without a new best score or a new lowest loss on the selection clips (a CTC head
-    writes nothing for a while, though its loss falls), at an output or a loss that is not finite, or after `epochs`. The
-    best epoch, and then the best rate, has the highest score; of equal ones the lowest loss; of equals it is the first, and
-    the lower rate. Without selection clips the middle rate is taken, with all `epochs`.
+    writes nothing for a while, though its loss falls), at an output or a loss that is not finite, or after `epochs`, or
+    fewer if these are more than `MOST_UPDATES` batches. The best epoch has the highest score; of equal ones the lowest loss;
+    of equals it is the first. The best rate is chosen likewise, the lower of equals. But a score that counts whole clips,
+    right or wrong (`counts_clips`), often cannot tell rates apart if the clips are few, and the highest is luck: then the
+    best rate has the lowest loss among those whose score is at most a standard error below the highest. Without selection
+    clips the middle rate is taken, with all `epochs`.
     """
 
     rates: tuple[float, ...]
     batch_size: int
     epochs: int
     patience: int
+    counts_clips: bool = False
 
     @property
     def steps(self) -> int:
         """Epochs of all rates; `Clock` counts up to this number."""
         return len(self.rates) * self.epochs
+
+    def most_epochs(self, rows: int) -> int:
+        """The most epochs of a training on so many rows."""
+        return min(self.epochs, max(1, MOST_UPDATES // max(1, math.ceil(rows / self.batch_size))))
 
 
 class Clock:
@@ -99,7 +109,7 @@ class Learner(Protocol):
 def swept(
     make: Callable[[int, float], Learner], fold: int, rows: Rows, seeds: Sequence[int], plan: Sweep, clock: Clock
 ) -> Iterator[HeadResult]:
-    """Train the heads of one fold, by ascending seed. At most two learners exist at a time.
+    """Train the heads of one fold, by ascending seed, one at a time; the first seed's heads are kept until one is chosen.
 
     Args:
         make: Makes a fresh learner from a seed and a rate.
@@ -116,19 +126,19 @@ def swept(
     first, *others = sorted(seeds)
     rates = plan.rates if len(rows.valid) else (plan.rates[len(plan.rates) // 2],)
     trials: list[Trial] = []
-    leader: tuple[float, Learner, bool] | None = None
+    trained: list[_Trained] = []
     for rate in rates:
         learner = make(first, rate)
         limit_reached = _train(learner, rows, plan, clock)
         trials.append(_trial(learner, rate, rows))
-        if learner.selection.epoch and (leader is None or learner.selection.exceeds(leader[1].selection)):
-            leader = rate, learner, limit_reached
+        if learner.selection.epoch:
+            trained.append(_Trained(rate, learner, limit_reached))
         del learner
     clock.trainings_ended(len(plan.rates) - len(rates))
-    if leader is None:
+    if not trained:
         raise ScoreUndefinedError(RUNAWAY)
-    rate, learner, limit_reached = leader
-    del leader
+    rate, learner, limit_reached = _best(trained, len(rows.valid) if plan.counts_clips else None)
+    trained.clear()
     yield _result(learner, fold, first, rows, rate, trials, limit_reached)
     for seed in others:
         del learner
@@ -139,10 +149,26 @@ def swept(
         yield _result(learner, fold, seed, rows, rate, trials, limit_reached)
 
 
+class _Trained(NamedTuple):
+    rate: float
+    learner: Learner
+    limit_reached: bool
+
+
+def _best(trained: Sequence[_Trained], clips: int | None) -> _Trained:
+    """The lowest loss of the highest score, or of those that so many right or wrong clips cannot tell from it."""
+    if len(trained) == 1:
+        return trained[0]
+    least = max(one.learner.selection.score for one in trained)
+    if clips is not None:
+        least -= math.sqrt(max(0.0, least * (1 - least)) / clips)
+    return min((one for one in trained if one.learner.selection.score >= least), key=lambda one: one.learner.selection.loss)
+
+
 def _train(learner: Learner, rows: Rows, plan: Sweep, clock: Clock) -> bool:
     """Train to the end; returns whether the last epoch allowed was reached while the head still improved."""
-    selects, finite = len(rows.valid) > 0, True
-    while finite and learner.epoch < plan.epochs:
+    selects, finite, epochs = len(rows.valid) > 0, True, plan.most_epochs(len(rows.train))
+    while finite and learner.epoch < epochs:
         if selects and learner.epoch - learner.selection.improved >= plan.patience:
             break
         learner.epoch += 1

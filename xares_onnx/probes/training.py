@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from ..errors import ScoreUndefinedError
 from .tuning import Tuning
+
+if TYPE_CHECKING:  # more than a second to import, and only some heads need it
+    from torch import Tensor
 
 Indices = npt.NDArray[np.int64]
 OnEpoch = Callable[[int], None]  # called with the number of the epoch that ended, counted from 1
@@ -83,9 +84,6 @@ class Selection:
         self.improved = epoch
         return True
 
-    def exceeds(self, other: Selection) -> bool:
-        return (self.score, -self.loss) > (other.score, -other.loss)
-
 
 def learning_rate(epoch: int, epochs: int, base: float) -> float:
     """X-ARES's curve; `epoch` counts from 1."""
@@ -99,6 +97,8 @@ def generator(seed: int, fold: int) -> np.random.Generator:
 
 def check_finite(outputs: Tensor) -> None:
     """Raise `ScoreUndefinedError` if a head gives NaN or infinity."""
+    import torch
+
     if not bool(torch.isfinite(outputs).all()):
         raise ScoreUndefinedError(RUNAWAY)
 
@@ -109,6 +109,8 @@ def one_thread() -> Iterator[None]:
 
     The products are small: on a busy machine, threads that wait for each other cost up to ten times the work.
     """
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

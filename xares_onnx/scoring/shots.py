@@ -55,7 +55,8 @@ def score_shots(
     """The score with few training clips per class, of 10 draws.
 
     Clips are drawn from those that a fold trains on and those that it holds out, because nothing is selected. A class with
-    fewer clips contributes all of them; a count that no class of any fold reaches has no score.
+    fewer clips contributes all of them; a count that no class of any fold reaches has no score. As many heads are fitted at
+    once as the kind has threads, each by one of them, so any number of threads gives the same bytes.
 
     Args:
         kind: The task with its data and folds.
@@ -68,22 +69,30 @@ def score_shots(
     sizes = [_class_sizes(kind, fold) for fold in kind.folds]
     largest = max(int(class_sizes.max()) for class_sizes in sizes)
     possible = [count for count in counts if count <= largest]
-    heads = len(possible) * DRAWS * len(kind.folds)
-    fitted = 0
+    from ..probes.convex import over_folds
+
+    heads = [(fold, draw, count) for fold in range(len(kind.folds)) for draw in range(DRAWS) for count in possible]
+    orders = {(fold, draw): list(_drawn_order(kind, kind.folds[fold], draw)) for fold, draw, _ in heads}
+
+    def fit(number: int, _: int, fitted: Callable[[], None]) -> Outcome | ScoreUndefinedError:
+        fold, draw, count = heads[number]
+        train = np.sort(np.concatenate([clips[:count] for clips in orders[fold, draw]]))
+        try:
+            result = _fitted(kind, train, kind.folds[fold].test)
+        except ScoreUndefinedError as error:
+            return error
+        finally:
+            fitted()
+        return Outcome(fold, draw, result.examples, result.predictions)
+
+    fits = over_folds(fit, len(heads), kind.tools.threads, lambda done: on_draw(done, len(heads))) if heads else []
     outcomes: dict[int, list[Outcome]] = {count: [] for count in possible}
     undefined: dict[int, str] = {}
-    for number, fold in enumerate(kind.folds):
-        for draw in range(DRAWS):
-            order = list(_drawn_order(kind, fold, draw))
-            for count in possible:
-                train = np.sort(np.concatenate([clips[:count] for clips in order]))
-                try:
-                    result = _fitted(kind, train, fold.test)
-                    outcomes[count].append(Outcome(number, draw, result.examples, result.predictions))
-                except ScoreUndefinedError as error:
-                    undefined[count] = str(error)
-                fitted += 1
-                on_draw(fitted, heads)
+    for (_, _, count), outcome in zip(heads, fits, strict=True):
+        if isinstance(outcome, ScoreUndefinedError):
+            undefined[count] = str(outcome)
+        else:
+            outcomes[count].append(outcome)
     rows = []
     for count in counts:
         if count not in possible:

@@ -73,11 +73,11 @@ class Classes(PooledKind):
         """(examples, their predicted classes) of the test clips among the training clips."""
         from ...probes.knn import knn_cosine, knn_xares
 
-        search = knn_cosine if self.protocol.corrected else knn_xares
         labels, examples = self.classes[self.dataset.clip_of_crop], self.examples_of_crops
         embeddings = self.dataset.embeddings
         train_crops, test_crops = self.dataset.crops_of(train), self.dataset.crops_of(test)
-        return search(embeddings[train_crops], labels[train_crops], embeddings[test_crops], examples[test_crops])
+        searched = embeddings[train_crops], labels[train_crops], embeddings[test_crops], examples[test_crops]
+        return knn_cosine(*searched, self.tools.device) if self.protocol.corrected else knn_xares(*searched)
 
     @classmethod
     def scorer(cls, seeds: Sequence[Kept], clips: int, metric: Metric, protocol: Protocol) -> Scorer:

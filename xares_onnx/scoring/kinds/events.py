@@ -65,6 +65,7 @@ class EventsKind(Kind):
                     average=self.average,
                     layers=self.tools.layers,
                     threads=self.tools.threads,
+                    device=self.tools.device,
                     on_fit=on_step,
                 )
             )

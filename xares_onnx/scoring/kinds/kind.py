@@ -50,7 +50,8 @@ class Tools:
 
     `hop_seconds` is the encoder's hop, `vocabulary` BERT's, `checkpoints` a folder for long trainings, in which `identity`
     names this encoder's embeddings of this task's data. `threads` share the work of heads that converge; any number of them
-    gives the same bytes. `layers` are the names of those whose embeddings lie side by side, for a head on their mix.
+    gives the same bytes. Large fits of convex heads and searches of neighbours run on the torch `device`, if there is one.
+    `layers` are the names of those whose embeddings lie side by side, for a head on their mix.
     """
 
     hop_seconds: float | None = None
@@ -60,6 +61,7 @@ class Tools:
     identity: str = ""
     threads: int = 1
     layers: tuple[str, ...] = ()
+    device: str | None = None
 
 
 class Kind(ABC):

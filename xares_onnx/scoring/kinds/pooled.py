@@ -38,14 +38,23 @@ class PooledKind(Kind):
         if self.protocol.corrected:
             from ...probes.convex import train_convex
 
-            objective, rows, threads = self.converged(), self.convex_rows(), self.tools.threads
+            objective = self.converged()
             if self.tools.layers:
                 from ...probes.mix import mixed
 
                 objective = mixed(objective, self.tools.layers)
-            return outcomes_of(train_convex(embeddings, objective, examples, rows, threads=threads, on_fit=on_step))
+            results = train_convex(
+                embeddings,
+                objective,
+                examples,
+                self.convex_rows(),
+                threads=self.tools.threads,
+                device=self.tools.device,
+                on_fit=on_step,
+            )
+            return outcomes_of(results)
         from ...probes.linear import train_linear
 
         crops, head = self.crop_rows(), self.task.head
-        results = train_linear(embeddings, self.trained(), examples, crops, head, range(seeds), on_epoch=on_step)
-        return outcomes_of(results)
+        trained = train_linear(embeddings, self.trained(), examples, crops, head, range(seeds), on_epoch=on_step)
+        return outcomes_of(trained)

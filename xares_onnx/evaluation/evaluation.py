@@ -342,10 +342,10 @@ def _tools(
     return ToolSettings(
         vocabulary=None if settings.vocabulary is None else Path(settings.vocabulary).absolute(),
         language_model=_language_model(settings.lm) if has_llm and settings.lm else None,
-        device=_torch_device(device, spec.info.provider),
+        language_device=_torch_device(device, spec.info.provider),
         checkpoints=cache / "checkpoints",
         threads=spec.threads,
-        heads_device=_heads_device(device, spec.info.provider, observer),
+        device=_heads_device(device, spec.info.provider, observer),
     )
 
 

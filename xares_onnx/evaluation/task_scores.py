@@ -47,25 +47,27 @@ _NO_CLIPS = Clips(expected=0, read=0, dropped=[])
 class ToolSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the tools of some heads are found: a head's process loads them.
 
-    `language_model` is a folder and `device` torch's for it; `threads` share the work of heads that converge, whose large
-    passes run on `heads_device`, if there is one.
+    `language_model` is a folder, and `language_device` the torch device that it runs on. `threads` share the work of heads
+    that converge, of which large fits run on `device`, if there is one.
     """
 
     vocabulary: Path | None = None
     language_model: str | None = None
-    device: str = "cpu"
-    heads_device: str | None = None
+    language_device: str = "cpu"
     checkpoints: Path
     threads: int = 1
+    device: str | None = None
 
     def load(self) -> Tools:
         """Load the tools. Raises `UsageError` or `MachineError` if one cannot be used."""
         return Tools(
             vocabulary=None if self.vocabulary is None else _vocabulary(self.vocabulary),
-            language_model=None if self.language_model is None else _language_model(self.language_model, self.device),
+            language_model=None
+            if self.language_model is None
+            else _language_model(self.language_model, self.language_device),
             checkpoints=self.checkpoints,
             threads=self.threads,
-            device=self.heads_device,
+            device=self.device,
         )
 
 

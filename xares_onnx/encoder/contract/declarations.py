@@ -169,7 +169,7 @@ def declared_by_preprocessor(path: Path) -> Declarations:
 
 
 def declared_beside(folder: Path) -> Declarations:
-    """What Hugging Face's files beside a model declare: of its input `preprocessor_config.json`, of its tokens `config.json`.
+    """What files of Hugging Face beside a model declare: of the input `preprocessor_config.json`, of tokens `config.json`.
 
     Raises:
         ContractError: `preprocessor_config.json` cannot be read, or a value is wrong. Any program may write a `config.json`.

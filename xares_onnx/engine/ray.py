@@ -8,6 +8,8 @@ which knows what is stored.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import os
 import queue
 import threading
@@ -130,8 +132,8 @@ class RayEngine:
 
     @property
     def slots(self) -> Slots:
-        with self._seats.changed:  # never 0: with all nodes gone, a job waits for new ones
-            encoders, heads = (max(1, self._seats.count(slot)) for slot in ("encoder", "head"))
+        # Never 0: with all nodes gone, a job waits for new ones.
+        encoders, heads = max(1, self._seats.count("encoder")), max(1, self._seats.count("head"))
         memory = _HEAD_MEMORY * sum(node.memory for node in self._nodes.values())
         return Slots(encoders=encoders, heads=heads, heads_beside=heads, memory=memory)
 
@@ -197,8 +199,7 @@ class RayEngine:
             gone = MachineError(f"what ran it on node {seat.name} is gone ({type(error).__name__})")
             return Failed(job, gone, lost=True)
         finally:
-            with self._seats.changed:
-                self._seats.give(seat)
+            self._seats.give(seat)
 
     def _seat_with_actor(self, job: AnyJob, report: Callable[[Report], None]) -> Seat:
         """A seat for the job. One where no actor can be started is given up."""
@@ -216,8 +217,7 @@ class RayEngine:
                     report(Told(job, Note(f"node {seat.name} is still busy with other work of the cluster; waiting for it")))
                 ray.get(ready)
             except RayError as error:
-                with self._seats.changed:
-                    self._seats.drop(lambda other, seat=seat: other is seat)
+                self._seats.drop(functools.partial(operator.is_, seat))
                 report(Told(job, Note(f"node {seat.name} cannot start an actor ({type(error).__name__}); others go on")))
                 report(Resized(self.slots))
             else:
@@ -271,8 +271,7 @@ class RayEngine:
                 report(Told(job, Note(f"node {self._nodes.pop(node).name} is gone; its unfinished jobs run elsewhere")))
             for node, refusal in refusals.items():
                 report(Told(job, Note(f"node {new[node].name} is new and gets no work: it {refusal}")))
-            with self._seats.changed:
-                self._seats.drop(lambda seat, gone=frozenset(gone): seat.node in gone)
+            self._seats.drop(lambda seat, gone=frozenset(gone): seat.node in gone)  # type: ignore[misc]
             self._welcome([node for node in new.values() if node.id not in refusals])
             if gone or new:
                 report(Resized(self.slots))
@@ -281,8 +280,7 @@ class RayEngine:
         for node in present:
             self._seen.add(node.id)
             self._nodes[node.id] = node
-            with self._seats.changed:
-                self._seats.add(self._shares.of(node))
+            self._seats.add(self._shares.of(node))
 
 
 # ---------------------------------------------------------------- opening

@@ -67,7 +67,13 @@ class Shares:
 
 @dataclass
 class Seats:
-    """Every seat of the nodes that take part, and which of them are idle. Guarded by `changed`."""
+    """Every seat of the nodes that take part, and which of them are idle; any thread may call.
+
+    Attributes:
+        most: Encoders in all; None for as many as there are.
+        spare: Seats beyond this number.
+        changed: Held while they change, and notified then.
+    """
 
     most: int | None
     all: list[Seat] = field(default_factory=list)
@@ -76,44 +82,55 @@ class Seats:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def add(self, seats: Sequence[Seat]) -> None:
-        self.spare += seats
-        self._fill()
+        with self.changed:
+            self.spare += seats
+            self._fill()
 
     def drop(self, gone: Callable[[Seat], bool]) -> None:
-        self.all = [seat for seat in self.all if not gone(seat)]
-        self.idle = [seat for seat in self.idle if not gone(seat)]
-        self.spare = [seat for seat in self.spare if not gone(seat)]
-        self._fill()
+        """Give up seats, the busy ones among them too; spare ones take their place."""
+        with self.changed:
+            self.all, self.idle, self.spare = (
+                [seat for seat in seats if not gone(seat)] for seats in (self.all, self.idle, self.spare)
+            )
+            self._fill()
 
     def count(self, slot: Slot) -> int:
-        return sum(seat.slot == slot for seat in self.all)
+        with self.changed:
+            return sum(seat.slot == slot for seat in self.all)
 
     def take(self, slot: Slot) -> Seat | None:
         """An idle seat: one that has an actor, if any has."""
-        fitting = [seat for seat in self.idle if seat.slot == slot]
-        if not fitting:
-            return None
-        seat = max(fitting, key=lambda seat: seat.actor is not None)
-        self.idle.remove(seat)
-        return seat
+        with self.changed:
+            fitting = [seat for seat in self.idle if seat.slot == slot]
+            if not fitting:
+                return None
+            seat = max(fitting, key=lambda seat: seat.actor is not None)
+            self.idle = [other for other in self.idle if other is not seat]
+            return seat
 
     def give(self, seat: Seat) -> None:
-        if any(other is seat for other in self.all):
-            self.idle.append(seat)
-            self.changed.notify_all()
+        """A seat that was taken is idle again, unless it has been given up meanwhile."""
+        with self.changed:
+            if any(other is seat for other in self.all):
+                self.idle.append(seat)
+                self.changed.notify_all()
 
     def _fill(self) -> None:
         """Use spare seats, of each node in turn, as far as the number of encoders allows."""
-        by_turn: dict[tuple[str, Slot], int] = {}
-
-        def turn(seat: Seat) -> int:
-            number = by_turn.get((seat.node, seat.slot), sum(s.node == seat.node and s.slot == seat.slot for s in self.all))
-            by_turn[seat.node, seat.slot] = number + 1
-            return number
-
-        for _, _, seat in sorted((turn(seat), number, seat) for number, seat in enumerate(self.spare)):
+        turns: dict[tuple[str, Slot], int] = {}
+        for seat in self.all:
+            turns[seat.node, seat.slot] = turns.get((seat.node, seat.slot), 0) + 1
+        queue = []
+        for number, seat in enumerate(self.spare):
+            turn = turns.get((seat.node, seat.slot), 0)
+            turns[seat.node, seat.slot] = turn + 1
+            queue.append((turn, number))
+        used = set()
+        for _, number in sorted(queue):
+            seat = self.spare[number]
             if seat.slot == "head" or self.most is None or self.count("encoder") < self.most:
-                self.spare = [other for other in self.spare if other is not seat]
+                used.add(number)
                 self.all.append(seat)
                 self.idle.append(seat)
+        self.spare = [seat for number, seat in enumerate(self.spare) if number not in used]
         self.changed.notify_all()

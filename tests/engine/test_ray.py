@@ -83,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> EngineWorld:
 @pytest.fixture(scope="module")
 def expected(world: EngineWorld) -> dict[str, Any]:
     """What one encoder of the local engine leaves."""
-    world.run(world.folder / "local")
+    world.run(world.folder / "local", trust=True)
     return left(world.folder / "local")
 
 
@@ -102,15 +102,20 @@ def once_embedding(act: Callable[[], object]) -> tuple[Callable[[Event], None], 
 
 
 def test_a_lost_node_costs_its_unfinished_shards_alone(
-    nodes: RayNodes, world: EngineWorld, expected: dict[str, Any], tmp_path: Path
+    nodes: RayNodes,
+    world: EngineWorld,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     third = nodes.add("third")
     observer, notes = once_embedding(lambda: nodes.remove(third))
-    done = world.run(tmp_path, engine=nodes.address, observer=observer, threads=3)
+    done = world.run(tmp_path, engine=nodes.address, trust=True, observer=observer)
     assert left(tmp_path) == expected
     machine = done.result.environment["machine"]
     assert (machine["engine"], machine["workers"]) == ("ray", 3)
     assert any("third is gone" in note for note in notes), notes
+    assert capfd.readouterr().out == ""
 
 
 def test_killed_encoders_and_actors_cost_time_alone(
@@ -124,7 +129,7 @@ def test_killed_encoders_and_actors_cost_time_alone(
             actor.kill()
 
     observer, notes = once_embedding(kill)
-    world.run(tmp_path, engine=nodes.address, observer=observer, threads=2)
+    world.run(tmp_path, engine=nodes.address, trust=True, observer=observer)
     assert left(tmp_path) == expected
     assert any("died (SIGKILL)" in note for note in notes), notes
     assert any("is gone (Actor" in note for note in notes), notes
@@ -142,7 +147,7 @@ def test_a_node_of_other_versions_is_refused(nodes: RayNodes, world: EngineWorld
         with pytest.raises(
             MachineError, match=r"node older has libsndfile 1\.0\.20 in place of .*install the same everywhere"
         ):
-            world.run(tmp_path, engine=nodes.address)
+            world.run(tmp_path, engine=nodes.address, trust=True)
     finally:
         nodes.remove(older)
 
@@ -165,10 +170,10 @@ def test_a_node_that_does_not_see_the_folders_is_refused(nodes: RayNodes, world:
         while len(living(nodes)) < 3 and time.monotonic() < deadline:
             time.sleep(0.2)
         with pytest.raises(MachineError, match=r"node blind does not see .*hidden/cache; put --cache on a folder"):
-            world.run(hidden, engine=nodes.address)
+            world.run(hidden, engine=nodes.address, trust=True)
         shutil.copytree(world.data, hidden / "data")
         with pytest.raises(MachineError, match=r"node blind does not see .*hidden/data/.*first; put it on a folder"):
-            world.run(tmp_path / "seen", engine=nodes.address, data=hidden / "data")
+            world.run(tmp_path / "seen", engine=nodes.address, trust=True, data=hidden / "data")
     finally:
         blind.terminate()
         blind.wait()
@@ -186,7 +191,7 @@ def test_an_interrupted_run_leaves_no_process(
     engine = nodes.address if number == signal.SIGINT else "ray"
     tasks = ",".join(str(task) for task in world.tasks)
     arguments = ["evaluate", str(world.model), "--tasks", tasks, "--data", str(world.data), "--engine", engine]
-    arguments += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "r.json"), "--device", "cpu"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "r.json"), "--device", "cpu", "--trust"]
     command = [sys.executable, "-c", START, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     rows = tmp_path / "cache" / "store"

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from .seats import Node, Shares
 
 LOCAL = "local"  # in place of an address: a cluster of this machine alone, for this run alone
 _OBJECT_STORE_BYTES = 80 << 20  # Ray asks for 75 MiB at least; nothing large goes through it
+_DEATH_SECONDS = 30.0  # from a node's end until Ray counts it among the dead
 _CHECK_SECONDS = 120.0  # for one node to say what it sees
 
 
@@ -51,11 +53,25 @@ def connection(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    with _silence():
+        try:
+            _connect(address)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Ray prints its raylets' last words to stdout, in colour, which no option prevents; stdout is the result's."""
+    from ray._private import worker
+
+    printing = getattr(worker, "print_to_stdstream", None)
+    worker.print_to_stdstream = lambda *_, **__: None
     try:
-        _connect(address)
         yield
     finally:
-        ray.shutdown()
+        worker.print_to_stdstream = printing
 
 
 def _connect(address: str) -> None:
@@ -104,25 +120,41 @@ def present_nodes() -> dict[str, Node]:
     return present
 
 
-def refusals_of(present: Mapping[str, Node], expected: Expectation) -> dict[str, str]:
-    """Why nodes may not take part, by their names: what each sees and has is asked of all at once."""
+def examined(present: Mapping[str, Node], expected: Expectation) -> tuple[list[Node], dict[str, str]]:
+    """Which nodes may take part, and why others may not, by their ids. What each sees and has is asked of all at once.
+
+    A node that goes meanwhile is in neither: Ray takes seconds to notice.
+    """
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
 
     ask = ray.remote(look)
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0}
     asked = {node: ask.options(**options, scheduling_strategy=on_node(node)).remote(expected, node) for node in present}
-    refusals = {}
+    admitted, refusals = [], {}
     for node, answer in asked.items():
         try:
             seen = ray.get(answer, timeout=_CHECK_SECONDS)
         except RayError as error:
-            last = str(error).strip().splitlines()[-1]
-            refusals[node] = f"cannot run xares-onnx {__version__} ({last}); install it there, with the extra ray"
+            if isinstance(error, RayTaskError) or not _goes(node):
+                last = str(error).strip().splitlines()[-1]
+                refusals[node] = f"cannot run xares-onnx {__version__} ({last}); install it there, with the extra ray"
         else:
             if refusal := objection(expected, seen):
                 refusals[node] = refusal
-    return refusals
+            else:
+                admitted.append(present[node])
+    return admitted, refusals
+
+
+def _goes(node: str) -> bool:
+    """Whether Ray soon counts a node among the dead."""
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while node in present_nodes():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 @contextmanager

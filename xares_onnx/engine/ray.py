@@ -29,7 +29,7 @@ from ..encoder.spec import ModelOptions, ModelSpec
 from ..encoder.worker import Worker, was_killed
 from ..errors import MachineError, UsageError, XaresError
 from ..progress import Event, Note
-from .cluster import LOCAL, check_address, connection, on_node, present_nodes, refusals_of, requested_nodes
+from .cluster import LOCAL, check_address, connection, examined, on_node, present_nodes, requested_nodes
 from .engine import Done, Failed, Report, Resized, Told
 from .jobs import AnyJob, AnyReport, EmbedJob, HeadReport, Slot
 from .local import HeadWorker, encoders_per_device
@@ -118,9 +118,10 @@ class RayEngine:
         self._closing = threading.Event()
         self._resources = contextlib.ExitStack()
         present = present_nodes()
-        for node, refusal in refusals_of(present, expected).items():
+        admitted, refusals = examined(present, expected)
+        for node, refusal in refusals.items():
             raise MachineError(f"node {present[node].name} {refusal}")
-        self._welcome(present.values())
+        self._welcome(admitted)
         self._workers = self._seats.count("encoder")
         if not self._workers:
             lack = "a GPU" if shares.per_gpu else "a CPU"
@@ -262,18 +263,18 @@ class RayEngine:
             try:
                 present = present_nodes()
                 new = {node: present[node] for node in present.keys() - self._seen}
-                refusals = refusals_of(new, self._expected)
+                admitted, refusals = examined(new, self._expected)
             except Exception:  # the connection is closing, or a node went at that moment: look again
                 continue
             gone = self._nodes.keys() - present.keys()
-            self._seen |= new.keys()
+            self._seen |= refusals.keys()
             for node in gone:
                 report(Told(job, Note(f"node {self._nodes.pop(node).name} is gone; its unfinished jobs run elsewhere")))
             for node, refusal in refusals.items():
                 report(Told(job, Note(f"node {new[node].name} is new and gets no work: it {refusal}")))
             self._seats.drop(lambda seat, gone=frozenset(gone): seat.node in gone)  # type: ignore[misc]
-            self._welcome([node for node in new.values() if node.id not in refusals])
-            if gone or new:
+            self._welcome(admitted)
+            if gone or admitted:
                 report(Resized(self.slots))
 
     def _welcome(self, present: Iterable[Node]) -> None:
@@ -319,9 +320,6 @@ def open_ray(encoder: Encoder, options: ModelOptions, cache: Path, paths: Sequen
 
 
 def _shares(options: ModelOptions, per_gpu: int, cpus: int) -> Shares:
-    """`--threads` are those of all encoders together, as on one machine."""
-    threads = options.threads or cpus
-    if options.workers:
-        return Shares(max(1, threads // options.workers), options.workers, per_gpu)
-    each = min(_THREADS, threads)
-    return Shares(each, max(1, threads // each) if options.threads else None, per_gpu)
+    """`--threads` are those of each encoder here, since nodes may differ."""
+    fitting = min(_THREADS, cpus // options.workers) if options.workers else _THREADS
+    return Shares(options.threads or max(1, fitting), options.workers, per_gpu)

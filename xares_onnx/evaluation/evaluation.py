@@ -120,7 +120,7 @@ def evaluate(
         limit: Most clips of each split; the scores are then not comparable with others.
         contract: Declarations about the model, as "KEY=VALUE".
         device: `auto`, `cpu`, `cuda`, `cuda:N`, `cuda:0,cuda:1`, `cuda:all`, or the name of an ONNX Runtime provider.
-        threads: Number of threads, of all encoders together; the number of usable cores by default.
+        threads: Number of threads, of all encoders together (on Ray, of each); the number of usable cores by default.
         workers: Number of encoders that embed at once, each in a process of its own; by default what is fastest. No score
             depends on it.
         engine: What runs the work: processes of this machine (`local`), a Ray cluster started for this run (`ray`), or one

@@ -8,8 +8,9 @@ Jobs and their order are those of a real run; only time is simulated. What the s
 * Clips and hours are those that the data sets' own papers or pages state (SUITE); the four private tasks of X-ARES have no
   data and are left out. Shards are four per split, as X-ARES's own tools make them (`num_shards=4` of their
   make_audio_tar), or as many as `--hours-per-shard` asks.
-* A worker is one encoder on one core, or one process on a GPU with two cores. Embedding takes a number of seconds per hour
-  of audio, and per shard; heads by the program's own estimate for `--plan`, which is calibrated on one core.
+* A worker is one encoder on one core, or one process on a GPU with four cores. Embedding takes a number of seconds per hour
+  of audio, and per shard; heads by the program's own estimate for `--plan`, which is calibrated on one core. A head on
+  several threads follows Amdahl's law with the share that two cores showed (97 s against 52, docs/speed.md).
 * Workers and heads share their cores: if more threads are ready than cores, all slow down alike.
 * Processes start together, and once more after each loss. A lost node takes its jobs with it, and comes back.
 """
@@ -55,7 +56,7 @@ SUITE: dict[str, tuple[int, float, float]] = {
     "libricount": (5_720, 7.9, 0.80),  # Stoeter et al. 2018
     "librispeech": (33_862, 111.4, 0.90),  # Panayotov et al. 2015: train-clean-100, dev-clean, test-clean
     "librispeechmalefemale": (33_862, 111.4, 0.90),
-    "maestro": (1_276, 199.0, 0.80),  # Hawthorne et al. 2019 (v3); X-ARES may take fewer
+    "maestro": (468, 73.0, 0.80),  # Hawthorne et al. 2019: 1,276 and 199 h, of which X-ARES tests 65 of 177; train alike
     "nsynthinstument": (305_979, 340.0, 0.945),  # Engel et al. 2017: notes of 4 s
     "ravdess": (1_440, 1.5, 0.75),  # Livingstone and Russo 2018
     "speechcommandsv1": (64_727, 18.0, 0.79),  # Warden 2018
@@ -72,7 +73,8 @@ HEAD_FLOPS_PER_SECOND = 2e10  # as planning
 PASSES = 120
 WEIGHTS = {"linear": 768, "ctc": 30 * 768, "retrieval": 5 * 4 * 1024**2, "llm": 500_000_000}
 AUDIO_BYTES_PER_HOUR = 16_000 * 2 * 3600
-PER_GPU_CORES = 2.0
+CORES_PER_GPU_WORKER = 4
+PARALLEL = 0.93  # of a head's work
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Piece:
     slot: Literal["encoder", "head"]
     weight: float
     seconds: float
+    threads: int = 1
     memory: int = 0
     needs: tuple[str, ...] = ()
     bytes_read: float = 0.0
@@ -103,9 +106,9 @@ class Piece:
 
 
 def pieces_of(
-    tasks: Iterable[Task], costs: Costs, hours_per_shard: float | None, head_parts: int, head_speed: float = 1.0
+    tasks: Iterable[Task], costs: Costs, hours_per_shard: float | None, head_threads: int, head_speed: float
 ) -> Iterator[Piece]:
-    """The jobs of every task. `head_parts` splits each head into jobs of equal cost, and joining them costs nothing."""
+    """The jobs of every task. Heads run on so many threads, each so much as fast as a core of the estimate."""
     for task in tasks:
         clips, hours, train = SUITE[task.name]
         splits = {"train": train, "valid": (1 - train) / 2, "test": (1 - train) / 2}
@@ -131,17 +134,17 @@ def pieces_of(
                     bytes_written=store_bytes * share / count,
                 )
         seconds = head_seconds(task, clips, hours) / head_speed
-        for number in range(head_parts):
-            yield Piece(
-                f"{task.name}/head/{number}",
-                task.name,
-                "head",
-                weight=seconds,
-                seconds=seconds / head_parts,
-                memory=int(store_bytes),
-                needs=tuple(keys),
-                bytes_read=store_bytes,
-            )
+        yield Piece(
+            f"{task.name}/head",
+            task.name,
+            "head",
+            weight=seconds,
+            seconds=seconds * (1 - PARALLEL + PARALLEL / head_threads),
+            threads=head_threads,
+            memory=int(store_bytes),
+            needs=tuple(keys),
+            bytes_read=store_bytes,
+        )
 
 
 def head_seconds(task: Task, clips: int, hours: float) -> float:
@@ -160,10 +163,9 @@ def head_seconds(task: Task, clips: int, hours: float) -> float:
 
 @dataclass
 class Outcome:
-    """What a simulated run took. `work` is the seconds of one core (or GPU process) that all jobs take together."""
+    """What a simulated run took, in seconds and bytes. `last` is the job that ended last."""
 
     makespan: float
-    work: float
     longest_chain: float
     last: str
     bytes_read: float
@@ -223,7 +225,7 @@ def simulate(
             started[worker] = started[worker] or piece.slot == "encoder"
             running[piece.key] = _Running(piece, worker, piece.seconds + start)
             read += piece.bytes_read
-        threads = sum(1 for job in running.values() if encoders_on_cores or job.piece.slot == "head")
+        threads = sum(job.piece.threads for job in running.values() if encoders_on_cores or job.piece.slot == "head")
         slowdown = max(1.0, threads / capacity)
 
         def rate(job: _Running, slowdown: float = slowdown) -> float:
@@ -258,7 +260,7 @@ def simulate(
     chain = max(
         piece.seconds + max((by_key[need].seconds for need in piece.needs), default=0.0) + costs.start for piece in pieces
     )
-    return Outcome(clock, sum(piece.seconds for piece in pieces), chain, last, read, written, lost)
+    return Outcome(clock, chain, last, read, written, lost)
 
 
 # ---------------------------------------------------------------- measured runs
@@ -323,17 +325,29 @@ def check(model: Path, tasks: Sequence[str], data: Path | None, rounds: int) -> 
 
 # ---------------------------------------------------------------- the table
 
-CPU = Costs(per_hour=360.0, per_shard=0.3, start=6.0)
-GPU = Costs(per_hour=3.0, per_shard=0.3, start=10.0)
+# A wav2vec2-base on one core: 1.4 s per chunk of 10 s (docs/speed.md). A dasheng-base in one of four processes on an H200:
+# 2,708 hours of speech per hour by all four (docs/speed.md).
+CPU = Costs(per_hour=500.0, per_shard=0.3, start=6.0)
+GPU = Costs(per_hour=5.3, per_shard=0.3, start=10.0)
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def table(
-    title: str, costs: Costs, *, on_cores: bool, hours_per_shard: float | None, head_parts: int, loss_hours: float
+    title: str,
+    costs: Costs,
+    *,
+    on_cores: bool,
+    hours_per_shard: float | None = None,
+    head_threads: int = 1,
+    head_speed: float = 1.0,
+    loss_hours: float = math.inf,
 ) -> None:
-    tasks = [shipped_tasks()[name] for name in SUITE]
-    pieces = list(pieces_of(tasks, costs, hours_per_shard, head_parts))
-    print(f"\n{title}")
+    """Print a row per number of workers. Efficiency is that of the cores, or of the GPU's processes."""
+    pieces = list(pieces_of([shipped_tasks()[name] for name in SUITE], costs, hours_per_shard, head_threads, head_speed))
+    one_thread = pieces_of([shipped_tasks()[name] for name in SUITE], costs, hours_per_shard, 1, head_speed)
+    work = sum(piece.seconds for piece in one_thread if on_cores or piece.slot == "encoder")
+    shards = [piece for piece in pieces if piece.slot == "encoder"]
+    print(f"\n{title}: {len(shards)} shards, {work / 3600:.1f} h of {'a core' if on_cores else 'a process'} in all")
     print("| workers | hours | efficiency | longest chain, hours | ends with | lost jobs | read, GB | written, GB |")
     print("|---|---|---|---|---|---|---|---|")
     for workers in WORKERS:
@@ -341,17 +355,14 @@ def table(
             pieces,
             workers,
             costs,
-            cores=workers if on_cores else PER_GPU_CORES * workers,
+            cores=workers if on_cores else CORES_PER_GPU_WORKER * workers,
             encoders_on_cores=on_cores,
             loss_hours=loss_hours,
         )
-        work = run.work if on_cores else sum(piece.seconds for piece in pieces if piece.slot == "encoder")
-        ideal = work / workers
-        print(
-            f"| {workers} | {run.makespan / 3600:.2f} | {ideal / run.makespan:.2f} | {run.longest_chain / 3600:.2f} "
-            f"| {run.last} | {run.losses} | {run.bytes_read / 1e9:.0f} | {run.bytes_written / 1e9:.0f} |",
-            flush=True,
-        )
+        efficiency = work / workers / run.makespan
+        hours = f"{run.makespan / 3600:.2f} | {efficiency:.2f} | {run.longest_chain / 3600:.2f}"
+        traffic = f"{run.bytes_read / 1e9:.0f} | {run.bytes_written / 1e9:.0f}"
+        print(f"| {workers} | {hours} | {run.last} | {run.losses} | {traffic} |", flush=True)
 
 
 def main() -> None:
@@ -360,29 +371,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--tasks", default="synthetic_timbre,synthetic_vowel,synthetic_pitch,synthetic_colour")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--hours-per-shard", type=float, default=1.0, help="in place of the suite's own shards, in a second table"
-    )
-    parser.add_argument("--head-parts", type=int, default=6, help="jobs per head, in a third table")
-    parser.add_argument(
-        "--loss-hours", type=float, default=4.0, help="mean time between two losses of a node, in the last table"
-    )
+    parser.add_argument("--hours-per-shard", type=float, default=1.0, help="at most, where shards are not the suite's own")
+    parser.add_argument("--head-threads", type=int, default=8, help="where heads have more than one")
+    parser.add_argument("--gpu-heads", type=float, default=100.0, help="speed of heads on the GPU, in cores: an assumption")
+    parser.add_argument("--loss-hours", type=float, default=4.0, help="mean time between two losses of a node")
     options = parser.parse_args()
     if options.measure:
         check(options.measure, options.tasks.split(","), options.data, options.rounds)
         return
-    shards = options.hours_per_shard
-    for name, costs, on_cores in (("CPU", CPU, True), ("GPU", GPU, False)):
-        usual: dict[str, Any] = {"on_cores": on_cores, "hours_per_shard": None, "head_parts": 1, "loss_hours": math.inf}
-        table(f"{name}: four shards per split", costs, **usual)
-        table(f"{name}: shards of at most {shards:g} h", costs, **usual | {"hours_per_shard": shards})
-        split = usual | {"hours_per_shard": shards, "head_parts": options.head_parts}
-        table(f"{name}: such shards, and heads in {options.head_parts} jobs each", costs, **split)
-        table(
-            f"{name}: the same, and every node lost each {options.loss_hours:g} h",
-            costs,
-            **split | {"loss_hours": options.loss_hours},
-        )
+    finer: dict[str, Any] = {"hours_per_shard": options.hours_per_shard}
+    threaded = finer | {"head_threads": options.head_threads}
+    lossy = {"loss_hours": options.loss_hours}
+    hours, threads = f"shards of at most {options.hours_per_shard:g} h", f"heads on {options.head_threads} threads"
+    losses = f"a loss per node and {options.loss_hours:g} h"
+    table("CPU, four shards per split", CPU, on_cores=True)
+    table(f"CPU, {hours}", CPU, on_cores=True, **finer)
+    table(f"CPU, {hours}, {threads}", CPU, on_cores=True, **threaded)
+    table(f"CPU, {hours}, {threads}, {losses}", CPU, on_cores=True, **threaded, **lossy)
+    table(f"GPU, {hours}, {threads}", GPU, on_cores=False, **threaded)
+    fast = finer | {"head_speed": options.gpu_heads}
+    table(f"GPU, {hours}, heads {options.gpu_heads:g} times as fast", GPU, on_cores=False, **fast)
+    table(f"GPU, {hours}, heads {options.gpu_heads:g} times as fast, {losses}", GPU, on_cores=False, **fast, **lossy)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def open_engine(encoder: Encoder, options: ModelOptions, cache: Path, paths: Seq
         encoder: The measured encoder.
         options: `engine`, `workers`, `threads` and `device` matter here.
         cache: The folder that holds the store.
-        paths: The folders of the data.
+        paths: The folders of the shards.
 
     Raises:
         UsageError: An option is invalid.

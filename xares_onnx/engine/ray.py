@@ -294,7 +294,7 @@ def open_ray(encoder: Encoder, options: ModelOptions, cache: Path, paths: Sequen
         encoder: The measured encoder.
         options: Those of the model; `engine`, `workers` and `threads` matter here.
         cache: The folder that holds the store.
-        paths: The folders of the data.
+        paths: The folders of the shards.
 
     Raises:
         UsageError: The number of workers or the device is invalid.

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..data import audio
-from ..data.catalog import Digests, cache_folder, choose_tasks, has_data
+from ..data.catalog import Digests, cache_folder, choose_tasks, has_data, shard_folders
 from ..data.selection import prepare
 from ..data.task import Task
 from ..embedding.store import Store
@@ -232,7 +232,7 @@ def evaluate_with(
             **_described_tools(tools),
         }
         gates.check_settings([task for task, _ in selection], described)
-        with open_engine(encoder, options, cache, [folder for _, folder in selection]) as engine:
+        with open_engine(encoder, options, cache, shard_folders(selection)) as engine:
             run = Run(encoder, settings, tools, cache, output, observer)
             run.all(selection, engine)
         evaluation = Evaluation(

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data import audio
-from ..data.catalog import Digests, build_synthetic, cache_folder, choose_tasks, find_parts, has_data, missing_data
+from ..data.catalog import (
+    Digests,
+    build_synthetic,
+    cache_folder,
+    choose_tasks,
+    find_parts,
+    has_data,
+    missing_data,
+    shard_folders,
+)
 from ..data.selection import prepare
 from ..data.shards import index_shard, read_extent
 from ..data.task import Task
@@ -131,7 +140,7 @@ def embed(
     selection = choose_tasks(tasks, suite, data, cache, observer)
     with (
         open_encoder(model, options, cache=cache, observer=observer) as encoder,
-        open_engine(encoder, options, cache, [folder for _, folder in selection]) as running,
+        open_engine(encoder, options, cache, shard_folders(selection)) as running,
     ):
         filling = _Filling(encoder, part, Protocol(protocol), limit, cache, observer)
         usable = list(filling.usable(selection))

@@ -66,12 +66,13 @@ def _silence() -> Iterator[None]:
     """Ray prints its raylets' last words to stdout, in colour, which no option prevents; stdout is the result's."""
     from ray._private import worker
 
-    printing = getattr(worker, "print_to_stdstream", None)
-    worker.print_to_stdstream = lambda *_, **__: None
+    of_ray: Any = worker
+    printing = getattr(of_ray, "print_to_stdstream", None)
+    of_ray.print_to_stdstream = lambda *_, **__: None
     try:
         yield
     finally:
-        worker.print_to_stdstream = printing
+        of_ray.print_to_stdstream = printing
 
 
 def _connect(address: str) -> None:
@@ -110,7 +111,7 @@ def present_nodes() -> dict[str, Node]:
     import ray
 
     present = {}
-    for node in ray.nodes():
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["Alive"]:
             named = node["NodeName"] != node["NodeManagerAddress"]
             name = node["NodeName"] if named else f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"

@@ -9,8 +9,9 @@ from ..encoder.encoder import Encoder
 from ..encoder.spec import ModelOptions
 from ..errors import UsageError
 from . import local
+from .cluster import check_address
 from .local import LocalEngine
-from .ray import RayEngine, check_address, open_ray
+from .ray import RayEngine, open_ray
 
 
 def check_engine(option: str) -> None:

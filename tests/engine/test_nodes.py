@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,9 +15,13 @@ from engine_world import EngineWorld
 from xares_onnx.encoder.encoder import load_encoder
 from xares_onnx.encoder.spec import EncoderInfo
 from xares_onnx.engine import cluster, opening
+from xares_onnx.engine import ray as ray_engine
+from xares_onnx.engine.engine import Report, Resized, Told
 from xares_onnx.engine.nodes import expectation, look, objection
+from xares_onnx.engine.scheduler import Slots
 from xares_onnx.engine.seats import Node, Seats, Shares
 from xares_onnx.errors import UsageError
+from xares_onnx.progress import Note
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,39 @@ def test_ray_that_is_not_installed_is_a_sentence(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError, match=r"pip install 'xares-onnx\[ray\]'"):
         opening.check_engine("ray")
     opening.check_engine("local")
+
+
+def test_nodes_that_come_and_go_change_the_slots(
+    world: EngineWorld, info: EncoderInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = {name: node(name, cpus=1) for name in ("stays", "goes")}
+
+    def examined(new: dict[str, Node], _: object) -> tuple[list[Node], dict[str, str]]:
+        refusals = {"differs": "has libsndfile 1.0.20"} if "differs" in new else {}
+        return [found for name, found in new.items() if name not in refusals], refusals
+
+    monkeypatch.setattr(ray_engine, "present_nodes", lambda: dict(present))
+    monkeypatch.setattr(ray_engine, "examined", examined)
+    monkeypatch.setattr(ray_engine, "_WATCH_SECONDS", 0.01)
+    reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+    job: Any = "job"
+    with load_encoder(world.model, device="cpu") as encoder, expectation(tmp_path, [], info) as expected:
+        engine = ray_engine.RayEngine(encoder, Shares(8, None, 0), expected)
+        assert (engine.slots.encoders, engine.slots.heads) == (2, 2)
+        watch = threading.Thread(target=engine._watch, args=(job, reports.put))
+        watch.start()
+        del present["goes"]
+        assert reports.get(timeout=10) == Told(job, Note("node goes is gone; its unfinished jobs run elsewhere"))
+        assert reports.get(timeout=10) == Resized(Slots(encoders=1, heads=1, heads_beside=1, memory=0.0))
+        present["differs"] = node("differs", cpus=8)
+        told = Told(job, Note("node differs is new and gets no work: it has libsndfile 1.0.20"))
+        assert reports.get(timeout=10) == told
+        present["new"] = node("new", cpus=16)
+        assert reports.get(timeout=10) == Resized(Slots(encoders=3, heads=3, heads_beside=3, memory=0.0))
+        engine._closing.set()
+        watch.join()
+    assert reports.empty()
+    assert engine.described() == {"engine": "ray", "workers": 2}
 
 
 def node(name: str, cpus: int = 0, gpus: int = 0) -> Node:

@@ -135,7 +135,7 @@ class RayEngine:
     def slots(self) -> Slots:
         # Never 0: with all nodes gone, a job waits for new ones.
         encoders, heads = max(1, self._seats.count("encoder")), max(1, self._seats.count("head"))
-        memory = _HEAD_MEMORY * sum(node.memory for node in self._nodes.values())
+        memory = _HEAD_MEMORY * sum(node.memory for node in list(self._nodes.values()))  # nodes come and go
         return Slots(encoders=encoders, heads=heads, heads_beside=heads, memory=memory)
 
     def described(self) -> dict[str, Any]:
@@ -316,6 +316,7 @@ def open_ray(encoder: Encoder, options: ModelOptions, cache: Path, paths: Sequen
         if address and shares.most and shares.most > engine.slots.encoders:
             resources.enter_context(requested_nodes(shares))
         engine.own(resources.pop_all())
+    encoder.close()  # its process has measured the model, and would keep memory of this node
     return engine
 
 

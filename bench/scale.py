@@ -294,7 +294,7 @@ class Timed:
         begin = min(span[1] for span in self.spans.values())
         makespan = max(span[2] for span in self.spans.values()) - begin
         pieces = [
-            Piece(job.key, job.group, job.slot, job.weight, end - start, job.memory, job.needs)
+            Piece(job.key, job.group, job.slot, job.weight, end - start, memory=job.memory, needs=job.needs)
             for job, start, end, _ in self.spans.values()
         ]
         points = [(hours, end - start) for job, start, end, hours in self.spans.values() if isinstance(job, EmbedJob)]

@@ -43,6 +43,7 @@ ENDS = {  # exit codes that a disturbed run may end with; 0 where it was hit bet
 ENGINES = [("--workers", "1"), ("--workers", "2"), ("--engine", "ray")]
 DISK_MEGABYTES = 256
 PATIENCE_SECONDS = 300
+ENDING_SECONDS = 120  # for a killed run's processes; the agents of a Ray node take up to a minute to notice
 
 
 def start(model: Path, room: Path, engine: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
@@ -153,7 +154,7 @@ def disturbed_run(kind: str, moment: float, model: Path, disk: Disk, engine: tup
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         hit = disturb(kind, process, disk)
         _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
-        alive = psutil.wait_procs(children, timeout=30)[1]
+        alive = psutil.wait_procs(children, timeout=ENDING_SECONDS)[1]
         assert not alive, f"a worker lives on after {kind}"
         lines = stderr.decode(errors="replace").strip().splitlines()
         assert not any("Traceback" in line for line in lines) or kind == "parent SIGINT", stderr.decode()

@@ -297,11 +297,9 @@ def open_ray(encoder: Encoder, options: ModelOptions, cache: Path, paths: Sequen
         paths: The folders of the shards.
 
     Raises:
-        UsageError: The number of workers or the device is invalid.
+        UsageError: The device is a list.
         MachineError: There is no such cluster, or a node of it cannot take part.
     """
-    if options.workers is not None and options.workers < 1:
-        raise UsageError(f"--workers {options.workers} must be 1 or more")
     if "," in options.device:
         raise UsageError(f"--device {options.device!r}: Ray hands out the GPUs of all nodes; --device cuda uses them")
     _, _, address = options.engine.partition(":")

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import heapq
 import math
+import os
 import random
 import tempfile
 import time
@@ -305,22 +306,30 @@ class Timed:
 
 
 def check(model: Path, tasks: Sequence[str], data: Path | None, rounds: int) -> None:
-    """Predict runs of 1 and 2 workers from the jobs of a run of one, and compare."""
+    """Predict runs of 1 and 2 workers from the jobs of an earlier run of one, and compare."""
     timed = Timed()
     timed.run(model, tasks, data, 1)  # the page cache is warm from here on
     for number in range(rounds):
-        one, pieces, costs = timed.run(model, tasks, data, 1)
-        two, _, _ = timed.run(model, tasks, data, 2)
-        for workers, actual in ((1, one), (2, two)):
+        _, pieces, costs = timed.run(model, tasks, data, 1)
+        print(f"{costs.per_hour:.1f} s per hour of audio, {costs.per_shard:.2f} s per shard, {costs.start:.1f} s to start")
+        for workers in (2, 1):
+            before, begin = _processor_seconds(), time.perf_counter()
+            actual, _, _ = timed.run(model, tasks, data, workers)
+            share = (_processor_seconds() - before) / (time.perf_counter() - begin)
             # Processes start within the measured seconds of their first jobs, once per worker.
-            extra = dataclasses.replace(costs, start=0.0 if workers == 1 else costs.start / 2)
-            predicted = simulate(pieces, workers, extra, cores=max(2, workers), heads=1).makespan
+            extra = dataclasses.replace(costs, start=(workers - 1) / workers * costs.start)
+            predicted = simulate(pieces, workers, extra, cores=2, heads=1).makespan
             print(
-                f"round {number + 1}, {workers} workers: measured {actual:7.1f} s, predicted {predicted:7.1f} s "
-                f"({predicted / actual - 1:+.1%})",
+                f"round {number + 1}, {workers} workers: measured {actual:7.1f} s on {share:.2f} cores, "
+                f"predicted {predicted:7.1f} s ({predicted / actual - 1:+.1%})",
                 flush=True,
             )
-        print(f"  {costs.per_hour:.1f} s per hour of audio, {costs.per_shard:.2f} s per shard, {costs.start:.1f} s to start")
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 # ---------------------------------------------------------------- the table

@@ -297,10 +297,10 @@ def open_ray(encoder: Encoder, options: ModelOptions, cache: Path, paths: Sequen
         paths: The folders of the shards.
 
     Raises:
-        UsageError: The device is a list.
+        UsageError: The device is one by its number, or several.
         MachineError: There is no such cluster, or a node of it cannot take part.
     """
-    if "," in options.device:
+    if options.device.startswith("cuda:"):  # a list, a number, or cuda:all
         raise UsageError(f"--device {options.device!r}: Ray hands out the GPUs of all nodes; --device cuda uses them")
     _, _, address = options.engine.partition(":")
     check_address(address)

@@ -1,6 +1,8 @@
 """Chaos: real runs, of one or two encoders, that lose their processes, their parent or their disk at random moments, each
 followed by one left alone.
 
+Engines take turns: one process, two, and a Ray cluster of this machine, of which an actor or what it runs is killed.
+
 Usage: PYTHONPATH=tests/helpers python tests/chaos.py [--rounds 20] [--seed 0]; takes minutes. Every second run ends as an
 undisturbed one ends: the same result but for times, the same predictions and the same store, byte by byte.
 
@@ -10,6 +12,7 @@ The disk is a small tmpfs of its own, filled up, where this user may mount one; 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -37,13 +40,15 @@ ENDS = {  # exit codes that a disturbed run may end with; 0 where it was hit bet
     "parent SIGINT": {130, -signal.SIGINT},
     "disk": {0, 5},
 }
+ENGINES = [("--workers", "1"), ("--workers", "2"), ("--engine", "ray")]
 DISK_MEGABYTES = 256
 PATIENCE_SECONDS = 300
+ENDING_SECONDS = 120  # for a killed run's processes; the agents of a Ray node take up to a minute to notice
 
 
-def start(model: Path, room: Path, workers: int = 1) -> subprocess.Popen[bytes]:
+def start(model: Path, room: Path, engine: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
     arguments = f"evaluate {model} --tasks {TASKS} --limit {LIMIT} --seeds 1 --threads 2 --device cpu --quiet".split()
-    arguments += ["--workers", str(workers)]
+    arguments += engine
     return subprocess.Popen(
         [
             sys.executable,
@@ -103,20 +108,32 @@ class Disk:
         shutil.rmtree(self.room)
 
 
+def workers_of(parent: psutil.Process) -> list[psutil.Process]:
+    """Processes that run models and heads, and Ray's actors; not those of a Ray cluster itself, whose loss ends a run."""
+    workers = []
+    for process in parent.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if command.startswith("ray::_Runner") or "xares_onnx.encoder.worker" in command:
+                workers.append(process)
+    return workers
+
+
 def disturb(kind: str, process: subprocess.Popen[bytes], disk: Disk) -> bool:
     """Whether there was something to hit."""
     if process.poll() is not None:
         return False
     parent = psutil.Process(process.pid)
-    workers = parent.children(recursive=True)
+    workers = workers_of(parent)
     match kind.split():
         case ["worker"]:
             deadline = time.monotonic() + PATIENCE_SECONDS
             while not workers and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
-                workers = parent.children(recursive=True) if parent.is_running() else []
+                workers = workers_of(parent) if parent.is_running() else []
             for worker in workers:
-                worker.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it went with its actor
+                    worker.kill()
             return bool(workers)
         case ["parent", "SIGINT"]:  # as a terminal does: it reaches the worker too
             os.killpg(process.pid, signal.SIGINT)
@@ -127,9 +144,9 @@ def disturb(kind: str, process: subprocess.Popen[bytes], disk: Disk) -> bool:
     return True
 
 
-def disturbed_run(kind: str, moment: float, model: Path, disk: Disk, workers: int) -> tuple[int, str] | None:
+def disturbed_run(kind: str, moment: float, model: Path, disk: Disk, engine: tuple[str, ...]) -> tuple[int, str] | None:
     """Exit code and last words of a run that is hit at this moment, in seconds; None where it had ended by then."""
-    with start(model, disk.room, workers) as process:
+    with start(model, disk.room, engine) as process:
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -137,7 +154,7 @@ def disturbed_run(kind: str, moment: float, model: Path, disk: Disk, workers: in
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         hit = disturb(kind, process, disk)
         _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
-        alive = psutil.wait_procs(children, timeout=30)[1]
+        alive = psutil.wait_procs(children, timeout=ENDING_SECONDS)[1]
         assert not alive, f"a worker lives on after {kind}"
         lines = stderr.decode(errors="replace").strip().splitlines()
         assert not any("Traceback" in line for line in lines) or kind == "parent SIGINT", stderr.decode()
@@ -167,8 +184,8 @@ def main() -> None:
             kind, moment = KINDS[done % len(KINDS)], chance.uniform(0.02, 1.0) * seconds
             disk = Disk(root / "round")
             try:
-                workers = 1 + done // len(KINDS) % 2
-                ended = disturbed_run(kind, moment, model, disk, workers)
+                engine = ENGINES[done // len(KINDS) % len(ENGINES)]
+                ended = disturbed_run(kind, moment, model, disk, engine)
                 if ended is None:
                     late += 1
                     continue

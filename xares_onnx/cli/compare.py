@@ -17,6 +17,7 @@ from .options import (
     DebugOption,
     DevicesOption,
     DropsOption,
+    EngineOption,
     FormatOption,
     HeadOption,
     LanguageModelOption,
@@ -55,6 +56,7 @@ def compare(
     device: DevicesOption = "auto",
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
+    engine: EngineOption = "local",
     allow_drops: DropsOption = False,
     trust: TrustOption = False,
     tolerance: Annotated[
@@ -88,6 +90,7 @@ def compare(
             device=device,
             threads=threads,
             workers=workers,
+            engine=engine,
             allow_drops=allow_drops,
             trust=trust,
             heads=split(head),

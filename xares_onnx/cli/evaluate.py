@@ -17,6 +17,7 @@ from .options import (
     DebugOption,
     DevicesOption,
     DropsOption,
+    EngineOption,
     HeadOption,
     LanguageModelOption,
     LimitOption,
@@ -60,6 +61,7 @@ def evaluate(
     device: DevicesOption = "auto",
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
+    engine: EngineOption = "local",
     plan: Annotated[bool, typer.Option("--plan", help="Print clips, hours, disk and time, and stop.")] = False,
     allow_drops: DropsOption = False,
     baseline: Annotated[
@@ -110,6 +112,7 @@ def evaluate(
                 names,
                 **arguments,
                 workers=workers,
+                engine=engine,
                 output=output,
                 save=True,
                 methods=split(method) or METHODS,  # type: ignore[arg-type]

@@ -42,6 +42,10 @@ ThreadsOption = Annotated[int | None, typer.Option(help="Threads that call the m
 WorkersOption = Annotated[
     int | None, typer.Option(help="Encoder processes, which share the threads. [default: 1 on a CPU, 1 to 4 per GPU]")
 ]
+EngineOption = Annotated[
+    str,
+    typer.Option("--engine", help="local; ray, for a Ray cluster of this run's own; ray:auto or ray:HOST:PORT to join one."),
+]
 ProtocolOption = Annotated[str, typer.Option(help="corrected, or xares for X-ARES's own choices.")]
 TapsOption = Annotated[
     list[str] | None,

@@ -124,6 +124,12 @@ def find_parts(task: Task, folder: Path) -> Parts | None:
     return parts if all(parts.values()) and not _undelivered(task, folder) else None
 
 
+def shard_folders(selection: Iterable[tuple[Task, Path]]) -> list[Path]:
+    """The folders of the shards of all tasks that have data, each given with the folder of its data; absolute, sorted."""
+    parts = [find_parts(task, folder) or {} for task, folder in selection]
+    return sorted({path.parent.absolute() for of_task in parts for paths in of_task.values() for path in paths})
+
+
 def on_disk(task: Task, folder: Path) -> str:
     """A few words for people on how much of a task's data is on disk."""
     if task.domain == "synthetic":

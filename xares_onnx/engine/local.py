@@ -126,7 +126,7 @@ def open_engine(encoder: Encoder, options: ModelOptions) -> LocalEngine:
         MachineError: A device is not there.
     """
     devices = chosen_devices(options.device)
-    workers = options.workers or len(devices) * _encoders_per_device(encoder, devices[0])
+    workers = options.workers or len(devices) * encoders_per_device(encoder, devices[0])
     placed = [devices[number % len(devices)] for number in range(workers)]
     free = _free_bytes()
     heads = 1 if free is None else max(1, min(_MOST_HEADS, encoder.spec.threads // _CORES_PER_HEAD))
@@ -142,7 +142,8 @@ def _free_bytes() -> int | None:
         return None
 
 
-def _encoders_per_device(encoder: Encoder, device: str) -> int:
+def encoders_per_device(encoder: Encoder, device: str) -> int:
+    """How many encoders keep a device busy: one, or as many on a GPU as its memory holds."""
     if encoder.info.provider != CUDA:
         return 1
     _, _, number = device.partition(":")

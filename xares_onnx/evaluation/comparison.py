@@ -48,6 +48,7 @@ def compare(
     device: str = "auto",
     threads: int | None = None,
     workers: int | None = None,
+    engine: str = "local",
     allow_drops: bool = False,
     heads: Sequence[str] = (),
     lm: str | None = None,
@@ -66,8 +67,8 @@ def compare(
         b: Its replacement.
         tasks: Tasks, as for `evaluate`; of two results, those that both hold by default.
         tolerance: The tolerated loss, as a fraction.
-        suite, data, cache, methods, protocol, seeds, limit, contract, device, threads, workers, allow_drops, heads, lm,
-            vocabulary, trust, observer: As for `evaluate`.
+        suite, data, cache, methods, protocol, seeds, limit, contract, device, threads, workers, engine, allow_drops, heads,
+            lm, vocabulary, trust, observer: As for `evaluate`.
 
     Returns:
         The comparison. Its differences are positive if B is better.
@@ -108,7 +109,9 @@ def compare(
             names, requested = _as_scored(side, path, names, suite, requested, observe)
             gates = Gates(side, tolerance)
     requested |= {"protocol": requested["protocol"] or "corrected", "methods": requested["methods"] or METHODS}
-    options = ModelOptions(device=device, threads=threads, workers=workers, contract=tuple(contract), trust=trust)
+    options = ModelOptions(
+        device=device, threads=threads, workers=workers, engine=engine, contract=tuple(contract), trust=trust
+    )
     settings = checked_settings(options, **requested, allow_drops=allow_drops, lm=lm, vocabulary=vocabulary)
     where: dict[str, Any] = {"suite": suite, "data": data, "cache": cache_folder(cache)}
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..data import audio
-from ..data.catalog import Digests, cache_folder, choose_tasks, has_data
+from ..data.catalog import Digests, cache_folder, choose_tasks, has_data, shard_folders
 from ..data.selection import prepare
 from ..data.task import Task
 from ..embedding.store import Store
@@ -23,6 +23,7 @@ from ..encoder.processor import instruction_sets
 from ..encoder.spec import ModelOptions, ModelSpec
 from ..engine import local
 from ..engine.engine import Engine
+from ..engine.opening import check_engine, open_engine
 from ..errors import MachineError, XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
@@ -87,6 +88,7 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     workers: int | None = None,
+    engine: str = "local",
     allow_drops: bool = False,
     heads: Sequence[str] = (),
     lm: str | None = None,
@@ -118,9 +120,11 @@ def evaluate(
         limit: Most clips of each split; the scores are then not comparable with others.
         contract: Declarations about the model, as "KEY=VALUE".
         device: `auto`, `cpu`, `cuda`, `cuda:N`, `cuda:0,cuda:1`, `cuda:all`, or the name of an ONNX Runtime provider.
-        threads: Number of threads, of all encoders together; the number of usable cores by default.
+        threads: Number of threads, of all encoders together (on Ray, of each); the number of usable cores by default.
         workers: Number of encoders that embed at once, each in a process of its own; by default what is fastest. No score
             depends on it.
+        engine: What runs the work: processes of this machine (`local`), a Ray cluster started for this run (`ray`), or one
+            that is joined (`ray:auto`, `ray:HOST:PORT`). No score depends on it.
         allow_drops: Whether to score a task that lost too many clips.
         heads: Heads that replace the tasks' own, as "TASK=KIND".
         lm: Folder of the language model for the `llm` head.
@@ -149,7 +153,13 @@ def evaluate(
         >>> evaluation.result.tasks[0].score
     """
     options = ModelOptions(
-        device=device, threads=threads, workers=workers, contract=tuple(contract), taps=tuple(taps), trust=trust
+        device=device,
+        threads=threads,
+        workers=workers,
+        engine=engine,
+        contract=tuple(contract),
+        taps=tuple(taps),
+        trust=trust,
     )
     gates = Gates.read(baseline, tolerance, fail_under)
     settings = checked_settings(
@@ -195,6 +205,7 @@ def evaluate_with(
 ) -> Evaluation:
     """`evaluate` with its options in records."""
     find_model(Path(model))  # a wrong path is reported before anything else
+    check_engine(options.engine)
     cache = cache_folder(cache)
     notes: list[str] = []
 
@@ -221,7 +232,7 @@ def evaluate_with(
             **_described_tools(tools),
         }
         gates.check_settings([task for task, _ in selection], described)
-        with local.open_engine(encoder, options) as engine:
+        with open_engine(encoder, options, cache, shard_folders(selection)) as engine:
             run = Run(encoder, settings, tools, cache, output, observer)
             run.all(selection, engine)
         evaluation = Evaluation(

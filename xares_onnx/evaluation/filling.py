@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data import audio
-from ..data.catalog import Digests, build_synthetic, cache_folder, choose_tasks, find_parts, has_data, missing_data
+from ..data.catalog import (
+    Digests,
+    build_synthetic,
+    cache_folder,
+    choose_tasks,
+    find_parts,
+    has_data,
+    missing_data,
+    shard_folders,
+)
 from ..data.selection import prepare
 from ..data.shards import index_shard, read_extent
 from ..data.task import Task
@@ -22,9 +31,9 @@ from ..embedding.store import Store
 from ..encoder.encoder import Encoder, open_encoder
 from ..encoder.spec import ModelOptions
 from ..encoder.worker import Tell
-from ..engine import local
 from ..engine.engine import Desk, Planned, Unplanned, drive
 from ..engine.jobs import AnyJob, AnyReport
+from ..engine.opening import check_engine, open_engine
 from ..engine.scheduler import Scheduler
 from ..errors import ClipError, DataError, MachineError, ModelError, UsageError, XaresError
 from ..progress import Doing, Event, Note, Observer, Progress, ignore
@@ -95,6 +104,7 @@ def embed(
     device: str = "auto",
     threads: int | None = None,
     workers: int | None = None,
+    engine: str = "local",
     taps: Sequence[str] = (),
     trust: bool = False,
     observer: Observer = ignore,
@@ -103,8 +113,8 @@ def embed(
 
     Args:
         part: Which part; the parts have about equal hours of audio.
-        model, tasks, suite, data, cache, protocol, limit, contract, device, threads, workers, taps, trust, observer: As for
-            `evaluate`.
+        model, tasks, suite, data, cache, protocol, limit, contract, device, threads, workers, engine, taps, trust, observer:
+            As for `evaluate`.
 
     Returns:
         What was done. An error in the data ends its task and is kept in `errors`; one of the model or the machine ends all.
@@ -113,8 +123,15 @@ def embed(
         UsageError, ModelError, DataMissingError, MachineError: As `evaluate`.
     """
     options = ModelOptions(
-        device=device, threads=threads, workers=workers, contract=tuple(contract), taps=model_taps(taps), trust=trust
+        device=device,
+        threads=threads,
+        workers=workers,
+        engine=engine,
+        contract=tuple(contract),
+        taps=model_taps(taps),
+        trust=trust,
     )
+    check_engine(engine)
     if protocol not in ("corrected", "xares"):
         raise UsageError(f"protocol {protocol!r} must be corrected or xares")
     if limit is not None and limit < 1:
@@ -123,11 +140,11 @@ def embed(
     selection = choose_tasks(tasks, suite, data, cache, observer)
     with (
         open_encoder(model, options, cache=cache, observer=observer) as encoder,
-        local.open_engine(encoder, options) as engine,
+        open_engine(encoder, options, cache, shard_folders(selection)) as running,
     ):
         filling = _Filling(encoder, part, Protocol(protocol), limit, cache, observer)
         usable = list(filling.usable(selection))
-        drive(engine, Scheduler(engine.slots), functools.partial(filling.plan, usable, filling.share(usable)), filling)
+        drive(running, Scheduler(running.slots), functools.partial(filling.plan, usable, filling.share(usable)), filling)
     return filling.filled
 
 

@@ -26,7 +26,7 @@ from xares_onnx.packing import Packed, pack
 from xares_onnx.packing.labels import rounded_outwards
 
 # Far above chance, and far below what any seed of a head on these few clips gives: of silence, 1 - WER is 0.
-ENOUGH = {"tags": 0.9, "events": 0.8, "captions": 0.12, "transcript": 0.1, "number": 3.5}
+ENOUGH = {"tags": 0.9, "events": 0.8, "captions": 0.6, "transcript": 0.1, "number": 3.5}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def test_every_kind_is_packed_and_then_scored(kind: str, model: Path, tmp_path: 
     assert (record.status, record.n_test, record.clips.read) == ("ok", SIZES["test"], sum(SIZES.values()))
     assert record.clips.dropped == []
     assert record.score is not None
-    assert record.score > ENOUGH[kind] if record.higher_is_better else record.score < ENOUGH[kind]
+    # of captions the recall among ten, 0.42 by chance: a first place among 24 is luck after so short a training
+    score = record.metrics["recall_at_10"] if kind == "captions" else record.score
+    assert score > ENOUGH[kind] if record.higher_is_better else score < ENOUGH[kind]
 
 
 def test_classes_go_from_the_command_line_to_a_score(model: Path, tmp_path: Path) -> None:

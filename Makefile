@@ -16,7 +16,8 @@ demo: .venv/installed  ## install, export the baseline encoder, score it on the 
 	$(BIN)/xares-onnx evaluate logmel.onnx --suite synthetic
 
 test: .venv/installed-third-party  ## install and run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	@# in the order of their names: by their number of tests, the few slow ones of Ray's would run last, on one core
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed  ## format, lint, types, import layers, pages
 	$(BIN)/ruff format --check .

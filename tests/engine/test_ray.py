@@ -17,6 +17,8 @@ import pytest
 from cli_world import ROOT, START
 from engine_world import EngineWorld, left
 
+from xares_onnx.engine import ray as ray_engine
+from xares_onnx.engine.cluster import present_nodes
 from xares_onnx.errors import MachineError
 from xares_onnx.progress import Event, Note, Progress
 
@@ -107,9 +109,18 @@ def test_a_lost_node_costs_its_unfinished_shards_alone(
     expected: dict[str, Any],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ray_engine, "_WATCH_SECONDS", 0.05)
     third = nodes.add("third")
-    observer, notes = once_embedding(lambda: nodes.remove(third))
+
+    def lose() -> None:
+        nodes.remove(third)
+        deadline = time.monotonic() + 100
+        while any(node.name == "third" for node in present_nodes().values()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    observer, notes = once_embedding(lose)
     done = world.run(tmp_path, engine=nodes.address, trust=True, observer=observer)
     assert left(tmp_path) == expected
     machine = done.result.environment["machine"]

@@ -92,6 +92,7 @@ def test_the_same_bytes_with_two_threads_and_compare_pairs_the_mix(world: World,
     assert [(row.tap, row.difference) for row in done.tasks] == [(None, 0), ("stream3", 0), ("mix", 0)]
 
 
+@pytest.mark.usefixtures("heads_in_this_process")
 def test_frames_are_mixed_and_a_head_that_does_not_converge_is_not(world: World, tmp_path: Path) -> None:
     events = write_kind(tmp_path, "events")
     captions = write_kind(tmp_path, "captions")

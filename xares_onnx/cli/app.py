@@ -9,17 +9,16 @@ import errno
 import functools
 import io
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import IO, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
 from ..errors import XaresError, printable
 from ..version import __version__
+from .interrupts import INTERRUPTS, Terminated
 
 # The parser's own error class: click's, or that of the copy of click which newer versions of typer hold.
 _ParserError: type[Any] = typer.BadParameter.__mro__[1]
@@ -37,13 +36,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that everything is closed as on Ctrl-C."""
-
-
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 gate, 2 usage, 3 model, 4 data, 5 machine, 70 our fault, 130/143 interrupted."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    INTERRUPTS.install()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     try:
@@ -60,10 +55,6 @@ def main() -> None:
     sys.exit(code)
 
 
-def _on_terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
 def reported(command: Callable[P, R]) -> Callable[P, R]:
     """Errors as one line on stderr and an exit code; a traceback only with --debug."""
 
@@ -75,6 +66,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (KeyboardInterrupt, Terminated) as stop:
+            INTERRUPTS.heard()
             say("interrupted; finished shards are stored, so the same command goes on from there")
             raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
         except XaresError as error:

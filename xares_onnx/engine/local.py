@@ -52,7 +52,8 @@ class LocalEngine:
         self._encoders = [Encoder(spec, worker) for spec, worker in zip(specs, workers, strict=True)][::-1]
         self._heads = [HeadWorker() for _ in range(max(slots.heads, slots.heads_beside))]
         self._workers: list[Worker] = [*workers, *self._heads]
-        self._threads: set[threading.Thread] = set()
+        # All of them: a Ctrl-C while one is freed would be late, as no exception leaves the callback of a weak reference.
+        self._threads: list[threading.Thread] = []
         self._closed = False
 
     def described(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class LocalEngine:
 
     def start(self, job: AnyJob, report: Callable[[Report], None]) -> None:
         thread = threading.Thread(target=self._run, args=(job, report), daemon=True)
-        self._threads = {thread, *(other for other in self._threads if other.is_alive())}
+        self._threads.append(thread)
         thread.start()
 
     def close(self) -> None:

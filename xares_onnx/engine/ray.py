@@ -114,7 +114,7 @@ class RayEngine:
         self._nodes: dict[str, Node] = {}
         self._seen: set[str] = set()
         self._actors: list[Any] = []
-        self._threads: set[threading.Thread] = set()
+        self._threads: list[threading.Thread] = []  # all of them, as in `LocalEngine`
         self._closing = threading.Event()
         self._resources = contextlib.ExitStack()
         present = present_nodes()
@@ -145,7 +145,7 @@ class RayEngine:
         if not self._threads:
             threading.Thread(target=self._watch, args=(job, report), daemon=True).start()
         thread = threading.Thread(target=self._run, args=(job, report), daemon=True)
-        self._threads = {thread, *(other for other in self._threads if other.is_alive())}
+        self._threads.append(thread)
         thread.start()
 
     def close(self) -> None:

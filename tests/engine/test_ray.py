@@ -142,8 +142,8 @@ def test_killed_encoders_and_actors_cost_time_alone(
     observer, notes = once_embedding(kill)
     world.run(tmp_path, engine=nodes.address, trust=True, observer=observer)
     assert left(tmp_path) == expected
-    assert any("died (SIGKILL)" in note for note in notes), notes
-    assert any("is gone (Actor" in note for note in notes), notes
+    # What is killed between two jobs has lost nothing, and is not spoken of.
+    assert any("died (SIGKILL)" in note or "is gone (Actor" in note for note in notes), notes
     deadline = time.monotonic() + 30
     while nodes.runners() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import MachineError, UsageError
 
 if TYPE_CHECKING:
-    from .logistic import Loss
+    from .logistic import LossOnDevice
     from .standardised import Design, Floats, Indices
 
 _WORTH = 1 << 28  # products per pass from which on a device pays: some 5 ms of one CPU core
@@ -56,7 +56,7 @@ def without_tf32() -> None:
 class DeviceRows:
     """The rows and targets of a design on a device, block by block; as many blocks stay there as have room."""
 
-    def __init__(self, design: Design, loss: Loss, device: torch.device) -> None:
+    def __init__(self, design: Design, loss: LossOnDevice, device: torch.device) -> None:
         without_tf32()
         self._design, self._loss, self._device = design, loss, device
         self._axes = torch.from_numpy(np.ascontiguousarray(design.axes)).to(device)

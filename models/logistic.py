@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,11 @@ class Loss(Protocol):
         `columns` are the outputs of the logits. The sums are those of the loss, whose division within a group is arbitrary,
         and of its second derivative.
         """
+
+
+@runtime_checkable
+class LossOnDevice(Loss, Protocol):
+    """A loss that passes on a device know too."""
 
     def outputs_of(self, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The targets of a block in terms of outputs, as `step_on_device` takes them."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,6 @@ from scipy.special import softmax
 
 from .logistic import LEAST_CURVATURE, Loss
 from .standardised import Design, Floats, Head, Indices, Pool, Rows, Singles, Standardisation, main_axes
-
-if TYPE_CHECKING:  # torch takes seconds to import: only for a device
-    from torch import Tensor
 
 MAX_ITERATIONS = 1000
 # Of the relative gradient norm over head and weights. Between 1e-2 and 1e-3 the weights of seven layers moved by 0.02 to 0.2
@@ -165,12 +162,6 @@ class Squares:
         residual = (logits - ((targets[:, None] - self._mean) / self._scale)).astype(np.float32)
         exact = residual.astype(np.float64)
         return residual, np.array([[0.5 * np.vdot(exact, exact)], [float(len(residual))]])
-
-    def outputs_of(self, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return targets
-
-    def step_on_device(self, logits: Tensor, targets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a mixture is read on the CPU")
 
 
 @dataclass(frozen=True)

@@ -167,8 +167,9 @@ class Design:
         if self.pool.device is None:
             return None
         from .device import DeviceRows, pays, torch_device
+        from .logistic import LossOnDevice
 
-        if self._on_device is None and pays(self.rows.count, self.rows.dim, loss.outputs):
+        if self._on_device is None and isinstance(loss, LossOnDevice) and pays(self.rows.count, self.rows.dim, loss.outputs):
             self._on_device = DeviceRows(self, loss, torch_device(self.pool.device))
         return self._on_device
 

@@ -1,7 +1,8 @@
 """The embedding store: one safetensors file per source shard, with a `.jsonl` beside it.
 
 A file's name is a digest of everything that shapes its numbers, so a file that exists is right and whole: both parts are
-written under other names, and the tensors are renamed into place last. Two processes may write to the same store.
+written under other names, and the tensors are renamed into place last. Two processes may write to the same store. The pieces
+of a shard that is embedded in pieces (`pieces`) lie beside it under longer names until they are joined (`joining`).
 
 Frames may be larger than memory: they are written as they come, and mapped when they are read.
 """
@@ -25,12 +26,12 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from ..data.shards import Drop
 from ..errors import UsageError
 from ..files import TEMPORARY_SUFFIX, disk_error, is_own, made_aside, make_private, remove_own, write_aside
 from ..foreign import ForeignFileError, NoFileError, open_regular, read_small
+from .pieces import shard_of
 
 STORE_VERSION = 2
 _HEADER_BYTES = 4096  # reserved for the header, so that frames can be written before it; a page, which mapping needs
@@ -46,7 +47,7 @@ _MARKER_TEXT = (
     b"# Embeddings of xares-onnx; `xares-onnx cache prune` removes files here by their names.\n"
 )
 _FOLDER = re.compile("[0-9a-f]{2}")
-_FILE = re.compile(r"([0-9a-f]{40})\.(?:safetensors|jsonl)(?:\.[0-9a-f]{8}\.part)?")
+_FILE = re.compile(r"([0-9a-f]{40}(?:\.[0-9]{1,9}-[0-9]{1,9})?)\.(?:safetensors|jsonl)(?:\.[0-9a-f]{8}\.part)?")
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,30 +145,44 @@ class Store:
         self._make_folder(key)
         return FrameSpool(self._tensors(key), dim)
 
-    def read(self, key: str) -> EmbeddedShard | None:
-        """The shard, or None if it is missing or was damaged after it was written."""
+    def copy_frames(self, key: str, spool: FrameSpool) -> None:
+        """Append the frames of a stored piece to a spool. Raises `PieceGoneError` if they cannot be read."""
+        try:
+            with open_regular(self._tensors(key)) as file:
+                tensors = _tensors(file)
+                spool.copy(file, tensors["frames"], tensors["offsets"].load(file), tensors["times"].load(file))
+        except (ForeignFileError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PieceGoneError(key) from error
+
+    def read(self, key: str, *, frames: bool = True) -> EmbeddedShard | None:
+        """The shard, or None if it is missing or was damaged after it was written.
+
+        Without `frames` these are checked and left where they are: a model's process has no room to map them.
+        """
         path = self._tensors(key)
         try:
-            open_regular(path).close()  # a pipe would be waited for
-            with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys() if name != "frames"}  # noqa: SIM118
+            with open_regular(path) as file:  # a pipe would be waited for
+                tensors = _tensors(file)
+                arrays = {name: tensor.load(file) for name, tensor in tensors.items() if name != "frames"}
             first, *lines = read_small(self._rows(key), _MAX_ROWS).splitlines()
             header = msgspec.json.decode(first, type=Header)
             rows = [_decode_row(line) for line in lines]
             clips = [row.clip for row in rows if row.clip is not None]
             drops = [row.drop for row in rows if row.drop is not None]
             pooled, clip_of_crop = arrays["pooled"], arrays["clip_of_crop"]
-            frames = Frames(_mapped_frames(path), arrays["offsets"], arrays["times"]) if "offsets" in arrays else None
-        except (ForeignFileError, OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+            whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
+            whole = whole and set(clip_of_crop.tolist()) == set(range(len(clips)))
+            kept = None
+            if "offsets" in arrays:
+                offsets, times = arrays["offsets"], arrays["times"]
+                ends = len(pooled) + 1, len(times), len(times)
+                whole = whole and ends == (len(offsets), tensors["frames"].shape[0], int(offsets[-1]))
+                kept = Frames(tensors["frames"].mapped(path), offsets, times) if frames else None
+        except (ForeignFileError, OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
             return None
-        whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
-        whole = whole and set(clip_of_crop.tolist()) == set(range(len(clips)))
-        if frames is not None:
-            ends = len(pooled) + 1, len(frames.times), len(frames.times)
-            whole = whole and ends == (len(frames.offsets), len(frames.values), int(frames.offsets[-1]))
         if not whole or header.store_version != STORE_VERSION:
             return None
-        return EmbeddedShard(header, pooled, clip_of_crop, clips, drops, frames)
+        return EmbeddedShard(header, pooled, clip_of_crop, clips, drops, kept)
 
     def header(self, key: str) -> Header | None:
         """The header of a shard, without reading the rest; None if the shard is missing."""
@@ -188,7 +203,7 @@ class Store:
             return 0
 
     def entries(self) -> Iterator[tuple[str, Header, int, float]]:
-        """Of every shard its key, header, bytes and the time of its last use (seconds since the epoch)."""
+        """Of every shard, and every piece of one, its key, header, bytes and the time of its last use (since the epoch)."""
         own = dict(self._own_files())
         for tensors, status in own.items():
             rows = tensors.with_suffix(".jsonl")
@@ -212,12 +227,28 @@ class Store:
         """Remove a shard; the bytes that this freed."""
         return sum(remove_own(path) for path in (self._tensors(key), self._rows(key)))
 
+    def pieces(self, key: str) -> list[str]:
+        """The names of the pieces of a shard that are there."""
+        names = (_FILE.fullmatch(entry.name) for entry in _entries(self._rows(key).parent))
+        pieces = {name[1] for name in names if name and shard_of(name[1]) == key != name[1]}
+        return sorted(piece for piece in pieces if piece in self)
+
+    def remove_pieces(self, key: str) -> None:
+        """Remove the pieces of a shard, which have been joined."""
+        for piece in self.pieces(key):
+            self.remove(piece)
+
     def remove_leftovers(self, older_than_seconds: float = 3600) -> int:
-        """Remove the parts that killed runs left; the bytes that this freed. Younger parts may belong to a present run."""
+        """Remove what killed runs left: parts of files, and pieces of a shard that is there. Younger ones may be in use.
+
+        Returns:
+            The bytes that this freed.
+        """
         freed, now = 0, time.time()
         known = {key for key, *_ in self.entries()}
+        joined = {key for key in known if shard_of(key) != key and shard_of(key) in known}
         for path, status in self._own_files():
-            if path.suffix != TEMPORARY_SUFFIX and path.stem in known:
+            if path.suffix != TEMPORARY_SUFFIX and path.stem in known - joined:
                 continue
             if now - status.st_mtime > older_than_seconds:
                 freed += remove_own(path)
@@ -264,6 +295,10 @@ class Store:
         return self.root / key[:2] / f"{key}.jsonl"
 
 
+class PieceGoneError(Exception):
+    """A piece that is being read is gone or damaged."""
+
+
 class FrameSpool:
     """Frames of one shard on their way into the store: a file that is renamed into place when the shard is whole.
 
@@ -292,6 +327,17 @@ class FrameSpool:
         except OSError as error:
             raise disk_error(error, self._path) from error
         self._times.append(times)
+        self._frames += len(times)
+
+    def copy(
+        self, source: BinaryIO, frames: _Tensor, offsets: npt.NDArray[np.int64], times: npt.NDArray[np.float64]
+    ) -> None:
+        """Append crops as they are in an open file, not rounded again. Raises `PieceGoneError` if it ends early."""
+        if frames.dtype == np.float32 and self._dtype is np.float16:
+            self._widen()
+        self._copy(source, frames.first_byte, frames.count, frames.dtype)
+        self._times.append(times)
+        self._offsets += (offsets[1:] + self._frames).tolist()
         self._frames += len(times)
 
     def end_crop(self) -> None:
@@ -344,20 +390,34 @@ class FrameSpool:
 
     def _widen(self) -> None:
         """Replace the file of float16 by one of float32."""
-        narrow, left = self._file, self._end_of_frames() - _HEADER_BYTES
+        narrow = self._file
         self._file, self._dtype = self._open(), np.float32
-        narrow.seek(_HEADER_BYTES)
         try:
-            while left > 0:
-                block = narrow.read(min(left, _COPIED_AT_ONCE))
-                if not block:
-                    raise OSError(errno.EIO, "the file became shorter while it was read")
-                self._file.write(np.frombuffer(block, np.float16).astype(np.float32).data)
-                left -= len(block)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
+            self._copy(narrow, _HEADER_BYTES, self._frames * self._dim, np.dtype(np.float16))
+        except PieceGoneError as error:
+            raise disk_error(OSError(errno.EIO, "the file became shorter while it was read"), self._path) from error
         finally:
             self._discard(narrow)
+
+    def _copy(self, source: BinaryIO, first_byte: int, count: int, dtype: np.dtype[Any]) -> None:
+        """Append `count` values of another file, in this one's dtype."""
+        left = count * dtype.itemsize
+        try:
+            source.seek(first_byte)
+        except OSError as error:
+            raise PieceGoneError from error
+        while left:
+            try:
+                block = source.read(min(left, _COPIED_AT_ONCE))
+            except OSError as error:
+                raise PieceGoneError from error
+            if not block:
+                raise PieceGoneError
+            left -= len(block)
+            try:
+                self._file.write(np.frombuffer(block, dtype).astype(self._dtype, copy=False).data)
+            except OSError as error:
+                raise disk_error(error, self._path) from error
 
     @staticmethod
     def _discard(file: BinaryIO) -> None:
@@ -388,7 +448,48 @@ def _fits_float16(values: npt.NDArray[np.float32]) -> bool:
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
-_FRAME_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+_READ_DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(name) for name, code in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies in its file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    first_byte: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def load(self, file: BinaryIO) -> npt.NDArray[Any]:
+        file.seek(self.first_byte)
+        return np.frombuffer(bytearray(file.read(self.count * self.dtype.itemsize)), self.dtype).reshape(self.shape)
+
+    def mapped(self, path: Path) -> npt.NDArray[Any]:
+        if not self.count:  # an empty part of a file cannot be mapped
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(path, self.dtype, "r", self.first_byte, self.shape).view(np.ndarray)
+
+
+def _tensors(file: BinaryIO) -> dict[str, _Tensor]:
+    """The tensors of a file by their names.
+
+    Not by the package safetensors, which maps the whole file: a model's process has no room for that, and dies if another
+    machine removes the file meanwhile. Raises `ValueError`, `KeyError` or `TypeError` if this store did not write it.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    tensors = {}
+    for name, entry in json.loads(file.read(min(length, _HEADER_BYTES))).items():
+        dtype, shape, (start, stop) = _READ_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        tensor = _Tensor(dtype, shape, _LENGTH_BYTES + length + start)
+        sound = min(shape, default=0) >= 0 <= start and stop - start == tensor.count * dtype.itemsize
+        if not sound or _LENGTH_BYTES + length + stop > size:
+            raise ValueError(f"tensor {name} does not lie in its file")
+        tensors[name] = tensor
+    return tensors
 
 
 def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], least_bytes: int = 0) -> bytes:
@@ -402,18 +503,6 @@ def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], least_
     aligned = math.ceil(len(text) / _ALIGNMENT) * _ALIGNMENT
     text = text.ljust(max(aligned, least_bytes - _LENGTH_BYTES))
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
-def _mapped_frames(path: Path) -> npt.NDArray[Any]:
-    """The tensor `frames` of a file, mapped. Raises `ValueError` or `KeyError` if this store did not write the file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        entry = json.loads(file.read(min(length, _HEADER_BYTES)))["frames"]
-    dtype, shape = _FRAME_DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if not np.prod(shape, dtype=np.int64):  # an empty file part cannot be mapped
-        return np.empty(shape, dtype)
-    first_byte = _LENGTH_BYTES + length + entry["data_offsets"][0]
-    return np.memmap(path, dtype, "r", first_byte, shape).view(np.ndarray)
 
 
 def prune(
@@ -434,14 +523,14 @@ def prune(
         UsageError: The folder is not a store.
     """
     store.check_marked()
-    removed, freed = 0, store.remove_leftovers()
+    removed, freed = set(), store.remove_leftovers()
     for key, header, _, used in list(store.entries()):
         old = older_than_days is None or time.time() - used > older_than_days * 86_400
         named = model is None or header.model == model or header.model_sha256.startswith(model)
         if everything or ((older_than_days is not None or model is not None) and old and named):
             freed += store.remove(key)
-            removed += 1
-    return removed, freed
+            removed.add(shard_of(key))
+    return len(removed), freed
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:

@@ -121,12 +121,18 @@ class Scheduler(Generic[J]):
             The groups that have lost jobs by it.
         """
         job = self._running.pop(key)
-        dropped = [other for other in self._waiting.values() if key in other.needs]
-        for other in dropped:
-            del self._waiting[other.key]
-        needed = {need for other in self._waiting.values() for need in other.needs}
-        for need in {need for other in dropped for need in other.needs} - needed:
-            self._waiting.pop(need, None)
+        dropped: list[J] = []
+        gone = {key}
+        while above := [other for other in self._waiting.values() if not gone.isdisjoint(other.needs)]:
+            dropped += above
+            gone = {other.key for other in above}
+            for other in above:
+                del self._waiting[other.key]
+        below = dropped
+        while below:
+            needed = {need for other in self._waiting.values() for need in other.needs}
+            idle = {need for other in below for need in other.needs} - needed
+            below = [self._waiting.pop(need) for need in idle if need in self._waiting]
         return {other.group for other in dropped} or {job.group}
 
     def lost(self, key: str) -> bool:

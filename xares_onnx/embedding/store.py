@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
-import math
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +30,9 @@ from ..errors import UsageError
 from ..files import TEMPORARY_SUFFIX, disk_error, is_own, made_aside, make_private, remove_own, write_aside
 from ..foreign import ForeignFileError, NoFileError, open_regular, read_small
 from .pieces import shard_of
+from .tensors import HEADER_BYTES, Tensor, tensors_header, tensors_of
 
 STORE_VERSION = 2
-_HEADER_BYTES = 4096  # reserved for the header, so that frames can be written before it; a page, which mapping needs
 _FLOAT16_MAX = 65504.0
 _BLUR = 0.01  # float16's largest error in a frame, as a share of the frame's own spread
 _COPIED_AT_ONCE = 1 << 22
@@ -137,7 +135,7 @@ class Store:
             spool.finish(tensors, self._tensors(key))
         else:
             names = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-            data = _header(names) + b"".join(array.tobytes() for array in tensors.values())
+            data = tensors_header(names) + b"".join(array.tobytes() for array in tensors.values())
             write_aside(self._tensors(key), data, anew=True)
 
     def spool(self, key: str, dim: int) -> FrameSpool:
@@ -149,7 +147,7 @@ class Store:
         """Append the frames of a stored piece to a spool. Raises `PieceGoneError` if they cannot be read."""
         try:
             with open_regular(self._tensors(key)) as file:
-                tensors = _tensors(file)
+                tensors = tensors_of(file)
                 spool.copy(file, tensors["frames"], tensors["offsets"].load(file), tensors["times"].load(file))
         except (ForeignFileError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PieceGoneError(key) from error
@@ -162,7 +160,7 @@ class Store:
         path = self._tensors(key)
         try:
             with open_regular(path) as file:  # a pipe would be waited for
-                tensors = _tensors(file)
+                tensors = tensors_of(file)
                 arrays = {name: tensor.load(file) for name, tensor in tensors.items() if name != "frames"}
             first, *lines = read_small(self._rows(key), _MAX_ROWS).splitlines()
             header = msgspec.json.decode(first, type=Header)
@@ -329,9 +327,7 @@ class FrameSpool:
         self._times.append(times)
         self._frames += len(times)
 
-    def copy(
-        self, source: BinaryIO, frames: _Tensor, offsets: npt.NDArray[np.int64], times: npt.NDArray[np.float64]
-    ) -> None:
+    def copy(self, source: BinaryIO, frames: Tensor, offsets: npt.NDArray[np.int64], times: npt.NDArray[np.float64]) -> None:
         """Append crops as they are in an open file, not rounded again. Raises `PieceGoneError` if it ends early."""
         if frames.dtype == np.float32 and self._dtype is np.float16:
             self._widen()
@@ -362,7 +358,7 @@ class FrameSpool:
             for array in tensors.values():
                 self._file.write(array.tobytes())
             self._file.seek(0)
-            self._file.write(_header(shapes, _HEADER_BYTES))
+            self._file.write(tensors_header(shapes, HEADER_BYTES))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -380,20 +376,20 @@ class FrameSpool:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}").open("w+b")
-            file.seek(_HEADER_BYTES)
+            file.seek(HEADER_BYTES)
         except OSError as error:
             raise disk_error(error, self._path) from error
         return file
 
     def _end_of_frames(self) -> int:
-        return _HEADER_BYTES + self._frames * self._dim * np.dtype(self._dtype).itemsize
+        return HEADER_BYTES + self._frames * self._dim * np.dtype(self._dtype).itemsize
 
     def _widen(self) -> None:
         """Replace the file of float16 by one of float32."""
         narrow = self._file
         self._file, self._dtype = self._open(), np.float32
         try:
-            self._copy(narrow, _HEADER_BYTES, self._frames * self._dim, np.dtype(np.float16))
+            self._copy(narrow, HEADER_BYTES, self._frames * self._dim, np.dtype(np.float16))
         except PieceGoneError as error:
             raise disk_error(OSError(errno.EIO, "the file became shorter while it was read"), self._path) from error
         finally:
@@ -437,72 +433,6 @@ def _fits_float16(values: npt.NDArray[np.float32]) -> bool:
     error = values - values.astype(np.float16)
     blurred = np.abs(error).max(axis=1) > _BLUR * values.std(axis=1)
     return bool(blurred.mean() <= _BLUR)
-
-
-# ---------------------------------------------------------------- the safetensors format
-#
-# A file is the length of its header (8 bytes, little-endian), the header (JSON, padded with spaces), and the bytes of the
-# tensors one after another. The header gives each tensor's dtype, shape, and where its bytes begin and end, counted from the
-# end of the header.
-
-_LENGTH_BYTES = 8
-_ALIGNMENT = 8
-_DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
-_READ_DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(name) for name, code in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor lies in its file."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    first_byte: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    def load(self, file: BinaryIO) -> npt.NDArray[Any]:
-        file.seek(self.first_byte)
-        return np.frombuffer(bytearray(file.read(self.count * self.dtype.itemsize)), self.dtype).reshape(self.shape)
-
-    def mapped(self, path: Path) -> npt.NDArray[Any]:
-        if not self.count:  # an empty part of a file cannot be mapped
-            return np.empty(self.shape, self.dtype)
-        return np.memmap(path, self.dtype, "r", self.first_byte, self.shape).view(np.ndarray)
-
-
-def _tensors(file: BinaryIO) -> dict[str, _Tensor]:
-    """The tensors of a file by their names.
-
-    Not by the package safetensors, which maps the whole file: a model's process has no room for that, and dies if another
-    machine removes the file meanwhile. Raises `ValueError`, `KeyError` or `TypeError` if this store did not write it.
-    """
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    tensors = {}
-    for name, entry in json.loads(file.read(min(length, _HEADER_BYTES))).items():
-        dtype, shape, (start, stop) = _READ_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        tensor = _Tensor(dtype, shape, _LENGTH_BYTES + length + start)
-        sound = min(shape, default=0) >= 0 <= start and stop - start == tensor.count * dtype.itemsize
-        if not sound or _LENGTH_BYTES + length + stop > size:
-            raise ValueError(f"tensor {name} does not lie in its file")
-        tensors[name] = tensor
-    return tensors
-
-
-def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], least_bytes: int = 0) -> bytes:
-    """Length and header of a file with these tensors (dtype, shape) in order, padded to `least_bytes` in all."""
-    entries, start = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        stop = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        entries[name] = {"dtype": _DTYPES[dtype.name], "shape": shape, "data_offsets": [start, stop]}
-        start = stop
-    text = msgspec.json.encode(entries)
-    aligned = math.ceil(len(text) / _ALIGNMENT) * _ALIGNMENT
-    text = text.ljust(max(aligned, least_bytes - _LENGTH_BYTES))
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def prune(

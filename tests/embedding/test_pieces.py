@@ -62,7 +62,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encoder]:
 
 
 def shard_with_losses(path: Path) -> Path:
-    """Nine clips: one of which the model makes NaN, one that float16 cannot hold, one without json, one that is no audio; and no end."""
+    """Nine clips, and the end cut off.
+
+    Of one the model makes NaN, float16 cannot hold the frames of another, one is no audio, and the last has no json.
+    """
     members = []
     for number in range(9):
         samples = 0.3 * noise(0.5 + 0.3 * (number % 4), seed=number).astype(np.float32)

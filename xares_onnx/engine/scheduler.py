@@ -165,12 +165,12 @@ class Scheduler(Generic[J]):
             for job in self._waiting.values():
                 if job.slot == "head":
                     head_weights[job.group] = head_weights.get(job.group, 0.0) + job.weight
-        queue = [job for job in self._waiting.values() if job.slot == "encoder" and self._is_ready(job)]
 
-        def turn(job: J) -> tuple[float, float, int, float]:
-            begun = self._begun.get(job.group, math.inf)
-            return begun, -head_weights.get(job.group, 0.0), self._groups[job.group], -job.weight
+        def turn(group: str) -> tuple[float, float, int]:
+            return self._begun.get(group, math.inf), -head_weights.get(group, 0.0), self._groups[group]
 
-        queue.sort(key=turn)
+        places = {group: place for place, group in enumerate(sorted(self._groups, key=turn))}
+        queue = [job for job in self._waiting.values() if job.slot == "encoder" and (not job.needs or self._is_ready(job))]
+        queue.sort(key=lambda job: (places[job.group], -job.weight))
         queue.reverse()
         return queue

@@ -150,9 +150,10 @@ def _folds(data: TaskData) -> int:
 def check_disk(encoder: Encoder, data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer) -> None:
     """Note how much room the frames of all taps need in the store. Raises `DiskFullError` if there is less."""
     missing = {path: spec for path, spec in specs.items() if not _is_stored(spec, store)}
-    need = sum(_clips_and_seconds(encoder, path, spec)[1] for path, spec in missing.items()) * _frame_bytes_per_second(
-        encoder
-    )
+    seconds = {path: _clips_and_seconds(encoder, path, spec)[1] for path, spec in missing.items()}
+    # Frames lie there twice while a shard's pieces are joined.
+    joined = [seconds[path] for path, spec in missing.items() if most_pieces(spec.shard_stamp[1], spec.piece_bytes) > 1]
+    need = (sum(seconds.values()) + max(joined, default=0.0)) * _frame_bytes_per_second(encoder)
     if not need:
         return
     store.root.mkdir(parents=True, exist_ok=True)

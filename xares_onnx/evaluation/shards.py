@@ -102,8 +102,9 @@ class TaskShards:
             if all(piece.name(of_tap) in store for of_tap in taps):
                 self.told[name] = clips
                 continue
-            weight = sum(weights[piece.first : piece.stop])
-            jobs.append(EmbedJob(key=name, spec=msgspec.structs.replace(spec, piece=piece), clips=clips, weight=weight))
+            of_piece = msgspec.structs.replace(spec, piece=piece)
+            # The mean of all, so that an encoder takes one piece after another of a shard that it has indexed.
+            jobs.append(EmbedJob(key=name, spec=of_piece, clips=clips, weight=sum(weights) / len(pieces)))
         self.clips[key] = 0  # a join embeds none
         join = EmbedJob(
             key=key,

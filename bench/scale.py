@@ -7,10 +7,12 @@ Jobs and their order are those of a real run; only time is simulated. What the s
 
 * Clips and hours are those that the data sets' own papers or pages state (SUITE); the four private tasks of X-ARES have no
   data and are left out. Shards are four per split, as X-ARES's own tools make them (`num_shards=4` of their
-  make_audio_tar), or as many as `--hours-per-shard` asks.
+  make_audio_tar). They hold 16-bit PCM at 16 kHz, and are cut into pieces as the program cuts them.
 * A worker is one encoder on one core, or one process on a GPU with four cores. Embedding takes a number of seconds per hour
-  of audio, and per shard; heads by the program's own estimate for `--plan`, which is calibrated on one core. A head on
-  several threads follows Amdahl's law with the share that two cores showed (97 s against 52, docs/speed.md).
+  of audio, and per shard or piece. A worker reads the headers of a shard with the first piece that it takes of it, and a
+  join moves JOIN_BYTES per second; both were measured on a local disk. Heads take the program's own estimate for `--plan`,
+  which is calibrated on one core. A head on several threads follows Amdahl's law with the share that two cores showed
+  (97 s against 52, docs/speed.md).
 * Workers and heads share their cores: if more threads are ready than cores, all slow down alike.
 * Processes start together, and once more after each loss. A lost node takes its jobs with it, and comes back.
 """
@@ -36,6 +38,7 @@ from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.data.targets import EventsTarget, TranscriptTarget
 from xares_onnx.data.task import Task
 from xares_onnx.embedding.embed import ShardReport
+from xares_onnx.embedding.pieces import PIECE_BYTES, most_pieces
 from xares_onnx.engine.engine import Done, Report
 from xares_onnx.engine.jobs import AnyJob, EmbedJob
 from xares_onnx.engine.local import LocalEngine
@@ -76,6 +79,8 @@ WEIGHTS = {"linear": 768, "ctc": 30 * 768, "retrieval": 5 * 4 * 1024**2, "llm": 
 AUDIO_BYTES_PER_HOUR = 16_000 * 2 * 3600
 CORES_PER_GPU_WORKER = 4
 PARALLEL = 0.93  # of a head's work
+INDEX_SECONDS = 27e-6  # per clip, to read a shard's headers
+JOIN_BYTES = 150e6  # per second, of a shard's embeddings
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Work:
     """A job, as the scheduler knows one, that takes `seconds` on one core of its own."""
 
     key: str
@@ -99,6 +104,8 @@ class Piece:
     threads: int = 1
     memory: int = 0
     needs: tuple[str, ...] = ()
+    shard: str = ""
+    index_seconds: float = 0.0  # more, of a worker's first piece of the shard
     bytes_read: float = 0.0
     bytes_written: float = 0.0
 
@@ -106,10 +113,13 @@ class Piece:
 # ---------------------------------------------------------------- the suite's jobs
 
 
-def pieces_of(
-    tasks: Iterable[Task], costs: Costs, hours_per_shard: float | None, head_threads: int, head_speed: float
-) -> Iterator[Piece]:
-    """The jobs of every task. Heads run on so many threads, each so much as fast as a core of the estimate."""
+def jobs_of(
+    tasks: Iterable[Task], costs: Costs, piece_bytes: int | None, head_threads: int, head_speed: float
+) -> Iterator[Work]:
+    """The jobs of every task, with shards in pieces of so many bytes, or whole.
+
+    Heads run on so many threads, each so much as fast as a core of the estimate.
+    """
     for task in tasks:
         clips, hours, train = SUITE[task.name]
         splits = {"train": train, "valid": (1 - train) / 2, "test": (1 - train) / 2}
@@ -120,22 +130,13 @@ def pieces_of(
         keys = []
         for part, share in parts.items():
             count = 1 if folds else SHARDS_PER_SPLIT
-            if hours_per_shard:
-                count = max(1, math.ceil(hours * share / hours_per_shard))
+            of_shard = share / count
             for number in range(count):
-                shard_hours = hours * share / count
                 keys.append(f"{task.name}/{part}/{number}")
-                yield Piece(
-                    keys[-1],
-                    task.name,
-                    "encoder",
-                    weight=shard_hours,
-                    seconds=costs.per_shard + costs.per_hour * shard_hours,
-                    bytes_read=shard_hours * AUDIO_BYTES_PER_HOUR,
-                    bytes_written=store_bytes * share / count,
-                )
+                shard = _Shard(task.name, keys[-1], hours * of_shard, clips * of_shard, store_bytes * of_shard)
+                yield from shard.jobs(costs, piece_bytes)
         seconds = head_seconds(task, clips, hours) / head_speed
-        yield Piece(
+        yield Work(
             f"{task.name}/head",
             task.name,
             "head",
@@ -146,6 +147,43 @@ def pieces_of(
             needs=tuple(keys),
             bytes_read=store_bytes,
         )
+
+
+@dataclass(frozen=True)
+class _Shard:
+    task: str
+    name: str
+    hours: float
+    clips: float
+    store_bytes: float
+
+    def jobs(self, costs: Costs, piece_bytes: int | None) -> Iterator[Work]:
+        size = int(self.hours * AUDIO_BYTES_PER_HOUR)
+        pieces = most_pieces(size, piece_bytes) if piece_bytes else 1
+        names = [f"{self.name}.{number}" for number in range(pieces)] if pieces > 1 else [self.name]
+        for name in names:
+            yield Work(
+                name,
+                self.task,
+                "encoder",
+                weight=self.hours / pieces,
+                seconds=costs.per_shard + costs.per_hour * self.hours / pieces,
+                shard=self.name,
+                index_seconds=self.clips * INDEX_SECONDS,
+                bytes_read=size / pieces,
+                bytes_written=self.store_bytes / pieces,
+            )
+        if pieces > 1:
+            yield Work(
+                self.name,
+                self.task,
+                "encoder",
+                weight=self.hours,
+                seconds=self.store_bytes / JOIN_BYTES,
+                needs=tuple(names),
+                bytes_read=self.store_bytes,
+                bytes_written=self.store_bytes,
+            )
 
 
 def head_seconds(task: Task, clips: int, hours: float) -> float:
@@ -176,13 +214,13 @@ class Outcome:
 
 @dataclass
 class _Running:
-    piece: Piece
+    piece: Work
     worker: int
     left: float
 
 
 def simulate(
-    pieces: Sequence[Piece],
+    pieces: Sequence[Work],
     workers: int,
     costs: Costs,
     *,
@@ -207,11 +245,12 @@ def simulate(
     """
     chance = random.Random(seed)
     slots = Slots(encoders=workers, heads=heads or workers, heads_beside=heads_beside or heads or workers)
-    scheduler: Scheduler[Piece] = Scheduler(slots, losses=1_000_000)
+    scheduler: Scheduler[Work] = Scheduler(slots, losses=1_000_000)
     scheduler.add(pieces)
     scheduler.close()
     capacity = cores or workers
     started = [False] * workers
+    indexed = [""] * workers
     free = list(range(workers))[::-1]
     running: dict[str, _Running] = {}
     losses: list[tuple[float, int]] = []
@@ -223,7 +262,10 @@ def simulate(
         for piece in scheduler.start():
             worker = chance.randrange(workers) if piece.slot == "head" else free.pop()
             start = 0.0 if piece.slot == "head" or started[worker] else costs.start
-            started[worker] = started[worker] or piece.slot == "encoder"
+            if piece.slot == "encoder":
+                started[worker] = True
+                start += piece.index_seconds * (indexed[worker] != piece.shard)
+                indexed[worker] = piece.shard
             running[piece.key] = _Running(piece, worker, piece.seconds + start)
             read += piece.bytes_read
         threads = sum(job.piece.threads for job in running.values() if encoders_on_cores or job.piece.slot == "head")
@@ -247,7 +289,7 @@ def simulate(
             job = running.pop(k)
             scheduler.lost(k)
             lost += 1
-            started[worker] = False
+            started[worker], indexed[worker] = False, ""
             if job.piece.slot == "encoder":
                 free.append(worker)
         if key:
@@ -257,10 +299,10 @@ def simulate(
             written += job.piece.bytes_written
             if job.piece.slot == "encoder":
                 free.append(job.worker)
-    by_key = {piece.key: piece for piece in pieces}
-    chain = max(
-        piece.seconds + max((by_key[need].seconds for need in piece.needs), default=0.0) + costs.start for piece in pieces
-    )
+    chains: dict[str, float] = {}
+    for piece in sorted(pieces, key=lambda piece: (piece.slot == "head", bool(piece.needs))):  # what is needed comes first
+        chains[piece.key] = piece.seconds + max((chains[need] for need in piece.needs), default=costs.start)
+    chain = max(chains.values())
     return Outcome(clock, chain, last, read, written, lost)
 
 
@@ -287,7 +329,7 @@ class Timed:
 
         LocalEngine.start = start  # type: ignore[method-assign]
 
-    def run(self, model: Path, tasks: Sequence[str], data: Path | None, workers: int) -> tuple[float, list[Piece], Costs]:
+    def run(self, model: Path, tasks: Sequence[str], data: Path | None, workers: int) -> tuple[float, list[Work], Costs]:
         """Makespan of a run into an empty store, its jobs with their seconds, and costs fitted to them."""
         self.spans.clear()
         with tempfile.TemporaryDirectory() as cache:
@@ -295,7 +337,7 @@ class Timed:
         begin = min(span[1] for span in self.spans.values())
         makespan = max(span[2] for span in self.spans.values()) - begin
         pieces = [
-            Piece(job.key, job.group, job.slot, job.weight, end - start, memory=job.memory, needs=job.needs)
+            Work(job.key, job.group, job.slot, job.weight, end - start, memory=job.memory, needs=job.needs)
             for job, start, end, _ in self.spans.values()
         ]
         points = [(hours, end - start) for job, start, end, hours in self.spans.values() if isinstance(job, EmbedJob)]
@@ -346,22 +388,23 @@ def table(
     costs: Costs,
     *,
     on_cores: bool,
-    hours_per_shard: float | None = None,
+    piece_bytes: int | None = None,
     head_threads: int = 1,
     head_speed: float = 1.0,
     loss_hours: float = math.inf,
 ) -> None:
     """Print a row per number of workers. Efficiency is that of the cores, or of the GPU's processes."""
-    pieces = list(pieces_of([shipped_tasks()[name] for name in SUITE], costs, hours_per_shard, head_threads, head_speed))
-    one_thread = pieces_of([shipped_tasks()[name] for name in SUITE], costs, hours_per_shard, 1, head_speed)
-    work = sum(piece.seconds for piece in one_thread if on_cores or piece.slot == "encoder")
-    shards = [piece for piece in pieces if piece.slot == "encoder"]
-    print(f"\n{title}: {len(shards)} shards, {work / 3600:.1f} h of {'a core' if on_cores else 'a process'} in all")
+    tasks = [shipped_tasks()[name] for name in SUITE]
+    works = list(jobs_of(tasks, costs, piece_bytes, head_threads, head_speed))
+    whole = jobs_of(tasks, costs, None, 1, head_speed)  # neither joins nor second threads count as work
+    work = sum(job.seconds for job in whole if on_cores or job.slot == "encoder")
+    embedding = [job for job in works if job.shard]
+    print(f"\n{title}: {len(embedding)} pieces, {work / 3600:.1f} h of {'a core' if on_cores else 'a process'} in all")
     print("| workers | hours | efficiency | longest chain, hours | ends with | lost jobs | read, GB | written, GB |")
     print("|---|---|---|---|---|---|---|---|")
     for workers in WORKERS:
         run = simulate(
-            pieces,
+            works,
             workers,
             costs,
             cores=workers if on_cores else CORES_PER_GPU_WORKER * workers,
@@ -380,7 +423,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--tasks", default="synthetic_timbre,synthetic_vowel,synthetic_pitch,synthetic_colour")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--hours-per-shard", type=float, default=1.0, help="at most, where shards are not the suite's own")
+    parser.add_argument("--piece-mib", type=float, default=PIECE_BYTES / 2**20, help="of audio in a piece")
     parser.add_argument("--head-threads", type=int, default=8, help="where heads have more than one")
     parser.add_argument("--gpu-heads", type=float, default=100.0, help="speed of heads on the GPU, in cores: an assumption")
     parser.add_argument("--loss-hours", type=float, default=4.0, help="mean time between two losses of a node")
@@ -388,19 +431,19 @@ def main() -> None:
     if options.measure:
         check(options.measure, options.tasks.split(","), options.data, options.rounds)
         return
-    finer: dict[str, Any] = {"hours_per_shard": options.hours_per_shard}
-    threaded = finer | {"head_threads": options.head_threads}
+    pieces: dict[str, Any] = {"piece_bytes": int(options.piece_mib * 2**20)}
+    threaded = pieces | {"head_threads": options.head_threads}
     lossy = {"loss_hours": options.loss_hours}
-    hours, threads = f"shards of at most {options.hours_per_shard:g} h", f"heads on {options.head_threads} threads"
-    losses = f"a loss per node and {options.loss_hours:g} h"
-    table("CPU, four shards per split", CPU, on_cores=True)
-    table(f"CPU, {hours}", CPU, on_cores=True, **finer)
-    table(f"CPU, {hours}, {threads}", CPU, on_cores=True, **threaded)
-    table(f"CPU, {hours}, {threads}, {losses}", CPU, on_cores=True, **threaded, **lossy)
-    table(f"GPU, {hours}, {threads}", GPU, on_cores=False, **threaded)
-    fast = finer | {"head_speed": options.gpu_heads}
-    table(f"GPU, {hours}, heads {options.gpu_heads:g} times as fast", GPU, on_cores=False, **fast)
-    table(f"GPU, {hours}, heads {options.gpu_heads:g} times as fast, {losses}", GPU, on_cores=False, **fast, **lossy)
+    threads, losses = f"heads on {options.head_threads} threads", f"a loss per node and {options.loss_hours:g} h"
+    fast, heads = pieces | {"head_speed": options.gpu_heads}, f"heads {options.gpu_heads:g} times as fast"
+    table("CPU, whole shards", CPU, on_cores=True)
+    table("CPU, in pieces", CPU, on_cores=True, **pieces)
+    table(f"CPU, in pieces, {threads}", CPU, on_cores=True, **threaded)
+    table(f"CPU, in pieces, {threads}, {losses}", CPU, on_cores=True, **threaded, **lossy)
+    table(f"GPU, whole shards, {heads}", GPU, on_cores=False, head_speed=options.gpu_heads)
+    table(f"GPU, in pieces, {threads}", GPU, on_cores=False, **threaded)
+    table(f"GPU, in pieces, {heads}", GPU, on_cores=False, **fast)
+    table(f"GPU, in pieces, {heads}, {losses}", GPU, on_cores=False, **fast, **lossy)
 
 
 if __name__ == "__main__":

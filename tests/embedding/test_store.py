@@ -125,6 +125,10 @@ def _line(number: int, change: Callable[[bytes], bytes]) -> Callable[[bytes], by
     return changed
 
 
+def _pooled(**changes: Any) -> Callable[[Any], Any]:
+    return lambda header: {**header, "pooled": {**header["pooled"], **changes}}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -153,6 +157,39 @@ def test_damaged_rows_are_not_there_until_written_again(change: Callable[[bytes]
     assert ours.read(KEY) is None
     ours.write(KEY, written)
     assert_equal(ours.read(KEY), written)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda header: [], id="a list"),
+        pytest.param(lambda header: {**header, "pooled": 5}, id="a number"),
+        pytest.param(lambda header: {**header, "pooled": {}}, id="nothing of it"),
+        pytest.param(lambda header: {"clip_of_crop": header["clip_of_crop"]}, id="a tensor less"),
+        pytest.param(lambda header: {**header, "offsets": header["clip_of_crop"]}, id="offsets without frames"),
+        pytest.param(_pooled(dtype="BF16"), id="an unknown dtype"),
+        pytest.param(_pooled(dtype=["F32"]), id="a list for a dtype"),
+        pytest.param(_pooled(shape=[-1, -60]), id="a negative shape"),
+        pytest.param(_pooled(shape=[1 << 62, 4]), id="an endless shape"),
+        pytest.param(_pooled(shape=[1 << 40, 4], data_offsets=[0, 1 << 44]), id="more than the file has"),
+        pytest.param(_pooled(shape=[0.5, 120]), id="half a crop"),
+        pytest.param(_pooled(shape="15"), id="a text for a shape"),
+        pytest.param(_pooled(data_offsets=[-240, 0]), id="before the file"),
+        pytest.param(_pooled(data_offsets=[0]), id="no end"),
+    ],
+)
+def test_headers_that_do_not_fit_their_file_are_not_there(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    ours = Store(tmp_path)
+    ours.write(KEY, shard())
+    tensors, _ = parts(tmp_path)
+    data = tensors.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    other = json.dumps(change(header)).encode().ljust(end - 8)
+    tensors.write_bytes(len(other).to_bytes(8, "little") + other + data[end:])
+    assert change(header) != header
+    for frames in (True, False):
+        assert ours.read(KEY, frames=frames) is None
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from xares_onnx.data import audio
 from xares_onnx.data.audio import CropSettings
 from xares_onnx.embedding import embed, store
 from xares_onnx.embedding.embed import EmbedSpec
+from xares_onnx.embedding.pieces import Piece
 from xares_onnx.embedding.store import STORE_VERSION, store_key
 from xares_onnx.encoder import spec as encoder_spec
 from xares_onnx.encoder.contract.constants import Constant
@@ -123,6 +124,8 @@ NOT_SHAPING: dict[str, Any] = {
     "shard": Path("elsewhere/b.tar"),
     "shard_stamp": ("b.tar", 5, 6, 7, 8),
     "store": Path("elsewhere"),
+    "piece_bytes": 9,
+    "piece": Piece(0, 2),
 }
 
 
@@ -192,6 +195,20 @@ def test_providers_and_batches_change_the_name_each_by_itself(monkeypatch: pytes
             patched.setattr(encoder_spec, constant, 8)
             assert on_cuda.key() != before
             assert spec().key() == on_the_cpu
+
+
+def test_where_a_shard_is_cut_names_it_only_if_chunks_of_a_piece_share_calls() -> None:
+    on_cuda = changed(spec(), "model.info.provider", CUDA)
+    large = ("a.tar", on_cuda.piece_bytes + 1, 2, 3, 4)
+    cut = changed(on_cuda, "shard_stamp", large)
+    assert cut.key() not in (on_cuda.key(), changed(cut, "piece_bytes", 9).key())
+    assert changed(on_cuda, "shard_stamp", ("a.tar", on_cuda.piece_bytes, 2, 3, 4)).key() == on_cuda.key()
+    assert changed(spec(), "shard_stamp", large).key() == spec().key()
+
+
+def test_a_piece_is_named_after_its_shard_and_its_clips() -> None:
+    piece = changed(spec(), "piece", Piece(3, 17))
+    assert (spec().name(), piece.name()) == (spec().key(), f"{spec().key()}.3-17")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from cli_world import ROOT, START
 from engine_world import EngineWorld, left
 
+from xares_onnx.embedding import pieces
 from xares_onnx.engine import ray as ray_engine
 from xares_onnx.engine.cluster import present_nodes
 from xares_onnx.errors import MachineError
@@ -112,6 +113,7 @@ def test_a_lost_node_costs_its_unfinished_shards_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_engine, "_WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 50_000)  # each shard is three or four
     third = nodes.add("third")
 
     def lose() -> None:

@@ -129,6 +129,34 @@ def test_a_failed_shard_ends_its_tasks_and_drops_what_only_they_need() -> None:
     assert simulated(scheduler)[1] == [(0.0, "c0"), (1.0, "head c")]
 
 
+def pieced(name: str, group: str, count: int) -> list[Made]:
+    """A shard in pieces, and the job that joins them."""
+    pieces = [Made(f"{name}.{number}", group, "encoder") for number in range(count)]
+    return [*pieces, Made(name, group, "encoder", float(count), needs=tuple(piece.key for piece in pieces))]
+
+
+def test_pieces_are_joined_before_further_pieces_are_embedded() -> None:
+    scheduler = scheduler_of([*pieced("x", "a", 2), *pieced("y", "a", 2), *task("a", {"x": 1.0, "y": 1.0})[-1:]])
+    assert [key for _, key in simulated(scheduler)[1]] == ["x.0", "x.1", "x", "y.0", "y.1", "y", "head a"]
+
+
+def test_a_failed_piece_ends_the_task_and_the_pieces_that_only_it_needs() -> None:
+    head = task("a", {"x": 1.0, "y": 1.0})[-1:]
+    scheduler = scheduler_of([*pieced("x", "a", 3), *pieced("y", "a", 2), *head], task("b", {"y": 1.0})[-1:], encoders=2)
+    assert started(scheduler) == ["x.0", "x.1"]
+    assert scheduler.failed("x.1") == {"a"}
+    scheduler.done("x.0")
+    assert [key for _, key in simulated(scheduler)[1]] == ["y.0", "y.1", "y", "head b"]
+    both = scheduler_of([*pieced("x", "a", 2), *pieced("y", "a", 2), *head])
+    assert started(both) == ["x.0"]
+    both.failed("x.0")
+    assert both.finished
+    alone = scheduler_of(pieced("x", "a", 3))  # as in a part of a job array, which has no heads
+    assert started(alone) == ["x.0"]
+    assert alone.failed("x.0") == {"a"}
+    assert alone.finished
+
+
 def test_a_failed_shard_of_two_tasks_ends_both_and_a_failed_head_its_own() -> None:
     scheduler = scheduler_of(task("a", {"x": 1.0}), task("b", {"x": 1.0}), task("c", 0))
     assert started(scheduler) == ["x", "head c"]

@@ -1,11 +1,12 @@
 """The embedding stage: from shards to the store.
 
-The unit of work is one picklable call, `embed_shard(spec)`, which a local worker process runs; other machines could run it
-too. Decoding and resampling run ahead of the model in threads of their own.
+The unit of work is one picklable call, `embed_shard(spec)`, for a shard or a piece of a large one, which a worker process of
+any machine runs. Decoding and resampling run ahead of the model in threads of their own.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from ..data import audio
 from ..data.audio import CropSettings
-from ..data.shards import Drop, Sample, ShardReader, index_shard, label_text, open_shard
+from ..data.shards import Drop, Sample, ShardIndex, ShardReader, index_shard, label_text, open_shard
 from ..encoder import processor
 from ..encoder.chunking import Chunk, frame_centers
 from ..encoder.contract.contract import Contract
@@ -33,6 +34,8 @@ from ..encoder.worker import Beat, Tell
 from ..errors import ClipError, DataError, escaped
 from ..files import Stamp, stamp
 from ..progress import Doing, Progress
+from . import pieces
+from .pieces import Piece
 from .store import STORE_VERSION, Clip, EmbeddedShard, FrameSpool, Header, Store, store_key
 
 if TYPE_CHECKING:  # the worker imports this module, and starts in half the time without these
@@ -49,7 +52,7 @@ _GROUP_CLIPS = 16
 
 
 class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that `embed_shard` needs to embed one shard."""
+    """Everything that `embed_shard` needs to embed one shard, or one piece of it."""
 
     model: ModelSpec
     task: str
@@ -60,19 +63,30 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     frames: bool
     selected: frozenset[str] | None
     store: Path
+    piece_bytes: int = pieces.PIECE_BYTES
+    """Audio in a piece, if the shard has several."""
+    piece: Piece | None = None
+    """The piece to embed; None for the whole shard."""
+
+    def name(self, tap: int = 0) -> str:
+        """The name in the store of what is embedded by tap number `tap`: the shard's, or that of its piece."""
+        return self.key(tap) if self.piece is None else self.piece.name(self.key(tap))
 
     def key(self, tap: int = 0) -> str:
-        """The name in the store of the embeddings of tap number `tap`: a digest of everything that shapes the numbers."""
+        """The shard's name in the store, by tap number `tap`: a digest of everything that shapes the numbers."""
         info = self.model.info
         contract = msgspec.structs.replace(info.taps[tap].contract, sources={}, license=None, source=None)
         # ONNX Runtime cannot fuse exposed tensors away, which may change the last digits.
         exposed = {} if info.exposure is None else {"exposed": info.exposure}
         # Another processor may multiply 8-bit numbers differently. A float model keeps its old name.
         products = {"pair_sums": processor.pair_sums()} if info.scan.integers else {}
+        # A window of chunks that share calls ends with its piece. A shard that is one piece by its size keeps its old name.
+        pieced = info.batching.items > 1 and self.shard_stamp[1] > self.piece_bytes
         return store_key(
             {
                 **exposed,
                 **products,
+                **({"pieces": self.piece_bytes} if pieced else {}),
                 "model": info.scan.sha256,
                 "contract": contract,
                 # The batch rule does not affect chunks that share no call; they keep the old name, with 1.
@@ -94,7 +108,7 @@ _DecodedClip = tuple[list[audio.Waveform], float, str]
 
 
 class ShardReport(msgspec.Struct, frozen=True):
-    """The report of one call of `embed_shard`: `seconds` of wall time for `audio_seconds` of audio."""
+    """The report of one call of `embed_shard` or `join_shard`: `seconds` of wall time for `audio_seconds` of audio."""
 
     key: str
     clips: int
@@ -117,49 +131,87 @@ def shard_specs(
             frames=frames,
             selected=plan.selected,
             store=store.root,
+            piece_bytes=pieces.PIECE_BYTES,
         )
         for plan in plans
     }
+
+
+def used_samples(index: ShardIndex, selected: frozenset[str] | None) -> list[Sample]:
+    """The samples of a shard that are embedded, in the order of the tar."""
+    return [sample for sample in index.samples if selected is None or sample.key in selected]
 
 
 # ---------------------------------------------------------------- what runs in the worker
 
 
 def embed_shard(spec: EmbedSpec, *, tell: Tell) -> ShardReport:
-    """Embed one shard and write each tap to the store. A clip that cannot be used is a named drop; its neighbours go on."""
+    """Embed one shard, or the piece of it that the spec names, and write each tap to the store.
+
+    A clip that cannot be used is a named drop; its neighbours go on. What a shard's headers show is no piece's: `join_shard`
+    adds it.
+    """
     started = time.perf_counter()
     session = open_session(spec.model, tell)
     tell(Doing("reading the shard", _DISK_SECONDS))
-    index = index_shard(spec.shard)
+    index = indexed(spec.shard, spec.shard_stamp)
     tell(Doing("running the model"))
-    samples = [sample for sample in index.samples if spec.selected is None or sample.key in spec.selected]
-    drops = [drop for drop in index.drops if spec.selected is None or drop.key in spec.selected]
+    samples, drops, damage = used_samples(index, spec.selected), used_drops(index, spec.selected), index.damage
+    if spec.piece is not None:
+        samples, drops, damage = samples[spec.piece.first : spec.piece.stop], [], None
     store, info = Store(spec.store), spec.model.info
     with ExitStack() as spools:
         gathered = []
         for number, tap in enumerate(info.taps):
             framed = spec.frames and not tap.contract.clip_only
-            spool = spools.enter_context(store.spool(spec.key(number), tap.contract.dim)) if framed else None
+            spool = spools.enter_context(store.spool(spec.name(number), tap.contract.dim)) if framed else None
             gathered.append(_Gathered(tap.contract, spool))
         decoded = _Decoded(spec, samples, info.contract.sample_rate, lambda: tell(Beat()))
         _run(spec, session, decoded, gathered, len(samples), tell)
-        if stamp(spec.shard) != spec.shard_stamp:  # the content must be that of the digest, which names the embeddings
-            raise DataError(f"shard {spec.shard} changed while it was read; run again")
+        check_shard(spec)
         drops += decoded.drops
         for number, of_tap in enumerate(gathered):
-            header = Header(
-                store_version=STORE_VERSION,
-                model=Path(info.path).name,
-                model_sha256=info.scan.sha256,
-                task=spec.task,
-                shard=escaped(spec.shard.name),
-                expected=len(of_tap.clips) + len(drops) + len(of_tap.drops),
-                damage=index.damage,
-                audio_seconds=of_tap.audio_seconds,
-            )
             tell(Doing("storing the embeddings", _DISK_SECONDS))
-            store.write(spec.key(number), of_tap.shard(header, drops), of_tap.spool)
-    return ShardReport(spec.key(), len(gathered[0].clips), gathered[0].audio_seconds, time.perf_counter() - started)
+            every = [*drops, *of_tap.drops]
+            header = header_of(spec, of_tap.clips, len(every), damage)
+            store.write(spec.name(number), of_tap.shard(header, every), of_tap.spool)
+    return ShardReport(spec.name(), len(gathered[0].clips), gathered[0].audio_seconds, time.perf_counter() - started)
+
+
+@functools.lru_cache(maxsize=1)
+def indexed(shard: Path, _: Stamp) -> ShardIndex:
+    """The index of a shard: an encoder takes one piece of it after another, and reads its headers once."""
+    return index_shard(shard)
+
+
+def used_drops(index: ShardIndex, selected: frozenset[str] | None) -> list[Drop]:
+    """What a shard's headers show to be lost of the clips that are used."""
+    return [drop for drop in index.drops if selected is None or drop.key in selected]
+
+
+def check_shard(spec: EmbedSpec) -> None:
+    """Raise `DataError` if the shard changed: its content must be that of the digest, which names the embeddings."""
+    if stamp(spec.shard) != spec.shard_stamp:
+        raise DataError(f"shard {spec.shard} changed while it was read; run again")
+
+
+def header_of(spec: EmbedSpec, clips: Sequence[Clip], drops: int, damage: str | None) -> Header:
+    """The header of what is stored for a spec, with the number of its drops."""
+    return Header(
+        store_version=STORE_VERSION,
+        model=Path(spec.model.info.path).name,
+        model_sha256=spec.model.info.scan.sha256,
+        task=spec.task,
+        shard=escaped(spec.shard.name),
+        expected=len(clips) + drops,
+        damage=damage,
+        audio_seconds=float(sum(clip.seconds for clip in clips)),
+    )
+
+
+def in_order(drops: Sequence[Drop]) -> list[Drop]:
+    """Drops in the order in which they are stored."""
+    return sorted(drops, key=lambda drop: (drop.key, drop.reason))
 
 
 def _run(
@@ -232,8 +284,7 @@ class _Gathered:
 
     def shard(self, header: Header, drops: Sequence[Drop]) -> EmbeddedShard:
         matrix = np.stack(self._pooled) if self._pooled else np.empty((0, self.contract.dim), np.float32)
-        every = sorted([*drops, *self.drops], key=_drop_order)
-        return EmbeddedShard(header, matrix, np.array(self._clip_of_crop, np.int64), self.clips, every)
+        return EmbeddedShard(header, matrix, np.array(self._clip_of_crop, np.int64), self.clips, in_order(drops))
 
 
 class _Pool:
@@ -339,7 +390,3 @@ class _Decoded:
         self._longest = max(self._longest, seconds)
         for i, waveform in enumerate(crops):
             yield Job((sample, seconds, label, i == len(crops) - 1), waveform)
-
-
-def _drop_order(drop: Drop) -> tuple[str, str]:
-    return drop.key, drop.reason

@@ -1,7 +1,8 @@
 """The embedding store: one safetensors file per source shard, with a `.jsonl` beside it.
 
 A file's name is a digest of everything that shapes its numbers, so a file that exists is right and whole: both parts are
-written under other names, and the tensors are renamed into place last. Two processes may write to the same store.
+written under other names, and the tensors are renamed into place last. Two processes may write to the same store. The pieces
+of a shard that is embedded in pieces (`pieces`) lie beside it under longer names until they are joined (`joining`).
 
 Frames may be larger than memory: they are written as they come, and mapped when they are read.
 """
@@ -10,13 +11,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
-import math
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,15 +24,15 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from ..data.shards import Drop
 from ..errors import UsageError
 from ..files import TEMPORARY_SUFFIX, disk_error, is_own, made_aside, make_private, remove_own, write_aside
 from ..foreign import ForeignFileError, NoFileError, open_regular, read_small
+from .pieces import shard_of
+from .tensors import HEADER_BYTES, Tensor, tensors_header, tensors_of
 
 STORE_VERSION = 2
-_HEADER_BYTES = 4096  # reserved for the header, so that frames can be written before it; a page, which mapping needs
 _FLOAT16_MAX = 65504.0
 _BLUR = 0.01  # float16's largest error in a frame, as a share of the frame's own spread
 _COPIED_AT_ONCE = 1 << 22
@@ -46,7 +45,7 @@ _MARKER_TEXT = (
     b"# Embeddings of xares-onnx; `xares-onnx cache prune` removes files here by their names.\n"
 )
 _FOLDER = re.compile("[0-9a-f]{2}")
-_FILE = re.compile(r"([0-9a-f]{40})\.(?:safetensors|jsonl)(?:\.[0-9a-f]{8}\.part)?")
+_FILE = re.compile(r"([0-9a-f]{40}(?:\.[0-9]{1,9}-[0-9]{1,9})?)\.(?:safetensors|jsonl)(?:\.[0-9a-f]{8}\.part)?")
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,7 +135,7 @@ class Store:
             spool.finish(tensors, self._tensors(key))
         else:
             names = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-            data = _header(names) + b"".join(array.tobytes() for array in tensors.values())
+            data = tensors_header(names) + b"".join(array.tobytes() for array in tensors.values())
             write_aside(self._tensors(key), data, anew=True)
 
     def spool(self, key: str, dim: int) -> FrameSpool:
@@ -144,30 +143,44 @@ class Store:
         self._make_folder(key)
         return FrameSpool(self._tensors(key), dim)
 
-    def read(self, key: str) -> EmbeddedShard | None:
-        """The shard, or None if it is missing or was damaged after it was written."""
+    def copy_frames(self, key: str, spool: FrameSpool) -> None:
+        """Append the frames of a stored piece to a spool. Raises `PieceGoneError` if they cannot be read."""
+        try:
+            with open_regular(self._tensors(key)) as file:
+                tensors = tensors_of(file)
+                spool.copy(file, tensors["frames"], tensors["offsets"].load(file), tensors["times"].load(file))
+        except (ForeignFileError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PieceGoneError(key) from error
+
+    def read(self, key: str, *, frames: bool = True) -> EmbeddedShard | None:
+        """The shard, or None if it is missing or was damaged after it was written.
+
+        Without `frames` these are checked and left where they are: a model's process has no room to map them.
+        """
         path = self._tensors(key)
         try:
-            open_regular(path).close()  # a pipe would be waited for
-            with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys() if name != "frames"}  # noqa: SIM118
+            with open_regular(path) as file:  # a pipe would be waited for
+                tensors = tensors_of(file)
+                arrays = {name: tensor.load(file) for name, tensor in tensors.items() if name != "frames"}
             first, *lines = read_small(self._rows(key), _MAX_ROWS).splitlines()
             header = msgspec.json.decode(first, type=Header)
             rows = [_decode_row(line) for line in lines]
             clips = [row.clip for row in rows if row.clip is not None]
             drops = [row.drop for row in rows if row.drop is not None]
             pooled, clip_of_crop = arrays["pooled"], arrays["clip_of_crop"]
-            frames = Frames(_mapped_frames(path), arrays["offsets"], arrays["times"]) if "offsets" in arrays else None
-        except (ForeignFileError, OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+            whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
+            whole = whole and set(clip_of_crop.tolist()) == set(range(len(clips)))
+            kept = None
+            if "offsets" in arrays:
+                offsets, times = arrays["offsets"], arrays["times"]
+                ends = len(pooled) + 1, len(times), len(times)
+                whole = whole and ends == (len(offsets), tensors["frames"].shape[0], int(offsets[-1]))
+                kept = Frames(tensors["frames"].mapped(path), offsets, times) if frames else None
+        except (ForeignFileError, OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
             return None
-        whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
-        whole = whole and set(clip_of_crop.tolist()) == set(range(len(clips)))
-        if frames is not None:
-            ends = len(pooled) + 1, len(frames.times), len(frames.times)
-            whole = whole and ends == (len(frames.offsets), len(frames.values), int(frames.offsets[-1]))
         if not whole or header.store_version != STORE_VERSION:
             return None
-        return EmbeddedShard(header, pooled, clip_of_crop, clips, drops, frames)
+        return EmbeddedShard(header, pooled, clip_of_crop, clips, drops, kept)
 
     def header(self, key: str) -> Header | None:
         """The header of a shard, without reading the rest; None if the shard is missing."""
@@ -188,7 +201,7 @@ class Store:
             return 0
 
     def entries(self) -> Iterator[tuple[str, Header, int, float]]:
-        """Of every shard its key, header, bytes and the time of its last use (seconds since the epoch)."""
+        """Of every shard, and every piece of one, its key, header, bytes and the time of its last use (since the epoch)."""
         own = dict(self._own_files())
         for tensors, status in own.items():
             rows = tensors.with_suffix(".jsonl")
@@ -212,12 +225,28 @@ class Store:
         """Remove a shard; the bytes that this freed."""
         return sum(remove_own(path) for path in (self._tensors(key), self._rows(key)))
 
+    def pieces(self, key: str) -> list[str]:
+        """The names of the pieces of a shard that are there."""
+        names = (_FILE.fullmatch(entry.name) for entry in _entries(self._rows(key).parent))
+        pieces = {name[1] for name in names if name and shard_of(name[1]) == key != name[1]}
+        return sorted(piece for piece in pieces if piece in self)
+
+    def remove_pieces(self, key: str) -> None:
+        """Remove the pieces of a shard, which have been joined."""
+        for piece in self.pieces(key):
+            self.remove(piece)
+
     def remove_leftovers(self, older_than_seconds: float = 3600) -> int:
-        """Remove the parts that killed runs left; the bytes that this freed. Younger parts may belong to a present run."""
+        """Remove what killed runs left: parts of files, and pieces of a shard that is there. Younger ones may be in use.
+
+        Returns:
+            The bytes that this freed.
+        """
         freed, now = 0, time.time()
         known = {key for key, *_ in self.entries()}
+        joined = {key for key in known if shard_of(key) != key and shard_of(key) in known}
         for path, status in self._own_files():
-            if path.suffix != TEMPORARY_SUFFIX and path.stem in known:
+            if path.suffix != TEMPORARY_SUFFIX and path.stem in known - joined:
                 continue
             if now - status.st_mtime > older_than_seconds:
                 freed += remove_own(path)
@@ -264,6 +293,10 @@ class Store:
         return self.root / key[:2] / f"{key}.jsonl"
 
 
+class PieceGoneError(Exception):
+    """A piece that is being read is gone or damaged."""
+
+
 class FrameSpool:
     """Frames of one shard on their way into the store: a file that is renamed into place when the shard is whole.
 
@@ -294,6 +327,15 @@ class FrameSpool:
         self._times.append(times)
         self._frames += len(times)
 
+    def copy(self, source: BinaryIO, frames: Tensor, offsets: npt.NDArray[np.int64], times: npt.NDArray[np.float64]) -> None:
+        """Append crops as they are in an open file, not rounded again. Raises `PieceGoneError` if it ends early."""
+        if frames.dtype == np.float32 and self._dtype is np.float16:
+            self._widen()
+        self._copy(source, frames.first_byte, frames.count, frames.dtype)
+        self._times.append(times)
+        self._offsets += (offsets[1:] + self._frames).tolist()
+        self._frames += len(times)
+
     def end_crop(self) -> None:
         self._offsets.append(self._frames)
 
@@ -316,7 +358,7 @@ class FrameSpool:
             for array in tensors.values():
                 self._file.write(array.tobytes())
             self._file.seek(0)
-            self._file.write(_header(shapes, _HEADER_BYTES))
+            self._file.write(tensors_header(shapes, HEADER_BYTES))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -334,30 +376,44 @@ class FrameSpool:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}").open("w+b")
-            file.seek(_HEADER_BYTES)
+            file.seek(HEADER_BYTES)
         except OSError as error:
             raise disk_error(error, self._path) from error
         return file
 
     def _end_of_frames(self) -> int:
-        return _HEADER_BYTES + self._frames * self._dim * np.dtype(self._dtype).itemsize
+        return HEADER_BYTES + self._frames * self._dim * np.dtype(self._dtype).itemsize
 
     def _widen(self) -> None:
         """Replace the file of float16 by one of float32."""
-        narrow, left = self._file, self._end_of_frames() - _HEADER_BYTES
+        narrow = self._file
         self._file, self._dtype = self._open(), np.float32
-        narrow.seek(_HEADER_BYTES)
         try:
-            while left > 0:
-                block = narrow.read(min(left, _COPIED_AT_ONCE))
-                if not block:
-                    raise OSError(errno.EIO, "the file became shorter while it was read")
-                self._file.write(np.frombuffer(block, np.float16).astype(np.float32).data)
-                left -= len(block)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
+            self._copy(narrow, HEADER_BYTES, self._frames * self._dim, np.dtype(np.float16))
+        except PieceGoneError as error:
+            raise disk_error(OSError(errno.EIO, "the file became shorter while it was read"), self._path) from error
         finally:
             self._discard(narrow)
+
+    def _copy(self, source: BinaryIO, first_byte: int, count: int, dtype: np.dtype[Any]) -> None:
+        """Append `count` values of another file, in this one's dtype."""
+        left = count * dtype.itemsize
+        try:
+            source.seek(first_byte)
+        except OSError as error:
+            raise PieceGoneError from error
+        while left:
+            try:
+                block = source.read(min(left, _COPIED_AT_ONCE))
+            except OSError as error:
+                raise PieceGoneError from error
+            if not block:
+                raise PieceGoneError
+            left -= len(block)
+            try:
+                self._file.write(np.frombuffer(block, dtype).astype(self._dtype, copy=False).data)
+            except OSError as error:
+                raise disk_error(error, self._path) from error
 
     @staticmethod
     def _discard(file: BinaryIO) -> None:
@@ -379,43 +435,6 @@ def _fits_float16(values: npt.NDArray[np.float32]) -> bool:
     return bool(blurred.mean() <= _BLUR)
 
 
-# ---------------------------------------------------------------- the safetensors format
-#
-# A file is the length of its header (8 bytes, little-endian), the header (JSON, padded with spaces), and the bytes of the
-# tensors one after another. The header gives each tensor's dtype, shape, and where its bytes begin and end, counted from the
-# end of the header.
-
-_LENGTH_BYTES = 8
-_ALIGNMENT = 8
-_DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
-_FRAME_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-
-
-def _header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], least_bytes: int = 0) -> bytes:
-    """Length and header of a file with these tensors (dtype, shape) in order, padded to `least_bytes` in all."""
-    entries, start = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        stop = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        entries[name] = {"dtype": _DTYPES[dtype.name], "shape": shape, "data_offsets": [start, stop]}
-        start = stop
-    text = msgspec.json.encode(entries)
-    aligned = math.ceil(len(text) / _ALIGNMENT) * _ALIGNMENT
-    text = text.ljust(max(aligned, least_bytes - _LENGTH_BYTES))
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
-def _mapped_frames(path: Path) -> npt.NDArray[Any]:
-    """The tensor `frames` of a file, mapped. Raises `ValueError` or `KeyError` if this store did not write the file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        entry = json.loads(file.read(min(length, _HEADER_BYTES)))["frames"]
-    dtype, shape = _FRAME_DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if not np.prod(shape, dtype=np.int64):  # an empty file part cannot be mapped
-        return np.empty(shape, dtype)
-    first_byte = _LENGTH_BYTES + length + entry["data_offsets"][0]
-    return np.memmap(path, dtype, "r", first_byte, shape).view(np.ndarray)
-
-
 def prune(
     store: Store, *, older_than_days: int | None = None, model: str | None = None, everything: bool = False
 ) -> tuple[int, int]:
@@ -434,14 +453,14 @@ def prune(
         UsageError: The folder is not a store.
     """
     store.check_marked()
-    removed, freed = 0, store.remove_leftovers()
+    removed, freed = set(), store.remove_leftovers()
     for key, header, _, used in list(store.entries()):
         old = older_than_days is None or time.time() - used > older_than_days * 86_400
         named = model is None or header.model == model or header.model_sha256.startswith(model)
         if everything or ((older_than_days is not None or model is not None) and old and named):
             freed += store.remove(key)
-            removed += 1
-    return removed, freed
+            removed.add(shard_of(key))
+    return len(removed), freed
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from ..embedding.embed import EmbedSpec, ShardReport, embed_shard
+from ..embedding.joining import join_shard
+from ..embedding.pieces import Piece
 
 Slot = Literal["encoder", "head"]
 
@@ -43,14 +45,19 @@ class Job(Protocol):
 
 
 class EmbedJob(msgspec.Struct, frozen=True, kw_only=True):
-    """Embed one shard. Its report is a `ShardReport`."""
+    """Embed one shard or one piece of it, or join the pieces of one. Its report is a `ShardReport`."""
 
     key: str
-    """The name in the store of the first tap's embeddings, `spec.key()`."""
+    """The name in the store of the first tap's embeddings, `spec.name()`."""
     spec: EmbedSpec
     clips: int
     weight: float
-    """Bytes of audio: known without decoding, and near to hours among the shards of a task."""
+    """Bytes of audio: known without decoding, and near to hours among the shards of a task. A join has its whole shard's,
+    and so goes before further pieces."""
+    joins: tuple[Piece, ...] = ()
+    """The pieces to join; none to embed what the spec names."""
+    complete: bool = True
+    """Whether a join embeds the pieces that the store lacks; otherwise they are left to others."""
     slot: Literal["encoder"] = "encoder"
     memory: int = 0
     needs: tuple[str, ...] = ()
@@ -62,7 +69,8 @@ class EmbedJob(msgspec.Struct, frozen=True, kw_only=True):
     def call(self, device: str, threads: int) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
         """What an encoder's process on this device has to call, as `function(*arguments, tell=...)`."""
         model = msgspec.structs.replace(self.spec.model, device=device, threads=threads)
-        return embed_shard, (msgspec.structs.replace(self.spec, model=model),)
+        spec = msgspec.structs.replace(self.spec, model=model)
+        return (join_shard, (spec, self.joins, self.complete)) if self.joins else (embed_shard, (spec,))
 
 
 class HeadReport(msgspec.Struct, frozen=True):

@@ -121,12 +121,18 @@ class Scheduler(Generic[J]):
             The groups that have lost jobs by it.
         """
         job = self._running.pop(key)
-        dropped = [other for other in self._waiting.values() if key in other.needs]
-        for other in dropped:
-            del self._waiting[other.key]
-        needed = {need for other in self._waiting.values() for need in other.needs}
-        for need in {need for other in dropped for need in other.needs} - needed:
-            self._waiting.pop(need, None)
+        dropped: list[J] = []
+        gone = {key}
+        while above := [other for other in self._waiting.values() if not gone.isdisjoint(other.needs)]:
+            dropped += above
+            gone = {other.key for other in above}
+            for other in above:
+                del self._waiting[other.key]
+        below = dropped
+        while below:
+            needed = {need for other in self._waiting.values() for need in other.needs}
+            idle = {need for other in below for need in other.needs} - needed
+            below = [self._waiting.pop(need) for need in idle if need in self._waiting]
         return {other.group for other in dropped} or {job.group}
 
     def lost(self, key: str) -> bool:
@@ -159,12 +165,12 @@ class Scheduler(Generic[J]):
             for job in self._waiting.values():
                 if job.slot == "head":
                     head_weights[job.group] = head_weights.get(job.group, 0.0) + job.weight
-        queue = [job for job in self._waiting.values() if job.slot == "encoder" and self._is_ready(job)]
 
-        def turn(job: J) -> tuple[float, float, int, float]:
-            begun = self._begun.get(job.group, math.inf)
-            return begun, -head_weights.get(job.group, 0.0), self._groups[job.group], -job.weight
+        def turn(group: str) -> tuple[float, float, int]:
+            return self._begun.get(group, math.inf), -head_weights.get(group, 0.0), self._groups[group]
 
-        queue.sort(key=turn)
+        places = {group: place for place, group in enumerate(sorted(self._groups, key=turn))}
+        queue = [job for job in self._waiting.values() if job.slot == "encoder" and (not job.needs or self._is_ready(job))]
+        queue.sort(key=lambda job: (places[job.group], -job.weight))
         queue.reverse()
         return queue

@@ -1,7 +1,7 @@
 """The verb `embed`: fill the store with a share of the shards, and nothing else.
 
 Each part finds its share alone, from the names and sizes of the shards, so the parts of a job array need not talk to each
-other. `evaluate` then finds all embeddings in the store.
+other. Large shards are shared by their pieces. `evaluate` then finds all embeddings in the store.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ..data import audio
 from ..data.catalog import (
@@ -26,13 +27,14 @@ from ..data.catalog import (
 from ..data.selection import prepare
 from ..data.shards import index_shard, read_extent
 from ..data.task import Task
+from ..embedding import pieces
 from ..embedding.embed import ShardReport
 from ..embedding.store import Store
 from ..encoder.encoder import Encoder, open_encoder
 from ..encoder.spec import ModelOptions
 from ..encoder.worker import Tell
 from ..engine.engine import Desk, Planned, Unplanned, drive
-from ..engine.jobs import AnyJob, AnyReport
+from ..engine.jobs import AnyJob, AnyReport, EmbedJob
 from ..engine.opening import check_engine, open_engine
 from ..engine.scheduler import Scheduler
 from ..errors import ClipError, DataError, MachineError, ModelError, UsageError, XaresError
@@ -45,6 +47,7 @@ from .shards import TaskShards, task_shards
 _SAMPLED_CLIPS = 24
 _DISK_SECONDS = 900.0  # longest silence while a slow disk is read
 _MOST_PARTS = 100_000
+_Unit = TypeVar("_Unit", str, tuple[str, int])
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ class Part:
 
 @dataclass
 class Filled:
-    """What `embed` did: shards of this part, those that it embedded, hours of audio of this part, errors of failed tasks."""
+    """What `embed` did: shards of this part, those that it embedded, hours of audio of this part, errors of failed tasks.
+
+    A shard of which the part has pieces counts as one.
+    """
 
     part: Part
     shards: int = 0
@@ -76,17 +82,17 @@ class Filled:
     errors: list[XaresError] = field(default_factory=list)
 
 
-def shares(weights: Mapping[str, float], parts: int) -> list[list[str]]:
-    """Divide names into parts of about equal weight: the heaviest first, each to the part that is lightest so far.
+def shares(weights: Mapping[_Unit, float], parts: int) -> list[list[_Unit]]:
+    """Divide units of work, by their names in order, into runs of about equal weight.
 
-    The division depends on nothing else, so that everyone finds the same.
+    The division depends on nothing else, so that everyone finds the same. A part is a run because each shard that it has a
+    piece of is read for its digest.
     """
-    divided: list[list[str]] = [[] for _ in range(parts)]
-    sums = [0.0] * parts
-    for name in sorted(weights, key=lambda name: (-weights[name], name)):
-        lightest = min(range(parts), key=lambda part: (sums[part], part))
-        divided[lightest].append(name)
-        sums[lightest] += weights[name]
+    divided: list[list[_Unit]] = [[] for _ in range(parts)]
+    total, before = sum(weights[name] for name in sorted(weights)), 0.0
+    for name in sorted(weights):
+        divided[min(parts - 1, int(before / total * parts)) if total else 0].append(name)
+        before += weights[name]
     return divided
 
 
@@ -161,6 +167,7 @@ class _Filling:
         self._store = Store(cache / "store")
         self._observer = observer
         self._in_progress: dict[str, TaskShards] = {}
+        self._embedded: set[Path] = set()
         self.filled = Filled(part)
 
     def usable(self, selection: Sequence[tuple[Task, Path]]) -> Iterator[tuple[Task, Path]]:
@@ -173,10 +180,10 @@ class _Filling:
             else:
                 yield task, folder.absolute()
 
-    def share(self, selection: Sequence[tuple[Task, Path]]) -> set[Path]:
-        """The shards of this part."""
+    def share(self, selection: Sequence[tuple[Task, Path]]) -> dict[Path, frozenset[int]]:
+        """The shards of this part, and the numbers of their pieces."""
         paths: dict[str, Path] = {}
-        weights: dict[str, float] = {}
+        weights: dict[tuple[str, int], float] = {}
         for task, folder in selection:
             if task.domain == "synthetic":
                 build_synthetic(task, folder, self._observer)
@@ -189,12 +196,18 @@ class _Filling:
                 rate = 1.0
             for path, size in sizes.items():
                 name = f"{task.name}/{path.relative_to(folder).as_posix()}"
-                paths[name], weights[name] = path, size * rate
-        own = shares(weights, self.filled.part.of)[self.filled.part.number - 1]
+                paths[name] = path
+                count = pieces.most_pieces(size, pieces.PIECE_BYTES)
+                weights |= {(name, number): size * rate / count for number in range(count)}
+        own: dict[Path, set[int]] = {}
+        for name, number in shares(weights, self.filled.part.of)[self.filled.part.number - 1]:
+            own.setdefault(paths[name], set()).add(number)
         self.filled.shards, self.filled.all_shards = len(own), len(paths)
-        return {paths[name] for name in own}
+        return {path: frozenset(numbers) for path, numbers in own.items()}
 
-    def plan(self, selection: Sequence[tuple[Task, Path]], share: set[Path], desk: Desk) -> Iterator[Planned | Unplanned]:
+    def plan(
+        self, selection: Sequence[tuple[Task, Path]], share: Mapping[Path, frozenset[int]], desk: Desk
+    ) -> Iterator[Planned | Unplanned]:
         for task, folder in selection:
 
             def watch(event: Event) -> None:
@@ -203,7 +216,7 @@ class _Filling:
             try:
                 data = prepare(task, folder, self._digests, self._limit, watch, only=share)
                 shards = task_shards(self._encoder, data, self._protocol, self._store)
-                missing = shards.missing(self._store)
+                missing = shards.missing(self._store, share)
             except (DataError, ModelError, MachineError) as error:
                 yield Unplanned(task.name, error)
                 continue
@@ -222,7 +235,10 @@ class _Filling:
 
     def done(self, job: AnyJob, report: AnyReport) -> Iterable[AnyJob]:
         assert isinstance(report, ShardReport)
-        self.filled.embedded += 1
+        assert isinstance(job, EmbedJob)
+        if report.audio_seconds or not job.joins:
+            self._embedded.add(job.spec.shard)
+        self.filled.embedded = len(self._embedded)
         self.filled.hours += report.audio_seconds / 3600
         for shards in self._shards_with(job):
             shards.told[job.key] = shards.clips[job.key]

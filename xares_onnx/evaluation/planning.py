@@ -14,6 +14,7 @@ from ..data.audio import CropSettings
 from ..data.selection import TaskData
 from ..data.shards import index_shard, read_extent
 from ..embedding.embed import EmbedSpec, shard_specs
+from ..embedding.pieces import most_pieces
 from ..embedding.store import Store
 from ..encoder.contract.contract import Contract
 from ..encoder.encoder import Encoder
@@ -108,7 +109,8 @@ def _row(
         count, length = _clips_and_seconds(encoder, path, spec)
         clips, seconds = clips + count, seconds + length
         if not _is_stored(spec, store):
-            clips_to_embed, seconds_to_embed = clips_to_embed + count, seconds_to_embed + length
+            left = count - _clips_in_pieces(spec, store)
+            clips_to_embed, seconds_to_embed = clips_to_embed + left, seconds_to_embed + length * left / max(1, count)
     crop_seconds = crops.seconds or (seconds / clips if clips else 1.0)
     taps, classes = encoder.info.taps, len(task.target.class_names or ())
     rows = seconds * _frame_rate(encoder.contract) if frames else seconds / crop_seconds
@@ -148,9 +150,10 @@ def _folds(data: TaskData) -> int:
 def check_disk(encoder: Encoder, data: TaskData, specs: Mapping[Path, EmbedSpec], store: Store, observer: Observer) -> None:
     """Note how much room the frames of all taps need in the store. Raises `DiskFullError` if there is less."""
     missing = {path: spec for path, spec in specs.items() if not _is_stored(spec, store)}
-    need = sum(_clips_and_seconds(encoder, path, spec)[1] for path, spec in missing.items()) * _frame_bytes_per_second(
-        encoder
-    )
+    seconds = {path: _clips_and_seconds(encoder, path, spec)[1] for path, spec in missing.items()}
+    # Frames lie there twice while a shard's pieces are joined.
+    joined = [seconds[path] for path, spec in missing.items() if most_pieces(spec.shard_stamp[1], spec.piece_bytes) > 1]
+    need = (sum(seconds.values()) + max(joined, default=0.0)) * _frame_bytes_per_second(encoder)
     if not need:
         return
     store.root.mkdir(parents=True, exist_ok=True)
@@ -166,6 +169,14 @@ def check_disk(encoder: Encoder, data: TaskData, specs: Mapping[Path, EmbedSpec]
 
 def _is_stored(spec: EmbedSpec, store: Store) -> bool:
     return all(spec.key(tap) in store for tap in range(len(spec.model.info.taps)))
+
+
+def _clips_in_pieces(spec: EmbedSpec, store: Store) -> int:
+    """The clips of a shard whose pieces are stored, and not joined yet."""
+    if most_pieces(spec.shard_stamp[1], spec.piece_bytes) == 1:
+        return 0
+    headers = [store.header(piece) for piece in store.pieces(spec.key())]
+    return sum(header.expected for header in headers if header is not None)
 
 
 def _clips_and_seconds(encoder: Encoder, path: Path, spec: EmbedSpec) -> tuple[int, float]:

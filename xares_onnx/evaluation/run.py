@@ -178,7 +178,7 @@ class Run:
             arguments=(score,),
             weight=head_weight(data, len(taps)),
             memory=shards.stored_bytes(self._store),
-            needs=tuple(job.key for job in missing),
+            needs=tuple(job.key for job in missing if job.key in shards.specs),  # a join needs its pieces
         )
         self._in_progress[task.name] = _TaskInProgress(shards, head, outcome)
         watch(shards.progress())
@@ -239,7 +239,7 @@ class Run:
         if of_task.times_lacking > _MOST_LACKING:
             raise RuntimeError(f"the store lost {lacking[0]} right after it was written")
         of_task.head = msgspec.structs.replace(of_task.head, needs=tuple(lacking))
-        return [*of_task.shards.again(lacking), of_task.head]
+        return [*of_task.shards.again(lacking, self._store), of_task.head]
 
     def _shards_with(self, job: AnyJob) -> list[TaskShards]:
         """The shards of each task that waits for this one."""

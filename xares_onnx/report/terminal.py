@@ -16,6 +16,7 @@ from rich.text import Text
 from ..data.catalog import part_globs, shipped_tasks
 from ..data.inventory import Holding
 from ..data.task import Task
+from ..embedding.pieces import shard_of
 from ..embedding.store import Header
 from ..errors import foreign, printable
 from ..evaluation.averages import published_averages, weight_shares
@@ -314,24 +315,25 @@ def print_cache(entries: Sequence[tuple[str, Header, int, float]], root: str, co
     """Print stored embeddings by model and task.
 
     Args:
-        entries: Key, header, size in bytes and time of last use (seconds since 1970) per stored shard.
+        entries: Key, header, size in bytes and time of last use (seconds since 1970) per stored shard, or piece of one.
         root: The folder of the store.
         console: Where to print.
     """
-    groups: dict[tuple[str, str, str], list[tuple[Header, int, float]]] = {}
-    for _, header, size, last_used in entries:
-        groups.setdefault((header.model, header.model_sha256[:8], header.task), []).append((header, size, last_used))
+    groups: dict[tuple[str, str, str], list[tuple[str, Header, int, float]]] = {}
+    for entry in entries:
+        header = entry[1]
+        groups.setdefault((header.model, header.model_sha256[:8], header.task), []).append(entry)
     table = empty_table(console, ("model", "sha256", "task"), ("shards", "hours", "size", "last used"))
     for (model, sha256, task), shards in sorted(groups.items()):
-        hours = sum(header.audio_seconds for header, *_ in shards) / 3600
+        hours = sum(header.audio_seconds for _, header, *_ in shards) / 3600
         latest = max(last_used for *_, last_used in shards)
         table.add_row(
             foreign(model),
             foreign(sha256),
             foreign(task),
-            str(len(shards)),
+            str(len({shard_of(key) for key, *_ in shards})),
             f"{hours:.2f}",
-            data_size(sum(size for _, size, _ in shards)),
+            data_size(sum(size for *_, size, _ in shards)),
             f"{datetime.fromtimestamp(latest, UTC):%Y-%m-%d}",
         )
     console.print(table, soft_wrap=False)

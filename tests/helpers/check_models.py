@@ -159,7 +159,7 @@ def between_dequantized(
             number("large", 0.05),
             byte("zero", 128),
             *whole,
-            node("DequantizeLinear", ["layer", "scales", "zeros"], ["weights_again"], axis=1),
+            node("DequantizeLinear", ["layer", "scales", "zeros"], ["weights_again"], axis=int(len(scales) > DIM)),
             node("MatMul", ["again", "weights_again"], ["product"]),
             *out,
             node("DequantizeLinear", ["whole_product", "large", "zero"], ["wide"]),
@@ -465,7 +465,8 @@ MUTANTS: dict[str, tuple[str, str, Callable[[], ModelProto]]] = {
     "weights in bytes, multiplied in float": (
         "arithmetic",
         "warn",
-        lambda: between_dequantized(BYTES, integer_activations=False),
+        # A scale per row, which no product of packed weights can have.
+        lambda: between_dequantized(BYTES, scales=[0.01] * 4, integer_activations=False),
     ),
     "weights folded back to float": ("arithmetic", "warn", folded_back),
     "probabilities": ("head", "warn", probabilities),

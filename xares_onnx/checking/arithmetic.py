@@ -60,8 +60,9 @@ def precision_of(kernel: Kernel) -> str:
     if kernel.operator in _IN_BYTES:
         return "int8"
     if kernel.operator == _PACKED and len(kernel.inputs) > 1:
-        data, packed, columns = kernel.inputs[0], kernel.inputs[1], kernel.outputs[0].shape[-1]
-        return f"{round(8 * packed.values / max(1, data.shape[-1] * columns))}-bit weights"
+        weights = kernel.inputs[0].shape[-1] * kernel.outputs[0].shape[-1]
+        bits = max(1, 8 * kernel.inputs[1].values // weights)  # more than there are, if the last block is filled up
+        return f"{1 << bits.bit_length() - 1}-bit weights"
     return kernel.inputs[0].type
 
 

@@ -30,7 +30,7 @@ def bench_for(path: Path, provider: str = CPU) -> Bench:
         spec = encoder.spec
     facts = read_facts(str(path), spec.info.scan, tell=lambda event: None)
     spec = msgspec.structs.replace(spec, info=msgspec.structs.replace(spec.info, provider=provider))
-    return Bench(Subject(spec, facts), Session(path, "cpu"))
+    return Bench(Subject(spec, facts, str(path.parent)), Session(path, "cpu"))
 
 
 # ---------------------------------------------------------------- arithmetic

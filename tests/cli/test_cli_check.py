@@ -10,6 +10,7 @@ import onnx_models as models
 import pytest
 from check_models import declared, never_ends_on_dc, sound
 from cli_world import run, said, table
+from layered_model import layered
 from onnx_models import save
 
 from xares_onnx.checking.registry import PROPERTIES
@@ -48,7 +49,7 @@ def test_a_good_model_is_a_table_and_nothing_else(folder: Path) -> None:
     assert first.startswith("encoder good.onnx  ")
     assert "4 dimensions, a frame every 10 ms, 16000 Hz, CPU" in first
     assert "hop_samples=160 (measured, as declared in metadata)" in contract
-    assert last.startswith("25 pass, 4 skip in ")
+    assert last.startswith("26 pass, 6 skip in ")
 
 
 def test_a_faulty_model_exits_1_with_a_remedy(folder: Path) -> None:
@@ -85,6 +86,80 @@ def test_a_hanging_model_exits_3_with_what_was_measured(
     assert report["unusable"] == said(err)
 
 
+def test_a_check_that_ends_early_says_the_failure_first(folder: Path) -> None:
+    _, out, _ = check(STATE)
+    heading, failure, *_, last = out.splitlines()
+    assert heading.startswith("encoder state.onnx  ")
+    assert failure.startswith("fail inputs: the model keeps a state")
+    assert results(out) == {"loads": "pass", "inputs": "fail"}
+    assert last.startswith(f"1 fail, 1 pass, {len(PROPERTIES) - 2} properties were not reached in ")
+    assert out.count("fail inputs: ") == 1
+
+
+def test_a_stopped_check_says_the_failure_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_process: None
+) -> None:
+    load_encoder(save(sound(), tmp_path / "quick.onnx"))
+    monkeypatch.setattr(limits, "SILENCE_SECONDS", 3.0)
+    monkeypatch.chdir(tmp_path)
+    save(never_ends_on_dc(), tmp_path / "loop.onnx")
+    code, out, _ = check("loop.onnx", "--profile")
+    assert code == 3
+    assert out.splitlines()[1].startswith("fail finite: ")
+    reached = list(PROPERTIES)[: list(PROPERTIES).index("finite") + 1]
+    assert list(results(out)) == reached
+    assert f"{len(PROPERTIES) - len(reached)} properties were not reached" in out
+
+
+def test_the_other_formats_list_what_was_not_reached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary.md"))
+    report = json.loads(check(STATE, "--format", "json")[1])
+    assert [finding["property"] for finding in report["findings"] if finding["reached"]] == ["loads", "inputs"]
+    root = ElementTree.fromstring(check(STATE, "--format", "junit")[1].encode())
+    assert root.attrib["skipped"] == str(len(PROPERTIES) - 2)
+    _, out, _ = check(STATE, "--format", "github")
+    assert f"{len(PROPERTIES) - 2} properties were not reached" in out
+    summary = (folder / "summary.md").read_text()
+    assert [line.split(" | ")[0] for line in summary.splitlines() if line.startswith("| ")][1:] == ["| inputs", "| loads"]
+
+
+@pytest.mark.parametrize("format_", ["text", "junit", "github"])
+@pytest.mark.parametrize("model", [".", "..", "../here", "./"])
+def test_a_folder_has_a_name(
+    model: str, format_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_process: None
+) -> None:
+    for name in ("here", "here/below"):
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    monkeypatch.chdir(tmp_path / ("here/below" if model == ".." else "here"))
+    save(declared(models.encoder(), xares__hop_samples="320"), tmp_path / "here/model.onnx")
+    code, out, _ = check(model, "--format", format_)
+    assert code == 1
+    start = {"text": "encoder here  ", "junit": 'name="xares-onnx check here"', "github": "title=here%3A hop::"}[format_]
+    assert start in out
+
+
+def test_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary.md"))
+    layered(folder / "layered.onnx", layers=2, output="stream2")
+    code, out, _ = check("layered.onnx", "--profile")
+    assert code == 0
+    (heading,) = [line for line in out.splitlines() if line.startswith("profile: ")]
+    assert " ms in the kernels of CPU for 10 s of audio with one thread, the median of " in heading
+    rows = {row[0]: row for row in table(out)}
+    assert {"operator", "layer", "Conv", "before the layers", "layer.1", "layer.2", "after the layers"} <= set(rows)
+    assert rows["Conv"][3].endswith(" %")
+    assert check("layered.onnx", "--profile", "--format", "github")[0] == 0
+    summary = (folder / "summary.md").read_text()
+    assert "| layer | kernels | ms | share |" in summary
+    assert "| layer.1 | " in summary
+    report = json.loads(check("layered.onnx", "--profile", "--format", "json")[1])
+    assert report["profile"]["provider"] == "CPUExecutionProvider"
+    assert [part["name"] for part in report["profile"]["layers"]][1:3] == ["layer.1", "layer.2"]
+    assert set(report["profile"]["operators"][0]) == {"name", "kernels", "milliseconds", "share"}
+    assert json.loads(check("layered.onnx", "--format", "json")[1])["profile"] is None
+
+
 def test_json(folder: Path) -> None:
     code, out, err = check(HOP, "--format", "json")
     assert (code, err) == (1, "")
@@ -107,7 +182,7 @@ def test_junit(folder: Path) -> None:
     code, out, err = check(HOP, "--format", "junit")
     assert (code, err) == (1, "")
     root = ElementTree.fromstring(out.encode())
-    assert [root.attrib[key] for key in ("tests", "failures", "skipped")] == [str(len(PROPERTIES)), "1", "4"]
+    assert [root.attrib[key] for key in ("tests", "failures", "skipped")] == [str(len(PROPERTIES)), "1", "6"]
     (failed,) = [case for case in root.iter("testcase") if case.find("failure") is not None]
     assert failed.attrib["name"] == "hop"
     assert [case.attrib["name"] for case in root.iter("testcase")] == list(PROPERTIES)
@@ -119,7 +194,7 @@ def test_github(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, err) == (1, "")
     annotation, last = out.splitlines()
     assert annotation.startswith("::error file=hop.onnx,title=hop.onnx%3A hop::metadata declares hop_samples=320, but")
-    assert last.startswith("1 fail, 24 pass, 4 skip in ")
+    assert last.startswith("1 fail, 25 pass, 6 skip in ")
     summary = (folder / "summary.md").read_text()
     rows = [line for line in summary.splitlines() if line.startswith("| ")]
     assert rows[1].startswith("| hop | **fail** | 160 samples | as declared | metadata declares hop\\_samples=320")

@@ -54,6 +54,10 @@ def number(name: str, *values: float) -> NodeProto:
     return node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.float32), f"{name}_value"))
 
 
+def byte(name: str, value: int) -> NodeProto:
+    return node("Constant", [], [name], value=numpy_helper.from_array(np.array(value, np.uint8), f"{name}_value"))
+
+
 def flipped_where(condition: Sequence[NodeProto]) -> ModelProto:
     """Frames of the other sign where `flips`, a truth value that spreads over (batch, frames, dim)."""
     return computed(
@@ -90,37 +94,111 @@ def recurrent(size: int = 8) -> ModelProto:
     return model
 
 
+def widened(nodes: Sequence[NodeProto], weights: np.ndarray, name: str = "layer") -> ModelProto:
+    """The sound encoder with a layer of `weights` [4, 4] sixteen times side by side, so that it does a part of the work.
+
+    The nodes make `wide` (batch, frames, 64) of `frames_first`; its first four columns are the embeddings.
+    """
+    cut = [constant("from", [0]), constant("to", [DIM]), constant("columns", [2])]
+    model = computed([*nodes, *cut, node("Slice", ["wide", "from", "to", "columns"], ["embeddings"])])
+    model.graph.initializer.append(numpy_helper.from_array(np.tile(weights, (1, 16)), name))
+    return model
+
+
 def in_8_bits(*, collapsed: bool) -> ModelProto:
     """A linear layer over the frames in 8 bits, quantised as they come; its rows are all alike where it collapsed."""
     weights = np.array([[90, -40, 7, 12], [-20, 100, 30, -9], [11, 25, -80, 14], [3, -35, 21, 110]], np.int8)
     if collapsed:
         weights[:] = weights[:1]
-    model = computed(
+    return widened(
         [
             node("DynamicQuantizeLinear", ["frames_first"], ["whole", "scale", "zero"]),
             node("MatMulInteger", ["whole", "layer", "zero"], ["product"]),
             node("Cast", ["product"], ["single_product"], to=FLOAT),
-            node("Mul", ["single_product", "scale"], ["embeddings"]),
-        ]
+            node("Mul", ["single_product", "scale"], ["wide"]),
+        ],
+        weights,
     )
-    model.graph.initializer.append(numpy_helper.from_array(weights, "layer"))
-    return model
 
 
 def quantised_on_one_scale(most: int) -> ModelProto:
     """A linear layer over the frames in 8 bits, whose activations have one scale for good; `most` is its largest weight."""
     weights = np.array([[90, -40, 7, 12], [-20, 100, 30, -9], [11, 25, -80, 44], [3, -35, 21, most]], np.int8)
-    model = computed(
+    return widened(
         [
             number("scale", 0.01),
-            node("Constant", [], ["zero"], value=numpy_helper.from_array(np.array(128, np.uint8), "zero_value")),
+            byte("zero", 128),
             node("QuantizeLinear", ["frames_first", "scale", "zero"], ["whole"]),
             node("MatMulInteger", ["whole", "layer", "zero"], ["product"], name="the layer"),
             node("Cast", ["product"], ["single_product"], to=FLOAT),
-            node("Mul", ["single_product", "scale"], ["embeddings"]),
-        ]
+            node("Mul", ["single_product", "scale"], ["wide"]),
+        ],
+        weights,
     )
-    model.graph.initializer.append(numpy_helper.from_array(weights, "layer"))
+
+
+def between_dequantized(
+    weights: np.ndarray, *, scales: Sequence[float] = (0.01,), integer_activations: bool = True
+) -> ModelProto:
+    """A linear layer whose weights, bytes around 128, are made float in the graph.
+
+    So are its activations, which ONNX Runtime then multiplies in bytes; or they are float all along.
+    """
+    whole = [node("Identity", ["frames_first"], ["again"])]
+    if integer_activations:
+        whole = [
+            node("QuantizeLinear", ["frames_first", "scale", "zero"], ["whole"]),
+            node("DequantizeLinear", ["whole", "scale", "zero"], ["again"]),
+        ]
+    several = len(scales) > 1
+    zeros = np.full(len(scales) if several else (), 128, np.uint8)
+    out = [node("QuantizeLinear", ["product", "large", "zero"], ["whole_product"])]
+    model = widened(
+        [
+            number("scale", 0.01),
+            number("large", 0.05),
+            byte("zero", 128),
+            *whole,
+            node("DequantizeLinear", ["layer", "scales", "zeros"], ["weights_again"], axis=int(len(scales) > DIM)),
+            node("MatMul", ["again", "weights_again"], ["product"]),
+            *out,
+            node("DequantizeLinear", ["whole_product", "large", "zero"], ["wide"]),
+        ],
+        weights,
+    )
+    scale_values = np.array(scales if several else scales[0], np.float32)
+    for name, values in (("scales", scale_values), ("zeros", zeros)):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    return model
+
+
+BYTES = np.array([[218, 88, 135, 140], [108, 228, 158, 119], [139, 153, 48, 142], [131, 93, 149, 238]], np.uint8)
+CUT = np.array([[255, 88, 255, 140], [108, 255, 255, 119], [255, 153, 48, 255], [255, 93, 149, 255]], np.uint8)
+
+
+def folded_back() -> ModelProto:
+    """A linear layer whose float weights are multiples of one step."""
+    model = widened([node("MatMul", ["frames_first", "layer"], ["wide"])], np.zeros((DIM, DIM), np.float32))
+    whole = np.random.default_rng(2).integers(-127, 128, (DIM, 16 * DIM))
+    model.graph.initializer[-1].CopyFrom(numpy_helper.from_array((0.01 * whole).astype(np.float32), "layer"))
+    (filters,) = [tensor for tensor in model.graph.initializer if tensor.name == "weights"]
+    whole = np.rint(127 * models.WEIGHTS[:, None, :] / np.abs(models.WEIGHTS).max())
+    filters.CopyFrom(numpy_helper.from_array((whole * 0.002).astype(np.float32), "weights"))
+    return model
+
+
+def probabilities() -> ModelProto:
+    return computed([node("Softmax", ["frames_first"], ["embeddings"], axis=2)])
+
+
+def logits() -> ModelProto:
+    """A linear layer from four to three, which is called by what it is for."""
+    nodes = [node("MatMul", ["frames_first", "layer"], ["linear_out"]), node("Add", ["linear_out", "offset"], ["logits"])]
+    model = declared(encoder(output_layout="any", extra=nodes), output_dim="3")
+    model.graph.output[0].name = "logits"
+    weights = np.random.default_rng(4).standard_normal((DIM, 3)).astype(np.float32)
+    for name, values in (("layer", weights), ("offset", np.ones(3, np.float32))):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
     return model
 
 
@@ -333,6 +411,7 @@ SOUND: dict[str, Callable[[], ModelProto]] = {
     "lengths": lambda: declared(models.with_lengths()),
     "normalised clips": lambda: declared(encoder(), xares__normalize="zscore"),
     "bytes that stay in 16 bits": lambda: quantised_on_one_scale(84),
+    "bytes between float operators": lambda: between_dequantized(BYTES),
 }
 MUTANTS: dict[str, tuple[str, str, Callable[[], ModelProto]]] = {
     "an unknown operator": ("loads", "fail", lambda: declared(models.unknown_operator())),
@@ -381,5 +460,16 @@ MUTANTS: dict[str, tuple[str, str, Callable[[], ModelProto]]] = {
     "flips after two seconds": ("chunking", "warn", flips_after_two_seconds),
     "flips when quiet": ("gain", "warn", flips_when_quiet),
     "bytes past 16 bits": ("int8-saturation", "warn", lambda: quantised_on_one_scale(85)),
+    "a scale of zero": ("int8-scales", "fail", lambda: between_dequantized(BYTES, scales=[0.01] * 63 + [0.0])),
+    "weights cut at the end of their range": ("int8-scales", "warn", lambda: between_dequantized(CUT)),
+    "weights in bytes, multiplied in float": (
+        "arithmetic",
+        "warn",
+        # A scale per row, which no product of packed weights can have.
+        lambda: between_dequantized(BYTES, scales=[0.01] * 4, integer_activations=False),
+    ),
+    "weights folded back to float": ("arithmetic", "warn", folded_back),
+    "probabilities": ("head", "warn", probabilities),
+    "logits": ("head", "warn", logits),
 }
 __all__ = ["MUTANTS", "SOUND", "declared", "in_8_bits", "never_ends_on_dc", "sound", "unlike"]

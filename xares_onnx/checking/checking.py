@@ -10,18 +10,20 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..encoder.encoder import Encoder, onnxruntime_distributions, open_encoder
 from ..encoder.spec import ModelOptions
 from ..encoder.worker import Tell
-from ..errors import ContractError, ContradictionError, ModelError, ModelLimitError, UsageError
-from ..progress import Observer, Progress, ignore
+from ..errors import ContractError, ContradictionError, MachineError, ModelError, ModelLimitError, UsageError
+from ..progress import Note, Observer, Progress, ignore
 from ..version import __version__
 from .facts import read_facts
-from .findings import CheckReport, Finding, ModelFacts, Outcome, failed, passed, skipped
+from .findings import CheckReport, Finding, ModelFacts, Outcome, Profile, failed, passed, shown_name, skipped, unreached
 from .model_under_test import Subject, bench_of
 from .parity import Reference, compare, read_reference, reference_of_model, sounds
+from .profile import measure_profile
 from .registry import INPUTS, LOADS, PARITY, PROPERTIES, Property
 from .settings import Setting, make_settings
 
@@ -68,6 +70,7 @@ def check(
     cache: Path | None = None,
     trust: bool = False,
     settings: Mapping[str, Any] | None = None,
+    profile: bool = False,
     observer: Observer = ignore,
 ) -> CheckReport:
     """Measure, without data, whether a model has every property that an encoder needs.
@@ -83,6 +86,7 @@ def check(
         cache: Folder that keeps the measured contract.
         trust: Whether to lift the limits on the model's size, memory and time.
         settings: By property, a severity ("error", "warn", "off"), or a mapping of `severity` and `tolerance`.
+        profile: Whether to time the kernels too, by operator and by layer.
         observer: Receives notes and progress.
 
     Returns:
@@ -99,24 +103,35 @@ def check(
     started = time.perf_counter()
     by_property = make_settings(settings or {}, "settings")
     npz = read_reference(Path(reference)) if reference is not None and Path(reference).suffix == ".npz" else None
-    run = _Check(str(model), by_property, observer)
     with ExitStack() as stack:
+        run = _Check(str(model), by_property, _scratch(stack), observer)
         options = ModelOptions(device=device, threads=threads, contract=tuple(contract), trust=trust)
         subject = run.resolve(stack, options, cache)
         if subject is not None:
             run.measure_all(subject, run.reference(Path(reference), npz) if reference is not None else None)
+            if profile:
+                run.measure_profile(subject)
     return run.report(time.perf_counter() - started)
+
+
+def _scratch(stack: ExitStack) -> str:
+    """A folder for files of the model's process, which is removed with all that is in it."""
+    try:
+        return stack.enter_context(TemporaryDirectory(prefix="xares-onnx-", ignore_cleanup_errors=True))
+    except OSError as error:
+        raise MachineError(f"no temporary folder can be made ({error.strerror}); name one by TMPDIR") from error
 
 
 class _Check:
     """One check in progress: the findings so far, and why the model is unusable, if it is."""
 
-    def __init__(self, model: str, settings: Mapping[str, Setting], observer: Observer) -> None:
-        self.model, self.settings, self.observer = model, settings, observer
+    def __init__(self, model: str, settings: Mapping[str, Setting], scratch: str, observer: Observer) -> None:
+        self.model, self.settings, self.scratch, self.observer = model, settings, scratch, observer
         self.encoder: Encoder | None = None
         self.facts: ModelFacts | None = None
         self.unusable: str | None = None
         self.findings: dict[str, Finding] = {}
+        self.profile: Profile | None = None
 
     # ---------------------------------------------------------------- resolving
 
@@ -140,7 +155,7 @@ class _Check:
                 self._record_refusal(error, contradicted)
                 return None
             else:
-                return Subject(encoder.spec, self.facts, contradicted)
+                return Subject(encoder.spec, self.facts, self.scratch, contradicted)
 
     def _read_facts(self, encoder: Encoder) -> ModelFacts:
         return encoder.call(read_facts, encoder.info.path, encoder.info.scan, returns=ModelFacts, observer=self.observer)
@@ -160,7 +175,7 @@ class _Check:
         for key, contradiction in contradicted.items():
             property_name = "hop" if key == "hop_samples" else "declarations"
             outcomes.setdefault(property_name, failed(contradiction, "if the declaration is right, export the model again"))
-        rest = skipped(f"not measured, because {cause} failed")
+        rest = unreached(f"not measured, because {cause} failed")
         for item in PROPERTIES.values():
             self._record(item, outcomes.get(item.name, rest), 0.0)
 
@@ -189,12 +204,12 @@ class _Check:
         """Measure every property that is not switched off."""
         stopped_at = ""
         for number, item in enumerate(PROPERTIES.values()):
-            self.observer(Progress("check", Path(self.model).name, number, len(PROPERTIES)))
+            self.observer(Progress("check", shown_name(self.model), number, len(PROPERTIES)))
             started = time.perf_counter()
             if self._setting(item).severity == "off":
                 outcome = skipped("switched off")
             elif stopped_at:
-                outcome = skipped(f"not measured, because {stopped_at} stopped the model's process")
+                outcome = unreached(f"not measured, because {stopped_at} stopped the model's process")
             else:
                 try:
                     outcome = self._measure(item, subject, reference)
@@ -203,7 +218,17 @@ class _Check:
                     if item.name == LOADS or isinstance(error, ModelLimitError) or error.about == "process":
                         self.unusable, stopped_at = str(error), item.name
             self._record(item, outcome, time.perf_counter() - started)
-        self.observer(Progress("check", Path(self.model).name, len(PROPERTIES), len(PROPERTIES)))
+        self.observer(Progress("check", shown_name(self.model), len(PROPERTIES), len(PROPERTIES)))
+
+    def measure_profile(self, subject: Subject) -> None:
+        """Time the kernels, unless the model cannot be used. A failure is a note."""
+        assert self.encoder is not None
+        if self.unusable is not None:
+            return
+        try:
+            self.profile = self.encoder.call(measure_profile, subject, returns=Profile, observer=self.observer)
+        except ModelError as error:
+            self.observer(Note(f"the model could not be profiled: {error}"))
 
     def _measure(self, item: Property, subject: Subject, reference: Reference | None) -> Outcome:
         assert self.encoder is not None
@@ -232,6 +257,7 @@ class _Check:
             unit=outcome.unit,
             remedy=outcome.remedy,
             details=outcome.details,
+            reached=outcome.reached,
             seconds=round(seconds, 3),
         )
 
@@ -244,6 +270,7 @@ class _Check:
             provider=info.provider if info is not None else None,
             versions={"xares-onnx": __version__, **onnxruntime_distributions()},
             findings=tuple(self.findings.values()),
+            profile=self.profile,
             unusable=self.unusable,
             seconds=round(seconds, 2),
         )

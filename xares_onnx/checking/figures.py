@@ -7,10 +7,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 
 from .findings import Outcome, failed, passed, skipped
 from .model_under_test import Bench
+from .signals import quiet_noise
 
 _LONG_SECONDS = 10.0
 _MOST_RUNS, _LEAST_RUNS, _RUN_SECONDS = 9, 3, 1.0  # two if one takes seconds
@@ -30,7 +30,7 @@ def check_latency(bench: Bench, tolerance: float | None) -> Outcome:
     lengths = {min(max(round(seconds * contract.sample_rate), contract.min_samples), contract.chunk_samples)
                for seconds in (1.0, _LONG_SECONDS)}  # fmt: skip
     for samples in sorted(lengths):
-        chunk = _chunk(samples)
+        chunk = quiet_noise(samples)[None]
         times: list[float] = []
         while len(times) < (_LEAST_RUNS if sum(times) < 2 * _RUN_SECONDS else 2) or (
             len(times) < _MOST_RUNS and sum(times) < _RUN_SECONDS
@@ -54,7 +54,7 @@ def check_real_time_factor(bench: Bench, tolerance: float | None) -> Outcome:
     """Seconds of work per second of audio, with as many callers as threads."""
     contract, threads = bench.contract, bench.subject.spec.threads
     samples = min(round(_LONG_SECONDS * contract.sample_rate), contract.chunk_samples)
-    chunk = _chunk(samples)
+    chunk = quiet_noise(samples)[None]
     with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
         list(pool.map(bench.run, [chunk] * threads))
@@ -80,10 +80,6 @@ def _limited(says: str, measured: float, unit: str, limit: float | None, remedy:
     if limit is not None and measured > limit:
         return failed(f"{says}; the limit is {limit:g} {unit}", remedy, **figure)
     return passed(says, **figure)
-
-
-def _chunk(samples: int) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(1).standard_normal((1, samples)).astype(np.float32) * np.float32(0.1)
 
 
 def _seconds(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -11,7 +12,10 @@ STATUSES: tuple[Status, ...] = ("fail", "warn", "pass", "skip")
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of one property: a figure `measured` in `unit`, and its `tolerance`, if the property has them."""
+    """The outcome of one property: a figure `measured` in `unit`, and its `tolerance`, if the property has them.
+
+    `reached` is false if the check ended before it.
+    """
 
     status: Status
     says: str
@@ -20,6 +24,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     unit: str = ""
     remedy: str = ""
     details: tuple[str, ...] = ()
+    reached: bool = True
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +40,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     unit: str
     remedy: str
     details: tuple[str, ...]
+    reached: bool
     seconds: float
 
 
@@ -53,10 +59,36 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     input_shape: tuple[int | str | None, ...] = ()
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Kernels of one operator or one layer, in one run: how many, their time in milliseconds and its share of all."""
+
+    name: str
+    kernels: int
+    milliseconds: float
+    share: float
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of the kernels of one run with one thread, each the median of `runs`.
+
+    `seconds` of audio were heard. `operators` come with the largest first, `layers` in order; there are none if none are
+    found, as `note` then says.
+    """
+
+    provider: str
+    seconds: float
+    runs: int
+    milliseconds: float
+    operators: tuple[Part, ...]
+    layers: tuple[Part, ...]
+    note: str = ""
+
+
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     """The report of a check. If the model cannot be used at all, `unusable` says why, and some properties are skipped.
 
-    `contract` holds each field as {"value", "source"}; it and `model` are None if they could not be determined.
+    `contract` holds each field as {"value", "source"}; it and `model` are None if they could not be determined. `profile` is
+    None unless it was asked for.
     """
 
     schema_version: int = 1
@@ -66,8 +98,14 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     provider: str | None
     versions: dict[str, str]
     findings: tuple[Finding, ...]
+    profile: Profile | None
     unusable: str | None
     seconds: float
+
+    @property
+    def name(self) -> str:
+        """The model's name, for people."""
+        return shown_name(self.file)
 
     @property
     def exit_code(self) -> int:
@@ -95,3 +133,13 @@ def failed(says: str, remedy: str, **figure: Any) -> Outcome:
 
 def skipped(why: str) -> Outcome:
     return Outcome(status="skip", says=why)
+
+
+def unreached(why: str) -> Outcome:
+    return Outcome(status="skip", says=why, reached=False)
+
+
+def shown_name(model: str) -> str:
+    """The last part of a model's path; of `.` and the like, that of the folder it stands for."""
+    path = Path(model)
+    return path.name if path.name not in ("", "..") else path.resolve().name or str(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from ..encoder.spec import ModelSpec
 from ..encoder.worker import Beat, Tell
 from ..errors import ContractError, ModelError, ModelLimitError
 from .findings import ModelFacts
+from .graph_facts import GraphFacts, read_graph
 from .signals import Signal, make_signals
 
 Frames = npt.NDArray[np.float32]
@@ -25,10 +27,13 @@ PROBE_SECONDS = 2.0
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """A resolved model to check. `contradicted` gives, by key, the message about each wrong declaration. Picklable."""
+    """A resolved model to check. `contradicted` gives, by key, the message about each wrong declaration, and `scratch` is a
+    folder for files of its process. Picklable.
+    """
 
     spec: ModelSpec
     facts: ModelFacts
+    scratch: str
     contradicted: dict[str, str] = {}
 
 
@@ -46,6 +51,14 @@ class Bench:
         self.signals = make_signals(self.samples, self.contract.sample_rate)
         self.tell: Tell = lambda event: None
         self._outputs: dict[str, Frames | ModelError] = {}
+        self._graph: GraphFacts | None = None
+
+    @property
+    def graph(self) -> GraphFacts:
+        """What the file says of its arithmetic; it is read once, for several properties."""
+        if self._graph is None:
+            self._graph = read_graph(Path(self.subject.spec.info.path), self.contract.output, lambda: self.tell(Beat()))
+        return self._graph
 
     @property
     def facts(self) -> ModelFacts:

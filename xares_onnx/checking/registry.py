@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import batches, contracts, figures, lengths, providers, saturation, values
+from . import batches, contracts, eight_bits, figures, heads, lengths, providers, saturation, values
 from .findings import Outcome
 from .model_under_test import Bench
 
@@ -46,6 +46,7 @@ PROPERTIES: dict[str, Property] = {
         Property("determinism", _BATCH, "the same twice", batches.check_determinism, tolerance=True),
         Property("finite", _VALUES, "finite on any sound", values.check_finite),
         Property("varies", _VALUES, "not constant", values.check_varies, tolerance=True),
+        Property("head", _VALUES, "no classifier's output", heads.check_head),
         Property("rank", _VALUES, "not collapsed", values.check_rank, tolerance=True),
         Property("padding", _VALUES, "zeros behind a clip", lengths.check_padding, tolerance=True),
         Property("chunking", _VALUES, "chunks against the whole", lengths.check_chunking, tolerance=True),
@@ -59,6 +60,8 @@ PROPERTIES: dict[str, Property] = {
             saturation.check_saturation,
             tolerance=True,
         ),
+        Property("int8-scales", _AGREES, "scales of what is quantised", eight_bits.check_scales, tolerance=True),
+        Property("arithmetic", _COST, "as small in arithmetic as in the file", eight_bits.check_arithmetic, tolerance=True),
         Property("placement", _COST, "nodes that fell to the CPU", providers.check_placement, tolerance=True),
         Property("size", _COST, "size", figures.check_size, tolerance=True),
         Property("latency", _COST, "latency", figures.check_latency, tolerance=True),

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import onnx
-
-from ..encoder.integer_products import LARGEST, Product, integer_products
+from ..encoder.integer_products import LARGEST, Product
 from ..encoder.processor import pair_sums
-from ..encoder.worker import Beat
 from ..errors import quoted
 from .findings import Outcome, passed, skipped, warned
 from .model_under_test import Bench
@@ -23,11 +18,7 @@ _HERE = {
 
 def check_saturation(bench: Bench, tolerance: float | None) -> Outcome:
     """Computed from weights and types, so it does not depend on this machine."""
-    path = Path(bench.subject.spec.info.path)
-    products = []
-    for product in integer_products(onnx.load_model(path, format="protobuf", load_external_data=False), path.parent):
-        products.append(product)
-        bench.tell(Beat())
+    products = bench.graph.products
     if not products:
         return skipped("the model multiplies no 8-bit numbers")
     wrong = sorted((product for product in products if product.saturates), key=lambda product: -product.share)

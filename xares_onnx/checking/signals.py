@@ -19,6 +19,11 @@ def make_signals(samples: int, rate: int) -> dict[str, Signal]:
     return {name: signal.astype(np.float32) for name, signal in zip(_MAKERS, signals, strict=True)}
 
 
+def quiet_noise(samples: int) -> Signal:
+    """(samples,) of noise, for what depends on the length alone."""
+    return np.random.default_rng(1).standard_normal(samples).astype(np.float32) * np.float32(0.1)
+
+
 def _noise(time: npt.NDArray[np.float64], random: np.random.Generator) -> npt.NDArray[np.float64]:
     return np.clip(0.1 * random.standard_normal(len(time)), -1, 1)
 

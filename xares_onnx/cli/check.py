@@ -27,6 +27,7 @@ def check(
     threads: ThreadsOption = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="Folder where the measured contract is kept.")] = None,
     trust: TrustOption = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Time it by operator and by layer, too.")] = False,
     format_: FormatOption = "text",
     debug: DebugOption = False,
 ) -> None:
@@ -54,15 +55,16 @@ def check(
             cache=cache,
             trust=trust,
             settings=settings,
+            profile=profile,
             observer=observer,
         )
     match format_:
         case "json":
             put_json(report)
         case "junit":
-            put(ci.junit(f"xares-onnx check {model.name}", checks.cases(report)).encode(), sys.stdout.buffer)
+            put(ci.junit(f"xares-onnx check {report.name}", checks.cases(report)).encode(), sys.stdout.buffer)
         case "github":
-            text = ci.github(model.name, checks.cases(report), file=model.as_posix(), summary=checks.summary(report))
+            text = ci.github(report.name, checks.cases(report), file=model.as_posix(), summary=checks.summary(report))
             put(text, sys.stdout)
             ci.write_step_summary(checks.markdown(report))
         case _:

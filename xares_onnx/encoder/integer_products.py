@@ -29,7 +29,18 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["LARGEST", "Product", "computes_in_integers", "integer_products", "largest_pair_sum"]
+__all__ = [
+    "LARGEST",
+    "Product",
+    "Scope",
+    "computes_in_integers",
+    "initializer",
+    "input_of",
+    "integer_products",
+    "largest_pair_sum",
+    "number_of",
+    "scopes",
+]
 
 LARGEST = 32_767  # of 16 bits
 _SMALLEST = -32_768
@@ -86,7 +97,7 @@ class Product:
 
 def computes_in_integers(model: onnx.ModelProto) -> bool:
     """Whether a graph quantises activations, so that its numbers depend on how the processor multiplies bytes."""
-    return any(node.op_type in _IN_INTEGERS for scope in _scopes(model) for node in scope.nodes)
+    return any(node.op_type in _IN_INTEGERS for scope in scopes(model) for node in scope.nodes)
 
 
 def integer_products(model: onnx.ModelProto, folder: Path) -> Iterator[Product]:
@@ -96,7 +107,7 @@ def integer_products(model: onnx.ModelProto, folder: Path) -> Iterator[Product]:
         model: A model that `check_model` has passed.
         folder: Of the model's external weights, which are read one by one.
     """
-    for scope in _scopes(model):
+    for scope in scopes(model):
         for node in scope.nodes:
             for first, second, axes, unsigned in _operands(node, scope):
                 yield _product(node, scope, folder, first, second, axes, made_unsigned=unsigned)
@@ -131,10 +142,10 @@ def _pair_sums(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
 # ---------------------------------------------------------------- graphs
 
 
-class _Scope:
+class Scope:
     """Nodes that see the same names, and the source of each name: an initializer, a node, or a declared type."""
 
-    def __init__(self, graph: Any, outer: _Scope | None) -> None:
+    def __init__(self, graph: Any, outer: Scope | None) -> None:
         self.nodes: Sequence[onnx.NodeProto] = graph.node
         self.tensors: ChainMap[str, onnx.TensorProto] = outer.tensors.new_child() if outer else ChainMap()
         self.makers: ChainMap[str, onnx.NodeProto] = outer.makers.new_child() if outer else ChainMap()
@@ -165,57 +176,57 @@ class _Scope:
             if node.op_type == "DynamicQuantizeLinear":
                 return _UNSIGNED
             if node.op_type in _ZERO_POINTS:
-                name = _input(node, _ZERO_POINTS[node.op_type])
+                name = input_of(node, _ZERO_POINTS[node.op_type])
                 if not name:
-                    return _number(node, "output_dtype", _UNSIGNED)
+                    return number_of(node, "output_dtype", _UNSIGNED)
             elif node.op_type == "Cast":
-                return _number(node, "to", 0)
+                return number_of(node, "to", 0)
             else:  # other operators move values and keep their type
-                name = _input(node, 0)
+                name = input_of(node, 0)
         return self.types.get(name, 0)
 
 
-def _scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
+def scopes(model: onnx.ModelProto) -> Iterator[Scope]:
     """The scopes of the graph, of its subgraphs, and of functions."""
-    waiting = [_Scope(model.graph, None), *(_Scope(function, None) for function in model.functions)]
+    waiting = [Scope(model.graph, None), *(Scope(function, None) for function in model.functions)]
     while waiting:
         scope = waiting.pop()
         yield scope
         for node in scope.nodes:
             for attribute in node.attribute:
                 graphs = (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs
-                waiting.extend(_Scope(graph, scope) for graph in graphs)
+                waiting.extend(Scope(graph, scope) for graph in graphs)
 
 
-def _operands(node: onnx.NodeProto, scope: _Scope) -> Iterator[tuple[str, str, tuple[int, int], bool]]:
+def _operands(node: onnx.NodeProto, scope: Scope) -> Iterator[tuple[str, str, tuple[int, int], bool]]:
     """A node's products of bytes: names of both operands, the axis of the sum in each, and whether ONNX Runtime makes signed
     activations unsigned."""
     kind = node.op_type
     if kind in _MATRIX_PRODUCTS:
-        first, second = (_input(node, place) for place in _MATRIX_PRODUCTS[kind])
+        first, second = (input_of(node, place) for place in _MATRIX_PRODUCTS[kind])
         yield first, second, _summed(node), kind in _MADE_UNSIGNED
     elif kind in _CONVOLUTIONS:
-        activations, weights = (_input(node, place) for place in _CONVOLUTIONS[kind])
+        activations, weights = (input_of(node, place) for place in _CONVOLUTIONS[kind])
         operands = (weights, activations) if kind == "ConvInteger" else (activations, weights)
         yield *operands, (_KERNEL, _KERNEL), False
     elif kind in _RECURRENT:
-        yield from ((_input(node, 0), _input(node, place), (1, 1), True) for place in (1, 2))
+        yield from ((input_of(node, 0), input_of(node, place), (1, 1), True) for place in (1, 2))
     elif kind in _BETWEEN_DEQUANTIZED:
-        sources = [scope.maker(_input(node, place), "DequantizeLinear") for place in (0, 1)]
+        sources = [scope.maker(input_of(node, place), "DequantizeLinear") for place in (0, 1)]
         if all(sources):
-            first, second = (_input(source, 0) for source in sources if source is not None)
+            first, second = (input_of(source, 0) for source in sources if source is not None)
             if {scope.type_of(first), scope.type_of(second)} <= {0, *_BYTES}:
                 yield first, second, (_KERNEL, _KERNEL) if kind == "Conv" else _summed(node), True
 
 
 def _summed(node: onnx.NodeProto) -> tuple[int, int]:
     """The axes along which a matrix product sums its first and its second operand."""
-    return (-2 if _number(node, "transA", 0) else -1), (-1 if _number(node, "transB", 0) else -2)
+    return (-2 if number_of(node, "transA", 0) else -1), (-1 if number_of(node, "transB", 0) else -2)
 
 
 def _product(
     node: onnx.NodeProto,
-    scope: _Scope,
+    scope: Scope,
     folder: Path,
     first: str,
     second: str,
@@ -247,27 +258,27 @@ def _widened(node: onnx.NodeProto, weights: npt.NDArray[Any]) -> bool:
     """Whether ONNX Runtime adds in 32 bits nonetheless, as in depthwise convolutions, or there is nothing to add."""
     if not weights.size or not weights.ndim:
         return True
-    depthwise = weights.shape[1:2] == (1,) and _number(node, "group", 1) == len(weights) > 1
+    depthwise = weights.shape[1:2] == (1,) and number_of(node, "group", 1) == len(weights) > 1
     return depthwise and node.op_type in {"Conv", "QLinearConv"}
 
 
-def _constant(name: str, scope: _Scope, folder: Path) -> npt.NDArray[Any] | None:
+def _constant(name: str, scope: Scope, folder: Path) -> npt.NDArray[Any] | None:
     """A constant tensor of bytes, transposed or quantised as in its graph; None if the tensor is computed."""
     if name in scope.tensors:
-        return _initializer(name, scope, folder)
+        return initializer(name, scope, folder)
     if (node := scope.maker(name, "Transpose")) is not None:
-        values = _constant(_input(node, 0), scope, folder)
+        values = _constant(input_of(node, 0), scope, folder)
         order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
         return None if values is None else values.transpose(order)
     if (node := scope.maker(name, "QuantizeLinear")) is not None:
-        values, scale = (_initializer(_input(node, place), scope, folder) for place in (0, 1))
-        zero = _initializer(_input(node, 2), scope, folder)
+        values, scale = (initializer(input_of(node, place), scope, folder) for place in (0, 1))
+        zero = initializer(input_of(node, 2), scope, folder)
         if values is not None and scale is not None:
-            return _quantized(values, scale, np.zeros((), np.uint8) if zero is None else zero, _number(node, "axis", 1))
+            return _quantized(values, scale, np.zeros((), np.uint8) if zero is None else zero, number_of(node, "axis", 1))
     return None
 
 
-def _initializer(name: str, scope: _Scope, folder: Path) -> npt.NDArray[Any] | None:
+def initializer(name: str, scope: Scope, folder: Path) -> npt.NDArray[Any] | None:
     from onnx import numpy_helper
 
     tensor = scope.tensors.get(name)
@@ -287,9 +298,9 @@ def _quantized(
     return whole.astype(zero.dtype)
 
 
-def _input(node: onnx.NodeProto, place: int) -> str:
+def input_of(node: onnx.NodeProto, place: int) -> str:
     return node.input[place] if place < len(node.input) else ""
 
 
-def _number(node: onnx.NodeProto, name: str, default: int) -> int:
+def number_of(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)

@@ -12,6 +12,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from ..errors import ContractError, MachineError, ModelError, ModelLimitError, U
 from .adapter import Adapter
 from .contract.contract import Contract
 from .cuda import load_libraries, why_no_cuda
-from .exposure import Exposure, exposing
+from .exposure import Exposure, exposing, numbered
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -38,6 +39,18 @@ CUDA_OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Profiling:
+    """Where ONNX Runtime writes its profile, and what is profiled.
+
+    With `shapes` weights stay as they are in the file, so that the profile tells their shapes; times are then not those of
+    other sessions. Without, each node is named by its number in the file.
+    """
+
+    prefix: Path
+    shapes: bool
+
+
 class Session:
     """A loaded model on one provider, with the inner tensors of `exposure` as further outputs.
 
@@ -45,7 +58,13 @@ class Session:
     """
 
     def __init__(
-        self, path: Path, device: str = "auto", exposure: Exposure | None = None, *, record_placement: bool = False
+        self,
+        path: Path,
+        device: str = "auto",
+        exposure: Exposure | None = None,
+        *,
+        record_placement: bool = False,
+        profiling: Profiling | None = None,
     ) -> None:
         import onnxruntime
 
@@ -53,6 +72,7 @@ class Session:
         self._path = path
         self._exposure = exposure
         self._record_placement = record_placement
+        self._profiling = profiling
         self.note: str | None = None
         if device == "auto":
             usable = CUDA in onnxruntime.get_available_providers() and cuda_may_work()
@@ -85,8 +105,13 @@ class Session:
             load_libraries(runtime)
             options = {**CUDA_OPTIONS, **options}
         content: str | bytes = str(self._path)
-        if self._exposure is not None:
-            content = self._exposing(self._exposure)
+        if self._profiling is not None:
+            session_options.enable_profiling = True
+            session_options.profile_file_prefix = str(self._profiling.prefix)
+            if self._profiling.shapes:
+                session_options.add_session_config_entry("session.disable_prepacking", "1")
+        if self._exposure is not None or (self._profiling is not None and not self._profiling.shapes):
+            content = self._changed()
             folder = str(self._path.absolute().parent)
             session_options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
@@ -105,13 +130,18 @@ class Session:
             raise MachineError(f"ONNX Runtime could not start {provider} on this machine; check its driver and libraries")
         return session
 
-    def _exposing(self, exposure: Exposure) -> bytes:
+    def _changed(self) -> bytes:
         import onnx
 
         try:
-            return exposing(onnx.load_model(self._path, format="protobuf", load_external_data=False), exposure)
+            model = onnx.load_model(self._path, format="protobuf", load_external_data=False)
         except OSError as error:
             raise ModelError(f"model {self._path} cannot be read ({error.strerror})") from error
+        return exposing(model, self._exposure) if self._exposure is not None else numbered(model)
+
+    def end_profiling(self) -> Path:
+        """The file of the profile, which ends here."""
+        return Path(self._session.end_profiling())
 
     @property
     def inputs(self) -> list[onnxruntime.NodeArg]:

@@ -90,6 +90,23 @@ def residual_layers(model: onnx.ModelProto, output: str) -> list[str]:
     return _residual_layers(_Graph(model, output))
 
 
+def layer_of_each_node(model: onnx.ModelProto, output: str) -> tuple[list[int], int]:
+    """The layer that each node of a graph belongs to, and how many layers there are, from 1 on.
+
+    0 for what leads to the first layer; one more than the last for what comes of it, or of none.
+
+    Raises:
+        ContractError: No layers are found.
+    """
+    graph = _Graph(model, output)
+    stream = _residual_layers(graph)
+    layers = [len(stream)] * len(model.graph.node)
+    for layer, tensor in reversed(list(enumerate(stream))):
+        for node in _members(graph.ancestors_of(tensor)):
+            layers[node] = layer
+    return layers, len(stream) - 1
+
+
 def _residual_layers(graph: _Graph) -> list[str]:
     joins = list(graph.joins())
     depths = [sum(_holds(other.branch, join.node) for other in joins) for join in joins]
@@ -180,7 +197,7 @@ class _Graph:
         """The joins of one stream, of which each adds to what comes of the one before; the last is nearest to the output."""
         chain: list[_Join] = []
         for join in reversed(joins):
-            if not chain or _holds(self._ancestors_of(chain[-1].skip), join.node):
+            if not chain or _holds(self.ancestors_of(chain[-1].skip), join.node):
                 chain.append(join)
         return chain[::-1]
 
@@ -248,7 +265,7 @@ class _Graph:
                 branch |= self._descendants[i]
         return branch & before_other
 
-    def _ancestors_of(self, tensor: str) -> NodeSet:
+    def ancestors_of(self, tensor: str) -> NodeSet:
         return self._ancestors[self._maker[tensor]] if tensor in self._maker else 0
 
 

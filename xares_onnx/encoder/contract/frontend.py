@@ -148,6 +148,8 @@ CHOICES: dict[str, frozenset[str]] = {
     for name, kind in _TYPES.items()
     if kind not in (int, float)
 }
+MODEL_KEYS: dict[str, Callable[[str], Any]] = {PREFIX + "model": str, PREFIX + "scale": float, PREFIX + "offset": float}
+"""Of a front end that is a graph."""
 RANGES: dict[str, tuple[float, float]] = {
     PREFIX + "mels": (1, MAX_BINS),
     PREFIX + "stack_frames": (1, 16),
@@ -192,6 +194,10 @@ def make_frontend(declared: Mapping[str, Any], sample_rate: int, mels: int | Non
     return frontend
 
 
+# The amplitude that a preset is defined for; by default [-1, 1].
+AMPLITUDES: dict[str, str] = {}
+# Length and hop, in frames, of the windows that a preset's models are used with.
+WINDOWS: dict[str, tuple[int, int]] = {}
 _FFT = {"whisper": 400, "librosa": 2048}
 _PLAIN: dict[str, Any] = {
     "drop_last_frame": False,

@@ -62,7 +62,9 @@ def annotate(
     ] = None,
     frontend: Annotated[
         Path | None,
-        typer.Option(help="A graph in the model's folder that makes its features: both are joined into one that takes audio."),
+        typer.Option(
+            help="A graph in the model's folder that makes its features: both are joined into one that takes audio."
+        ),
     ] = None,
     trust: TrustOption = False,
     debug: DebugOption = False,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-4  # of the largest value: kernels may be fused otherwise
 _SECONDS = (0.31, 1.003, 2.77, 12.345)  # of the clips that both embed
 _OPSET = 13  # the oldest of the operators between the two graphs
+_FED, _ITEMS = "bridge/model/", "row/items"  # before the names of what the model is fed; the number of items
 _KEPT = ("sample_rate", "amplitude", "normalize", "chunk_samples", "first_frame_center_samples", "license", "source")
 _ASSUMED = ("default", "measured", "graph")
 
@@ -101,8 +102,8 @@ def join(
             raise type(error)(str(error).replace(aside.name, target.name), about=error.about) from error
         if not difference <= _TOLERANCE:
             raise ContractError(
-                f"the joined file differs from the two by {difference:.1e} of the largest value, so it was not kept; use the "
-                f"two by --contract frontend.model={foreign(file)}"
+                f"the joined file differs from the two by {difference:.1e} of the largest value, so it was not kept; use "
+                f"the two by --contract frontend.model={foreign(file)}"
             )
     return Joined(path=str(output), written=metadata, difference=difference, lengths=lengths)
 
@@ -210,16 +211,24 @@ def _joined(front: onnx.ModelProto, model: onnx.ModelProto, contract: Contract) 
     front.graph.output.append(kept)
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     bridge = _bridge(contract, types, opset, front.ir_version)
-    both = _merged(front, bridge, [(output, "bridge/frames")])
-    pairs = [(name, name.removeprefix("bridge/model/")) for name in (value.name for value in bridge.graph.output)]
-    fed = [(out, name) for out, name in pairs if name != "bridge/items"]
-    whole = _merged(both, model, fed)
     if contract.windows:
-        _put_windows_in_a_row(whole, contract)
+        _put_windows_in_a_row(model, contract)
     else:
-        del whole.graph.output[:]
-        whole.graph.output.extend(model.graph.output)
-    return whole
+        _shape_outputs(model, contract)
+    both = _merged(front, bridge, [(output, "bridge/frames")])
+    return _merged(both, model, [(value.name, value.name.removeprefix(_FED)) for value in bridge.graph.output])
+
+
+def _shape_outputs(model: onnx.ModelProto, contract: Contract) -> None:
+    """Give the output of embeddings axes, as onnx demands, and drop others without."""
+    kept = [value for value in model.graph.output if value.type.tensor_type.HasField("shape")]
+    for value in model.graph.output:
+        if value.name == contract.output and value not in kept:
+            for _ in contract.output_layout:
+                value.type.tensor_type.shape.dim.add()
+            kept.append(value)
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -239,7 +248,9 @@ def _align(front: onnx.ModelProto, model: onnx.ModelProto) -> None:
         for entry in part.opset_import:
             domain = "" if entry.domain == "ai.onnx" else entry.domain
             if versions.setdefault(domain, entry.version) != entry.version:
-                raise ModelError(f"the two graphs use different versions of the operators of {quoted(domain)}; use them as two")
+                raise ModelError(
+                    f"the two graphs use different versions of the operators of {quoted(domain)}; use them as two"
+                )
     for part in (front, model):
         del part.metadata_props[:], part.opset_import[:]
         for domain, version in versions.items():
@@ -318,28 +329,27 @@ def _bridge(contract: Contract, types: dict[str, int], opset: int, ir_version: i
         features = steps.add("Reshape", steps.constant([-1, length, front.bins]))
     outputs = []
     letters = contract.input_layout.replace("1", "")
-    if "B" not in letters:
-        steps.add("Squeeze", steps.constant([0]), source=features)
+    alone = features if "B" in letters else steps.add("Squeeze", steps.constant([0]), source=features)
     order = [axis for axis in "BTF" if axis in letters]
-    steps.add("Transpose", perm=[order.index(axis) for axis in letters], source=steps.last)
+    steps.add("Transpose", perm=[order.index(axis) for axis in letters], source=alone)
     if singles := [i for i, axis in enumerate(contract.input_layout) if axis == "1"]:
         steps.add("Unsqueeze", steps.constant(singles))
-    outputs.append((contract.input, steps.add("Cast", output=f"bridge/model/{contract.input}", to=types[contract.input])))
+    outputs.append((contract.input, steps.add("Cast", output=f"{_FED}{contract.input}", to=types[contract.input])))
     shape = steps.add("Shape", source=features)
     if name := contract.lengths_input:
         frames = steps.add("Gather", steps.constant(1), source=shape, axis=0)
         batch = steps.add("Slice", steps.constant([0]), steps.constant([1]), source=shape)
         steps.add("Expand", batch, source=frames)
-        outputs.append((name, steps.add("Cast", output=f"bridge/model/{name}", to=types[name])))
+        outputs.append((name, steps.add("Cast", output=f"{_FED}{name}", to=types[name])))
     if name := contract.mask_input:
         steps.add("Slice", steps.constant([0]), steps.constant([2]), source=shape)
         steps.add("ConstantOfShape", value=helper.make_tensor("one", TensorProto.INT64, [1], [1]))
-        outputs.append((name, steps.add("Cast", output=f"bridge/model/{name}", to=types[name])))
+        outputs.append((name, steps.add("Cast", output=f"{_FED}{name}", to=types[name])))
     ranks = {contract.input: len(contract.input_layout), contract.lengths_input: 1, contract.mask_input: 2}
     values = [helper.make_tensor_value_info(tensor, types[name], [None] * ranks[name]) for name, tensor in outputs]
     if contract.windows:
-        steps.add("Identity", source=items, output="bridge/items")
-        values.append(helper.make_tensor_value_info("bridge/items", TensorProto.INT64, [1]))
+        steps.add("Identity", source=items, output=f"{_FED}{_ITEMS}")
+        values.append(helper.make_tensor_value_info(f"{_FED}{_ITEMS}", TensorProto.INT64, [1]))
     rank = len(front.contract.output_layout)
     frames_in = helper.make_tensor_value_info("bridge/frames", TensorProto.FLOAT, [None] * rank)
     graph = helper.make_graph(steps.nodes, "bridge", [frames_in], values, steps.initializers)
@@ -358,17 +368,17 @@ def _without_singles(steps: _Nodes, layout: str) -> str:
 
 
 def _put_windows_in_a_row(model: onnx.ModelProto, contract: Contract) -> None:
-    """Let the only output be [batch, windows, dim]."""
+    """Let the only output be [batch, windows, dim], by a further input: how many items there are."""
     from onnx import TensorProto, helper
 
     steps = _Nodes("row/", contract.output)
     rest = steps.constant([-1, contract.dim])
-    shape = steps.add("Concat", rest, source="bridge/items", axis=0)
+    shape = steps.add("Concat", rest, source=_ITEMS, axis=0)
     steps.add("Cast", source=contract.output, to=TensorProto.FLOAT)
     name = "embeddings" if contract.output != "embeddings" else "embeddings.frames"
     steps.add("Reshape", shape, source=steps.last, output=name)
     model.graph.node.extend(steps.nodes)
     model.graph.initializer.extend(steps.initializers)
+    model.graph.input.append(helper.make_tensor_value_info(_ITEMS, TensorProto.INT64, [1]))
     del model.graph.output[:]
     model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "frames", contract.dim]))
-

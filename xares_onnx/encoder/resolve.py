@@ -87,7 +87,7 @@ def resolve(
 
 
 def _scan_front(model: Path, file: str, source: str, tell: Tell, trust: bool) -> ModelScan:
-    """Scan the graph that makes the features: a file in the model's folder or below, as a stranger's metadata may name it."""
+    """Scan the graph that makes the features, in the model's folder or below: a stranger's metadata may name it."""
     where = check_beside(model, file, f"{source} declares frontend.model={foreign(file)}, ")
     return scan_model(model.parent / where, lambda: tell(Beat()), trust=trust)
 

@@ -33,8 +33,8 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     A model that takes features has a `frontend`, which makes them from waveforms, or a `frontend_model`, a graph that does;
     its lengths here are in samples too, and only the lengths and masks that it is fed count frames. If the graph fixes the
     batch, `fixed_batch` is its size. If it fixes the samples, every chunk is a window of `chunk_samples` that gives
-    `window_frames` frames, and the hop may be a fraction; but if there are `windows`, a chunk is cut into these, each gives a
-    frame, and `output_layout` is that of all together. `constants` are inputs that take the same numbers in every call, and
+    `window_frames` frames, and the hop may be a fraction; but if there are `windows`, a chunk is cut into these, each gives
+    a frame, and `output_layout` is that of all together. `constants` are inputs that take the same numbers in every call, and
     `tokens` says how an output's tokens make frames. With `chunk_overlap`, a chunk begins where the next frame of the one
     before would. What is unset, a model does not have, so that models without it keep their names in the store. `sources`
     says where each field is from.
@@ -120,7 +120,8 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
             values |= {frontends.PREFIX + name: value for name, value in self.frontend_model.facts().items()}
         for name in self.frontend.__struct_fields__ if self.frontend else ():
             if name != "sample_rate":  # the contract's own
-                values[frontends.PREFIX + name] = getattr(self.frontend, name)
+                value = getattr(self.frontend, name)
+                values[frontends.PREFIX + name] = "window" if value is msgspec.UNSET else value
         return {
             name: {"value": value, "source": self.sources.get(name, "not declared" if value is None else "measured")}
             for name, value in values.items()

@@ -111,7 +111,12 @@ def declared_in_sidecar(path: Path) -> Declarations:
         return {}
     except ForeignFileError as error:
         raise ContractError(f"{path} beside the model cannot be read ({error})") from error
-    for prefix in (frontends.PREFIX, tokens.PREFIX, windows.PREFIX, constants.PREFIX):  # a table [frontend], or keys with a dot
+    for prefix in (
+        frontends.PREFIX,
+        tokens.PREFIX,
+        windows.PREFIX,
+        constants.PREFIX,
+    ):  # a table [frontend], or keys with a dot
         name = prefix.removesuffix(".")
         if isinstance(table := raw.get(name), dict):
             raw = {key: value for key, value in raw.items() if key != name}
@@ -288,7 +293,9 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
     for key, value in raw.items():
         name = key.removeprefix("xares.")
         if name not in _DECLARABLE and not name.startswith(constants.PREFIX):
-            if strict or name.startswith((frontends.PREFIX, tokens.PREFIX, windows.PREFIX)):  # a key of the wrong name gives a wrong score
+            if strict or name.startswith(
+                (frontends.PREFIX, tokens.PREFIX, windows.PREFIX)
+            ):  # a key of the wrong name gives a wrong score
                 kind = UsageError if strict else ContractError
                 raise kind(f"{source}: there is no contract key {quoted(name)}{nearest(name, _DECLARABLE)}")
             continue

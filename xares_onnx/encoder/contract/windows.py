@@ -70,8 +70,8 @@ def make_windows(
     """
     unit, other = ("frames", "samples") if features else ("samples", "frames")
     length_key, hop_key = unit, f"hop_{unit}"
-    usual = WINDOWS.get(preset or "")
-    if not values and (usual is None or axis != usual[0]):
+    usual = WINDOWS.get(preset or "", {})
+    if not values and axis not in usual:
         return None, {}
     if wrong := [key for key in values if key.endswith(other)]:
         takes = "features" if features else "a waveform"
@@ -87,15 +87,15 @@ def make_windows(
         )
     if axis is not None and length != axis:
         raise ContradictionError(
-            f"{source} declares {PREFIX}{length_key}={length}, but input {quoted(name)} takes exactly {axis} {unit}; correct "
-            "the declaration",
+            f"{source} declares {PREFIX}{length_key}={length}, but input {quoted(name)} takes exactly {axis} {unit}; "
+            "correct the declaration",
             about="input",
         )
     sources = {PREFIX + length_key: source if length_key in values else "graph", PREFIX + hop_key: source}
     if hop_key in values:
         hop = values[hop_key]
-    elif usual is not None and usual[0] == length:
-        hop, sources[PREFIX + hop_key] = usual[1], f"preset {preset}"
+    elif length in usual:
+        hop, sources[PREFIX + hop_key] = usual[length], f"preset {preset}"
     else:
         hop, sources[PREFIX + hop_key] = length, "default (end to end)"
     if hop > length:

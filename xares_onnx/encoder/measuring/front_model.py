@@ -1,4 +1,4 @@
-"""A front end that is a graph, measured as if it were an encoder: its frames are the features. Runs in the worker process."""
+"""A front end that is a graph, measured as an encoder is: its frames are the features. Runs in the worker process."""
 
 from __future__ import annotations
 

@@ -195,8 +195,8 @@ def _choose_overlap(probe: Probe) -> None:
     if probe.choose("chunk_overlap", *default) == "window":
         if contract.law is None:
             raise ContradictionError(
-                f"{probe.sources['chunk_overlap']} declares chunk_overlap=window, but output {quoted(contract.output)} gives "
-                "one vector per clip, without frames; drop it",
+                f"{probe.sources['chunk_overlap']} declares chunk_overlap=window, but output {quoted(contract.output)} "
+                "gives one vector per clip, without frames; drop it",
                 about="chunk_overlap",
             )
         probe.update(chunk_overlap="window")

@@ -192,6 +192,32 @@ def run(*arguments: Any) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+def counting(rank: int) -> ModelProto:
+    """Right only if `length` (rank 1), or the sum of `attention_mask` (rank 2), is the number of frames."""
+    name = "length" if rank == 1 else "attention_mask"
+    extra = [
+        helper.make_node("Cast", [name], ["counted"], to=TensorProto.FLOAT),
+        constant("last", [1]),
+        helper.make_node("Identity", ["counted"], ["held"])
+        if rank == 1
+        else helper.make_node("ReduceSum", ["counted", "last"], ["held"], keepdims=0),
+        helper.make_node("Shape", ["bands"], ["size"], start=2, end=3),
+        helper.make_node("Cast", ["size"], ["frames"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["held", "frames"], ["ratio"]),
+        constant("axes", [1, 2]),
+        helper.make_node("Unsqueeze", ["ratio", "axes"], ["ratios"]),
+        helper.make_node("Mul", ["bands", "ratios"], ["scaled"]),
+    ]
+    axes = ["batch", "frames"][:rank]
+    return feature_model("kaldi", extra=extra, extra_inputs=[value(name, TensorProto.INT64, axes)])
+
+
+def with_lengths() -> ModelProto:
+    front = front_model("kaldi")
+    front.graph.input.append(value("waveforms_lens", TensorProto.INT64, ["batch"]))
+    return front
+
+
 JOINED: dict[str, tuple[ModelProto, ModelProto, list[str]]] = {
     "frames": (front_model("whisper"), feature_model("whisper", "B1TF"), []),
     "windows": (
@@ -206,13 +232,13 @@ JOINED: dict[str, tuple[ModelProto, ModelProto, list[str]]] = {
     ),
     "inputs of one name": (front_model("kaldi", name="features"), feature_model("kaldi"), []),
     "other operator sets": (front_model("kaldi", opset=13), feature_model("kaldi"), []),
+    "lengths": (with_lengths(), counting(1), []),
     "no batch": (front_model("kaldi"), feature_model("kaldi", "FT"), []),
     "double precision": (front_model("kaldi"), feature_model("kaldi", element=TensorProto.DOUBLE), []),
-    "lengths": (front_model("kaldi"), models.renamed(feature_model("kaldi"), "x", "y"), []),
 }
 
 
-@pytest.mark.parametrize("form", [form for form in JOINED if form != "lengths"])
+@pytest.mark.parametrize("form", JOINED)
 def test_the_joined_file_gives_what_the_two_give(form: str, tmp_path: Path) -> None:
     front, model, contract = JOINED[form]
     encoder = pair(tmp_path / "pair", front, model, *contract)
@@ -268,19 +294,28 @@ def test_a_difference_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "says"),
+    ("model", "contract", "says"),
     [
         (
-            4,
-            "the model takes 4 windows per call, so that one graph cannot give all windows of a clip; export it",
-        )
+            lambda: window_model(76, bands=80, batch=4),
+            ["window.hop_frames=8"],
+            "the model takes 4 windows per call, so that one graph cannot give all windows of a clip; export it with a "
+            "dynamic batch axis, or use the two files by --contract frontend.model=mel.onnx",
+        ),
+        (
+            lambda: counting(2),
+            [],
+            "input 'attention_mask' tells which frames are padding, and a waveform does not; export the model without it, "
+            "or use the two files by --contract frontend.model=mel.onnx",
+        ),
     ],
 )
-def test_windows_of_a_fixed_batch_are_not_joined(batch: int, says: str, tmp_path: Path) -> None:
+def test_pairs_that_one_graph_cannot_be(model: Any, contract: list[str], says: str, tmp_path: Path) -> None:
     save(front_model("kaldi"), tmp_path / "mel.onnx")
-    save(window_model(76, bands=80, batch=batch), tmp_path / "model.onnx")
-    with pytest.raises(ModelError, match=says):
-        join(tmp_path / "model.onnx", tmp_path / "mel.onnx", ["window.hop_frames=8"], tmp_path / "whole.onnx")
+    save(model(), tmp_path / "model.onnx")
+    with pytest.raises(ModelError) as caught:
+        join(tmp_path / "model.onnx", tmp_path / "mel.onnx", contract, tmp_path / "whole.onnx")
+    assert says in str(caught.value)
     assert not (tmp_path / "whole.onnx").exists()
 
 

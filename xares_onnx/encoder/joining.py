@@ -167,7 +167,7 @@ def _write(source: str, target: str, contract: Contract, metadata: dict[str, str
         tell(Beat())
     tell(Doing("joining the graphs"))
     try:
-        whole = _joined(*graphs, contract)
+        whole = _joined(graphs[0], graphs[1], contract)
         onnx.helper.set_model_props(whole, metadata)
         write_aside(Path(target), whole.SerializeToString())
     except EncodeError as error:
@@ -189,12 +189,8 @@ def _joined(front: onnx.ModelProto, model: onnx.ModelProto, contract: Contract) 
 
     record = contract.frontend_model
     assert record
-    if contract.windows and (contract.windows.batch is not None or contract.constants):
-        why = f"takes {contract.windows.batch} windows per call" if contract.windows.batch else "takes constant inputs"
-        raise ModelError(
-            f"the model {why}, so that one graph cannot give all windows of a clip; export it with a dynamic batch axis and "
-            f"no other inputs, or use the two files by --contract frontend.model={foreign(record.file)}"
-        )
+    if why := _why_not(contract):
+        raise ModelError(f"{why}, or use the two files by --contract frontend.model={foreign(record.file)}")
     opset = max(_opset(front), _opset(model), _OPSET)
     front, model = _at(front, opset), _at(model, opset)
     front.ir_version = model.ir_version = max(front.ir_version, model.ir_version)
@@ -217,6 +213,24 @@ def _joined(front: onnx.ModelProto, model: onnx.ModelProto, contract: Contract) 
         _shape_outputs(model, contract)
     both = _merged(front, bridge, [(output, "bridge/frames")])
     return _merged(both, model, [(value.name, value.name.removeprefix(_FED)) for value in bridge.graph.output])
+
+
+def _why_not(contract: Contract) -> str | None:
+    """Why one graph cannot do what the two do, and what to change of the model."""
+    if contract.mask_input:
+        return (
+            f"input {quoted(contract.mask_input)} tells which frames are padding, and a waveform does not; export the model "
+            "without it"
+        )
+    if contract.windows and contract.windows.batch is not None:
+        return (
+            f"the model takes {contract.windows.batch} windows per call, so that one graph cannot give all windows of a "
+            "clip; export it with a dynamic batch axis"
+        )
+    if contract.windows and contract.constants:
+        name = next(iter(contract.constants))
+        return f"input {quoted(name)} would need an item for each window; export the model without it"
+    return None
 
 
 def _shape_outputs(model: onnx.ModelProto, contract: Contract) -> None:
@@ -341,11 +355,7 @@ def _bridge(contract: Contract, types: dict[str, int], opset: int, ir_version: i
         batch = steps.add("Slice", steps.constant([0]), steps.constant([1]), source=shape)
         steps.add("Expand", batch, source=frames)
         outputs.append((name, steps.add("Cast", output=f"{_FED}{name}", to=types[name])))
-    if name := contract.mask_input:
-        steps.add("Slice", steps.constant([0]), steps.constant([2]), source=shape)
-        steps.add("ConstantOfShape", value=helper.make_tensor("one", TensorProto.INT64, [1], [1]))
-        outputs.append((name, steps.add("Cast", output=f"{_FED}{name}", to=types[name])))
-    ranks = {contract.input: len(contract.input_layout), contract.lengths_input: 1, contract.mask_input: 2}
+    ranks = {contract.input: len(contract.input_layout), contract.lengths_input: 1}
     values = [helper.make_tensor_value_info(tensor, types[name], [None] * ranks[name]) for name, tensor in outputs]
     if contract.windows:
         steps.add("Identity", source=items, output=f"{_FED}{_ITEMS}")

@@ -34,10 +34,10 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     its lengths here are in samples too, and only the lengths and masks that it is fed count frames. If the graph fixes the
     batch, `fixed_batch` is its size. If it fixes the samples, every chunk is a window of `chunk_samples` that gives
     `window_frames` frames, and the hop may be a fraction; but if there are `windows`, a chunk is cut into these, each gives
-    a frame, and `output_layout` is that of all together. `constants` are inputs that take the same numbers in every call, and
-    `tokens` says how an output's tokens make frames. With `chunk_overlap`, a chunk begins where the next frame of the one
-    before would. What is unset, a model does not have, so that models without it keep their names in the store. `sources`
-    says where each field is from.
+    a frame, and `output_layout` is that of all together. `constants` are inputs that take the same numbers in every call,
+    and `tokens` says how an output's tokens make frames. With `chunk_overlap`, a chunk begins where the next frame of the
+    one before would. What is unset, a model does not have, so that models without it keep their names in the store.
+    `sources` says where each field is from.
     """
 
     input: str

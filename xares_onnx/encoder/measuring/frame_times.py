@@ -43,7 +43,7 @@ def first_center_in_window(samples: int, frames: int, hop: float, frontend: AnyF
     if frontend is None:
         return (samples - (frames - 1) * hop) / 2, "default (frames in the middle of the window)"
     features = frontend.frames(samples)
-    if frontend.preset == "whisper" and hop == 2 * frontend.hop_samples and features == 2 * frames:
+    if frontend.preset == "whisper" and hop == 2 * frontend.frame_samples and features == 2 * frames:
         return frontend.first_center_samples, "default (as Whisper's encoder takes every other frame of features)"
     span = (features - 1) * frontend.frame_samples - (frames - 1) * hop
     return frontend.first_center_samples + span / 2, "default (frames in the middle of the features)"

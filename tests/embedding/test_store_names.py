@@ -17,39 +17,41 @@ from xares_onnx.embedding.pieces import Piece
 from xares_onnx.embedding.store import STORE_VERSION, store_key
 from xares_onnx.encoder import spec as encoder_spec
 from xares_onnx.encoder.contract.constants import Constant
-from xares_onnx.encoder.contract.contract import Contract
+from xares_onnx.encoder.contract.contract import Contract, FrontendModel
 from xares_onnx.encoder.contract.frontend import make_frontend
 from xares_onnx.encoder.contract.tokens import Tokens
+from xares_onnx.encoder.contract.windows import Windows
 from xares_onnx.encoder.exposure import Exposure
 from xares_onnx.encoder.model_file import ModelScan
 from xares_onnx.encoder.session import CUDA
 from xares_onnx.encoder.spec import EncoderInfo, ModelSpec, Tap
 
+CONTRACT = Contract(
+    input="audio",
+    input_layout="BT",
+    lengths_input=None,
+    output="embeddings",
+    output_layout="BTD",
+    dim=64,
+    sample_rate=16_000,
+    hop_samples=160,
+    receptive_field_samples=400,
+    first_frame_center_samples=200.0,
+    min_samples=400,
+    max_samples=None,
+    chunk_samples=160_000,
+    amplitude="unit",
+    normalize="none",
+    dynamic_batch=True,
+    batch_coupled=False,
+)
+
 
 def spec() -> EmbedSpec:
-    contract = Contract(
-        input="audio",
-        input_layout="BT",
-        lengths_input=None,
-        output="embeddings",
-        output_layout="BTD",
-        dim=64,
-        sample_rate=16_000,
-        hop_samples=160,
-        receptive_field_samples=400,
-        first_frame_center_samples=200.0,
-        min_samples=400,
-        max_samples=None,
-        chunk_samples=160_000,
-        amplitude="unit",
-        normalize="none",
-        dynamic_batch=True,
-        batch_coupled=False,
-    )
     scan = ModelScan(
         sha256="a", bytes=1, solid_bytes=1, parameters=1, external=(), stamps={}, metadata={}, producer="p", opset=17
     )
-    info = EncoderInfo(path="m.onnx", scan=scan, contract=contract, provider="CPUExecutionProvider", onnxruntime="1.2.3")
+    info = EncoderInfo(path="m.onnx", scan=scan, contract=CONTRACT, provider="CPUExecutionProvider", onnxruntime="1.2.3")
     return EmbedSpec(
         model=ModelSpec(info, "auto", 2),
         task="mine",
@@ -93,6 +95,9 @@ SHAPING: dict[str, Any] = {
     "model.info.contract.frontend": make_frontend({"preset": "whisper"}, 16_000),
     "model.info.contract.constants": {"is_longer": Constant("tensor(bool)", (None, 1), (1, 1), (True,))},
     "model.info.contract.tokens": Tokens(2, 12),
+    "model.info.contract.frontend_model": FrontendModel(file="mel.onnx", sha256="d", contract=CONTRACT),
+    "model.info.contract.windows": Windows(76, 8),
+    "model.info.contract.chunk_overlap": "window",
     "crops.seconds": None,
     "crops.rule": "whole-crops",
     "crops.pad_short_clips": False,

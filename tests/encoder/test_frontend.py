@@ -148,7 +148,7 @@ def test_a_key_of_a_front_end_says_that_features_go_in() -> None:
         ("frontend.mel=80", "there is no contract key 'frontend.mel'; did you mean 'frontend.mels'"),
         ("frontend.hop_length=80", "there is no contract key 'frontend.hop_length'; did you mean 'frontend.hop_samples'"),
         ("frontend.sample_rate=80", "there is no contract key 'frontend.sample_rate'"),
-        ("frontend.preset=Whisper", "frontend.preset='Whisper' must be one of kaldi, librosa, whisper"),
+        ("frontend.preset=Whisper", "frontend.preset='Whisper' must be one of ced, kaldi, librosa, musicnn, nemo, "),
         ("frontend.log=ln", "frontend.log='ln' must be one of decibel, log10, natural, none"),
         ("frontend.remove_dc=maybe", "frontend.remove_dc='maybe' must be one of false, true"),
         ("frontend.mels=0", "frontend.mels=0 must be from 1 to 1024"),

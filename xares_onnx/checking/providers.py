@@ -73,7 +73,7 @@ def check_devices(bench: Bench, tolerance: float | None, other: Session | None =
         return skipped("the model ran on the CPU alone")
     limit = TOLERANCES[bench.facts.precision] if tolerance is None else tolerance
     try:
-        other = other or Session(Path(spec.info.path), "cpu")
+        other = other or Session(Path(spec.info.path), "cpu", front=spec.info.front)
         worst, name = max(
             (
                 difference(bench.embed(bench.signals[name]), other.run(_prepared(bench, name), bench.contract)[0]),

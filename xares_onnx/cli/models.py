@@ -56,19 +56,36 @@ def export(
 @reported
 def annotate(
     model: Annotated[Path, typer.Argument(help="An .onnx file, or a folder with one.")],
-    contract: Annotated[
-        list[str], typer.Option("--contract", help="KEY=VALUE to declare, such as sample_rate=16000; repeatable.")
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; never the model itself.")],
+    contract: Annotated[
+        list[str] | None, typer.Option("--contract", help="KEY=VALUE to declare, such as sample_rate=16000; repeatable.")
+    ] = None,
+    frontend: Annotated[
+        Path | None,
+        typer.Option(
+            help="A graph in the model's folder that makes its features: both are joined into one that takes audio."
+        ),
+    ] = None,
     trust: TrustOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write a copy of a model that declares its contract in its own metadata; graph and weights stay as they are."""
     from ..encoder.annotate import annotate as write
+    from ..encoder.joining import join
     from ..report.observer import TerminalObserver
 
+    if frontend is not None:
+        with TerminalObserver() as observer:
+            joined = join(model, frontend, contract or (), output, trust=trust, observer=observer)
+        declares = ", ".join(f"{key}={value}" for key, value in joined.written.items())
+        text = (
+            f"{joined.path}: {declares}; at most {joined.difference:.1e} of the largest value from the two files over "
+            f"{len(joined.lengths)} lengths"
+        )
+        put(f"{printable(text)}\n", sys.stdout)
+        return
     with TerminalObserver() as observer:
-        annotation = write(model, contract, output, trust=trust, observer=observer)
+        annotation = write(model, contract or (), output, trust=trust, observer=observer)
     changes = [
         f"{key}={value}" + (f" (was {annotation.replaced[key]})" if key in annotation.replaced else "")
         for key, value in annotation.written.items()

@@ -7,19 +7,31 @@ Features are computed here, so that all callers of a model count in samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ContractError, quoted
-from .contract.contract import Contract
+from ..errors import ContractError, ModelError, quoted
+from .contract.contract import Contract, FrontendModel
 from .features import features_of
 
 FLOAT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 LENGTH_TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 MASK_TYPES = {**FLOAT_TYPES, **LENGTH_TYPES, "tensor(bool)": np.bool_}
+
+
+Run = Callable[[list[str], dict[str, npt.NDArray[Any]]], list[npt.NDArray[Any]]]
+"""Gives the named outputs of a model for its inputs by name."""
+
+
+class Graph(Protocol):
+    """A loaded graph: the type of each input by name, as ONNX Runtime writes it, such as `tensor(float)`."""
+
+    types: dict[str, str]
+
+    def run_raw(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]: ...
 
 
 class Adapter:
@@ -28,11 +40,13 @@ class Adapter:
     Args:
         contract: The model's layouts, amplitude and front end.
         types: The type of each input by name, as ONNX Runtime writes it, such as `tensor(float)`.
+        front: The graph of the contract's `frontend_model`, if it has one.
     """
 
-    def __init__(self, contract: Contract, types: Mapping[str, str]) -> None:
+    def __init__(self, contract: Contract, types: Mapping[str, str], front: Graph | None = None) -> None:
         self._contract = contract
         self._types = types
+        self._front = front
 
     def feeds(self, waveforms: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> dict[str, npt.NDArray[Any]]:
         """The model's inputs, by name.
@@ -44,17 +58,91 @@ class Adapter:
             waveforms: (items, samples) in [-1, 1].
             held: How many leading samples of each are the clip's own, and not padding; all by default.
         """
-        contract, (items, samples) = self._contract, waveforms.shape
+        return self.feeds_of(self.values(waveforms, held), self._own(waveforms, held))
+
+    def results(
+        self, run: Run, outputs: list[str], waveforms: npt.NDArray[np.float32], held: Sequence[int] | None = None
+    ) -> list[npt.NDArray[Any]]:
+        """The named outputs for waveforms (items, samples), as `results_of` gives them."""
+        return self.results_of(run, outputs, self.values(waveforms, held), self._own(waveforms, held))
+
+    def results_of(
+        self,
+        run: Run,
+        outputs: list[str],
+        values: npt.NDArray[np.float32],
+        own: npt.NDArray[np.intp] | None = None,
+    ) -> list[npt.NDArray[Any]]:
+        """The named outputs for what `values` returned, as the model gives them.
+
+        If the contract has windows, they are (items, windows, ...): the outputs for all windows of an item, one after the
+        other, without their axes of size one.
+
+        Raises:
+            ModelError: There is no whole window, or the model fails.
+        """
+        windows = self._contract.windows
+        if not windows:
+            return run(outputs, self.feeds_of(values, own))
+        cut = windows.cut(values)
+        items, count = cut.shape[:2]
+        if not count:
+            raise ModelError(f"{values.shape[1]} values are less than a window of {windows.length}")
+        flat = cut.reshape(items * count, *cut.shape[2:])
+        parts: list[list[npt.NDArray[Any]]] = [[] for _ in outputs]
+        for start in range(0, len(flat), windows.per_call):
+            part = flat[start : start + windows.per_call]
+            results = run(outputs, self.feeds_of(part))
+            for of_output, name, result in zip(parts, outputs, results, strict=True):
+                of_output.append(self._of_windows(result, name, len(part)))
+        joined = [np.concatenate(of_output) for of_output in parts]
+        return [values.reshape(items, count, *values.shape[1:]) for values in joined]
+
+    def _of_windows(self, result: npt.NDArray[Any], output: str, windows: int) -> npt.NDArray[Any]:
+        """(windows, ...) of one call, without axes of size one."""
+        batch = self._batch or windows
+        if "B" not in self._contract.input_layout:
+            result = result[None]
+        if result.shape[:1] != (batch,):
+            raise ContractError(
+                f"output {quoted(output)} has shape {list(result.shape)} for {batch} windows, and its first axis must hold "
+                "them",
+                about="output",
+            )
+        return result[:windows].reshape(windows, *([size for size in result.shape[1:] if size != 1] or [1]))
+
+    @property
+    def _batch(self) -> int | None:
+        """The only batch that the model takes."""
+        return self._contract.windows.batch if self._contract.windows else self._contract.fixed_batch
+
+    def _own(self, waveforms: npt.NDArray[np.float32], held: Sequence[int] | None) -> npt.NDArray[np.intp]:
+        """How many leading samples, or frames of features, of each waveform are not padding."""
+        items, samples = waveforms.shape
         own = np.maximum(samples if held is None else held, min(self._least_held(), samples))
         own = np.broadcast_to(own, items)
-        if contract.frontend is not None:
-            own = np.array([contract.frontend.frames_held(int(count)) for count in own])
-        return self.feeds_of(self.values(waveforms, held), own)
+        features = self._contract.features
+        return own if features is None else np.array([features.frames_held(int(count)) for count in own])
 
     def values(self, waveforms: npt.NDArray[np.float32], held: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
         """Waveforms (items, samples) at the model's amplitude, or their features (items, frames, bins)."""
-        values = waveforms * np.float32(32768) if self._contract.amplitude == "int16" else waveforms
-        return values if self._contract.frontend is None else features_of(values, self._contract.frontend, held)
+        contract = self._contract
+        values = waveforms * np.float32(32768) if contract.amplitude == "int16" else waveforms
+        if contract.frontend_model:
+            return self._features_by_graph(values, contract.frontend_model)
+        return values if contract.frontend is None else features_of(values, contract.frontend, held)
+
+    def _features_by_graph(self, waveforms: npt.NDArray[np.float32], front: FrontendModel) -> npt.NDArray[np.float32]:
+        assert self._front is not None
+        adapter, output = Adapter(front.contract, self._front.types), front.contract.output
+        alone = front.contract.batch_coupled or not front.contract.dynamic_batch
+        features = []
+        for start in range(0, len(waveforms), 1 if alone else len(waveforms)):
+            part = waveforms[start : start + 1] if alone else waveforms
+            (result,) = self._front.run_raw([output], adapter.feeds(part))
+            features.append(adapter.frames(result, len(part)))
+        scaled: npt.NDArray[np.float32] = np.concatenate(features) * np.float32(front.scale) + np.float32(front.offset)
+        return scaled
 
     def feeds_of(
         self, values: npt.NDArray[np.float32], own: npt.NDArray[np.intp] | None = None
@@ -64,7 +152,7 @@ class Adapter:
         `own` (items,) says how many leading samples or frames of each are not padding; all by default.
         """
         contract, (items, length) = self._contract, values.shape[:2]
-        rows = np.arange(contract.fixed_batch or items) % items
+        rows = np.arange(self._batch or items) % items
         if len(rows) != items:
             values = values[rows]
         feeds: dict[str, npt.NDArray[Any]] = {contract.input: self._arranged(values)}

@@ -2,6 +2,9 @@
 
 A waveform is cut into consecutive chunks of `chunk_samples`. A last chunk shorter than one second (or than the model's
 minimum) is padded with zeros up to that, and frames in the padding are dropped.
+
+Chunks of a contract with `chunk_overlap` begin where the next frame of the one before would, and the last one is padded with
+zeros to a whole frame: so the frames do not depend on `chunk_samples`, and every sample is in one.
 """
 
 from __future__ import annotations
@@ -33,12 +36,28 @@ def plan_chunks(samples: int, contract: Contract, *, pad_short_clips: bool = Tru
         contract: The model's chunk length, minimum and sampling rate.
         pad_short_clips: Whether a clip shorter than a second is padded. X-ARES feeds it as it is, if the model can take it.
     """
+    if contract.chunk_overlap:
+        return _overlapping(samples, contract)
     shortest = max(round(MIN_CHUNK_SECONDS * contract.sample_rate), contract.min_samples)
     chunks = []
     for start in range(0, samples, contract.chunk_samples):
         stop = min(start + contract.chunk_samples, samples)
         minimum = shortest if pad_short_clips or start else contract.min_samples
         chunks.append(Chunk(start, stop, max(stop - start, min(minimum, contract.chunk_samples))))
+    return chunks
+
+
+def _overlapping(samples: int, contract: Contract) -> list[Chunk]:
+    law = contract.law
+    assert law is not None
+    most = law.frames(contract.chunk_samples)
+    window = max(law.receptive_field, law.hop)
+    frames = max(0, -(-(samples - window) // law.hop)) + 1
+    chunks = []
+    for first in range(0, frames, most):
+        start = first * law.hop
+        length = max(law.first_length_with(min(most, frames - first)), contract.min_samples)
+        chunks.append(Chunk(start, min(start + length, samples), length))
     return chunks
 
 

@@ -16,6 +16,7 @@ Doubles = npt.NDArray[np.float64]
 
 _BLOCK_FRAMES = 128  # few enough for the processor's cache
 _VARIANCE_FLOOR = 1e-7  # SeamlessM4T's
+_DEVIATION_FLOOR = 1e-5  # NeMo's
 
 
 def features_of(
@@ -52,14 +53,15 @@ def features_of(
 
 def _bands(waveform: npt.NDArray[np.float32], frontend: Frontend) -> Doubles:
     """(samples,) to log mel bands (frames, mels), before the steps that need the whole clip."""
-    windows = _windows(waveform, frontend)
+    within = frontend.preemphasis_over != "clip"
+    windows = _windows(waveform if within else _emphasised(waveform, frontend.preemphasis), frontend)
     bands: Doubles = np.empty((len(windows), frontend.mels))
     shape, filters = _window(frontend), _sparse_filters(frontend)
     for start in range(0, len(windows), _BLOCK_FRAMES):
         block = windows[start : start + _BLOCK_FRAMES].astype(np.float64)
         if frontend.remove_dc:
             block -= block.mean(axis=1, keepdims=True)
-        if frontend.preemphasis:
+        if frontend.preemphasis and within:
             previous = np.concatenate([block[:, :1], block[:, :-1]], axis=1)
             block -= frontend.preemphasis * previous
         block *= shape
@@ -76,6 +78,13 @@ def _bands(waveform: npt.NDArray[np.float32], frontend: Frontend) -> Doubles:
     return bands
 
 
+def _emphasised(waveform: npt.NDArray[np.float32], share: float) -> npt.NDArray[np.float32]:
+    """(samples,) less this share of the sample before each; the first stays."""
+    whole: npt.NDArray[np.float32] = waveform.copy()
+    whole[1:] -= np.float32(share) * waveform[:-1]
+    return whole
+
+
 def _normalized(bands: Doubles, frontend: Frontend) -> Doubles:
     """The steps that need all frames of the clip."""
     if not len(bands):
@@ -89,6 +98,8 @@ def _normalized(bands: Doubles, frontend: Frontend) -> Doubles:
         if frontend.normalize == "cmn":
             return centred
         variance = bands.var(axis=0, ddof=1) if len(bands) > 1 else np.zeros(frontend.mels)
+        if frontend.normalize == "per_feature":
+            return np.asarray(centred / (np.sqrt(variance) + _DEVIATION_FLOOR))
         bands = centred / np.sqrt(variance + _VARIANCE_FLOOR)
     return bands
 

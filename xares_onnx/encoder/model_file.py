@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
@@ -127,6 +127,20 @@ def scan_model(path: Path, beat: Callable[[], None] = lambda: None, *, trust: bo
         producer=f"{model.producer_name} {model.producer_version}".strip()[:200],
         opset=max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0),
         integers=computes_in_integers(model),
+    )
+
+
+def with_front(scan: ModelScan, file: str, front: ModelScan) -> ModelScan:
+    """The scan of a model and the graph `file` that makes its features, which also must not change. Its digest stays."""
+    folder = PurePosixPath(file).parent
+    stamps = {str(folder / name) if name else str(PurePosixPath(file)): of_file for name, of_file in front.stamps.items()}
+    return msgspec.structs.replace(
+        scan,
+        bytes=scan.bytes + front.bytes,
+        solid_bytes=scan.solid_bytes + front.solid_bytes,
+        parameters=scan.parameters + front.parameters,
+        stamps=scan.stamps | stamps,
+        integers=scan.integers or front.integers,
     )
 
 

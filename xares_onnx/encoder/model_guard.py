@@ -252,8 +252,26 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> str | None:
 def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
     """The location, if it is a regular file in the model's folder, reached without links, that holds the tensor's bytes."""
     location = entries.get("location", "")
-    relative = PurePosixPath(location)
     problem = f"{model} keeps weights in {quoted(location)}, "
+    relative = check_beside(model, location, problem)
+    stat = (model.parent / relative).stat()
+    offset, length = entries.get("offset", "0"), entries.get("length", str(size))
+    if not all(re.fullmatch("[0-9]{1,18}", number, re.ASCII) for number in (offset, length)):
+        raise ModelError(
+            f"{model} is damaged: it reads bytes {quoted(offset[:30])} + {quoted(length[:30])} of {quoted(location)}"
+        )
+    if int(offset) + max(int(length), size) > stat.st_size:
+        raise ModelError(problem + f"which ends at byte {stat.st_size}, before the weights do; get the whole file")
+    return str(relative)
+
+
+def check_beside(model: Path, location: str, problem: str) -> PurePosixPath:
+    """A path relative to the model's folder, if it leads to a regular file there or below, without links.
+
+    Raises:
+        ModelError: It does not; the message begins with `problem`.
+    """
+    relative = PurePosixPath(location)
     if not location or relative.is_absolute() or ".." in relative.parts or "\\" in location or ":" in location:
         raise ModelError(problem + "outside its folder; put the file beside the model")
     if _MEMORY in location:
@@ -265,17 +283,9 @@ def _checked_location(model: Path, entries: dict[str, str], size: int) -> str:
             raise ModelError(problem + "which is a link; put the file itself beside the model")
     if not os.path.isfile(path):
         raise ModelError(problem + "which does not exist; put the file beside the model")
-    stat = path.stat()
-    if stat.st_nlink > 1:
+    if path.stat().st_nlink > 1:
         raise ModelError(problem + "which is a hard link to a file elsewhere; put a copy beside the model")
-    offset, length = entries.get("offset", "0"), entries.get("length", str(size))
-    if not all(re.fullmatch("[0-9]{1,18}", number, re.ASCII) for number in (offset, length)):
-        raise ModelError(
-            f"{model} is damaged: it reads bytes {quoted(offset[:30])} + {quoted(length[:30])} of {quoted(location)}"
-        )
-    if int(offset) + max(int(length), size) > stat.st_size:
-        raise ModelError(problem + f"which ends at byte {stat.st_size}, before the weights do; get the whole file")
-    return str(relative)
+    return relative
 
 
 def _number(value: int) -> str:

@@ -10,14 +10,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..errors import ContractError, ModelLimitError
+from ..errors import ContractError, ModelLimitError, foreign
 from ..files import solid_bytes
 from ..progress import Doing
 from .contract.contract import remarks
-from .contract.declarations import Declarations, declared_in_metadata, merge
+from .contract.declarations import Declarations, declared_frontend_model, declared_in_metadata, merge
 from .exposure import Exposure
 from .limits import limits, measuring_seconds, memory_bytes, silence_seconds
-from .model_file import check_unchanged, scan_model
+from .model_file import ModelScan, check_unchanged, scan_model, with_front
+from .model_guard import check_beside
 from .session import CPU, Session, cuda_may_work
 from .spec import EncoderInfo, ModelSpec, Tap
 from .worker import Beat, Tell, limit_memory
@@ -39,6 +40,7 @@ def resolve(
     """Scan, load and measure a model. `beside` holds the declarations of a preprocessor file beside it; declarations of
     `ignored` keys are left out. Raises `ModelError`.
     """
+    from .measuring.front_model import measure_front_model
     from .measuring.taps import measure_taps
 
     path = Path(model)
@@ -49,20 +51,27 @@ def resolve(
         device = "cpu"  # the name under which `open_session` finds the session again
         limit_memory(memory_bytes(size, trust))
     scan = scan_model(path, lambda: tell(Beat()), trust=trust)
+    declarations = merge(declared, declared_in_metadata(scan.metadata), beside)
+    declarations = {key: declaration for key, declaration in declarations.items() if key not in ignored}
+    front_file, front_scan = declared_frontend_model(declarations), None
+    if front_file is not None:
+        front_scan = _scan_front(path, front_file, declarations["frontend.model"].source, tell, trust)
+        scan = with_front(scan, front_file, front_scan)
     if on_cpu:
         limit_memory(memory_bytes(scan.solid_bytes, trust))
     patience = silence_seconds(scan.solid_bytes, trust) - silence_seconds(size, trust)  # for weights beside the file
     patience += 0.0 if on_cpu else _CUDA_SECONDS
     tell(Doing("loading the model", patience))
-    session = _session(model, device, None)
+    session = _session(model, device, None, front_file)
     check_unchanged(path, scan.stamps)
     tell(Doing("measuring the model", patience))
-    declarations = merge(declared, declared_in_metadata(scan.metadata), beside)
-    declarations = {key: declaration for key, declaration in declarations.items() if key not in ignored}
     budget = measuring_seconds(scan.solid_bytes, trust) * (2 if taps else 1) + (0.0 if on_cpu else _CUDA_SECONDS)
     beat = _Budget(budget, tell).beat
-    open_exposing = functools.partial(_session, model, device)
-    measured = measure_taps(path, open_exposing, declarations, taps, beat, max_dim=limits(trust).dim)
+    front = None
+    if session.front is not None and front_scan is not None:
+        front = measure_front_model(session.front, front_file or "", front_scan.sha256, declarations, beat)
+    open_exposing = functools.partial(_session, model, device, front=front_file)
+    measured = measure_taps(path, open_exposing, declarations, taps, beat, max_dim=limits(trust).dim, front=front)
     check_unchanged(path, scan.stamps)  # taps were read from the file again
     info = EncoderInfo(
         path=model,
@@ -75,6 +84,12 @@ def resolve(
         exposure=measured.exposure,
     )
     return _with_batch_difference(info, lambda: open_exposing(measured.exposure), beat)
+
+
+def _scan_front(model: Path, file: str, source: str, tell: Tell, trust: bool) -> ModelScan:
+    """Scan the graph that makes the features, in the model's folder or below: a stranger's metadata may name it."""
+    where = check_beside(model, file, f"{source} declares frontend.model={foreign(file)}, ")
+    return scan_model(model.parent / where, lambda: tell(Beat()), trust=trust)
 
 
 def _with_batch_difference(info: EncoderInfo, open_measured: Callable[[], Session], beat: Callable[[], None]) -> EncoderInfo:
@@ -113,9 +128,9 @@ class _Budget:
 
 
 @functools.lru_cache(maxsize=1)
-def _session(model: str, device: str, exposure: Exposure | None) -> Session:
-    """The worker's only session, loaded at its first use."""
-    return Session(Path(model), device, exposure)
+def _session(model: str, device: str, exposure: Exposure | None, front: str | None) -> Session:
+    """The worker's only session, loaded at its first use. `front` is a path relative to the model's folder."""
+    return Session(Path(model), device, exposure, front=Path(model).parent / front if front else None)
 
 
 def open_session(spec: ModelSpec, tell: Tell) -> Session:
@@ -129,7 +144,8 @@ def open_session(spec: ModelSpec, tell: Tell) -> Session:
     tell(Doing("loading the model", 0.0 if spec.info.provider == CPU else _CUDA_SECONDS))
     # A spec that was measured on the CPU must not run on a GPU that appeared since.
     device = "cpu" if spec.device == "auto" and spec.info.provider == CPU else spec.device
-    session = _session(spec.info.path, device, spec.info.exposure)
+    front = spec.info.contract.frontend_model
+    session = _session(spec.info.path, device, spec.info.exposure, front.file if front else None)
     check_unchanged(Path(spec.info.path), spec.info.scan.stamps)
     if session.provider != spec.info.provider:
         remedy = session.note or "run again"

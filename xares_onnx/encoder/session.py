@@ -54,7 +54,7 @@ class Profiling:
 class Session:
     """A loaded model on one provider, with the inner tensors of `exposure` as further outputs.
 
-    `run` may be called from several threads at once.
+    `front` is a graph that makes its features. `run` may be called from several threads at once.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Session:
         device: str = "auto",
         exposure: Exposure | None = None,
         *,
+        front: Path | None = None,
         record_placement: bool = False,
         profiling: Profiling | None = None,
     ) -> None:
@@ -85,6 +86,7 @@ class Session:
         else:
             self._session = self._open(onnxruntime, *provider_of(device))
         self.provider: str = self._session.get_providers()[0]
+        self.front: Session | None = Session(front, device) if front else None
         self.types: dict[str, str] = {node.name: node.type for node in self._session.get_inputs()}
         self._run_options = onnxruntime.RunOptions()
         if self.provider == CPU:  # keeps resident memory flat over chunks of many lengths
@@ -159,6 +161,10 @@ class Session:
             return None
         return [(str(part.ep_name), str(node.op_type)) for part in assignment() for node in part.get_nodes()]
 
+    def adapter(self, contract: Contract) -> Adapter:
+        """What feeds and reads this model by a contract."""
+        return Adapter(contract, self.types, self.front)
+
     def run_raw(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The named outputs, as the model gives them."""
         try:
@@ -186,8 +192,8 @@ class Session:
         self, batch: npt.NDArray[np.float32], taps: Sequence[Contract], held: Sequence[int] | None = None
     ) -> list[npt.NDArray[np.float32]]:
         """`run` for several outputs in one pass, by contracts that differ only in the output."""
-        adapters = [Adapter(contract, self.types) for contract in taps]
-        results = self.run_raw([contract.output for contract in taps], adapters[0].feeds(batch, held))
+        adapters = [self.adapter(contract) for contract in taps]
+        results = adapters[0].results(self.run_raw, [contract.output for contract in taps], batch, held)
         return [adapter.frames(result, len(batch)) for adapter, result in zip(adapters, results, strict=True)]
 
 

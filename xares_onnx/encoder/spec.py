@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -56,6 +57,12 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_difference: float | None = None
     """Largest difference of a chunk alone from the same chunk in a full call, as a share of the largest embedding value;
     None if a chunk is always alone."""
+
+    @property
+    def front(self) -> Path | None:
+        """The graph that makes the features."""
+        front = self.contract.frontend_model
+        return Path(self.path).parent / front.file if front else None
 
     @property
     def taps(self) -> tuple[Tap, ...]:

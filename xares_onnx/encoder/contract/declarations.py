@@ -13,7 +13,7 @@ import msgspec
 
 from ...errors import ContractError, UsageError, foreign, nearest, quoted
 from ...foreign import ForeignFileError, NoFileError, parse_json, parse_toml, read_small
-from . import constants, tokens
+from . import constants, tokens, windows
 from . import frontend as frontends
 from .configs import declared_by_config
 from .contract import DEFAULT_SAMPLE_RATE
@@ -41,17 +41,21 @@ _DECLARABLE: dict[str, Callable[[str], Any]] = {
     "min_samples": int,
     "max_samples": int,
     "chunk_samples": int,
+    "chunk_overlap": str,
     "amplitude": str,
     "normalize": str,
     "license": str,
     "source": str,
     **tokens.KEYS,
+    **windows.KEYS,
     **frontends.KEYS,
+    **frontends.MODEL_KEYS,
 }
 _CHOICES: dict[str, frozenset[str]] = {
     "input_kind": frozenset({"waveform", "features"}),
     "amplitude": frozenset({"unit", "int16"}),
     "normalize": frozenset({"none", "zscore"}),
+    "chunk_overlap": frozenset({"none", "window"}),
     **tokens.CHOICES,
     **frontends.CHOICES,
 }
@@ -66,7 +70,7 @@ _DEPEND_ON_INPUT = {"amplitude", "normalize", "input_layout", "min_samples", "ma
 _MAX_TEXT = 1_000  # characters of a declared value
 _MAX_NUMBERS = 64_000  # characters of an input's numbers
 _PREPROCESSOR_BYTES = 2_000_000  # some hold their mel filters, 80 or 128 times 201 numbers
-_POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples"}
+_POSITIVE = {"output_dim", "sample_rate", "hop_samples", "min_samples", "max_samples", "chunk_samples", *windows.KEYS}
 
 
 class Declaration(msgspec.Struct, frozen=True):
@@ -107,7 +111,12 @@ def declared_in_sidecar(path: Path) -> Declarations:
         return {}
     except ForeignFileError as error:
         raise ContractError(f"{path} beside the model cannot be read ({error})") from error
-    for prefix in (frontends.PREFIX, tokens.PREFIX, constants.PREFIX):  # a table [frontend], or keys with a dot
+    for prefix in (
+        frontends.PREFIX,
+        tokens.PREFIX,
+        windows.PREFIX,
+        constants.PREFIX,
+    ):  # a table [frontend], or keys with a dot
         name = prefix.removesuffix(".")
         if isinstance(table := raw.get(name), dict):
             raw = {key: value for key, value in raw.items() if key != name}
@@ -193,7 +202,7 @@ def merge(*by_precedence: Declarations) -> Declarations:
                 for key, declaration in declarations.items()
                 if key not in _DEPEND_ON_INPUT and not key.startswith(frontends.PREFIX)
             }
-        if _differ("frontend.preset", declarations, merged):
+        if _front(declarations) and _front(merged) and _front(declarations) != _front(merged):
             declarations = {key: value for key, value in declarations.items() if not key.startswith(frontends.PREFIX)}
         merged = {**declarations, **merged}
     return merged
@@ -201,6 +210,11 @@ def merge(*by_precedence: Declarations) -> Declarations:
 
 def _differ(key: str, one: Declarations, other: Declarations) -> bool:
     return key in one and key in other and one[key].value != other[key].value
+
+
+def _front(declarations: Declarations) -> list[tuple[str, Any]]:
+    """The keys that name a front end, with their values."""
+    return [(key, declarations[key].value) for key in ("frontend.preset", "frontend.model") if key in declarations]
 
 
 def declared_frontend(declared: Declarations, mels: int | None) -> tuple[Frontend, dict[str, str]]:
@@ -217,6 +231,11 @@ def declared_frontend(declared: Declarations, mels: int | None) -> tuple[Fronten
         ContractError: The declarations make no front end.
     """
     own = {key: declaration for key, declaration in declared.items() if key.startswith(frontends.PREFIX)}
+    if graph := [key for key in own if key in frontends.MODEL_KEYS]:
+        raise ContractError(
+            f"{own[graph[0]].source} declares {graph[0]}, which only a front end that is a graph has; declare its file by "
+            "--contract frontend.model=FILE.onnx, or frontend.mean and frontend.std in its place"
+        )
     rate = declared["sample_rate"].value if "sample_rate" in declared else DEFAULT_SAMPLE_RATE
     values = {key.removeprefix(frontends.PREFIX): declaration.value for key, declaration in own.items()}
     frontend = make_frontend(values, int(rate), mels)
@@ -224,6 +243,30 @@ def declared_frontend(declared: Declarations, mels: int | None) -> tuple[Fronten
     if mels and "frontend.mels" not in own:
         sources["frontend.mels"] = "graph"
     return frontend, sources
+
+
+def declared_frontend_model(declared: Declarations) -> str | None:
+    """The file of the graph that makes the features, as declared; None if none is.
+
+    Raises:
+        ContractError: Its features are computed by a preset too.
+    """
+    if "frontend.model" not in declared:
+        return None
+    model = declared["frontend.model"]
+    if other := [key for key in declared if key.startswith(frontends.PREFIX) and key not in frontends.MODEL_KEYS]:
+        raise ContractError(
+            f"{model.source} declares frontend.model={foreign(str(model.value))}, which makes the features as it is, and "
+            f"{declared[other[0]].source} {other[0]}={foreign(str(declared[other[0]].value))}; drop one"
+        )
+    return str(model.value)
+
+
+def declared_windows(declared: Declarations) -> tuple[dict[str, Any], str]:
+    """What is declared by `window.` keys, without their prefix, and where."""
+    own = {key: declaration for key, declaration in declared.items() if key.startswith(windows.PREFIX)}
+    values = {key.removeprefix(windows.PREFIX): declaration.value for key, declaration in own.items()}
+    return values, " and ".join(sorted({declaration.source for declaration in own.values()}))
 
 
 def declared_tokens(declared: Declarations) -> Tokens | None:
@@ -250,7 +293,9 @@ def _read(raw: Mapping[str, Any], source: str, *, strict: bool) -> Declarations:
     for key, value in raw.items():
         name = key.removeprefix("xares.")
         if name not in _DECLARABLE and not name.startswith(constants.PREFIX):
-            if strict or name.startswith((frontends.PREFIX, tokens.PREFIX)):  # a key of the wrong name gives a wrong score
+            if strict or name.startswith(
+                (frontends.PREFIX, tokens.PREFIX, windows.PREFIX)
+            ):  # a key of the wrong name gives a wrong score
                 kind = UsageError if strict else ContractError
                 raise kind(f"{source}: there is no contract key {quoted(name)}{nearest(name, _DECLARABLE)}")
             continue

@@ -6,15 +6,15 @@ A preset names a front end, and single keys change parts of it. `features` compu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from ...errors import ContractError
 from .frame_law import FrameLaw
 
-Preset = Literal["whisper", "kaldi", "librosa"]
-PRESETS: tuple[str, ...] = ("whisper", "kaldi", "librosa")
+Preset = Literal["whisper", "kaldi", "librosa", "wespeaker", "nemo", "ced", "vggish", "yamnet", "musicnn"]
+PRESETS: tuple[str, ...] = get_args(Preset)
 MAX_BINS = 1024
 
 
@@ -59,8 +59,9 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
     """`max`: the clip's loudest value becomes 0."""
     log_range: float
     """Values farther than this below the clip's loudest, in the logarithm's unit, are raised; 0 for no limit."""
-    normalize: Literal["none", "cmn", "cmvn"]
-    """Over the clip's frames, the mean of each band is subtracted (`cmn`); `cmvn` also divides by its standard deviation."""
+    normalize: Literal["none", "cmn", "cmvn", "per_feature"]
+    """Over the clip's frames, the mean of each band is subtracted (`cmn`); `cmvn` also divides by its standard deviation,
+    and `per_feature` by that plus 1e-5, as NeMo does."""
     fill: Literal["silence", "zeros", "repeat"]
     """What follows a clip that is shorter than its input: silent samples, frames of zeros, or as many copies of the clip as
     fit, then silence."""
@@ -69,6 +70,9 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
     """Last, (feature - mean) / std."""
     stack_frames: int
     """This many consecutive frames become one; a remainder is left out."""
+    preemphasis_over: Literal["window", "clip"] | msgspec.UnsetType = msgspec.UNSET
+    """`clip`: over the whole clip, before it is padded, in place of each window. Unset is `window`, so that front ends from
+    before this field keep their names in the store."""
 
     @property
     def bins(self) -> int:
@@ -138,7 +142,11 @@ def _flag(text: str) -> str:
 
 
 # What may be declared of a front end, with `frontend.` before each, and how its text is read.
-_TYPES = {field.name: field.type for field in msgspec.structs.fields(Frontend) if field.name != "sample_rate"}
+_TYPES = {
+    field.name: get_args(field.type)[0] if field.default is msgspec.UNSET else field.type
+    for field in msgspec.structs.fields(Frontend)
+    if field.name != "sample_rate"
+}
 PREFIX = "frontend."
 KEYS: dict[str, Callable[[str], Any]] = {
     PREFIX + name: _flag if kind is bool else kind if kind in (int, float) else str for name, kind in _TYPES.items()
@@ -148,6 +156,8 @@ CHOICES: dict[str, frozenset[str]] = {
     for name, kind in _TYPES.items()
     if kind not in (int, float)
 }
+MODEL_KEYS: dict[str, Callable[[str], Any]] = {PREFIX + "model": str, PREFIX + "scale": float, PREFIX + "offset": float}
+"""Of a front end that is a graph."""
 RANGES: dict[str, tuple[float, float]] = {
     PREFIX + "mels": (1, MAX_BINS),
     PREFIX + "stack_frames": (1, 16),
@@ -175,13 +185,13 @@ def make_frontend(declared: Mapping[str, Any], sample_rate: int, mels: int | Non
     """
     if "preset" not in declared:
         raise ContractError(
-            f"{', '.join(PREFIX + key for key in declared)} needs a preset; set --contract {PREFIX}preset=whisper, kaldi or "
-            "librosa"
+            f"{', '.join(PREFIX + key for key in declared)} needs a preset; set --contract {PREFIX}preset="
+            f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}"
         )
     changes = {key: value == "true" if _TYPES[key] is bool else value for key, value in declared.items()}
     preset: str = changes["preset"]
     values = {**_preset(preset, sample_rate), **({"mels": mels} if mels else {}), **changes}
-    if preset == "kaldi":  # the next power of two
+    if preset not in _FFT:  # the next power of two
         values.setdefault("fft_samples", 1 << (values["window_samples"] - 1).bit_length())
     else:
         values.setdefault("fft_samples", max(values["window_samples"], _FFT[preset]))
@@ -192,7 +202,15 @@ def make_frontend(declared: Mapping[str, Any], sample_rate: int, mels: int | Non
     return frontend
 
 
-_FFT = {"whisper": 400, "librosa": 2048}
+# The amplitude that a preset is defined for; by default [-1, 1].
+AMPLITUDES: dict[str, str] = {"wespeaker": "int16"}
+# The hop, by length, of the windows of frames that a preset's models are used with.
+WINDOWS: dict[str, dict[int, int]] = {
+    "vggish": {96: 48},  # 0.96 s every 0.48 s
+    "yamnet": {96: 48},
+    "musicnn": {187: 93, 128: 62},  # MusiCNN, and Discogs-EffNet on the same features
+}
+_FFT = {"whisper": 400, "librosa": 2048, "ced": 512, "musicnn": 512}  # at least; the window is as long
 _PLAIN: dict[str, Any] = {
     "drop_last_frame": False,
     "remove_dc": False,
@@ -219,7 +237,40 @@ _PLAIN: dict[str, Any] = {
 
 def _preset(name: str, sample_rate: int) -> dict[str, Any]:
     """Sources: transformers' WhisperFeatureExtractor; Kaldi's and torchaudio's fbank, of 80 bands, without dither; librosa's
-    melspectrogram and power_to_db (0.10 and later)."""
+    melspectrogram and power_to_db (0.10 and later); WeSpeaker's fbank with its mean subtracted; NeMo's
+    AudioToMelSpectrogramPreprocessor, without dither; CED's and Dasheng's feature extractor, which is torchaudio's
+    MelSpectrogram and AmplitudeToDB; vggish_input.py and YAMNet's features.py of TensorFlow's models; Essentia's
+    TensorflowInputMusiCNN.
+    """
+    short = {"window_samples": max(1, round(0.025 * sample_rate)), "hop_samples": max(1, round(0.010 * sample_rate))}
+    htk = {"mel_scale": "htk", "mel_norm": "none"}
+    kaldi = {
+        **short,
+        **htk,
+        "padding": "none",
+        "remove_dc": True,
+        "preemphasis": 0.97,
+        "window": "povey",
+        "window_periodic": False,
+        "mels": 80,
+        "low_hz": 20.0,
+        "mel_triangles": "mel",
+        "log": "natural",
+        "log_floor": 2.0**-23,  # float32's epsilon
+    }
+    vggish = {
+        **short,
+        **htk,
+        "padding": "none",
+        "power": 1.0,
+        "mels": 64,
+        "low_hz": 125.0,
+        "high_hz": 7500.0,
+        "mel_triangles": "mel",
+        "log": "natural",
+        "log_offset": 0.01,
+        "log_floor": 0.0,
+    }
     own: dict[str, dict[str, Any]] = {
         "whisper": {
             "padding": "reflect",
@@ -233,22 +284,7 @@ def _preset(name: str, sample_rate: int) -> dict[str, Any]:
             "mean": -4.0,
             "std": 4.0,
         },
-        "kaldi": {
-            "padding": "none",
-            "window_samples": max(1, round(0.025 * sample_rate)),
-            "hop_samples": max(1, round(0.010 * sample_rate)),
-            "remove_dc": True,
-            "preemphasis": 0.97,
-            "window": "povey",
-            "window_periodic": False,
-            "mels": 80,
-            "low_hz": 20.0,
-            "mel_scale": "htk",
-            "mel_norm": "none",
-            "mel_triangles": "mel",
-            "log": "natural",
-            "log_floor": 2.0**-23,  # float32's epsilon
-        },
+        "kaldi": kaldi,
         "librosa": {
             "padding": "zeros",
             "window_samples": 2048,
@@ -256,6 +292,43 @@ def _preset(name: str, sample_rate: int) -> dict[str, Any]:
             "mels": 128,
             "log": "decibel",
             "log_range": 80.0,
+        },
+        "wespeaker": {**kaldi, "window": "hamming", "normalize": "cmn"},
+        "nemo": {
+            **short,
+            "padding": "zeros",
+            "drop_last_frame": True,  # which NeMo masks
+            "preemphasis": 0.97,
+            "preemphasis_over": "clip",
+            "window_periodic": False,
+            "mels": 80,
+            "log": "natural",
+            "log_offset": 2.0**-24,
+            "log_floor": 0.0,
+            "normalize": "per_feature",
+            "fill": "zeros",
+        },
+        "ced": {
+            **htk,
+            "padding": "reflect",
+            "window_samples": 512,
+            "hop_samples": 160,
+            "mels": 64,
+            "log": "decibel",
+            "log_range": 120.0,
+        },
+        "vggish": vggish,
+        "yamnet": {**vggish, "log_offset": 0.001},
+        "musicnn": {
+            "padding": "zeros",
+            "window_samples": 512,
+            "hop_samples": 256,
+            "window_periodic": False,
+            "mels": 96,
+            "log": "log10",
+            "log_offset": 1e-4,  # log10(1 + 10,000 x), four less
+            "log_floor": 0.0,
+            "mean": -4.0,
         },
     }
     return {**_PLAIN, "preset": name, **own[name]}

@@ -14,8 +14,10 @@ from ...errors import ContractError, ContradictionError, foreign, quoted
 from ..adapter import FLOAT_TYPES, LENGTH_TYPES, MASK_TYPES
 from ..contract.constants import PREFIX as CONSTANT
 from ..contract.constants import Constant, constant_of
-from ..contract.declarations import Declarations, declared_frontend
-from ..contract.frontend import PREFIX, Frontend
+from ..contract.contract import AnyFrontend, FrontendModel
+from ..contract.declarations import Declarations, declared_frontend, declared_windows
+from ..contract.frontend import MODEL_KEYS, PREFIX
+from ..contract.windows import Windows, make_windows
 from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
 
 if TYPE_CHECKING:
@@ -44,10 +46,11 @@ class Inputs(msgspec.Struct, frozen=True):
     """Its shape in the graph."""
     lengths: str | None
     mask: str | None
-    frontend: Frontend | None = None
+    frontend: AnyFrontend | None = None
+    windows: Windows | None = None
     constants: dict[str, Constant] = {}
     sources: dict[str, str] = {}
-    """Where the fields of the front end and the constants are from."""
+    """Where the fields of the front end, the windows and the constants are from."""
 
     @property
     def time(self) -> int | str | None:
@@ -67,13 +70,19 @@ class Inputs(msgspec.Struct, frozen=True):
         return size if isinstance(size, int) else None
 
 
-def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg], declared: Declarations) -> Inputs:
+def choose_inputs(
+    nodes: list[onnxruntime.NodeArg],
+    outputs: list[onnxruntime.NodeArg],
+    declared: Declarations,
+    front: FrontendModel | None = None,
+) -> Inputs:
     """Choose the input for the audio, and those for lengths and a mask.
 
     Args:
         nodes: The graph's inputs.
         outputs: The graph's outputs, which show whether an input is a state.
         declared: What is declared of the model, by contract key.
+        front: The graph that makes the features.
 
     Raises:
         ContradictionError: A declared input or layout is not the graph's.
@@ -96,7 +105,7 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
     if audio.type not in FLOAT_TYPES:
         what = "an input of features" if features else "a waveform input"
         raise ContractError(f"input {quoted(audio.name)} is {audio.type}; {what} must be float")
-    frontend, sources = _frontend(audio, declared) if features else (None, {})
+    frontend, sources = _frontend(audio, declared, front) if features else (None, {})
     layouts = _feature_layouts(audio, frontend, declared) if frontend else (_layout(audio, declared),)
     lengths, mask = None, None
     for node in nodes:
@@ -113,7 +122,20 @@ def choose_inputs(nodes: list[onnxruntime.NodeArg], outputs: list[onnxruntime.No
                 f"{'features' if features else 'waveform'}, which nothing here can fill; {_cure(node)}"
             )
     sources |= {CONSTANT + name: declared[CONSTANT + name].source for name in constants}
-    return Inputs(audio.name, layouts, tuple(audio.shape), lengths, mask, frontend, constants, sources)
+    inputs = Inputs(audio.name, layouts, tuple(audio.shape), lengths, mask, frontend, None, constants, sources)
+    return _with_windows(inputs, declared)
+
+
+def _with_windows(inputs: Inputs, declared: Declarations) -> Inputs:
+    windows, sources = make_windows(
+        *declared_windows(declared),
+        name=inputs.audio,
+        axis=inputs.time if isinstance(inputs.time, int) else None,
+        batch=inputs.fixed_batch if "B" in inputs.layouts[0] else 1,
+        features=inputs.frontend is not None,
+        preset=inputs.frontend.preset if inputs.frontend else None,
+    )
+    return msgspec.structs.replace(inputs, windows=windows, sources=inputs.sources | sources)
 
 
 def _constants(nodes: dict[str, onnxruntime.NodeArg], declared: Declarations) -> dict[str, Constant]:
@@ -197,9 +219,14 @@ def _waveform_error(audio: onnxruntime.NodeArg, declared: Declarations) -> Contr
     )
 
 
-def _frontend(audio: onnxruntime.NodeArg, declared: Declarations) -> tuple[Frontend, dict[str, str]]:
+def _frontend(
+    audio: onnxruntime.NodeArg, declared: Declarations, front: FrontendModel | None
+) -> tuple[AnyFrontend, dict[str, str]]:
     """The declared front end, and where its fields are from. Undeclared bands are those that the input's shape shows."""
     kind = declared["input_kind"]
+    if front is not None:
+        sources = {key: declared[key].source if key in declared else "default" for key in MODEL_KEYS}
+        return front, sources | {f"{PREFIX}model_sha256": "the file", "input_kind": kind.source}
     if not any(key.startswith(PREFIX) for key in declared):
         if input_layout(audio.shape) and not any(isinstance(size, int) and size > 1 for size in audio.shape[-2:]):
             raise _waveform_error(audio, declared)
@@ -213,7 +240,7 @@ def _frontend(audio: onnxruntime.NodeArg, declared: Declarations) -> tuple[Front
     return frontend, sources | {"input_kind": kind.source}
 
 
-def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: Declarations) -> tuple[str, ...]:
+def _feature_layouts(audio: onnxruntime.NodeArg, frontend: AnyFrontend, declared: Declarations) -> tuple[str, ...]:
     shape, declaration = list(audio.shape), declared.get("input_layout")
     if declaration:
         layout = str(declaration.value)
@@ -234,10 +261,11 @@ def _feature_layouts(audio: onnxruntime.NodeArg, frontend: Frontend, declared: D
         raise _waveform_error(audio, declared)
     layouts = feature_layouts(shape, frontend.bins)
     if not layouts:
+        bands = "name the front end of this model" if frontend.preset == "model" else "set the number of bands"
         raise ContractError(
             f"input {quoted(audio.name)} has shape {foreign(str(shape))}, and the front end gives {frontend.bins} bins "
-            "per frame; set the "
-            "number of bands by --contract frontend.mels=N, or the axes by --contract input_layout=BTF or BFT"
+            f"per frame; {bands} by --contract frontend.{'model=FILE.onnx' if frontend.preset == 'model' else 'mels=N'}, or "
+            "the axes by --contract input_layout=BTF or BFT"
         )
     return tuple(layouts)
 

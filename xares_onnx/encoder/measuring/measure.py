@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning, quoted
-from ..adapter import Adapter
-from ..contract.contract import DEFAULT_CHUNK_SECONDS, DEFAULT_SAMPLE_RATE, Contract
+from ..contract.contract import DEFAULT_CHUNK_SECONDS, DEFAULT_SAMPLE_RATE, Contract, FrontendModel
 from ..contract.declarations import Declarations, declared_tokens
 from ..contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
+from ..contract.frontend import AMPLITUDES
 from ..contract.tokens import PREFIX as TOKENS
 from ..contract.tokens import Tokens
+from ..contract.windows import PREFIX as WINDOW
+from ..contract.windows import Windows
 from ..limits import UNTRUSTED
 from ..session import Session
 from . import patch_grid
@@ -36,7 +38,12 @@ _FRAME_KEYS = {"hop_samples", "receptive_field_samples", "first_frame_center_sam
 
 
 def measure_contract(
-    session: Session, declared: Declarations, beat: Callable[[], None], *, max_dim: int = UNTRUSTED.dim
+    session: Session,
+    declared: Declarations,
+    beat: Callable[[], None],
+    *,
+    max_dim: int = UNTRUSTED.dim,
+    front: FrontendModel | None = None,
 ) -> Contract:
     """Measure the contract of a loaded model.
 
@@ -45,6 +52,7 @@ def measure_contract(
         declared: What is declared of it, by contract key.
         beat: Called after every run, as a sign of life.
         max_dim: The largest dimension that an embedding may have.
+        front: The graph that makes the features, which the session has loaded too.
 
     Returns:
         The contract, with the source of each field.
@@ -57,7 +65,12 @@ def measure_contract(
     probe = Probe(session, declared, beat)
     probe.max_dim = max_dim
     with concerning("input"):
-        inputs = choose_inputs(session.inputs, session.outputs, declared)
+        inputs = choose_inputs(session.inputs, session.outputs, declared, front)
+    tokens = declared_tokens(declared)
+    if inputs.windows and tokens:
+        raise ContractError(
+            f"a model of windows gives one vector per window, and so has no grid of tokens; drop {TOKENS}* or {WINDOW}*"
+        )
     probe.contract = Contract(
         input=inputs.audio,
         input_layout=inputs.layouts[0],
@@ -71,20 +84,22 @@ def measure_contract(
         receptive_field_samples=None,
         first_frame_center_samples=None,
         min_samples=1,
-        max_samples=probe.choose("max_samples", None),
+        max_samples=None if inputs.windows else probe.choose("max_samples", None),
         chunk_samples=0,
-        amplitude=probe.choose("amplitude", "unit"),
+        amplitude=probe.choose("amplitude", *_usual_amplitude(inputs)),
         normalize=probe.choose("normalize", "none"),
         dynamic_batch=False,
         batch_coupled=False,
-        fixed_batch=inputs.fixed_batch,
-        frontend=inputs.frontend,
+        fixed_batch=None if inputs.windows else inputs.fixed_batch,
+        frontend=None if isinstance(inputs.frontend, FrontendModel) else inputs.frontend,
         constants=inputs.constants or msgspec.UNSET,
-        tokens=declared_tokens(declared) or msgspec.UNSET,
+        tokens=tokens or msgspec.UNSET,
+        frontend_model=front or msgspec.UNSET,
+        windows=inputs.windows or msgspec.UNSET,
         license=probe.choose("license", None),
         source=probe.choose("source", None),
     )
-    samples = _fixed_samples(probe, inputs)
+    samples = None if inputs.windows else _fixed_samples(probe, inputs)
     if len(inputs.layouts) > 1:
         _choose_input_layout(probe, inputs, samples)
     if samples is None:
@@ -92,8 +107,15 @@ def measure_contract(
     else:
         _measure_window(probe, samples)
     probe.update(**_measure_batch(probe, samples))
+    if probe.contract.windows and probe.contract.batch_coupled:  # those of one clip would depend on each other
+        probe.update(windows=msgspec.structs.replace(probe.contract.windows, per_call=1))
     probe.update(sources=_sources(probe, inputs))
     return probe.contract
+
+
+def _usual_amplitude(inputs: Inputs) -> tuple[str, str]:
+    preset = inputs.frontend.preset if inputs.frontend else ""
+    return (AMPLITUDES[preset], f"preset {preset}") if preset in AMPLITUDES else ("unit", "default")
 
 
 def _sources(probe: Probe, inputs: Inputs) -> dict[str, str]:
@@ -102,7 +124,7 @@ def _sources(probe: Probe, inputs: Inputs) -> dict[str, str]:
     for field in ("input", "input_layout", "lengths_input", "mask_input"):
         if field not in probe.sources and getattr(probe.contract, field) is not None:
             sources[field] = probe.declared[field].source if field in probe.declared else "graph"
-    if inputs.fixed_batch is not None:
+    if probe.contract.fixed_batch is not None:
         sources["fixed_batch"] = "graph"
     if "output" in probe.declared:
         sources["output"] = probe.declared["output"].source
@@ -162,7 +184,22 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
     probe.update(min_samples=_measure_minimum(probe, low))
     probe.update(chunk_samples=_choose_chunk(probe))
     _check_long_input(probe)
+    _choose_overlap(probe)
     return low
+
+
+def _choose_overlap(probe: Probe) -> None:
+    """Set whether chunks overlap, so that windows go on across their borders."""
+    contract = probe.contract
+    default = ("window", "default (of windows)") if contract.windows else (None, "default")
+    if probe.choose("chunk_overlap", *default) == "window":
+        if contract.law is None:
+            raise ContradictionError(
+                f"{probe.sources['chunk_overlap']} declares chunk_overlap=window, but output {quoted(contract.output)} "
+                "gives one vector per clip, without frames; drop it",
+                about="chunk_overlap",
+            )
+        probe.update(chunk_overlap="window")
 
 
 # ---------------------------------------------------------------- fixed windows
@@ -204,7 +241,7 @@ def _measure_window(probe: Probe, samples: int) -> None:
         )
     probe.update(window_frames=frames)
     assert window is not None
-    frontend = probe.contract.frontend
+    frontend = probe.contract.features
     (law,) = window.measure_laws([probe.contract])
     if law is not None:
         hop: float = probe.agree("hop_samples", law.hop)
@@ -230,7 +267,7 @@ def _measure_window(probe: Probe, samples: int) -> None:
 
 def _times_in_window(probe: Probe, samples: int, frames: int) -> tuple[float, float, str]:
     """The hop, and the first frame's centre with where it is from, of frames that see the whole window."""
-    frontend, tokens = probe.contract.frontend, probe.contract.tokens
+    frontend, tokens = probe.contract.features, probe.contract.tokens
     if tokens and "hop_samples" not in probe.declared:
         changes = _changes(probe, samples)
         measured = patch_grid.times(*changes.in_time(), tokens)
@@ -243,7 +280,7 @@ def _times_in_window(probe: Probe, samples: int, frames: int) -> tuple[float, fl
 
 def _changes(probe: Probe, samples: int) -> patch_grid.Changes:
     """How the output's tokens, as the model gives them, change with parts of an input of noise."""
-    adapter = Adapter(msgspec.structs.replace(probe.contract, tokens=msgspec.UNSET), probe.session.types)
+    adapter = probe.session.adapter(msgspec.structs.replace(probe.contract, tokens=msgspec.UNSET))
 
     def tokenise(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         (result,) = probe.run_values([probe.contract.output], values)
@@ -256,13 +293,13 @@ def _changes(probe: Probe, samples: int) -> patch_grid.Changes:
 def _refuse_patches(probe: Probe, window: Window | None, samples: int) -> None:
     """Raise `ContractError` if what would pass for frames are patches, several bands at every time."""
     contract = probe.contract
-    if contract.tokens or not contract.has_frames:
+    if contract.tokens or contract.windows or not contract.has_frames:
         return
     grid = None
     # Bands that lie one after the other hold a change of one time apart, so that it seems to move little.
     if window and window.movement(contract.output, contract.output_layout.index("T")) < _MOVES_AS_FRAMES:
-        grid = patch_grid.find_grid(_changes(probe, samples), has_bins=contract.frontend is not None)
-    elif contract.frontend is not None:
+        grid = patch_grid.find_grid(_changes(probe, samples), has_bins=contract.features is not None)
+    elif contract.features is not None:
         grid = patch_grid.find_bands_within_times(_changes(probe, samples))
     if grid:
         raise ContractError(
@@ -286,7 +323,7 @@ def _looks_like(grid: Tokens) -> str:
 def _with_grid(probe: Probe, name: str, samples: int, layout: str, problem: ContractError) -> ContractError:
     """The error of an output whose axes no measurement tells, with the options that declare its grid if it shows one."""
     probe.update(output=name, output_layout=layout)
-    grid = patch_grid.find_grid(_changes(probe, samples), has_bins=probe.contract.frontend is not None)
+    grid = patch_grid.find_grid(_changes(probe, samples), has_bins=probe.contract.features is not None)
     if grid is None:
         return problem
     return ContractError(_looks_like(grid), about=problem.about)
@@ -407,7 +444,7 @@ def _same(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
 
 def _pair(probe: Probe, names: list[str], samples: int) -> dict[str, npt.NDArray[Any]]:
     """The outputs for a batch of two, which show the batch axis; none if the model takes no such batch."""
-    if probe.contract.fixed_batch is not None or "B" not in probe.contract.input_layout:
+    if not _may_take_pairs(probe.contract):
         return {}
     try:
         return dict(zip(names, probe.run_outputs(names, probe.noise(samples, batch=2)), strict=True))
@@ -455,7 +492,9 @@ def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
     hop, receptive = probe.declared.get("hop_samples"), probe.declared.get("receptive_field_samples")
     if hop and receptive:
         guesses.append(FrameLaw(int(hop.value), int(receptive.value)))
-    if symbolic := _symbolic_frames(probe, inputs):
+    if windows := inputs.windows:
+        guesses.append(_law_of_windows(windows, inputs))
+    elif symbolic := _symbolic_frames(probe, inputs):
         guesses.append(fit_frame_law(symbolic, low, high))
     for guess in guesses:
         if guess and law_holds(guess, probe.frames, low, high):
@@ -470,6 +509,13 @@ def _measure_law(probe: Probe, inputs: Inputs, low: int, high: int) -> FrameLaw:
             about="frames",
         )
     return law
+
+
+def _law_of_windows(windows: Windows, inputs: Inputs) -> FrameLaw:
+    front = inputs.frontend
+    if front is None:
+        return FrameLaw(windows.hop, windows.length)
+    return FrameLaw(windows.hop * front.frame_samples, front.law.first_length_with(windows.length))
 
 
 def _symbolic_frames(probe: Probe, inputs: Inputs) -> Callable[[int], int] | None:
@@ -509,7 +555,10 @@ def _measure_minimum(probe: Probe, low: int) -> int:
 
 def _choose_chunk(probe: Probe) -> int:
     contract = probe.contract
-    chunk = int(probe.choose("chunk_samples", round(DEFAULT_CHUNK_SECONDS * contract.sample_rate)))
+    usual = round(DEFAULT_CHUNK_SECONDS * contract.sample_rate)
+    if contract.windows:
+        usual = max(usual, contract.min_samples)
+    chunk = int(probe.choose("chunk_samples", usual))
     if contract.max_samples is not None and chunk > contract.max_samples:
         if "chunk_samples" in probe.declared:
             problem = f"chunk_samples={chunk} is more than max_samples={contract.max_samples}"
@@ -552,7 +601,7 @@ def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
     """Whether batches work, and whether an item's embedding depends on a loud neighbour."""
     probe.sources["dynamic_batch"] = probe.sources["batch_coupled"] = "measured"
     contract = probe.contract
-    if contract.fixed_batch is not None or "B" not in contract.input_layout or "B" not in contract.output_layout:
+    if not _may_take_pairs(contract) or "B" not in contract.output_layout:
         return {"dynamic_batch": False, "batch_coupled": False}
     pair = loud_pair(probe, samples)
     try:
@@ -560,6 +609,11 @@ def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:
     except ModelError:
         return {"dynamic_batch": False, "batch_coupled": False}
     return batching(together, probe.run(pair[:1]))
+
+
+def _may_take_pairs(contract: Contract) -> bool:
+    """Windows of several items are cut into as many calls as the model needs."""
+    return bool(contract.windows) or (contract.fixed_batch is None and "B" in contract.input_layout)
 
 
 def loud_pair(probe: Probe, samples: int) -> npt.NDArray[np.float32]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..contract.frontend import Frontend
+from ..contract.contract import AnyFrontend
 from ..contract.tokens import PREFIX, Tokens
 
 MEASURED = "measured (where a change in the window shows)"
@@ -103,7 +103,7 @@ def times(places: npt.NDArray[np.float64], changes: npt.NDArray[np.float64], tok
     return Times(float(hop), float(first), float(np.corrcoef(x, y)[0, 1] ** 2))
 
 
-def times_in_samples(measured: Times, frames: int, frontend: Frontend | None, rate: int) -> tuple[int | float, float]:
+def times_in_samples(measured: Times, frames: int, frontend: AnyFrontend | None, rate: int) -> tuple[int | float, float]:
     """The hop and the centre of the first frame, in samples.
 
     A hop near a whole number of frames of features, or of milliseconds, is that number, as encoders stride in these.

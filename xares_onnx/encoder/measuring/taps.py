@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ContractError, ModelError, quoted
-from ..adapter import Adapter
-from ..contract.contract import Contract
+from ..contract.contract import Contract, FrontendModel
 from ..contract.declarations import Declaration, Declarations
 from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
 from ..exposure import ALL_LAYERS, Exposure
@@ -47,6 +46,7 @@ def measure_taps(
     beat: Callable[[], None],
     *,
     max_dim: int = UNTRUSTED.dim,
+    front: FrontendModel | None = None,
 ) -> Measured:
     """Measure the contracts of all taps.
 
@@ -57,6 +57,7 @@ def measure_taps(
         taps: Names of outputs and inner tensors, or `all-layers`; none for the model's output.
         beat: Called after every run, as a sign of life.
         max_dim: The largest dimension that an embedding may have.
+        front: The graph that makes the features, which every session has loaded too.
 
     Raises:
         ContradictionError: A declaration and a measurement differ.
@@ -64,14 +65,14 @@ def measure_taps(
         ModelError: The model fails on noise.
     """
     if tuple(taps) == (ALL_LAYERS,):
-        return _measure_layers(model, open_session, declared, beat, max_dim)
+        return _measure_layers(model, open_session, declared, beat, max_dim, front)
     session, exposure = open_session(None), None
     if inner := [name for name in taps if name not in {output.name for output in session.outputs}]:
         exposure = Exposure(tuple(inner))
         session = open_session(exposure)
     if taps:
         declared = {**declared, "output": Declaration(taps[0], "--taps")}
-    contract = measure_contract(session, declared, beat, max_dim=max_dim)
+    contract = measure_contract(session, declared, beat, max_dim=max_dim, front=front)
     if len(taps) < 2:
         return Measured(contract, {}, exposure, [])
     more = _more(session, contract, declared, {name: name for name in taps[1:]}, beat, max_dim)
@@ -84,10 +85,11 @@ def _measure_layers(
     declared: Declarations,
     beat: Callable[[], None],
     max_dim: int,
+    front: FrontendModel | None,
 ) -> Measured:
     import onnx
 
-    contract = measure_contract(open_session(None), declared, beat, max_dim=max_dim)
+    contract = measure_contract(open_session(None), declared, beat, max_dim=max_dim, front=front)
     exposure = layers_of(onnx.load_model(model, format="protobuf", load_external_data=False), contract.output)
     names = {f"layer.{i}": output for i, output in enumerate(exposure.outputs)}
     notes = []
@@ -194,7 +196,7 @@ class _Outputs:
         """An output that follows the main output's law has its declared first centre too."""
         if law == self._main.law:
             return {}
-        center, center_source = first_center(law, self._main.frontend)
+        center, center_source = first_center(law, self._main.features)
         sources = dict.fromkeys(("hop_samples", "receptive_field_samples"), "measured")
         return {
             "hop_samples": law.hop,
@@ -208,7 +210,7 @@ class _Outputs:
             return self._frames_of_law(draft, law)
         if frames == self._main.window_frames:
             return {}
-        frontend = self._main.frontend
+        frontend = self._main.features
         hop = even_hop(samples, frames, frontend)
         center, center_source = first_center_in_window(samples, frames, hop, frontend)
         return {
@@ -247,10 +249,8 @@ class _Outputs:
 
     def _run(self, batch: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
         results = self._probe.run_outputs([draft.output for draft in self._drafts], batch)
-        types = self._probe.session.types
-        return [
-            Adapter(draft, types).frames(result, len(batch)) for draft, result in zip(self._drafts, results, strict=True)
-        ]
+        adapter = self._probe.session.adapter
+        return [adapter(draft).frames(result, len(batch)) for draft, result in zip(self._drafts, results, strict=True)]
 
     def _batching(self, samples: int) -> list[dict[str, bool]]:
         """`dynamic_batch` and `batch_coupled` of every output."""

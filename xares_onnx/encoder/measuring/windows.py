@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..adapter import Adapter
 from ..contract.contract import Contract
 from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
 from .frame_times import law_in_samples
@@ -58,7 +57,7 @@ class Window:
         None if its frames see the whole window, as with attention or a normalisation over it.
         """
         names = [contract.output for contract in contracts]
-        adapters = [Adapter(contract, self._probe.session.types) for contract in contracts]
+        adapters = [self._probe.session.adapter(contract) for contract in contracts]
 
         def frames_of(outputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
             return [adapter.frames(outputs[name], 1)[0] for name, adapter in zip(names, adapters, strict=True)]
@@ -76,7 +75,7 @@ class Window:
                 return changed_frames(start, stop)[number]
 
             law = _law_of_local_frames(changed, len(plain[number]), self.length)
-            return None if law is None else law_in_samples(law, contracts[number].frontend)
+            return None if law is None else law_in_samples(law, contracts[number].features)
 
         return [law_of(number) for number in range(len(contracts))]
 

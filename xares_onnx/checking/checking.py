@@ -242,6 +242,7 @@ class _Check:
             model=self.facts,
             contract=info.contract.described() if info is not None else None,
             provider=info.provider if info is not None else None,
+            walls=self.encoder.worker.standing if self.encoder is not None else None,
             versions={"xares-onnx": __version__, **onnxruntime_distributions()},
             findings=tuple(self.findings.values()),
             unusable=self.unusable,

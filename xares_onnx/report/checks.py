@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.text import Text
 from ..checking import CheckReport, Finding
 from ..checking.contracts import shown
 from ..checking.findings import STATUSES
+from ..encoder.walls import WALLS
 from ..errors import foreign, printable
 from .ci import Case, markdown_cell
 from .tables import empty_table
@@ -39,6 +41,8 @@ def print_check(report: CheckReport, console: Console) -> None:
             if entry["value"] is not None
         )
         console.print(f"contract: {printable(', '.join(fields))}")
+    if report.walls is not None:
+        console.print(f"walls: {_walls(report.walls)}")
     for finding in (*_having(report, "fail"), *_having(report, "warn")):
         console.print(
             Text.assemble(
@@ -104,6 +108,12 @@ def _described(report: CheckReport) -> str:
     if report.provider is not None:
         facts.append(report.provider.removesuffix("ExecutionProvider"))
     return ", ".join(facts)
+
+
+def _walls(standing: Collection[str]) -> str:
+    """What holds of the model's process, and what does not."""
+    parts = [what if name in standing else f"missing: {what}" for name, what in WALLS.items()]
+    return "; ".join(parts)
 
 
 def _measured(finding: Finding) -> str:

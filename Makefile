@@ -9,7 +9,7 @@ BROWSED = 'synthetic_vowel,synthetic_number,synthetic_events,synthetic_tags'
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test check docs wheel-demo realdata families bench browser gpu fuzz chaos lock clean
+.PHONY: demo test check docs wheel-demo realdata families bench browser gpu fuzz escape chaos lock clean
 
 demo: .venv/installed  ## install, export the baseline encoder, score it on the built-in suite
 	$(BIN)/xares-onnx export logmel -o logmel.onnx
@@ -71,6 +71,9 @@ fuzz: .venv/installed  ## look for bytes that break a reader, guided by coverage
 	$(BIN)/pip install --quiet atheris
 	for reader in audio shard task dimension declared model; do \
 	  PYTHONPATH=tests/helpers $(BIN)/python tests/fuzz.py $$reader -max_total_time=$(FUZZ_SECONDS) || exit; done
+
+escape: .venv/installed  ## try every way out of a model's process: network, programs, files
+	$(BIN)/python -m pytest tests/hostile/test_walls.py -v
 
 chaos: .venv/installed  ## kill the worker, the parent and the disk twenty times; every rerun must end as if nothing had been
 	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos.py

@@ -12,6 +12,7 @@ from xares_onnx.data.audio import CropSettings
 from xares_onnx.data.shards import file_digest
 from xares_onnx.embedding.embed import EmbedSpec, ShardReport, embed_shard
 from xares_onnx.encoder.encoder import Encoder
+from xares_onnx.encoder.walls import Walls
 from xares_onnx.files import stamp
 from xares_onnx.progress import ignore
 
@@ -47,4 +48,7 @@ def embed(encoder: Encoder, shard: Path, store: Path, *, frames: bool = False) -
         selected=None,
         store=store,
     )
+    if encoder.worker.walls != Walls():  # it was opened for waveforms alone
+        encoder.worker.close()
+        encoder.worker.walls = Walls()
     return encoder.worker.call(embed_shard, spec, returns=ShardReport, silence_limit=60, observer=ignore)

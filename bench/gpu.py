@@ -299,6 +299,7 @@ def model_throughput(
 ) -> None:
     """Hours of audio in an hour: of bare loops, of the runner on decoded audio, and from shards to the store."""
     from xares_onnx.encoder.encoder import load_encoder
+    from xares_onnx.encoder.walls import Walls
 
     def told(kind: str, what: str, seconds: float) -> None:
         rate = sum(kinds[kind]) / RATE / seconds
@@ -314,6 +315,9 @@ def model_throughput(
     counts = (1, 2) if bench.dry else (1, 2, 4)
     options: dict[str, Any] = {"device": bench.device, "threads": 4, "cache": bench.folder / "cache"}
     encoders = [load_encoder(path, **options) for _ in range(counts[-1])]
+    for encoder in encoders:  # which were opened for waveforms alone
+        encoder.worker.close()
+        encoder.worker.walls = Walls(gpu=True)
     try:
         for kind, lengths in kinds.items():
             told(kind, "bare loop with IOBinding", bare_seconds(path, bench.device, encoders[0], lengths, binding=True))

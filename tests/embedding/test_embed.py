@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pytest
 import soxr
 from bank_model import BANDS, HOP, WINDOW, frames_of, write_model
-from embedding_runs import embed_shards
+from embedding_runs import embed_shards, grant
 from shard_makers import (
     RATE,
     Samples,
@@ -530,6 +530,7 @@ def test_a_plan_counts_what_is_there_and_what_is_still_to_do(encoder: Encoder, t
 
     def planned(toml: str, limit: int | None = None) -> Any:
         data = prepare(load_task(Path("t.toml"), toml), tmp_path, Digests(tmp_path / "cache"), limit, ignore)
+        grant(encoder, [tmp_path])
         plan = make_plan(encoder, [(data, WHOLE)], store, protocol=Protocol("corrected"), seeds=1, observer=ignore)
         assert plan.rtf > 0
         return plan.rows[0], plan.total

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..encoder.encoder import Encoder, onnxruntime_distributions, open_encoder
+from ..encoder.encoder import Encoder, Reach, onnxruntime_distributions, open_encoder
 from ..encoder.spec import ModelOptions
 from ..encoder.worker import Tell
 from ..errors import ContractError, ContradictionError, MachineError, ModelError, ModelLimitError, UsageError
@@ -141,9 +141,12 @@ class _Check:
         A declaration that a measurement contradicts is set aside, and the model measured again without it.
         """
         contradicted: dict[str, str] = {}
+        reach = Reach(writes=[Path(self.scratch)])
         while True:
             try:
-                encoder = open_encoder(self.model, options, without=tuple(contradicted), cache=cache, observer=self.observer)
+                encoder = open_encoder(
+                    self.model, options, without=tuple(contradicted), cache=cache, reach=reach, observer=self.observer
+                )
                 self.encoder = stack.enter_context(encoder)
                 self.facts = self._read_facts(encoder)
             except ContradictionError as error:
@@ -268,6 +271,7 @@ class _Check:
             model=self.facts,
             contract=info.contract.described() if info is not None else None,
             provider=info.provider if info is not None else None,
+            walls=self.encoder.worker.standing if self.encoder is not None else None,
             versions={"xares-onnx": __version__, **onnxruntime_distributions()},
             findings=tuple(self.findings.values()),
             profile=self.profile,

@@ -97,6 +97,8 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     contract: dict[str, dict[str, Any]] | None
     provider: str | None
     versions: dict[str, str]
+    walls: tuple[str, ...] | None
+    """What the model's process could not do: the names of `encoder.walls.WALLS`; None if it was never started."""
     findings: tuple[Finding, ...]
     profile: Profile | None
     unusable: str | None

@@ -86,6 +86,7 @@ def run_kernels(bench: Bench, samples: int, *, shapes: bool, runs: int = 1, seco
     session = Session(
         Path(spec.info.path),
         "cpu" if spec.info.provider == CPU else spec.device,
+        front=spec.info.front,
         profiling=Profiling(Path(bench.subject.scratch) / "kernels", shapes),
     )
     noise = bench.normalized(quiet_noise(samples))[None]

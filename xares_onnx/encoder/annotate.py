@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..errors import ModelError, UsageError, XaresError, quoted
-from ..files import check_target, made_aside, solid_bytes, write_aside
+from ..files import check_target, disk_error, made_aside, solid_bytes
 from ..foreign import ForeignFileError, open_regular
 from ..progress import Doing, Observer, ignore
 from .contract.declarations import (
@@ -33,6 +33,7 @@ from .encoder import load_encoder
 from .limits import limits, memory_bytes, silence_seconds
 from .model_file import ModelScan, check_unchanged, find_model, scan_model
 from .model_guard import messages
+from .walls import Walls
 from .worker import Beat, Tell, Worker, limit_memory
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def annotate(
     data = target.with_name(f"{target.name}.data")
     shared = target.parent.samefile(source.parent)
     with _removed_on_failure() as copied, made_aside(target) as aside:
-        with Worker() as worker:
+        aside.touch()  # the process may write to this file, and to no other
+        with Worker(Walls(model=str(source), reads=(), writes=(str(aside),))) as worker:
             written = worker.call(
                 _write,
                 str(source),
@@ -148,7 +150,13 @@ def _write(source: str, target: str, data: str | None, declared: Declarations, t
                 _move(message, data, starts)
     tell(Doing("writing the copy"))
     try:
-        write_aside(Path(target), model.SerializeToString())
+        content = model.SerializeToString()
+        with Path(target).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(error, Path(target)) from error
     except (EncodeError, ValueError) as error:
         raise ModelError(
             f"{path} with more metadata exceeds the 2 GB of an ONNX file; keep its weights in another file"

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -42,11 +42,19 @@ from .resolve import resolve
 from .runner import embed_waveforms
 from .session import CPU, cuda_may_work
 from .spec import EncoderInfo, ModelOptions, ModelSpec
+from .walls import Walls
 from .worker import Array, Worker
 
 T = TypeVar("T")
 _REMEMBERED_BYTES = 256_000_000  # a model may have metadata of 16 MB
 _CACHE_VERSION = 7
+
+
+class Reach(NamedTuple):
+    """Files and folders that a model's process reads, and folders that it writes to, beside the model's own."""
+
+    reads: Sequence[Path] = ()
+    writes: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -165,9 +173,10 @@ def open_encoder(
     *,
     without: Collection[str] = (),
     cache: Path | None = None,
+    reach: Reach = Reach(),  # noqa: B008 - it is a tuple
     observer: Observer = ignore,
 ) -> Encoder:
-    """`load_encoder` with its options in one record."""
+    """`load_encoder` with its options in one record, and what else than the model its process may reach."""
     device, trust = chosen_devices(options.device)[0], options.trust  # several devices are alike: the first is measured
     model = find_model(Path(path)).absolute()  # the worker may start after a change of folder
     declared = merge(declared_on_command_line(options.contract), declared_in_sidecar(model.with_suffix(".toml")))
@@ -178,7 +187,15 @@ def open_encoder(
         raise UsageError(f"threads={threads} must be 1 or more")
     if options.workers is not None and options.workers < 1:
         raise UsageError(f"workers={options.workers} must be 1 or more")
-    worker = Worker()
+    on_gpu = device not in ("cpu", CPU) and (device != "auto" or cuda_may_work())
+    own = device == "auto" or device.startswith("cuda") or not on_gpu  # other providers keep files where they like
+    walls = Walls(
+        model=str(model),
+        reads=tuple(str(path.absolute()) for path in reach.reads),
+        writes=tuple(str(path.absolute()) for path in reach.writes) if own else None,
+        gpu=on_gpu,
+    )
+    worker = Worker(walls)
     ignored = sorted(without)
     remembered = _Remembered(cache, model, device, options, declared, beside) if cache and not ignored else None
     info = remembered.load() if remembered else None
@@ -202,6 +219,7 @@ def open_encoder(
                 )
             if device == "auto" and info.provider == CPU and cuda_may_work():
                 worker.close()  # CUDA's mappings there would count against the limit on memory
+                worker.walls = replace(walls, gpu=False)
             elif remembered:  # a CUDA that did not start is not remembered: it may be repaired before the next run
                 remembered.save(info)
         except BaseException:

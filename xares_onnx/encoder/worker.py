@@ -1,5 +1,7 @@
 """A process for a stranger's model, which can be killed.
 
+Before it imports anything else, the child gives up what it does not need (`walls`), and its environment has no tokens.
+
 The parent writes pickled calls to the child's stdin; the child answers on its stdout with msgpack records, never with
 pickles, because what runs there is not trusted. Every record is also a sign of life: a child that is silent for longer
 than a call's limit is killed, whether it hangs while loading, inside one run, or in a decoder. A child whose parent is
@@ -12,9 +14,14 @@ guard would start itself over and over), unpickle what a child sends, and limit 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
 import os
 import pickle
 import queue
+import re
 import signal
 import struct
 import subprocess
@@ -23,8 +30,9 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
-from typing import IO, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, ClassVar, TypeVar
 
 import msgspec
 import numpy as np
@@ -33,6 +41,7 @@ import numpy.typing as npt
 from .. import errors
 from ..errors import MachineError, ModelError, ModelLimitError, XaresError
 from ..progress import Doing, Event, Note, Observer, Progress
+from .walls import WALLS, Walls, missing
 
 T = TypeVar("T")
 Tell = Callable[["Event | Beat"], None]
@@ -47,6 +56,15 @@ _ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
+# What a child needs of the environment: where libraries and folders are, and what sets threads, allocators and devices.
+_ENVIRONMENT = re.compile(
+    "(?:PATH|HOME|USER|LANG|LANGUAGE|TZ|TMPDIR|TEMP|TMP|LD_LIBRARY_PATH|LD_PRELOAD|GLIBC_TUNABLES|VIRTUAL_ENV|SYSTEMROOT|WINDIR"
+    "|APPDATA|LOCALAPPDATA|USERPROFILE|NUMBER_OF_PROCESSORS"
+    "|(?:LC_|PYTHON|DYLD_|XARES_ONNX_|XDG_|MALLOC_|OMP_|GOMP_|KMP_|MKL_|OPENBLAS_|BLIS_|VECLIB_|ORT_|TORCH|PYTORCH_|CUDA|CUDNN_"
+    "|CUBLAS_|NVIDIA_|HF_|TRANSFORMERS_|TOKENIZERS_|ROCR_|HIP_|HSA_|COVERAGE_).*)",
+    re.IGNORECASE if os.name == "nt" else 0,
+)
+_SECRET = re.compile("TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|AUTH|_KEY", re.IGNORECASE)
 _DEATH_SECONDS = 5.0  # from the end of a child's records to its own
 # Exit codes of a child that asked for more memory than it may have: by its allocator, or by the system.
 _OUT_OF_MEMORY = {-signal.SIGABRT, -getattr(signal, "SIGKILL", 9)}
@@ -68,6 +86,12 @@ def was_killed(error: BaseException) -> bool:
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
     """A sign of life, and nothing else."""
+
+
+class _Standing(msgspec.Struct, frozen=True, tag="standing"):
+    """The walls around the child, which it says first."""
+
+    walls: tuple[str, ...]
 
 
 class Array(msgspec.Struct, frozen=True):
@@ -95,7 +119,7 @@ class _Failed(msgspec.Struct, frozen=True, tag="failed"):
     about: str | None = None
 
 
-_Message = Progress | Note | Doing | Beat | _Done | _Failed
+_Message = Progress | Note | Doing | Beat | _Standing | _Done | _Failed
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Message)
 
@@ -109,12 +133,19 @@ class Worker:
             scan = worker.call(scan_model, path, returns=ModelScan, silence_limit=15.0, observer=ignore)
 
     `subject` names the process in messages, and `environment` is added to its environment.
+
+    Args:
+        walls: What the process may still reach; by default every file, but no network and no other process.
     """
 
     subject = "the model's process"
     environment: Mapping[str, str] = _ALLOCATOR
+    _said: ClassVar[set[str]] = set()  # by all of this process: it is one machine
 
-    def __init__(self) -> None:
+    def __init__(self, walls: Walls = Walls()) -> None:  # noqa: B008 - it is frozen
+        self.walls = walls
+        self.standing: tuple[str, ...] | None = None
+        """The names of the walls around the child; None before it has started."""
         self._process: subprocess.Popen[bytes] | None = None
         self._messages: queue.Queue[_Message | None] = queue.Queue()
         self._stderr: IO[bytes] | None = None
@@ -163,6 +194,8 @@ class Worker:
                         doing, patience = text, seconds
                     case _Done() | _Failed() as reply:
                         return reply
+                    case _Standing(names):
+                        self._stand(names, observer)
                     case Progress() | Note() as event:
                         observer(event)
         except queue.Empty:
@@ -189,20 +222,30 @@ class Worker:
         self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        _keep_bytecode()
         self._stderr = None if os.environ.get("XARES_ONNX_DEBUG") else tempfile.TemporaryFile()  # noqa: SIM115
         self._messages = queue.Queue()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
+            [sys.executable, "-P", "-c", _START, json.dumps(dataclasses.asdict(self.walls))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**self.environment, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**self.environment, **_environment(), "PYTHONPATH": _python_path()},
         )
         assert self._process.stdout is not None
         # Also runs when a worker is garbage-collected, and at exit while the reading thread is alive.
         self._end = weakref.finalize(self, _end, self._process, self._stderr)
         threading.Thread(target=_receive, args=(self._process.stdout, self._messages), daemon=True).start()
         return self._process
+
+    def _stand(self, names: tuple[str, ...], observer: Observer) -> None:
+        """Keep the names of the child's walls; the first time that one is missing, say so."""
+        self.standing = names
+        lacking = [name for name in missing(names, self.walls) if name not in Worker._said]
+        Worker._said.update(lacking)
+        if lacking:
+            what = ", ".join(WALLS[name] for name in lacking)
+            observer(Note(f"the system cannot promise of {self.subject}: {what}; run a stranger's model in a container"))
 
     def _death(self, doing: str) -> XaresError:
         """Why the child's records ended, as an error. `doing` is its last message."""
@@ -236,6 +279,35 @@ def _end(process: subprocess.Popen[bytes], stderr: IO[bytes] | None) -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
+
+
+@functools.cache
+def _keep_bytecode() -> None:
+    """Import what a child imports in a process without walls, if that would keep bytecode, which a child cannot. Installers
+    such as uv leave that to the first import; without it every child would take 0.6 s longer.
+    """
+    spec = importlib.util.find_spec("onnxruntime")
+    kept = Path(spec.cached) if spec and spec.cached and not sys.dont_write_bytecode else None
+    if kept is None or kept.exists() or not os.access(next(path for path in kept.parents if path.exists()), os.W_OK):
+        return
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "import xares_onnx.embedding.embed, xares_onnx.encoder.measuring.taps, onnxruntime, onnx",
+    ]
+    subprocess.run(
+        command, env={**_environment(), "PYTHONPATH": _python_path()}, stdin=subprocess.DEVNULL, capture_output=True
+    )
+
+
+def _python_path() -> str:
+    return os.pathsep.join(path for path in sys.path if path)
+
+
+def _environment() -> dict[str, str]:
+    """What of this process's environment a child gets; nothing that looks like a secret."""
+    return {name: value for name, value in os.environ.items() if _ENVIRONMENT.fullmatch(name) and not _SECRET.search(name)}
 
 
 def limit_memory(limit: int | None) -> None:
@@ -296,7 +368,15 @@ def _receive(stream: IO[bytes], messages: queue.Queue[_Message | None]) -> None:
     messages.put(None)
 
 
-def main() -> None:
+# The child: the walls before the libraries, some of which start threads.
+_START = (
+    "import sys, json; from xares_onnx.encoder.walls import Walls, raise_walls; "
+    "walls = raise_walls(Walls(**json.loads(sys.argv[1]))); "
+    f"from {__name__} import main; main(walls)"
+)
+
+
+def main(walls: Sequence[str]) -> None:
     """The child: take calls until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _limit("RLIMIT_CORE", 0)  # a crash must not leave gigabytes on the disk
@@ -310,6 +390,7 @@ def main() -> None:
             out.write(_HEADER.pack(len(data)) + data)
             out.flush()
 
+    send(_Standing(tuple(walls)))
     calls: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_take_calls, args=(calls,), daemon=True).start()
     while True:

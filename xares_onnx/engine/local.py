@@ -14,6 +14,7 @@ from ..encoder.devices import chosen_devices, cuda_bytes
 from ..encoder.encoder import Encoder
 from ..encoder.session import CUDA
 from ..encoder.spec import ModelOptions
+from ..encoder.walls import Walls
 from ..encoder.worker import Worker, was_killed
 from ..errors import MachineError, XaresError
 from ..progress import Event, Observer
@@ -29,6 +30,9 @@ class HeadWorker(Worker):
 
     subject = "the process that trains heads"
     environment: Mapping[str, str] = {}
+
+    def __init__(self) -> None:
+        super().__init__(Walls(gpu=True))
 
     def _fault(self, fate: str, *, out_of_memory: bool) -> XaresError:
         return MachineError(f"{fate}{'; free some memory' if out_of_memory else ''}, and run again: embeddings are kept")
@@ -47,7 +51,7 @@ class LocalEngine:
         self.slots = slots
         threads = max(1, encoder.spec.threads // len(devices))
         specs = [msgspec.structs.replace(encoder.spec, device=device, threads=threads) for device in devices]
-        workers = [encoder.worker, *(Worker() for _ in specs[1:])]
+        workers = [encoder.worker, *(Worker(encoder.worker.walls) for _ in specs[1:])]
         # The last of each list is used next, so that a process that runs already is preferred to one that does not.
         self._encoders = [Encoder(spec, worker) for spec, worker in zip(specs, workers, strict=True)][::-1]
         self._heads = [HeadWorker() for _ in range(max(slots.heads, slots.heads_beside))]

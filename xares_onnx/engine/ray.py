@@ -26,6 +26,7 @@ from ..embedding.embed import ShardReport
 from ..encoder.encoder import Encoder
 from ..encoder.session import CUDA
 from ..encoder.spec import ModelOptions, ModelSpec
+from ..encoder.walls import Walls
 from ..encoder.worker import Worker, was_killed
 from ..errors import MachineError, UsageError, XaresError
 from ..progress import Event, Note
@@ -57,10 +58,10 @@ class _Failure:
 class _Runner:
     """The actor: runs one job after another in its process, and sends events while it does."""
 
-    def __init__(self, spec: ModelSpec, environment: dict[str, str | None]) -> None:
+    def __init__(self, spec: ModelSpec, walls: Walls, environment: dict[str, str | None]) -> None:
         for name, value in environment.items():  # Ray sets the number of OpenMP's threads, and processes inherit it
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-        self._encoder = Encoder(spec, Worker())
+        self._encoder = Encoder(spec, Worker(walls))
         self._head = HeadWorker()
 
     def ready(self) -> int:
@@ -107,6 +108,7 @@ class RayEngine:
     def __init__(self, encoder: Encoder, shares: Shares, expected: Expectation) -> None:
         device = "cuda" if encoder.info.provider == CUDA else encoder.spec.device  # Ray shows an actor its GPU alone
         self._spec = msgspec.structs.replace(encoder.spec, device=device)
+        self._walls = encoder.worker.walls
         self._shares = shares
         self._expected = expected
         self._environment = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "XARES_ONNX_DEBUG")}
@@ -251,7 +253,7 @@ class RayEngine:
             "scheduling_strategy": on_node(seat.node),
         }
         spec = msgspec.structs.replace(self._spec, threads=seat.threads)
-        actor = ray.remote(_Runner).options(**options).remote(spec, self._environment)
+        actor = ray.remote(_Runner).options(**options).remote(spec, self._walls, self._environment)
         self._actors.append(actor)
         return actor
 

@@ -39,6 +39,7 @@ from .planning import Plan, make_plan
 from .record import Result, TaskResult
 from .run import Run
 from .settings import METHODS, Method, Settings, checked_settings, with_heads
+from .shards import model_reach
 from .task_scores import ToolSettings, describe_tools, method_by_tap
 
 _BY_CONTENT = ("lm", "vocabulary")  # recorded by the content of their files, which is known once they are loaded
@@ -219,7 +220,9 @@ def evaluate_with(
     if len(installed := onnxruntime_distributions()) > 1:
         both = " and ".join(f"{name} {version}" for name, version in installed.items())
         observe(Note(f"{both} are both installed and overwrite each other; uninstall both and install one"))
-    with open_encoder(model, _for_model(options), cache=cache, observer=observe) as encoder:
+    folders = shard_folders(selection)
+    reach = model_reach(selection, folders, cache)
+    with open_encoder(model, _for_model(options), cache=cache, reach=reach, observer=observe) as encoder:
         if settings.mix:
             check_names([tap.name for tap in encoder.info.taps])
         if save and output is None:
@@ -232,7 +235,7 @@ def evaluate_with(
             **_described_tools(tools),
         }
         gates.check_settings([task for task, _ in selection], described)
-        with open_engine(encoder, options, cache, shard_folders(selection)) as engine:
+        with open_engine(encoder, options, cache, folders) as engine:
             run = Run(encoder, settings, tools, cache, output, observer)
             run.all(selection, engine)
         evaluation = Evaluation(
@@ -309,9 +312,11 @@ def plan(
         options, protocol=protocol, seeds=seeds, limit=limit, heads=heads, lm=lm, vocabulary=vocabulary
     )
     cache = cache_folder(cache)
-    with open_encoder(model, _for_model(options), cache=cache, observer=observer) as encoder:
+    selection = with_heads(choose_tasks(tasks, suite, data, cache, observer), settings)
+    reach = model_reach(selection, shard_folders(selection), cache)
+    with open_encoder(model, _for_model(options), cache=cache, reach=reach, observer=observer) as encoder:
         planned = []
-        for task, folder in with_heads(choose_tasks(tasks, suite, data, cache, observer), settings):
+        for task, folder in selection:
             if kind_of(task).needs_frames and all(tap.contract.clip_only for tap in encoder.info.taps):
                 observer(Note(f"{task.name} is not planned: it needs frames, and this encoder gives one vector per clip"))
                 continue
@@ -413,6 +418,7 @@ def environment(encoder: Encoder, engine: Engine) -> dict[str, Any]:
             "processor": platform.processor() or platform.machine(),
             "instruction_sets": None if (names := instruction_sets()) is None else list(names),
             "threads": encoder.spec.threads,
+            "walls": None if encoder.worker.standing is None else list(encoder.worker.standing),
             **engine.described(),
         },
     }

@@ -42,7 +42,7 @@ from ..progress import Doing, Event, Note, Observer, Progress, ignore
 from ..scoring.kinds import kind_of
 from ..scoring.mixing import model_taps
 from ..scoring.protocol import Protocol, ProtocolName
-from .shards import TaskShards, task_shards
+from .shards import TaskShards, model_reach, task_shards
 
 _SAMPLED_CLIPS = 24
 _DISK_SECONDS = 900.0  # longest silence while a slow disk is read
@@ -144,9 +144,12 @@ def embed(
         raise UsageError(f"--limit {limit} must be 1 or more")
     cache = cache_folder(cache).absolute()
     selection = choose_tasks(tasks, suite, data, cache, observer)
+    folders = shard_folders(selection)
     with (
-        open_encoder(model, options, cache=cache, observer=observer) as encoder,
-        open_engine(encoder, options, cache, shard_folders(selection)) as running,
+        open_encoder(
+            model, options, cache=cache, reach=model_reach(selection, folders, cache), observer=observer
+        ) as encoder,
+        open_engine(encoder, options, cache, folders) as running,
     ):
         filling = _Filling(encoder, part, Protocol(protocol), limit, cache, observer)
         usable = list(filling.usable(selection))

@@ -156,7 +156,7 @@ class Run:
         shards = task_shards(self._encoder, data, self._protocol, self._store)
         if kind_of(task).needs_frames and len(taps) > 1:
             specs = {spec.shard: spec for spec in shards.specs.values()}
-            with Worker() as reader:
+            with Worker(self._encoder.worker.walls) as reader:
                 check_disk(Encoder(self._encoder.spec, reader), data, specs, self._store, watch)
         missing = shards.missing(self._store)
         outcome = self._scratch / f"{task.name}.npz"

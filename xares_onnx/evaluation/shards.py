@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,16 +11,30 @@ import msgspec
 
 from ..data.selection import TaskData
 from ..data.shards import index_shard
+from ..data.task import Task
 from ..embedding.embed import EmbedSpec, ShardReport, shard_specs, used_samples
 from ..embedding.pieces import cut, shard_of
 from ..embedding.store import Store
-from ..encoder.encoder import Encoder
+from ..encoder.encoder import Encoder, Reach
 from ..engine.jobs import EmbedJob
+from ..errors import MachineError
+from ..files import make_private
 from ..progress import Progress
 from ..scoring.kinds import kind_of
 from ..scoring.protocol import Protocol
 
 _BYTES_PER_VALUE = 4  # of pooled embeddings; frames are mapped, and not read as a whole
+
+
+def model_reach(selection: Iterable[tuple[Task, Path]], folders: Sequence[Path], cache: Path) -> Reach:
+    """What a model's process reads and writes to embed the tasks of a selection, whose shards lie in `folders`.
+
+    The store is made, since a process can be given only what is there when it starts.
+    """
+    store = cache / "store"
+    with suppress(MachineError):  # whoever writes there will say so
+        make_private(store)
+    return Reach([cache, *(folder / task.name for task, folder in selection), *folders], [store])
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.console import Console
 from rich.text import Text
 
 from ..checking import CheckReport, Finding
 from ..checking.contracts import shown
 from ..checking.findings import STATUSES, Profile
+from ..encoder.walls import WALLS
 from ..errors import foreign, printable
 from .ci import Case, markdown_cell
 from .tables import empty_table
@@ -46,6 +49,8 @@ def print_check(report: CheckReport, console: Console) -> None:
             if entry["value"] is not None
         )
         console.print(f"contract: {printable(', '.join(fields))}")
+    if report.walls is not None:
+        console.print(f"walls: {_walls(report.walls)}")
     if not ended_early:
         _print_remedies(report, console)
     if report.profile is not None:
@@ -173,6 +178,12 @@ def _described(report: CheckReport) -> str:
     if report.provider is not None:
         facts.append(report.provider.removesuffix("ExecutionProvider"))
     return ", ".join(facts)
+
+
+def _walls(standing: Collection[str]) -> str:
+    """What holds of the model's process, and what does not."""
+    parts = [what if name in standing else f"missing: {what}" for name, what in WALLS.items()]
+    return "; ".join(parts)
 
 
 def _measured(finding: Finding) -> str:

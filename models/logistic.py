@@ -145,8 +145,12 @@ class OneVersusRest:
     def start(self, design: Design) -> Floats:
         return np.asarray(self._start)
 
-    def step(self, logits: Singles, targets: npt.NDArray[np.bool_], columns: Indices) -> tuple[Singles, Floats]:
-        positive = targets[:, self.taught[columns]]
+    def _positive(self, targets: npt.NDArray[Any], classes: Indices) -> npt.NDArray[np.bool_]:
+        """(rows, classes) whether a row has a class."""
+        return np.asarray(targets[:, classes])
+
+    def step(self, logits: Singles, targets: npt.NDArray[Any], columns: Indices) -> tuple[Singles, Floats]:
+        positive = self._positive(targets, self.taught[columns])
         distance = np.where(positive, logits, -logits)  # from the boundary, on the right side
         small = np.exp(-np.abs(distance))
         weight = np.where(positive, np.float32(self._positive_weight), np.float32(1))
@@ -156,8 +160,8 @@ class OneVersusRest:
         curvature = weight * small / np.square(1 + small)
         return residual, np.stack([loss.sum(axis=0, dtype=np.float64), curvature.sum(axis=0, dtype=np.float64)])
 
-    def outputs_of(self, targets: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        return np.asarray(targets[:, self.taught])
+    def outputs_of(self, targets: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        return self._positive(targets, self.taught)
 
     def step_on_device(self, logits: Tensor, targets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         positive = targets.index_select(1, columns)
@@ -171,6 +175,21 @@ class OneVersusRest:
         double = loss.new_empty((2, loss.shape[1])).double()
         double[0], double[1] = (values.sum(dim=0, dtype=double.dtype) for values in (loss, curvature))
         return residual, double
+
+
+class OneOfTwo(OneVersusRest):
+    """Cross-entropy of the only two classes that have a row, with one output: the second against the first.
+
+    `counts` (classes,) are the rows of each class; targets are (rows,) class indices. With an output for each class the two
+    weights would be opposite halves of this one, whose penalty counts half: scikit-learn's strength would be another.
+    """
+
+    def __init__(self, counts: Indices) -> None:
+        _, second = np.flatnonzero(counts)
+        super().__init__(np.where(np.arange(len(counts)) == second, counts, 0), int(counts.sum()), 1.0)
+
+    def _positive(self, targets: Indices, classes: Indices) -> npt.NDArray[np.bool_]:
+        return targets[:, None] == classes
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..errors import ScoreUndefinedError
 from ..metrics.average_precision import AveragePrecisionScorer
 from ..metrics.bootstrap import point
 from ..models import ridge
-from ..models.logistic import MAX_ITERATIONS, Loss, Multinomial, OneVersusRest, Solution, path
+from ..models.logistic import MAX_ITERATIONS, Loss, Multinomial, OneOfTwo, OneVersusRest, Solution, path
 from ..models.standardised import Design, Head, MatrixRows, Pool, Rows, pool_of, rows_at_once
 from . import tuning
 from .training import Indices
@@ -406,7 +406,7 @@ def _constant(design: Design, loss: Loss, bias: Floats, strength: float) -> Fit:
 
 
 class Classes(Logistic):
-    """Multinomial; the class of the largest mean probability; accuracy. `targets` (crops,) class indices.
+    """Multinomial, of two classes binary; the class of the largest mean probability; accuracy. `targets` (crops,) class indices.
 
     A class without a training crop is never predicted.
     """
@@ -415,8 +415,14 @@ class Classes(Logistic):
         self.targets, self.outputs = targets, classes
 
     def loss(self, rows: Rows) -> tuple[Loss, Floats]:
-        counts = sum(np.bincount(rows.targets(number), minlength=self.outputs) for number in range(rows.blocks))
-        return Multinomial(np.asarray(counts)), np.full(self.outputs, -np.inf)
+        counts = np.asarray(
+            sum(np.bincount(rows.targets(number), minlength=self.outputs) for number in range(rows.blocks))
+        )
+        bias = np.full(self.outputs, -np.inf)
+        if np.count_nonzero(counts) != 2:
+            return Multinomial(counts), bias
+        bias[np.flatnonzero(counts)[0]] = 0.0  # against which the other class is measured
+        return OneOfTwo(counts), bias
 
     def activation(self, head: Head, block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         logits = head.logits(block)

@@ -17,7 +17,7 @@ from ..errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     from .logistic import LossOnDevice
-    from .standardised import Design, Floats, Indices
+    from .standardised import Design, Floats, Indices, Singles
 
 _WORTH = 1 << 28  # products per pass from which on a device pays: some 5 ms of one CPU core
 _SHARE = 0.5  # of the device's free memory that rows may take; further blocks are sent anew in every pass
@@ -74,9 +74,9 @@ class DeviceRows:
         return torch.from_numpy(rows).to(self._device), torch.from_numpy(targets).to(self._device)
 
     @torch.inference_mode()
-    def moments(self, theta: Floats, columns: Indices) -> tuple[Floats, Floats]:
+    def moments(self, theta: Singles, columns: Indices) -> tuple[Floats, Floats]:
         """As `Design.moments`, by the loss's `step_on_device` for some of its outputs."""
-        sent = torch.from_numpy(theta).to(self._device)
+        sent = torch.from_numpy(theta).to(self._device).double()
         weight, bias = (self._axes @ sent[:-1]).float(), sent[-1].float()
         chosen = torch.from_numpy(columns).to(self._device)
         moment = torch.zeros(weight.shape, dtype=torch.float64, device=self._device)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_ITERATIONS = 500
 Dot = Callable[[npt.NDArray[Any], npt.NDArray[Any]], Floats]  # (groups,) dot products of two (rank + 1, outputs)
-_MEMORY = 8  # steps that L-BFGS remembers
+_MEMORY = 5  # steps that L-BFGS remembers; 8 took as many passes
 _MAX_TRIALS = 12  # of the length of a step
 _TINY = 1e-300
 LEAST_CURVATURE = 1e-12
@@ -145,8 +145,12 @@ class OneVersusRest:
     def start(self, design: Design) -> Floats:
         return np.asarray(self._start)
 
-    def step(self, logits: Singles, targets: npt.NDArray[np.bool_], columns: Indices) -> tuple[Singles, Floats]:
-        positive = targets[:, self.taught[columns]]
+    def _positive(self, targets: npt.NDArray[Any], classes: Indices) -> npt.NDArray[np.bool_]:
+        """(rows, classes) whether a row has a class."""
+        return np.asarray(targets[:, classes])
+
+    def step(self, logits: Singles, targets: npt.NDArray[Any], columns: Indices) -> tuple[Singles, Floats]:
+        positive = self._positive(targets, self.taught[columns])
         distance = np.where(positive, logits, -logits)  # from the boundary, on the right side
         small = np.exp(-np.abs(distance))
         weight = np.where(positive, np.float32(self._positive_weight), np.float32(1))
@@ -156,8 +160,8 @@ class OneVersusRest:
         curvature = weight * small / np.square(1 + small)
         return residual, np.stack([loss.sum(axis=0, dtype=np.float64), curvature.sum(axis=0, dtype=np.float64)])
 
-    def outputs_of(self, targets: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        return np.asarray(targets[:, self.taught])
+    def outputs_of(self, targets: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        return self._positive(targets, self.taught)
 
     def step_on_device(self, logits: Tensor, targets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         positive = targets.index_select(1, columns)
@@ -173,9 +177,24 @@ class OneVersusRest:
         return residual, double
 
 
+class OneOfTwo(OneVersusRest):
+    """Cross-entropy of the only two classes that have a row, with one output: the second against the first.
+
+    `counts` (classes,) are the rows of each class; targets are (rows,) class indices. With an output for each class the two
+    weights would be opposite halves of this one, whose penalty counts half: scikit-learn's strength would be another.
+    """
+
+    def __init__(self, counts: Indices) -> None:
+        _, second = np.flatnonzero(counts)
+        super().__init__(np.where(np.arange(len(counts)) == second, counts, 0), int(counts.sum()), 1.0)
+
+    def _positive(self, targets: Indices, classes: Indices) -> npt.NDArray[np.bool_]:
+        return targets[:, None] == classes
+
+
 @dataclass(frozen=True)
 class Solution:
-    """`theta` (rank + 1, outputs) in the design's coordinates, the bias last.
+    """`theta` (rank + 1, outputs) in the design's coordinates, the bias last, float32; of ridge regression float64.
 
     `relative_gradient_norm` is the largest over the groups of ||gradient|| / ||W||, the gradient measured by the inverse of
     the curvature and W by the curvature, so that it estimates the relative error of W whether the loss or the penalty bends
@@ -184,7 +203,7 @@ class Solution:
     """
 
     strength: float
-    theta: Floats
+    theta: Singles | Floats
     relative_gradient_norm: float
     iterations: int
     converged: bool
@@ -209,17 +228,18 @@ def path(
         max_iterations: Per strength.
         last_tolerance: Of the last strength, if not the same.
     """
-    theta = np.concatenate([np.zeros((design.rank, loss.outputs)), loss.start(design)[None]])
-    before: _Point | None = None
-    earlier: Floats | None = None
-    steps: list[_Step] = []
+    descent = _Descent(design, loss)
+    theta = np.concatenate([np.zeros((design.rank, loss.outputs)), loss.start(design)[None]]).astype(np.float32)
+    ahead: Singles | None = None
     for number, strength in enumerate(strengths, 1):
         if last_tolerance is not None and number == len(strengths):
             tolerance = last_tolerance
-        start = theta if earlier is None else 2 * theta - earlier
-        solution, end = _Problem(design, loss, strength).solve(start, tolerance, max_iterations, before, steps)
-        earlier = None if before is None else theta
-        theta, before = solution.theta, end
+        descent.begin(strength, theta if ahead is None else theta + ahead)
+        ahead = None
+        solution = descent.solve(tolerance, max_iterations)
+        if number > 1:
+            ahead = solution.theta - theta
+        theta = solution.theta
         yield solution
 
 
@@ -227,18 +247,20 @@ def path(
 class _Point:
     """The result of a pass over the rows at `theta` (rank + 1, outputs), without the penalty.
 
+    As the solver holds several of these and of its steps at once, theta and gradient are float32, as the passes are.
+
     The mean loss (outputs,), its gradient, and the mean second derivative at the logits (outputs,), `bend`; of the weights
     the sum of squares (outputs,), `size`, and that of squares times the variances, `spread`.
     """
 
-    theta: Floats
-    gradient: Floats
+    theta: Singles
+    gradient: Singles
     loss: Floats
     bend: Floats
     size: Floats
     spread: Floats
 
-    def _arrays(self) -> tuple[Floats, ...]:
+    def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
         return self.theta, self.gradient, self.loss, self.bend, self.size, self.spread
 
     def with_columns(self, columns: Indices, other: _Point) -> _Point:
@@ -257,13 +279,16 @@ class _Point:
         return _Point(*(array[..., columns] for array in self._arrays()))
 
 
-class _Problem:
-    def __init__(self, design: Design, loss: Loss, strength: float) -> None:
-        self._design, self._loss, self._strength = design, loss, strength
-        self._penalty = np.append(np.full(design.rank, strength), 0.0)[:, None]
+class _Descent:
+    """The descent to one strength after another: where it is, and the last steps that it took."""
+
+    def __init__(self, design: Design, loss: Loss) -> None:
+        self._design, self._loss, self._strength = design, loss, 0.0
         self._variances = np.append(design.variances, 1.0)[:, None]
         self._groups = int(loss.groups.max()) + 1
         self._every = np.arange(loss.outputs)
+        self._point: _Point | None = None
+        self._steps: list[_Step] = []
 
     def _per_group(self, values: Floats) -> Floats:
         """(outputs,) to (groups,) sums."""
@@ -281,7 +306,7 @@ class _Problem:
             return np.array([np.vdot(a, b)], np.float64)
         return self._per_group(np.einsum("ij,ij->j", a, b))
 
-    def _evaluate(self, theta: Floats, columns: Indices) -> _Point:
+    def _evaluate(self, theta: Singles, columns: Indices) -> _Point:
         """The point at `theta` (rank + 1, columns) of some outputs, which are whole groups."""
 
         def step(logits: Singles, targets: npt.NDArray[Any]) -> tuple[Singles, Floats]:
@@ -293,19 +318,25 @@ class _Problem:
             gradient, sums = self._design.moments(step, theta)
         gradient /= self._design.rows.count
         sums /= self._design.rows.count
-        squares = np.square(theta[:-1])
-        return _Point(theta, gradient, sums[0], sums[1], squares.sum(axis=0), self._design.variances @ squares)
+        squares = np.square(theta[:-1], dtype=np.float64)
+        spread = self._design.variances @ squares
+        return _Point(theta, gradient.astype(np.float32), sums[0], sums[1], squares.sum(axis=0), spread)
 
     def _objective(self, point: _Point) -> Floats:
         """(outputs,)"""
         return point.loss + self._strength / 2 * point.size
 
-    def _gradient(self, point: _Point) -> Floats:
-        return point.gradient + self._penalty * point.theta
+    def _gradient(self, point: _Point) -> Singles:
+        gradient = np.float32(self._strength) * point.theta
+        gradient[-1] = 0  # the bias is free
+        gradient += point.gradient
+        return gradient
 
     def _inverse_curvature(self, bend: Floats) -> Singles:
         """(rank + 1, outputs) guess of the diagonal of the inverse Hessian."""
-        return np.asarray(1 / (bend * self._variances + self._penalty), np.float32)
+        curvature = (self._variances * bend).astype(np.float32)
+        curvature[:-1] += np.float32(self._strength)
+        return np.divide(1, curvature, out=curvature)
 
     def _relative_norm(self, point: _Point, bend: Floats, squares: Floats) -> Floats:
         """(groups,), given the `squares` of the gradient. A share of the bias keeps it finite if nothing can be learnt."""
@@ -313,58 +344,61 @@ class _Problem:
         bias = self._per_group(bend * np.square(point.theta[-1]) + bend)
         return np.asarray(np.sqrt(squares / np.maximum(size, 1e-8 * bias + _TINY)))
 
-    def solve(
-        self, start: Floats, tolerance: float, max_iterations: int, before: _Point | None, steps: list[_Step]
-    ) -> tuple[Solution, _Point]:
-        """Start at `start`, or at `before` in the groups in which that has the lower objective.
+    def begin(self, strength: float, start: Singles) -> None:
+        """Go on with another strength, at `start`; in the groups in which the last point has the lower objective, there."""
+        self._strength = strength
+        for step in self._steps:
+            step.change_strength(strength, self._dot)
+        before, self._point = self._point, self._evaluate(start, self._every)
+        if before is None:
+            return
+        self._remember(before, self._point)
+        back = self._per_group(self._objective(before)) < self._per_group(self._objective(self._point))
+        if back.any():
+            columns = np.flatnonzero(back[self._loss.groups])
+            self._point = self._point.with_columns(columns, before.of(columns))
 
-        `steps` are those of a stronger penalty; they are replaced by those of this one.
-        """
-        groups = self._loss.groups
-        point = self._evaluate(start, self._every)
-        for step in steps:
-            step.change_strength(self._strength, self._dot)
-        if before is not None:
-            self._remember(steps, before, point)
-            back = self._per_group(self._objective(before)) < self._per_group(self._objective(point))
-            if back.any():
-                columns = np.flatnonzero(back[groups])
-                point = point.with_columns(columns, before.of(columns))
+    def solve(self, tolerance: float, max_iterations: int) -> Solution:
+        """Descend to the tolerance, or as far as float32 and the iterations go."""
+        assert self._point is not None
         stuck = np.zeros(self._groups, bool)
         iterations = 0
         while True:
-            gradient = self._gradient(point).astype(np.float32)
-            bend = np.maximum(point.bend, LEAST_CURVATURE)
+            gradient = self._gradient(self._point)
+            bend = np.maximum(self._point.bend, LEAST_CURVATURE)
             inverse = self._inverse_curvature(bend)
-            norms = self._relative_norm(point, bend, self._dot(gradient, gradient * inverse))
+            norms = self._relative_norm(self._point, bend, self._dot(gradient, gradient * inverse))
             active = (norms > tolerance) & ~stuck
             if not active.any() or iterations == max_iterations:
                 break
-            direction = self._direction(gradient, inverse, steps)
+            direction = self._direction(gradient, inverse)
             if not active.all():
-                direction *= active[groups]
-            new, moved = self._search(point, direction, self._dot(gradient, direction), active)
+                direction *= active[self._loss.groups]
+            slope = self._dot(gradient, direction)
+            del gradient, inverse  # of a large head they are larger than what a pass needs
+            new, moved = self._search(self._point, direction, slope, active)
             if not moved[active].all():
                 # With a fresh guess of the curvature a step may still go down; if not even that does, float32 ends.
-                if not steps:
+                if not self._steps:
                     stuck |= active & ~moved
-                steps.clear()
+                self._steps.clear()
             if moved.any():
-                self._remember(steps, point, new)
-            point = new
+                self._remember(self._point, new)
+            self._point = new
+            del new
             iterations += 1
         worst = float(norms.max())
-        return Solution(self._strength, point.theta, worst, iterations, worst <= tolerance), point
+        return Solution(self._strength, self._point.theta, worst, iterations, worst <= tolerance)
 
-    def _remember(self, steps: list[_Step], old: _Point, new: _Point) -> None:
+    def _remember(self, old: _Point, new: _Point) -> None:
         step, change = new.theta - old.theta, new.gradient - old.gradient
-        change += self._penalty * step
-        steps.append(_Step(self._strength, step.astype(np.float32), change.astype(np.float32), self._dot))
-        del steps[:-_MEMORY]
+        change[:-1] += np.float32(self._strength) * step[:-1]
+        self._steps.append(_Step(self._strength, step, change, self._dot))
+        del self._steps[:-_MEMORY]
 
-    def _direction(self, gradient: Singles, inverse_curvature: Singles, steps: list[_Step]) -> Singles:
+    def _direction(self, gradient: Singles, inverse_curvature: Singles) -> Singles:
         """L-BFGS's two loops, each group by itself."""
-        direction = -gradient
+        direction, steps = -gradient, self._steps
         shares = []
         for step in reversed(steps):
             share = step.inverse * self._dot(step.step, direction)
@@ -399,11 +433,12 @@ class _Problem:
                 break
             if pending.all():
                 columns = self._every
-                trial = self._evaluate(begin + self._per_output(scale) * direction, columns)
+                trial = self._evaluate(begin + self._per_output(scale.astype(np.float32)) * direction, columns)
                 rise = self._per_group(self._objective(trial)) - level
             else:
                 columns = np.flatnonzero(pending[groups])
-                trial = self._evaluate(begin[:, columns] + scale[groups[columns]] * direction[:, columns], columns)
+                scales = scale[groups[columns]].astype(np.float32)
+                trial = self._evaluate(begin[:, columns] + scales * direction[:, columns], columns)
                 rise = np.bincount(groups[columns], self._objective(trial), self._groups) - level
             down = pending & (rise <= 1e-4 * scale * slope)
             flat = pending & ~down & (np.abs(rise) <= 1e-6 * np.abs(level))

@@ -27,7 +27,7 @@ Singles = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 1024
 _BLOCK_VALUES = 1 << 22
 # A dimension whose deviation is a smaller share of its mean holds little but the rounding of float32 (6e-8): it is left out.
 LEAST_DEVIATION = 1e-6
@@ -112,14 +112,14 @@ class Standardisation:
 
 
 class Head:
-    """A linear head on standardised rows: weight (dim, outputs) and bias (outputs,), float64."""
+    """A linear head on standardised rows: weight (dim, outputs) float32 and bias (outputs,) float64."""
 
-    def __init__(self, standardisation: Standardisation, weight: Floats, bias: Floats) -> None:
-        self.standardisation, self.weight, self.bias = standardisation, weight, bias
+    def __init__(self, standardisation: Standardisation, weight: Singles | Floats, bias: Floats) -> None:
+        self.standardisation, self.weight, self.bias = standardisation, np.asarray(weight, np.float32), bias
 
     def logits(self, block: Singles) -> Singles:
         """Rows (rows, dim) to logits (rows, outputs); overwrites the rows."""
-        return self.standardisation.apply(block) @ self.weight.astype(np.float32) + self.bias.astype(np.float32)
+        return self.standardisation.apply(block) @ self.weight + self.bias.astype(np.float32)
 
 
 class Design:
@@ -145,12 +145,10 @@ class Design:
             self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
             whole = np.concatenate(parts)
             if axes is None or axes.shape[1] < rows.dim:
-                axes, variances = _axes_of(whole)
-                self._kept = whole @ axes.astype(np.float32)
+                self.axes, self.variances, self._kept = _rotated(whole)
             else:
-                self._kept = whole @ axes.astype(np.float32)
-                variances = np.einsum("ij,ij->j", self._kept, self._kept, dtype=np.float64) / rows.count
-            self.axes, self.variances = axes, variances
+                self.axes, self._kept = axes, whole @ axes.astype(np.float32)
+                self.variances = np.einsum("ij,ij->j", self._kept, self._kept, dtype=np.float64) / rows.count
         else:
             self.axes, self.variances = main_axes(np.asarray(sum(pool.map(self._moment, rows.blocks))) / rows.count)
 
@@ -177,12 +175,12 @@ class Design:
     def rank(self) -> int:
         return len(self.variances)
 
-    def head(self, theta: Floats) -> Head:
+    def head(self, theta: Singles | Floats) -> Head:
         """The head of `theta` (rank + 1, outputs), the bias last."""
-        return Head(self.standardisation, self.axes @ theta[:-1], theta[-1].copy())
+        return Head(self.standardisation, self.axes @ theta[:-1], theta[-1].astype(np.float64))
 
     def moments(
-        self, step: Callable[[Singles, npt.NDArray[Any]], tuple[Singles, Floats]], theta: Floats
+        self, step: Callable[[Singles, npt.NDArray[Any]], tuple[Singles, Floats]], theta: Singles | Floats
     ) -> tuple[Floats, Floats]:
         """One pass over the rows.
 
@@ -194,8 +192,8 @@ class Design:
         Returns:
             The sum over all rows of x^T R, with that of R as the last row, (rank + 1, outputs); and the total of the sums.
         """
-        rotated = theta[:-1] if self._kept is not None else self.axes @ theta[:-1]
-        weight, bias = rotated.astype(np.float32), theta[-1].astype(np.float32)
+        weight = np.asarray(theta[:-1] if self._kept is not None else self.axes @ theta[:-1], np.float32)
+        bias = theta[-1].astype(np.float32)
         starts = self._starts
 
         def part(number: int) -> tuple[Singles, Floats, Floats]:
@@ -207,26 +205,30 @@ class Design:
 
         parts = self.pool.map(part, self.rows.blocks)
         product, total, sums = next(parts)
-        moment = product.astype(np.float64)
+        moment = np.empty((len(product) + 1, len(total)))
+        moment[:-1] = product
         for product, more, more_sums in parts:
-            moment += product
+            moment[:-1] += product
             total += more
             sums += more_sums
         if self._kept is None:
-            moment = self.axes.T @ moment
-        return np.concatenate([moment, total[None]]), sums
+            moment[:-1] = self.axes.T @ moment[:-1]
+        moment[-1] = total
+        return moment, sums
 
 
-def _axes_of(rows: Singles) -> tuple[Floats, Floats]:
-    """Axes (dim, rank) and variances (rank,) of standardised rows."""
+def _rotated(rows: Singles) -> tuple[Floats, Floats, Singles]:
+    """Axes (dim, rank) and variances (rank,) of standardised rows, and the rows along the axes (rows, rank)."""
     count, dim = rows.shape
     exact = rows.astype(np.float64)
     if count > dim:
-        return main_axes(exact.T @ exact / count)
+        axes, variances = main_axes(exact.T @ exact / count)
+        return axes, variances, rows @ axes.astype(np.float32)
     variances, left = np.linalg.eigh(exact @ exact.T / count)
     kept = variances > _LEAST_VARIANCE * max(variances[-1], 0)
     variances, left = variances[kept], left[:, kept]
-    return exact.T @ left / np.sqrt(count * variances), variances
+    lengths = np.sqrt(count * variances)
+    return exact.T @ left / lengths, variances, (left * lengths).astype(np.float32)
 
 
 def main_axes(covariance: Floats) -> tuple[Floats, Floats]:
@@ -248,11 +250,12 @@ class Pool:
         if self._executor is None:
             yield from map(function, range(count))
             return
-        waiting = [self._executor.submit(function, number) for number in range(min(count, 2 * self._threads))]
+        ahead = self._threads + 1  # results may be large: few wait
+        waiting = [self._executor.submit(function, number) for number in range(min(count, ahead))]
         for number in range(count):
             yield waiting.pop(0).result()
-            if number + 2 * self._threads < count:
-                waiting.append(self._executor.submit(function, number + 2 * self._threads))
+            if number + ahead < count:
+                waiting.append(self._executor.submit(function, number + ahead))
 
 
 @contextmanager

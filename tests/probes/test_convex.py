@@ -171,6 +171,21 @@ def fits(p: Problem, objective: Any) -> Iterator[convex.Fit]:
         yield from objective.fits(MatrixRows(p.x, p.rows.train, objective.targets), pool)
 
 
+@pytest.mark.parametrize("unused", [0, 2])  # classes without a training crop, before the two that have one
+@pytest.mark.parametrize("strength", [10.0, 0.251, 1e-3])
+def test_two_classes_are_penalised_as_by_scikit_learn(strength: float, unused: int) -> None:
+    p = problem(classes=2)
+    objective = Classes(p.classes + unused, 2 + unused)
+    objective.strengths = (10.0, 1.58, 0.251, 0.0398, 0.00631, 1e-3)
+    fit = next(fit for fit in fits(p, objective) if fit.strength == strength)
+    with pool_of(1) as pool:
+        refitted = objective.refit(MatrixRows(p.x, p.rows.train, objective.targets), pool, fit)
+    found = means(objective.activation(refitted.head, p.x[p.rows.test]), p.examples[p.rows.test])
+    assert not found[:, :unused].any()
+    expected = reference_fit(p, p.rows.train, "classes", strength)(p.rows.test)
+    np.testing.assert_allclose(found[:, unused:], expected, atol=1e-3)
+
+
 def test_the_gradient_is_that_of_the_objective() -> None:
     """The recorded norm is small where float64 and the plainest formula find it small too."""
     p = problem()

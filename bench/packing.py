@@ -1,4 +1,5 @@
-"""Packing and scoring 1,000 files of one's own, and the peak memory of packing 100,000 clips against 1,000.
+"""Packing and scoring 1,000 files of one's own, and the peak memory of packing 100,000 clips against 1,000: files, and rows
+of a parquet file.
 
 python bench/packing.py MODEL.onnx
 """
@@ -27,7 +28,7 @@ _PEAK = """
 import sys
 from pathlib import Path
 from xares_onnx.packing import pack
-pack(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+pack(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2] else None, Path(sys.argv[3]))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
@@ -50,19 +51,43 @@ def main() -> None:
         folder = Path(scratch)
         table = write_clips(folder / "files", COUNTS[1], CLIP_SECONDS)
         lines = table.read_text().splitlines(keepends=True)
-        peaks, seconds = [], []
-        for count in COUNTS:
-            part = folder / f"{count}.csv"
+        parts = {count: folder / f"{count}.csv" for count in COUNTS}
+        for count, part in parts.items():
             part.write_text("".join(lines[: count + 1]))
-            command = [sys.executable, "-c", _PEAK, str(folder / "files"), str(part), str(folder / f"packed-{count}")]
-            begun = time.perf_counter()
-            peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout) / 1e3)
-            seconds.append(time.perf_counter() - begun)
-        few, many = peaks
-        print(
-            f"peak memory of packing {COUNTS[1]} clips ({many:.0f} MB, {seconds[1]:.0f} s) against {COUNTS[0]} "
-            f"({few:.0f} MB, {seconds[0]:.1f} s): {many / few:.2f}x"
-        )
+        _compare("files", [(folder / "files", part, folder / f"packed-{count}") for count, part in parts.items()])
+        sets = {count: write_data_set(folder / f"rows-{count}", folder / "files", lines[1 : count + 1]) for count in COUNTS}
+        _compare("rows of parquet", [(path, "", folder / f"packed-rows-{count}") for count, path in sets.items()])
+
+
+def _compare(what: str, runs: list[tuple[Path, Path | str, Path]]) -> None:
+    """Print time and peak memory of packing few clips and many."""
+    peaks, seconds = [], []
+    for arguments in runs:
+        begun = time.perf_counter()
+        command = [sys.executable, "-c", _PEAK, *map(str, arguments)]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout) / 1e3)
+        seconds.append(time.perf_counter() - begun)
+    few, many = peaks
+    print(
+        f"peak memory of packing {COUNTS[1]} {what} ({many:.0f} MB, {seconds[1]:.0f} s) against {COUNTS[0]} "
+        f"({few:.0f} MB, {seconds[0]:.1f} s): {many / few:.2f}x"
+    )
+
+
+def write_data_set(folder: Path, files: Path, lines: list[str]) -> Path:
+    """A parquet file with the files in its rows, a thousand per row group, as a data set on the hub has them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    audio = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    schema = pyarrow.schema([("audio", audio), ("label", pyarrow.string())])
+    folder.mkdir()
+    with pyarrow.parquet.ParquetWriter(folder / "train.parquet", schema) as writer:
+        for start in range(0, len(lines), 1000):
+            cells = [line.strip().split(",") for line in lines[start : start + 1000]]
+            rows = [{"audio": {"bytes": (files / path).read_bytes(), "path": path}, "label": name} for path, name in cells]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+    return folder
 
 
 def write_clips(folder: Path, count: int, seconds: float) -> Path:

@@ -22,6 +22,7 @@ __all__ = ["FAMILIES", "export"]
 
 # Family: the module that builds its encoder.
 FAMILIES = {
+    "ast": "spectrogram_transformer",
     "dasheng": "dasheng",
     "data2vec": "speech",
     "hubert": "speech",
@@ -29,6 +30,7 @@ FAMILIES = {
     "resemblyzer": "resemblyzer",
     "torch": "torch",
     "wav2vec2": "speech",
+    "wav2vec2-bert": "wav2vec2_bert",
     "wavlm": "speech",
     "whisper": "whisper",
 }

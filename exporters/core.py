@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from xares_onnx.encoder.contract.frame_law import FrameLaw
+from xares_onnx.encoder.contract.tokens import PREFIX as TOKENS
+from xares_onnx.encoder.contract.tokens import Tokens
 from xares_onnx.encoder.processor import PairSums, pair_sums
 from xares_onnx.errors import ModelError, UsageError
 from xares_onnx.exporters.precision import LOUDNESS_STEP, TOLERANCE, Precision, halve, quantize
@@ -39,7 +41,8 @@ EXTERNAL_BYTES = 2_000_000_000  # weights of this size and more go into a file b
 class Spec:
     """What a family declares about its encoder, in samples at `sample_rate`.
 
-    The receptive field is the constant of its `law`, after any padding: 0 for a centred STFT.
+    The receptive field is the constant of its `law`, after any padding: 0 for a centred STFT. With `tokens`, the encoder gives
+    the tokens of a patch grid, and the law is that of the frames they make.
     """
 
     model_type: str
@@ -53,16 +56,25 @@ class Spec:
     comment: str
     max_samples: int | None = None
     chunk_samples: int | None = None
+    tokens: Tokens | None = None
 
     @property
     def law(self) -> FrameLaw:
         """The law of its frames."""
         return FrameLaw(self.hop_samples, self.receptive_field_samples)
 
+    def steps(self, samples: int) -> int:
+        """The length of its output: frames, or tokens."""
+        frames = self.law.frames(samples)
+        return self.tokens.prefix + self.tokens.bands * frames if self.tokens else frames
+
     def metadata(self, dim: int, precision: Precision) -> dict[str, str]:
         """The file's `metadata_props`: the contract's `xares.*` keys, and the plain ones of sherpa-onnx."""
         plain = ("model_type", "sample_rate", "comment")
-        declared = {name if name in plain else f"xares.{name}": value for name, value in vars(self).items()}
+        declared = {name if name in plain else f"xares.{name}": value for name, value in vars(self).items() if name != "tokens"}
+        if self.tokens:
+            declared |= {f"xares.{TOKENS}prefix": self.tokens.prefix, f"xares.{TOKENS}grid": self.tokens.grid}
+            declared |= {f"xares.{TOKENS}bands": self.tokens.join}
         return {key: f"{value}" for key, value in declared.items() if value is not None} | {
             "xares.contract_version": "1",
             "xares.input_kind": "waveform",
@@ -100,7 +112,7 @@ def export_encoder(
     """Export a torch module and check the file. After an error, `output` is as it was.
 
     Args:
-        encoder: float32 [batch, samples] in [-1, 1] -> [batch, frames, dim].
+        encoder: float32 [batch, samples] in [-1, 1] -> [batch, frames, dim], or tokens for frames.
         spec: What the file declares about it.
         output: The file to write, in a folder that exists.
         precision: Of weights and arithmetic.
@@ -167,7 +179,7 @@ def check_parity(encoder: nn.Module, path: Path, spec: Spec, precision: Precisio
         with _as_model_error(f"{name} or its torch module does not run {where}"):
             expected = torch.cat([encoder(clip[None]) for clip in audio]).detach().numpy()
             (embeddings,) = session.run([OUTPUT], {INPUT: audio.numpy()})
-        declared = (batch, spec.law.frames(samples), expected.shape[-1])
+        declared = (batch, spec.steps(samples), expected.shape[-1])
         if not embeddings.shape == expected.shape == declared:
             raise ModelError(f"{name} gives {embeddings.shape} {where}, torch {expected.shape}, its law {declared}")
         errors = np.abs(embeddings - expected).max(axis=(1, 2))

@@ -13,7 +13,7 @@ import pytest
 from cli_world import run
 
 from xares_onnx.data.audio import READABLE_EXTENSIONS
-from xares_onnx.packing.columns import _CAPTIONS, _SPLIT_OF, _TARGETS, PATHS
+from xares_onnx.packing.columns import _CAPTIONS, _TARGETS, PATHS, SPLIT_OF
 from xares_onnx.packing.labels import KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs/your-own-task.md").read_text()
@@ -52,7 +52,7 @@ def test_every_column_and_kind_is_on_the_page() -> None:
     assert {*PATHS, *_TARGETS, "split", "fold", "group"} <= words
     assert all(_CAPTIONS.fullmatch(word) for word in words if word.startswith("caption"))
     (named,) = re.findall(r"\| `split` \| (.*?) \|", PAGE)
-    assert set(_SPLIT_OF) - {"training", "testing"} <= set(re.findall(r"\w+", named))
+    assert set(SPLIT_OF) - {"training", "testing"} <= set(re.findall(r"\w+", named))
     code, out, _ = run("pack", "--help")
     assert code == 0
     assert {"m4a", "mp4"}.isdisjoint(READABLE_EXTENSIONS)

@@ -15,13 +15,19 @@ from .options import DebugOption
 @app.command()
 @reported
 def pack(
-    audio: Annotated[Path, typer.Argument(metavar="AUDIO_DIR", help="The folder that the paths in the table start from.")],
+    audio: Annotated[
+        Path,
+        typer.Argument(
+            metavar="AUDIO_DIR",
+            help="The folder that the paths in the table start from, or a Hugging Face data set of parquet or Arrow files.",
+        ),
+    ],
     labels: Annotated[
         Path | None,
         typer.Argument(
             metavar="LABELS",
             help="csv, tsv, jsonl or parquet with columns path, and label, labels, events, caption, transcript or score. "
-            "Without it, classes are the sub-folders.",
+            "Without it, labels come from a data set's own columns, or classes are the sub-folders.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the shards and the task file.")] = None,
@@ -30,7 +36,9 @@ def pack(
     domain: Annotated[
         str | None, typer.Option(help="speech, environment or music. [default: environment; speech for transcripts]")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="The column of labels, if several are possible.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "--label", help="The column of labels, if several are possible.")
+    ] = None,
     kind: Annotated[
         str | None, typer.Option(help="Kind of --target: class, tags, events, captions, transcript or number.")
     ] = None,

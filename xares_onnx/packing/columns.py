@@ -19,7 +19,7 @@ _SPLITS = {
     "valid": ("valid", "validation", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
 # The first of these that occurs in a table's cells separates tags.
 _TAG_SEPARATORS = ("|", ";", ",")
 
@@ -51,12 +51,12 @@ class Columns:
             raise UsageError(f"{where} names no {'split' if self.split else 'fold'} in its column {quoted(column)}")
         if self.split is None:
             return text
-        if text.lower() not in _SPLIT_OF:
-            words = ", ".join(_SPLIT_OF)
+        if text.lower() not in SPLIT_OF:
+            words = ", ".join(SPLIT_OF)
             raise UsageError(
-                f"{where} names the split {quoted(text)}, which is not one of {words}{nearest(text.lower(), _SPLIT_OF)}"
+                f"{where} names the split {quoted(text)}, which is not one of {words}{nearest(text.lower(), SPLIT_OF)}"
             )
-        return _SPLIT_OF[text.lower()]
+        return SPLIT_OF[text.lower()]
 
 
 def find_columns(
@@ -84,7 +84,7 @@ def find_columns(
         UsageError: A column is missing or ambiguous, or an option does not fit the kind of label.
     """
     columns = {name.strip().lower(): name for name in table.columns}
-    path = next((columns[name] for name in PATHS if name in columns), None)
+    path = table.audio_column or next((columns[name] for name in PATHS if name in columns), None)
     if path is None:
         raise _lacking(table, f"column {quoted(PATHS[0])} with the files' names", PATHS)
     split, fold = columns.get("split"), columns.get("fold")
@@ -112,12 +112,17 @@ def _labels(table: Table, columns: Mapping[str, str], target: str | None, kind: 
     if kind is not None and target is None:
         raise UsageError("--kind says what a column is; name the column by --target")
     candidates = _candidates(columns)
+    for name in table.labels:
+        candidates[name.strip().lower()] = KINDS[table.kinds[name]]((name,))
     if target is not None:
         wanted = target.strip().lower()
         if wanted not in columns and wanted not in candidates:
             raise _lacking(table, f"column {quoted(target)}", [*columns, *candidates])
         if kind is not None and wanted in columns:
             return KINDS[kind]((columns[wanted],))
+        named = columns.get(wanted, "")
+        if kind is None and wanted not in candidates and named in table.kinds:
+            return KINDS[table.kinds[named]]((named,))
         candidates = {name: labels for name, labels in candidates.items() if wanted in (name, *_lower(labels.columns))}
         if not candidates:
             raise UsageError(f"--target {target} requires --kind, one of {', '.join(KINDS)}")

@@ -18,6 +18,7 @@ CREATE TABLE clip (
     path TEXT NOT NULL UNIQUE,  -- below the audio folder
     key TEXT NOT NULL,
     line INTEGER NOT NULL,      -- of the table that names the clip first
+    file BLOB,                  -- digest of the encoded audio, if the line holds it
     part TEXT,                  -- split or fold
     team TEXT,                  -- group
     label TEXT,                 -- the json beside the clip
@@ -39,6 +40,7 @@ class Clip(NamedTuple):
     path: str
     key: str
     line: int
+    file: bytes | None
     part: str | None
     team: str | None
     label: str | None
@@ -68,9 +70,10 @@ class Index:
         row = self._db.execute("SELECT * FROM clip WHERE path = ?", (path,)).fetchone()
         return Clip(*row) if row else None
 
-    def add(self, path: str, key: str, line: int, part: str | None, team: str | None) -> int:
-        values = (path, key, line, part, team)
-        number = self._db.execute("INSERT INTO clip (path, key, line, part, team) VALUES (?, ?, ?, ?, ?)", values).lastrowid
+    def add(self, path: str, key: str, line: int, file: bytes | None, part: str | None, team: str | None) -> int:
+        values = (path, key, line, file, part, team)
+        columns = "(path, key, line, file, part, team)"
+        number = self._db.execute(f"INSERT INTO clip {columns} VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
         assert number is not None
         return number
 
@@ -96,16 +99,14 @@ class Index:
             last = batch[-1].id
             yield batch
 
-    def of_part(self, part: str) -> Iterator[Clip]:
-        """Clips without fault of a split or fold, by path."""
-        last = ""
-        while rows := self._db.execute(
-            "SELECT * FROM clip WHERE path > ? AND part = ? AND fault IS NULL ORDER BY path LIMIT ?", (last, part, _BATCH)
-        ).fetchall():
-            for row in rows:
-                clip = Clip(*row)
-                yield clip
-            last = clip.path
+    def of_part(self, part: str, by: Literal["path", "id"] = "path") -> Iterator[Clip]:
+        """Clips without fault of a split or fold, by path, or by id in the order of the rows."""
+        last: str | int = "" if by == "path" else 0
+        where = f"WHERE {by} > ? AND part = ? AND fault IS NULL ORDER BY {by}"
+        while rows := self._db.execute(f"SELECT * FROM clip {where} LIMIT ?", (last, part, _BATCH)).fetchall():
+            clips = [Clip(*row) for row in rows]
+            yield from clips
+            last = clips[-1].path if by == "path" else clips[-1].id
 
     def set_recordings(self, clips: Iterable[tuple[bytes, float, int, int]]) -> None:
         """From (content, seconds, size, id) of decoded audio."""

@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,10 +28,11 @@ from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageEr
 from ..progress import Note, Observer, Progress, ignore
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
+from .data_set import open_data_set
 from .index import Clip, Index
 from .output import Manifest, Part, Source, check_output, put_in_place, scratch_folder
 from .parts import name_parts
-from .recordings import Recording, decode_recording, path_below
+from .recordings import AudioSource, decode_recordings
 from .shard_writer import Member, key_of, write_shards
 from .splits import SPLITS
 from .tables import FolderTable, Table, open_table
@@ -67,6 +69,7 @@ class _Run:
 
     root: Path
     table: Table
+    audio: AudioSource
     columns: Columns
     index: Index
     name: str
@@ -107,7 +110,8 @@ def pack(
 
     Args:
         audio: The folder; the table's paths start here.
-        labels: The table: csv, tsv, jsonl or parquet. None if classes are the folder's sub-folders.
+        labels: The table: csv, tsv, jsonl or parquet. None if the folder is a Hugging Face data set of parquet or Arrow
+            files with their audio, or if classes are its sub-folders.
         output: The folder to write to; None to check everything and write nothing.
         name: Of the task.
         title: For reports; by default the name.
@@ -137,7 +141,7 @@ def pack(
     if not audio.is_dir():
         raise DataMissingError(f"audio folder {audio} does not exist")
     root = audio.resolve()
-    table = open_table(labels) if labels is not None else FolderTable(root)
+    table = open_table(labels) if labels is not None else open_data_set(root) or FolderTable(root)
     columns = find_columns(table, target=target, kind=kind, group=group, separator=separator, low=low, high=high)
     label_kind = columns.labels.kind
     if domain is None and label_kind == "transcript":
@@ -152,8 +156,10 @@ def pack(
     source = Source(root.name, labels.name if labels is not None else None)
     if output is not None:
         check_output(output, name, source)
-    with scratch_folder(output, name) as scratch, Index(scratch) as index:
-        run = _Run(root, table, columns, index, name, observer)
+    with scratch_folder(output, name) as scratch, Index(scratch) as index, closing(table.audio(root)) as recordings:
+        run = _Run(root, table, recordings, columns, index, name, observer)
+        for text in table.notes:
+            run.note(text)
         _read_rows(run)
         _join_rows(run)
         _check_missing(run, allow_drops)
@@ -236,15 +242,18 @@ def _read_rows(run: _Run) -> None:
     columns, index = run.columns, run.index
     for line, cells in run.table.rows(columns.wanted):
         where = run.table.at(line)
-        name = cells[columns.path]
-        if not isinstance(name, str) or not name.strip():
+        place = run.audio.place(cells[columns.path], line, where)
+        if place is None:
             raise UsageError(f"{where} names no file in its column {quoted(columns.path)}")
-        path = path_below(run.root, name, where)
+        path, digest = place
         part, team = columns.part(cells, where), _team(cells.get(columns.group or ""), where)
         known = index.find(path)
+        if known is not None and digest is not None and known.file != digest:
+            path = _distinct(path, digest)
+            known = index.find(path)
         if known is None:
-            clip = index.add(path, key_of(path), line, part, team)
-            if not (run.root / path).exists():
+            clip = index.add(path, key_of(path), line, digest, part, team)
+            if digest is None and not run.audio.exists(path):
                 index.leave_out([("there is no such file", clip)], "missing")
         else:
             clip = known.id
@@ -260,9 +269,15 @@ def _read_rows(run: _Run) -> None:
                 index.leave_out([(str(error), clip)], "unusable")
     index.finish()
     if not index.count()[0]:
-        in_folders = run.table.path == run.root
+        in_folders = isinstance(run.table, FolderTable)
         empty = f"{run.root} has no sub-folders with audio" if in_folders else f"{run.table.path} has no rows"
         raise DataError(f"{empty}, so there is nothing to pack")
+
+
+def _distinct(path: str, digest: bytes) -> str:
+    """The path of another file of the same name."""
+    stem, _, ending = path.rpartition(".")
+    return f"{stem}-{digest.hex()[:16]}.{ending}"
 
 
 def _team(value: Any, where: str) -> str | None:
@@ -324,27 +339,21 @@ def _decode_all(run: _Run, threads: int | None) -> None:
     """Decode every clip: its recording into the index, or its fault."""
     _, total = run.index.count()
     done = 0
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    threads = threads or os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
         for batch in run.index.clips():
             run.observer(Progress("inspect", run.name, done, total))
             recordings, faults = [], []
-            paths = (run.root / clip.path for clip in batch)
-            for clip, result in zip(batch, pool.map(_recording_or_fault, paths), strict=True):
-                if isinstance(result, str):
-                    faults.append((result, clip.id))
+            files = (run.audio.file(clip) for clip in batch)
+            for clip, result in zip(batch, decode_recordings(files, pool, threads), strict=True):
+                if isinstance(result, ClipError):
+                    faults.append((str(result), clip.id))
                 else:
                     recordings.append((result.content, result.seconds, result.size, clip.id))
             run.index.set_recordings(recordings)
             run.index.leave_out(faults, "unusable")
             done += len(batch)
     run.observer(Progress("inspect", run.name, total, total))
-
-
-def _recording_or_fault(path: Path) -> Recording | str:
-    try:
-        return decode_recording(path)
-    except ClipError as error:
-        return str(error)
 
 
 def _check_copies(run: _Run, leaks: str) -> None:
@@ -441,7 +450,7 @@ def _write_shards(run: _Run, fresh: Path, folds: bool) -> dict[str, int]:
 
     def members(part: str) -> Iterator[Member]:
         nonlocal done
-        for clip in run.index.of_part(part):
+        for clip in run.index.of_part(part, "id" if run.audio.in_order_of_rows else "path"):
             run.observer(Progress("write", run.name, done, total))
             yield _member(run, clip)
             done += 1
@@ -458,4 +467,4 @@ def _member(run: _Run, clip: Clip) -> Member:
     label = json.loads(clip.label or "")
     if run.columns.group:  # a clip without a group is a group of its own
         label = {**parse_label(clip.label or ""), _GROUP: clip.team or clip.path}
-    return Member(clip.key, run.root / clip.path, clip.size or 0, json.dumps(label, ensure_ascii=False).encode())
+    return Member(clip.key, run.audio.file(clip), clip.size or 0, json.dumps(label, ensure_ascii=False).encode())

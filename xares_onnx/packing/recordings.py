@@ -1,16 +1,115 @@
-"""A clip's file: its path, whether it can be decoded, and a digest of the decoded samples."""
+"""A clip's audio: where it lies, whether it can be decoded, and a digest of the decoded samples."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import posixpath
 import stat
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from ..data.audio import AUDIO_EXTENSIONS, READABLE_EXTENSIONS, decode_blocks
 from ..errors import ClipError, UsageError, quoted
+from .index import Clip
+
+_BYTES_IN_FLIGHT = 1 << 28  # of encoded audio that waits to be decoded, besides one clip
+
+
+class AudioFile(ABC):
+    """An encoded file. Its name's ending says what it is."""
+
+    name: str
+    bytes_held = 0
+
+    @abstractmethod
+    def open(self) -> tuple[BinaryIO, int]:
+        """The open file and its size in bytes; `ClipError` if it cannot be opened."""
+
+
+@dataclass(frozen=True)
+class StoredFile(AudioFile):
+    path: Path
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.path.name
+
+    def open(self) -> tuple[BinaryIO, int]:
+        try:
+            status = self.path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe could block for ever
+                raise ClipError("it is not a regular file")
+            return self.path.open("rb"), status.st_size
+        except OSError as error:
+            raise ClipError(f"it cannot be read ({error.strerror})") from error
+
+
+@dataclass(frozen=True)
+class StoredBytes(AudioFile):
+    name: str
+    data: bytes
+
+    @property
+    def bytes_held(self) -> int:  # type: ignore[override]
+        return len(self.data)
+
+    def open(self) -> tuple[BinaryIO, int]:
+        return io.BytesIO(self.data), len(self.data)
+
+
+class Place(NamedTuple):
+    """What a row's cell says about its clip: the path that names the clip, and a digest of the file if the row holds it.
+
+    Two rows with the same path and digest are about the same clip.
+    """
+
+    path: str
+    digest: bytes | None = None
+
+
+class AudioSource(ABC):
+    """Where the audio of a table's rows lies."""
+
+    in_order_of_rows = False
+    """Whether clips have to be read in the order of the rows, because any other is slow."""
+
+    @abstractmethod
+    def place(self, cell: Any, line: int, where: str) -> Place | None:
+        """From the cell of a row, which `where` names; None if it names nothing. `UsageError` if it may not be read."""
+
+    @abstractmethod
+    def exists(self, path: str) -> bool: ...
+
+    @abstractmethod
+    def file(self, clip: Clip) -> AudioFile: ...
+
+    def close(self) -> None:
+        """Close what was opened."""
+        return
+
+
+class AudioFolder(AudioSource):
+    """A folder that the cells' paths start from."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def place(self, cell: Any, line: int, where: str) -> Place | None:
+        named = isinstance(cell, str) and cell.strip()
+        return Place(path_below(self._root, cell, where)) if named else None
+
+    def exists(self, path: str) -> bool:
+        return (self._root / path).exists()
+
+    def file(self, clip: Clip) -> AudioFile:
+        return StoredFile(self._root / clip.path)
 
 
 @dataclass(frozen=True)
@@ -45,30 +144,49 @@ def path_below(root: Path, name: str, where: str) -> str:
     return below
 
 
-def decode_recording(path: Path) -> Recording:
+def decode_recording(audio: AudioFile) -> Recording:
     """Decode a file from end to end, a block at a time.
 
     Raises:
         ClipError: An evaluation would drop it.
     """
-    extension = path.name.rpartition(".")[2].lower() if "." in path.name else ""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ClipError(f"it cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe could block for ever
-        raise ClipError("it is not a regular file")
-    if extension not in READABLE_EXTENSIONS:
-        kind = f"{extension} audio" if extension in AUDIO_EXTENSIONS else "this kind of file"
-        raise ClipError(f"{kind} is not supported; convert it, as by `ffmpeg -i {path.name} {path.stem}.flac`")
-    digest, seconds = hashlib.sha256(), 0.0
-    try:
-        with path.open("rb") as file:
+    stem, dot, extension = audio.name.rpartition(".")
+    extension = extension.lower() if dot else ""
+    file, size = audio.open()
+    with file:
+        if extension not in READABLE_EXTENSIONS:
+            kind = f"{extension} audio" if extension in AUDIO_EXTENSIONS else "this kind of file"
+            raise ClipError(f"{kind} is not supported; convert it, as by `ffmpeg -i {audio.name} {stem}.flac`")
+        digest, seconds = hashlib.sha256(), 0.0
+        try:
             for samples, rate in decode_blocks(file):
                 if not seconds:
                     digest.update(f"{rate} Hz\n".encode())
                 digest.update(samples.data)
                 seconds += len(samples) / rate
-    except OSError as error:
-        raise ClipError(f"it cannot be read ({error.strerror})") from error
-    return Recording(digest.digest(), seconds, status.st_size)
+        except OSError as error:
+            raise ClipError(f"it cannot be read ({error.strerror})") from error
+    return Recording(digest.digest(), seconds, size)
+
+
+def decode_recordings(files: Iterable[AudioFile], pool: ThreadPoolExecutor, threads: int) -> Iterator[Recording | ClipError]:
+    """`decode_recording` of each file, in their order. Few files are waiting at a time, since they may be in memory."""
+    waiting: deque[tuple[int, Future[Recording]]] = deque()
+    held = 0
+
+    def first() -> Recording | ClipError:
+        nonlocal held
+        size, future = waiting.popleft()
+        held -= size
+        error = future.exception()
+        if isinstance(error, ClipError):
+            return error
+        return future.result()
+
+    for file in files:
+        while waiting and (len(waiting) > 2 * threads or held + file.bytes_held > _BYTES_IN_FLIGHT):
+            yield first()
+        held += file.bytes_held
+        waiting.append((file.bytes_held, pool.submit(decode_recording, file)))
+    while waiting:
+        yield first()

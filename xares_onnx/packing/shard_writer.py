@@ -11,8 +11,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import ClipError, DataError
 from ..files import disk_error
+from .recordings import AudioFile
 
 MAX_SHARD_CLIPS = 5000
 MAX_SHARD_BYTES = 500_000_000
@@ -21,7 +22,7 @@ MAX_SHARD_BYTES = 500_000_000
 @dataclass(frozen=True)
 class Member:
     key: str
-    file: Path
+    file: AudioFile
     size: int
     label: bytes
 
@@ -88,13 +89,13 @@ def _shard(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _add_file(tar: tarfile.TarFile, member: Member) -> None:
-    changed = DataError(f"{member.file} changed while this ran; run again")
+    changed = DataError(f"{member.file.name} changed while this ran; run again")
     try:
-        file = member.file.open("rb")
-    except OSError as error:
+        file, size = member.file.open()
+    except ClipError as error:
         raise changed from error
     with file:
-        if os.fstat(file.fileno()).st_size != member.size:
+        if size != member.size:
             raise changed
         extension = member.file.name.rpartition(".")[2].lower()
         tar.addfile(_header(f"{member.key}.{extension}", member.size), file)

@@ -12,9 +12,10 @@ import io
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import msgspec
@@ -22,17 +23,29 @@ import msgspec
 from ..data.audio import AUDIO_EXTENSIONS
 from ..errors import DataError, DataMissingError, UsageError, foreign, quoted
 from ..foreign import ForeignFileError, NoFileError, open_regular
+from .arrow_files import ParquetRows
+from .recordings import AudioFolder, AudioSource
 
 Row = tuple[int, dict[str, Any]]
 
 MAX_LINE_BYTES = 1 << 24
-_BATCH_ROWS = 1000
 
 
 class Table(ABC):
-    """One table. `rows` starts again at each call."""
+    """One table. `rows` starts again at each call.
+
+    Attributes:
+        audio_column: The column with the audio; None to find it by its name.
+        kinds: The kind of label of the columns whose type tells it.
+        labels: The columns that are labels whatever their name.
+        notes: For the user.
+    """
 
     unit: ClassVar[str] = "line"
+    audio_column: str | None = None
+    kinds: Mapping[str, str] = MappingProxyType({})
+    labels: Collection[str] = ()
+    notes: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,6 +68,10 @@ class Table(ABC):
     def at(self, number: int) -> str:
         """A row, for messages."""
         return f"{self.path.name} {self.unit} {number}"
+
+    def audio(self, root: Path) -> AudioSource:
+        """Where the clips' audio lies, of a table whose paths start at `root`."""
+        return AudioFolder(root)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -144,35 +161,17 @@ class JsonLinesTable(Table):
 
 
 class ParquetTable(Table):
-    """Read by pyarrow, a thousand rows at a time and only the wanted columns."""
+    """Read by pyarrow, a row at a time and only the wanted columns."""
 
     unit = "row"
 
     def _read_columns(self) -> list[str]:
-        with self._file() as file:
-            return list(file.schema_arrow.names)
+        with ParquetRows(self.path) as file:
+            return file.columns
 
     def _read_rows(self, wanted: Collection[str]) -> Iterator[Row]:
-        number = 0
-        with self._file() as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[n for n in self.columns if n in wanted]):
-                for cells in batch.to_pylist():
-                    number += 1
-                    yield number, cells
-
-    @contextmanager
-    def _file(self) -> Iterator[Any]:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UsageError(f"reading {self.path.name} needs pyarrow: pip install 'xares-onnx[parquet]'") from error
-        with open_regular(self.path) as opened:
-            try:
-                with pyarrow.parquet.ParquetFile(opened, pre_buffer=False) as file:
-                    yield file
-            except pyarrow.ArrowException as error:
-                raise DataError(f"table {self.path} is not a readable parquet file ({foreign(str(error))})") from error
+        with ParquetRows(self.path, wanted) as file:
+            yield from enumerate(file.rows(), 1)
 
 
 class FolderTable(Table):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ...errors import ContractError, quoted
 from ..exposure import Exposure
@@ -119,6 +119,30 @@ def _residual_layers(graph: _Graph) -> list[str]:
     raise ContractError(
         f"no chain of residual layers leads to output {quoted(graph.output)}; name tensors by --taps instead"
     )
+
+
+class Branch(NamedTuple):
+    """What a residual join adds: the numbers of its nodes, the join's own, and what the branch is."""
+
+    nodes: frozenset[int]
+    join: int
+    kind: str
+
+
+def residual_branches(model: onnx.ModelProto, output: str) -> list[Branch]:
+    """The branches of every residual join before an output, in topological order; none if the graph has no joins.
+
+    A branch is called by what only it has: `attention`, `convolution`, or else `feed-forward`.
+    """
+    graph = _Graph(model, output)
+    branches = []
+    for join in graph.joins():
+        operators = dict(join.weights)
+        attention = operators.keys() & {"Softmax", "Attention", "MultiHeadAttention", "QAttention"}
+        convolution = operators.keys() & {"Conv", "ConvInteger", "QLinearConv", "FusedConv"}
+        kind = "attention" if attention else "convolution" if convolution else "feed-forward"
+        branches.append(Branch(frozenset(_members(join.branch)), join.node, kind))
+    return branches
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""`diagnose`: where a copy of a model departs from its reference, what that costs, and the file that mends it."""

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from bank_model import write_model
+from embedding_runs import grant
 from hypothesis import given
 from hypothesis import strategies as st
 from shard_makers import RATE, clip_members, encoded, member, noise, write_shard, write_tar
@@ -92,6 +93,8 @@ def pieces_of(spec: EmbedSpec, piece_bytes: int = 60_000) -> tuple[Piece, ...]:
 
 
 def call(encoder: Encoder, function: Callable[..., ShardReport], *arguments: Any, observer: Any = ignore) -> ShardReport:
+    spec = arguments[0]
+    grant(encoder, [spec.shard], Path(spec.store))
     return encoder.call(function, *arguments, returns=ShardReport, observer=observer)
 
 

@@ -66,6 +66,7 @@ def contract() -> Any:
         first_frame_center_samples=HOP / 2,
         dim=2,
         normalize="none",
+        chunk_overlap=None,
         frames_of=lambda samples: samples // HOP,
     )
 

@@ -388,6 +388,9 @@ def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatc
     plain = plan(model, [str(task)], data=tmp_path / "data", cache=tmp_path / "other").total
     assert planned.disk_bytes == pytest.approx(5 * plain.disk_bytes)
     assert planned.disk_bytes == pytest.approx(written * 5 / 7, rel=0.2)
+    arguments: dict[str, Any] = {"taps": ["all-layers", "mix"], "data": tmp_path / "data", "cache": tmp_path / "other"}
+    with_mix = plan(model, [str(task)], **arguments).total  # of frames, which it reads where they are
+    assert (with_mix.disk_bytes, with_mix.train_seconds) == (planned.disk_bytes, 2 * planned.train_seconds)
 
     class Full:
         free = 1000

@@ -324,6 +324,7 @@ def plan(
             Store(cache / "store"),
             protocol=Protocol(protocol),
             seeds=settings.seeds,
+            mix=settings.mix,
             observer=observer,
         )
 

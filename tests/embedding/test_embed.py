@@ -531,7 +531,9 @@ def test_a_plan_counts_what_is_there_and_what_is_still_to_do(encoder: Encoder, t
     def planned(toml: str, limit: int | None = None) -> Any:
         data = prepare(load_task(Path("t.toml"), toml), tmp_path, Digests(tmp_path / "cache"), limit, ignore)
         grant(encoder, [tmp_path])
-        plan = make_plan(encoder, [(data, WHOLE)], store, protocol=Protocol("corrected"), seeds=1, observer=ignore)
+        plan = make_plan(
+            encoder, [(data, WHOLE)], store, protocol=Protocol("corrected"), seeds=1, mix=False, observer=ignore
+        )
         assert plan.rtf > 0
         return plan.rows[0], plan.total
 

@@ -366,6 +366,15 @@ def test_a_clip_is_lost_to_the_tap_that_fails_on_it_alone(tmp_path: Path) -> Non
     assert not broken.comparable
 
 
+def test_a_plan_counts_the_heads_of_a_mix_and_the_file_that_means_go_through(tmp_path: Path) -> None:
+    model, task = layered(tmp_path / "m.onnx"), write_task(tmp_path, "tones")
+    write_tones(tmp_path / "data")
+    arguments: dict[str, Any] = {"data": tmp_path / "data", "cache": tmp_path / "cache"}
+    without, mixed = (plan(model, [str(task)], taps=["all-layers", *more], **arguments).total for more in ((), ("mix",)))
+    assert mixed.train_seconds == 2 * without.train_seconds
+    assert mixed.disk_bytes - without.disk_bytes == pytest.approx(5 * 4 * DIM * without.clips)
+
+
 def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = layered(tmp_path / "m.onnx")
     task = write_kind(tmp_path, "events")
@@ -388,6 +397,9 @@ def test_frames_of_every_layer_and_the_disk_they_need(tmp_path: Path, monkeypatc
     plain = plan(model, [str(task)], data=tmp_path / "data", cache=tmp_path / "other").total
     assert planned.disk_bytes == pytest.approx(5 * plain.disk_bytes)
     assert planned.disk_bytes == pytest.approx(written * 5 / 7, rel=0.2)
+    arguments: dict[str, Any] = {"taps": ["all-layers", "mix"], "data": tmp_path / "data", "cache": tmp_path / "other"}
+    with_mix = plan(model, [str(task)], **arguments).total  # of frames, which it reads where they are
+    assert (with_mix.disk_bytes, with_mix.train_seconds) == (planned.disk_bytes, 2 * planned.train_seconds)
 
     class Full:
         free = 1000

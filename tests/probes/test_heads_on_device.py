@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from corpus import write_encoder, write_task, write_tones
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from xares_onnx.errors import MachineError, UsageError
-from xares_onnx.evaluation.evaluation import _heads_device
+from xares_onnx.evaluation import evaluation
+from xares_onnx.evaluation.evaluation import _heads_device, evaluate
 from xares_onnx.models import device, standardised
 from xares_onnx.models.device import torch_device
 from xares_onnx.models.logistic import Loss, Multinomial, OneVersusRest
@@ -156,12 +159,28 @@ def test_frames_are_fitted_on_a_device() -> None:
     assert one.convergence.relative_gradient_norm <= convex.TOLERANCE
 
 
-@pytest.mark.parametrize(("provider", "there", "where"), [("CPU", 1, None), ("CUDA", 1, "cuda:0"), ("CUDA", 0, None)])
-def test_heads_run_where_the_encoder_does_or_say_so(
-    monkeypatch: pytest.MonkeyPatch, provider: str, there: int, where: str | None
+@pytest.mark.parametrize(
+    ("device", "provider", "where"),
+    [("cuda:0", "CPU", None), ("cuda:0", "CUDA", "cuda:0"), ("auto", "CUDA", "cuda"), ("auto", "CPU", None)],
+)
+def test_heads_run_where_the_encoder_does(device: str, provider: str, where: str | None) -> None:
+    assert _heads_device(device, f"{provider}ExecutionProvider") == where
+
+
+def test_heads_without_the_encoders_device_run_on_the_cpu_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads_in_this_process: None
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    notes: list[Any] = []
-    assert _heads_device("cuda:0", f"{provider}ExecutionProvider", notes.append) == where
-    assert len(notes) == (provider == "CUDA" and not there)
-    assert all("heads and kNN run on the CPU, though the encoder runs on CUDA" in note.text for note in notes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(evaluation, "_heads_device", lambda device, provider: "cuda:0")
+    write_tones(tmp_path / "data", train=24, valid=12, test=12)
+    done = evaluate(
+        write_encoder(tmp_path / "m.onnx"),
+        [str(write_task(tmp_path, "tones"))],
+        data=tmp_path / "data",
+        cache=tmp_path / "cache",
+        device="cpu",
+    )
+    said = [note for note in done.result.notes if "heads and kNN run on the CPU, though the encoder runs on CUDA" in note]
+    assert len(said) == 1
+    assert "PyTorch sees no CUDA devices" in said[0]
+    assert [record.status for record in done.result.tasks] == ["ok", "ok"]

@@ -57,7 +57,7 @@ class Engine(Protocol):
         """How many jobs it can run at once."""
 
     def described(self) -> dict[str, Any]:
-        """What the record of a result says of it: `engine`, and `workers`, its encoders."""
+        """What the record of a result says of it: `engine`; `workers`, its encoders; `incidents`, such as nodes lost."""
 
     def start(self, job: AnyJob, report: Callable[[Report], None]) -> None:
         """Begin a job and return at once.

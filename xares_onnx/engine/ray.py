@@ -116,6 +116,7 @@ class RayEngine:
         self._nodes: dict[str, Node] = {}
         self._seen: set[str] = set()
         self._actors: list[Any] = []
+        self._incidents: list[str] = []
         self._threads: list[threading.Thread] = []  # all of them, as in `LocalEngine`
         self._closing = threading.Event()
         self._resources = contextlib.ExitStack()
@@ -141,7 +142,8 @@ class RayEngine:
         return Slots(encoders=encoders, heads=heads, heads_beside=heads, memory=memory)
 
     def described(self) -> dict[str, Any]:
-        return {"engine": "ray", "workers": self._workers}
+        incidents = {"incidents": list(self._incidents)} if self._incidents else {}
+        return {"engine": "ray", "workers": self._workers, **incidents}
 
     def start(self, job: AnyJob, report: Callable[[Report], None]) -> None:
         if not self._threads:
@@ -221,7 +223,7 @@ class RayEngine:
                 ray.get(ready)
             except RayError as error:
                 self._seats.drop(functools.partial(operator.is_, seat))
-                report(Told(job, Note(f"node {seat.name} cannot start an actor ({type(error).__name__}); others go on")))
+                self._happened(f"node {seat.name} cannot start an actor ({type(error).__name__}); others go on", job, report)
                 report(Resized(self.slots))
             else:
                 seat.actor = actor
@@ -271,13 +273,18 @@ class RayEngine:
             gone = self._nodes.keys() - present.keys()
             self._seen |= refusals.keys()
             for node in gone:
-                report(Told(job, Note(f"node {self._nodes.pop(node).name} is gone; its unfinished jobs run elsewhere")))
+                self._happened(f"node {self._nodes.pop(node).name} is gone; its unfinished jobs run elsewhere", job, report)
             for node, refusal in refusals.items():
-                report(Told(job, Note(f"node {new[node].name} is new and gets no work: it {refusal}")))
+                self._happened(f"node {new[node].name} is new and gets no work: it {refusal}", job, report)
             self._seats.drop(lambda seat, gone=frozenset(gone): seat.node in gone)  # type: ignore[misc]
             self._welcome(admitted)
             if gone or admitted:
                 report(Resized(self.slots))
+
+    def _happened(self, text: str, job: AnyJob, report: Callable[[Report], None]) -> None:
+        """Say what became of a node, and keep it for the record: beside the machine, since no score depends on it."""
+        self._incidents.append(text)
+        report(Told(job, Note(text)))
 
     def _welcome(self, present: Iterable[Node]) -> None:
         for node in present:

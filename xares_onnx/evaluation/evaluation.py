@@ -24,7 +24,7 @@ from ..encoder.spec import ModelOptions, ModelSpec
 from ..engine import local
 from ..engine.engine import Engine
 from ..engine.opening import check_engine, open_engine
-from ..errors import MachineError, XaresError
+from ..errors import XaresError
 from ..files import indented
 from ..progress import Event, Note, Observer, ignore
 from ..scoring.kinds import kind_of
@@ -329,6 +329,7 @@ def plan(
             Store(cache / "store"),
             protocol=Protocol(protocol),
             seeds=settings.seeds,
+            mix=settings.mix,
             observer=observer,
         )
 
@@ -361,7 +362,7 @@ def _tools(
         language_device=_torch_device(device, spec.info.provider),
         checkpoints=cache / "checkpoints",
         threads=spec.threads,
-        device=_heads_device(device, spec.info.provider, observer),
+        device=_heads_device(device, spec.info.provider),
     )
 
 
@@ -385,19 +386,11 @@ def _torch_device(device: str, provider: str) -> str:
     return "cuda" if provider in _CUDA_PROVIDERS else "cpu"
 
 
-def _heads_device(device: str, provider: str, observer: Observer) -> str | None:
+def _heads_device(device: str, provider: str) -> str | None:
     """The torch device of large heads and searches: the encoder's if that runs on CUDA; None for the CPU."""
     if provider not in _CUDA_PROVIDERS:
         return None
-    from ..models.device import torch_device
-
-    name = device if device.startswith("cuda") else "cuda"
-    try:
-        torch_device(name)
-    except MachineError as error:
-        observer(Note(f"heads and kNN run on the CPU, though the encoder runs on CUDA: {error}"))
-        return None
-    return name
+    return device if device.startswith("cuda") else "cuda"
 
 
 def environment(encoder: Encoder, engine: Engine) -> dict[str, Any]:

@@ -38,12 +38,16 @@ _WEIGHTS = {  # about how many weights each row passes through, for heads whose 
     "llm": 500_000_000,  # a language model
 }
 _DISK_SECONDS = 900.0  # longest silence while a slow disk is read
+_MIX = 1.0  # the mix's heads, as a factor on those of all taps: 0.9 to 1.2 were measured (docs/protocols.md)
 _PIPELINE_OVERHEAD = 1.1  # decoding and storing, as a factor on the model's time
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One task. `disk_bytes` and the seconds are estimates of the work that remains."""
+    """One task. `disk_bytes` and the seconds are estimates of the work that remains.
+
+    `disk_bytes` includes the file that means of all layers go through on their way to the mix.
+    """
 
     task: str
     clips: int
@@ -74,6 +78,7 @@ def make_plan(
     *,
     protocol: Protocol,
     seeds: int,
+    mix: bool,
     observer: Observer,
 ) -> Plan:
     """Count clips, sample their durations, and time the model on two chunks per thread.
@@ -83,6 +88,7 @@ def make_plan(
         data: Data of each task, with the crops that its protocol takes.
         store: The store that may hold some embeddings already.
         seeds: Trainings of each head.
+        mix: Whether the mix of all taps is scored too.
         observer: Receives notes and progress.
 
     Raises:
@@ -90,7 +96,7 @@ def make_plan(
         DataError: A shard cannot be read.
     """
     rtf = measure_rtf(encoder, observer)
-    return Plan([_row(encoder, task_data, crops, store, rtf, protocol, seeds) for task_data, crops in data], rtf)
+    return Plan([_row(encoder, task_data, crops, store, rtf, protocol, seeds, mix) for task_data, crops in data], rtf)
 
 
 def _row(
@@ -101,6 +107,7 @@ def _row(
     rtf: float,
     protocol: Protocol,
     seeds: int,
+    mix: bool,
 ) -> PlanRow:
     task = data.task
     clips, clips_to_embed, seconds, seconds_to_embed = 0, 0, 0.0, 0.0
@@ -118,6 +125,8 @@ def _row(
     converges = protocol.corrected and task.head.kind == "linear"
     passes = _PASSES_TO_CONVERGE if converges else task.head.epochs * seeds
     flops = 6.0 * rows * passes * _folds(data) * weights * len(taps)  # per weight 2 forward, 4 backward
+    mixes = mix and kind_of(task).mixes and len(taps) > 1
+    spooled = 4 * rows * sum(tap.contract.dim for tap in taps) if mixes and not frames else 0.0
     pooled_bytes_per_second = sum(4 * tap.contract.dim for tap in taps) / crop_seconds
     return PlanRow(
         task=task.name,
@@ -125,9 +134,10 @@ def _row(
         clips_to_embed=clips_to_embed,
         hours=seconds / 3600,
         disk_bytes=seconds_to_embed * (pooled_bytes_per_second + _frame_bytes_per_second(encoder) * frames)
-        + clips_to_embed * _BYTES_PER_CLIP * len(taps),
+        + clips_to_embed * _BYTES_PER_CLIP * len(taps)
+        + spooled,
         embed_seconds=seconds_to_embed * rtf * _PIPELINE_OVERHEAD,
-        train_seconds=flops / _HEAD_FLOPS_PER_SECOND,
+        train_seconds=flops * (1 + _MIX * mixes) / _HEAD_FLOPS_PER_SECOND,
     )
 
 

@@ -156,6 +156,19 @@ def identity(spec: ScoreSpec) -> str:
     return hashlib.sha256(msgspec.json.encode(causes, order="deterministic")).hexdigest()
 
 
+def why_no_device(name: str | None) -> str | None:
+    """Why heads cannot run on a torch device, if one is named: known in their own process alone, which has torch."""
+    if name is None:
+        return None
+    from ..models.device import torch_device
+
+    try:
+        torch_device(name)
+    except MachineError as error:
+        return str(error)
+    return None
+
+
 class _Scores:
     """The outcome of a task, tap by tap."""
 
@@ -165,9 +178,12 @@ class _Scores:
         self._task = spec.data.task
         self._settings = spec.settings
         self._protocol = Protocol(spec.settings.protocol)
-        self._tools = spec.tools.load()
         self._tell = tell
         self.outcome = Outcome(estimates=[{} for _ in range(len(spec.taps) + spec.settings.mix)])
+        self._tools = spec.tools.load()
+        if reason := why_no_device(spec.tools.device):
+            self._note([f"heads and kNN run on the CPU, though the encoder runs on CUDA: {reason}"])
+            self._tools = replace(self._tools, device=None)
 
     def tap(self, number: int, shards: Mapping[Path, EmbeddedShard]) -> None:
         """Score every method on the embeddings by tap number `number`."""

@@ -177,7 +177,8 @@ class Design:
 
     def head(self, theta: Singles | Floats) -> Head:
         """The head of `theta` (rank + 1, outputs), the bias last."""
-        return Head(self.standardisation, self.axes @ theta[:-1], theta[-1].astype(np.float64))
+        weight = self.axes.astype(theta.dtype, copy=False) @ theta[:-1]
+        return Head(self.standardisation, weight, theta[-1].astype(np.float64))
 
     def moments(
         self, step: Callable[[Singles, npt.NDArray[Any]], tuple[Singles, Floats]], theta: Singles | Floats

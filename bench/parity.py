@@ -56,7 +56,9 @@ class Reference:
             model.C = 1 / (strength * len(self._z))
             model.fit(self._z, targets)
             of_outputs, of_bias = model.coef_, model.intercept_
-            if len(outputs) == 2:  # scikit-learn fits the second class alone; half the difference each is the multinomial fit
+            if (
+                len(outputs) == 2
+            ):  # scikit-learn fits the second class alone; half the difference each is the multinomial fit
                 of_outputs, of_bias = np.concatenate([-of_outputs, of_outputs]) / 2, np.array([-of_bias[0], of_bias[0]]) / 2
             weight[:, outputs], bias[outputs] = of_outputs.T, of_bias
         standardisation = Standardisation(self._scaler.mean_, 1 / self._scaler.scale_)

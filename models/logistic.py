@@ -189,7 +189,7 @@ class OneOfTwo(OneVersusRest):
         super().__init__(np.where(np.arange(len(counts)) == second, counts, 0), int(counts.sum()), 1.0)
 
     def _positive(self, targets: Indices, classes: Indices) -> npt.NDArray[np.bool_]:
-        return targets[:, None] == classes
+        return np.asarray(targets[:, None] == classes)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Solution:
     """
 
     strength: float
-    theta: Singles | Floats
+    theta: npt.NDArray[Any]
     relative_gradient_norm: float
     iterations: int
     converged: bool
@@ -433,7 +433,7 @@ class _Descent:
                 break
             if pending.all():
                 columns = self._every
-                trial = self._evaluate(begin + self._per_output(scale.astype(np.float32)) * direction, columns)
+                trial = self._evaluate(begin + np.asarray(self._per_output(scale), np.float32) * direction, columns)
                 rise = self._per_group(self._objective(trial)) - level
             else:
                 columns = np.flatnonzero(pending[groups])

@@ -114,8 +114,9 @@ class Standardisation:
 class Head:
     """A linear head on standardised rows: weight (dim, outputs) float32 and bias (outputs,) float64."""
 
-    def __init__(self, standardisation: Standardisation, weight: Singles | Floats, bias: Floats) -> None:
-        self.standardisation, self.weight, self.bias = standardisation, np.asarray(weight, np.float32), bias
+    def __init__(self, standardisation: Standardisation, weight: npt.NDArray[Any], bias: Floats) -> None:
+        self.standardisation, self.bias = standardisation, bias
+        self.weight: Singles = np.asarray(weight, np.float32)
 
     def logits(self, block: Singles) -> Singles:
         """Rows (rows, dim) to logits (rows, outputs); overwrites the rows."""
@@ -175,12 +176,13 @@ class Design:
     def rank(self) -> int:
         return len(self.variances)
 
-    def head(self, theta: Singles | Floats) -> Head:
+    def head(self, theta: npt.NDArray[Any]) -> Head:
         """The head of `theta` (rank + 1, outputs), the bias last."""
-        return Head(self.standardisation, self.axes @ theta[:-1], theta[-1].astype(np.float64))
+        weight = self.axes.astype(theta.dtype, copy=False) @ theta[:-1]
+        return Head(self.standardisation, weight, theta[-1].astype(np.float64))
 
     def moments(
-        self, step: Callable[[Singles, npt.NDArray[Any]], tuple[Singles, Floats]], theta: Singles | Floats
+        self, step: Callable[[Singles, npt.NDArray[Any]], tuple[Singles, Floats]], theta: npt.NDArray[Any]
     ) -> tuple[Floats, Floats]:
         """One pass over the rows.
 

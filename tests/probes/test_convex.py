@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -377,3 +378,23 @@ def test_blocks_change_nothing_that_counts(monkeypatch: pytest.MonkeyPatch, name
         np.testing.assert_allclose(blocks.predictions, whole.predictions, atol=5e-3)
     assert blocks.chosen == whole.chosen
     assert blocks.examples.tobytes() == whole.examples.tobytes() == np.unique(p.examples[p.rows.test]).tobytes()
+
+
+def test_memory_is_that_of_the_embeddings_and_a_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(30)
+    p.fit(Classes(p.classes, 4))  # whatever is loaded at first
+    monkeypatch.setattr(standardised, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(standardised, "_VALUES_KEPT", 10)
+    monkeypatch.setattr(convex, "rows_at_once", lambda dim: 64)
+    dim, classes, rows = 128, 250, 1500
+    x = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+    objective = Classes(np.arange(rows) % classes, classes)
+    objective.strengths = (10.0, 1.58, 0.251)
+    train, valid, test = np.split(np.arange(rows), [rows // 2, rows * 3 // 4])
+    tracemalloc.start()
+    try:
+        fit_fold(x, objective, np.arange(rows), FoldRows(train, valid, test, held_out=valid))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 26 * dim * classes * 4  # bytes of a head's weights

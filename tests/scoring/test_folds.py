@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,27 @@ def test_clips_of_all_shards_are_put_together(tmp_path: Path) -> None:
     assert dataset.clips == Clips(expected=5, read=5, dropped=[])
     assert dataset.audio_seconds == 10.0
     assert dataset.damage == []
+
+
+def test_memory_holds_the_embeddings_once(tmp_path: Path) -> None:
+    """Those of the shards are mapped from files, as in the store."""
+    names = [f"train{number}" for number in range(8)]
+    data = prepared(write_data(tmp_path, **dict.fromkeys(names, "ab"), valid="ab", test="ab"))
+    contents, dim, clips = {}, 4096, ["a", "b"] * 20
+    for path in sorted(data.plans):
+        shard = embedded({f"clip{number}": label for number, label in enumerate(clips)})
+        np.full((len(shard.pooled), dim), len(contents), np.float32).tofile(tmp_path / f"{path.name}.rows")
+        mapped = np.memmap(tmp_path / f"{path.name}.rows", np.float32, "r", shape=(len(shard.pooled), dim))
+        contents[path] = replace(shard, pooled=mapped.view(np.ndarray))
+    assemble(data, contents)  # imports
+    tracemalloc.start()
+    try:
+        embeddings = assemble(data, contents).embeddings
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert same(embeddings[:, 0].astype(np.int64), np.repeat(np.arange(len(contents)), len(embeddings) // len(contents)))
+    assert peak < 1.2 * embeddings.nbytes
 
 
 def test_an_unknown_label_is_a_named_drop_and_takes_its_crops_along(tmp_path: Path) -> None:

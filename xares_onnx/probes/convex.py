@@ -38,10 +38,10 @@ Result = TypeVar("Result")
 LOGISTIC_STRENGTHS = tuple(float(f"{10 ** (1 - 0.8 * step):.3g}") for step in range(11))
 # Of the mean squared error: scikit-learn's alpha is strength x crops. They cost next to nothing: 21 values over ten decades.
 RIDGE_STRENGTHS = tuple(float(f"{10 ** (4 - 0.5 * step):.3g}") for step in range(21))
-# Of the relative gradient norm. Over random divisions of the class tasks of `make realdata`, 0.94 of the heads chose the strength
-# that they choose at the optimum, and 0.04 of the test scores differed from that head's by more than 0.02 (1e-2: 0.78 and 0.06, with
-# 0.86 of the passes; 1e-3: 0.96 and 0.02, with 1.38 times). To refine only those strengths that may win took as many passes.
-# In the last fit, 1 of 860 decisions differed from the optimum (at 1e-4 none, for 1.1 times the passes).
+# Of the relative gradient norm. Over random divisions of the class tasks of `make realdata`, 94 % of the heads chose the
+# strength that they choose at the optimum, and 4 % of the test scores were more than 0.02 from the score then (at 1e-2: 78 %
+# and 6 to 9 %, for 0.86 of the passes; at 1e-3: 96 % and 2 %, for 1.38). Refining only the strengths that may win saved
+# nothing. In the last fit 1 of 860 decisions differed from the optimum (at 1e-4 none, for 1.1 times the passes).
 SELECTION_TOLERANCE = 3e-3
 TOLERANCE = 3e-4
 PATH_TOLERANCE = 3e-2  # of the stronger fits that lead to the last one
@@ -408,18 +408,16 @@ def _constant(design: Design, loss: Loss, bias: Floats, strength: float) -> Fit:
 
 
 class Classes(Logistic):
-    """Multinomial, of two classes binary; the class of the largest mean probability; accuracy. `targets` (crops,) class indices.
+    """Multinomial, or of two classes binary; the class of the largest mean probability; accuracy.
 
-    A class without a training crop is never predicted.
+    `targets` are (crops,) class indices. A class without a training crop is never predicted.
     """
 
     def __init__(self, targets: Indices, classes: int) -> None:
         self.targets, self.outputs = targets, classes
 
     def loss(self, rows: Rows) -> tuple[Loss, Floats]:
-        counts = np.asarray(
-            sum(np.bincount(rows.targets(number), minlength=self.outputs) for number in range(rows.blocks))
-        )
+        counts = np.asarray(sum(np.bincount(rows.targets(number), minlength=self.outputs) for number in range(rows.blocks)))
         bias = np.full(self.outputs, -np.inf)
         if np.count_nonzero(counts) != 2:
             return Multinomial(counts), bias

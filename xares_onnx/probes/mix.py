@@ -120,7 +120,7 @@ class _Problem:
         weight = np.zeros((mixture.rows.dim, self.loss.outputs))
         return self._fit(weight, self.loss.start(mixture), strength, Convergence(0.0, 0, True), mixture.weights)
 
-    def _fit(self, weight: Floats, bias: Floats, strength: float, convergence: Convergence, shares: Floats) -> Fit:
+    def _fit(self, weight: npt.NDArray[Any], bias: Floats, strength: float, convergence: Convergence, shares: Floats) -> Fit:
         """Outputs that the rows cannot teach get the bias that says so."""
         whole, biases = np.zeros((len(weight), len(self._bias))), self._bias.copy()
         whole[:, self.loss.taught] = weight * self._scale

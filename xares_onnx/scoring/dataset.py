@@ -82,7 +82,7 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard], spool: Spool 
     Returns:
         The clips of all shards, in the order of `shards`.
     """
-    matrices: list[npt.NDArray[np.float32]] = []
+    chosen: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]] = []
     owners: list[Indices] = []
     labels: list[Any] = []
     seconds: list[float] = []
@@ -111,8 +111,8 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard], spool: Spool 
                 continue
             new_index[i] = len(keys)
             for part, paths in data.parts.items():
-                chosen = data.selected[part]
-                if path in paths and (chosen is None or (path, clip.key) in chosen):
+                selected = data.selected[part]
+                if path in paths and (selected is None or (path, clip.key) in selected):
                     members[part].append(len(keys))
             outside += encoded.outside if isinstance(encoded, Events) else 0
             labels.append(encoded)
@@ -120,7 +120,10 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard], spool: Spool 
             keys.append(key)
             groups.append(data.task.data.group_of(clip.key, label))
         owner = new_index[shard.clip_of_crop]
-        (matrices if spool is None else spool).append(shard.pooled[owner >= 0])
+        if spool is None:
+            chosen.append((shard.pooled, owner >= 0))
+        else:
+            spool.append(shard.pooled[owner >= 0])
         owners.append(owner[owner >= 0])
         if shard.frames is not None:
             for crop in np.flatnonzero(owner >= 0):
@@ -129,7 +132,7 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard], spool: Spool 
                 times.append(shard.frames.times[rows])
     named, group_note = _usable_groups(data.task, keys, groups)
     return Dataset(
-        embeddings=np.concatenate(matrices) if spool is None else spool.matrix(),
+        embeddings=_stacked(chosen) if spool is None else spool.matrix(),
         clip_of_crop=np.concatenate(owners),
         labels=labels,
         keys=keys,
@@ -144,6 +147,15 @@ def assemble(data: TaskData, shards: Mapping[Path, EmbeddedShard], spool: Spool 
         groups=named,
         group_note=group_note,
     )
+
+
+def _stacked(shards: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]]) -> npt.NDArray[np.float32]:
+    """The chosen rows of all shards, which are mapped from files: in memory are the matrix and the rows of one shard."""
+    counts = [int(rows.sum()) for _, rows in shards]
+    matrix = np.empty((sum(counts), shards[0][0].shape[1]), np.float32)
+    for end, count, (pooled, rows) in zip(np.cumsum(counts), counts, shards, strict=True):
+        matrix[end - count : end] = pooled[rows]
+    return matrix
 
 
 def _usable_groups(task: Task, keys: list[str], groups: list[str | None]) -> tuple[list[str] | None, str | None]:

@@ -23,10 +23,12 @@ __all__ = ["FAMILIES", "export"]
 # Family: the module that builds its encoder.
 FAMILIES = {
     "ast": "spectrogram_transformer",
+    "clap": "clap",
     "dasheng": "dasheng",
     "data2vec": "speech",
     "hubert": "speech",
     "logmel": "logmel",
+    "mert": "speech",
     "resemblyzer": "resemblyzer",
     "torch": "torch",
     "wav2vec2": "speech",

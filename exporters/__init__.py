@@ -23,6 +23,7 @@ __all__ = ["FAMILIES", "export"]
 # Family: the module that builds its encoder.
 FAMILIES = {
     "ast": "spectrogram_transformer",
+    "ced": "dasheng",
     "clap": "clap",
     "dasheng": "dasheng",
     "data2vec": "speech",

@@ -1,8 +1,8 @@
-"""CLAP's audio tower: Wu et al., Large-scale Contrastive Language-Audio Pretraining with Feature Fusion and Keyword-to-Caption
-Augmentation (2023).
+"""CLAP's audio tower: Wu et al., Large-scale Contrastive Language-Audio Pretraining with Feature Fusion and
+Keyword-to-Caption Augmentation (2023).
 
-HTSAT, a Swin transformer on a log-mel spectrogram of 10 s at 48 kHz: shorter audio is repeated, as often as it fits whole, and
-then followed by silence. The file does that inside and keeps the frames that begin in the audio, two bands for each.
+HTSAT, a Swin transformer on a log-mel spectrogram of 10 s at 48 kHz: shorter audio is repeated, as often as it fits whole,
+and then followed by silence. The file does that inside and keeps the frames that begin in the audio, two bands for each.
 """
 
 from __future__ import annotations
@@ -86,13 +86,15 @@ def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
         )
     for name, value in FIXED.items():
         if settings.get(name, value) != value:
-            raise UsageError(f"{local.folder}/preprocessor_config.json has {name}={settings[name]}; only {value} is supported")
+            raise UsageError(
+                f"{local.folder}/preprocessor_config.json has {name}={settings[name]}; only {value} is supported"
+            )
     model = local.load("audio_model.").audio_model
     config = model.config
     if config.num_mel_bins != settings["feature_size"]:
         raise UsageError(
-            f"{local.folder} has a preprocessor of {settings['feature_size']} bands and a tower of {config.num_mel_bins}; use "
-            "files that were published together"
+            f"{local.folder} has a preprocessor of {settings['feature_size']} bands and a tower of {config.num_mel_bins}; "
+            "use files that were published together"
         )
     samples = settings["max_length_s"] * settings["sampling_rate"]
     # The tower stretches the spectrogram's frames to `stretched` ones, the first and the last on each other.

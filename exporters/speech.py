@@ -89,13 +89,15 @@ def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
 
 
 def _music_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
-    """The config of a MERT checkpoint as a HuBERT's: its own code adds a spectrogram, or scales of residuals, that no published
-    checkpoint uses. `attention_relax` subtracts the largest score before the softmax, and so changes nothing.
+    """The config of a MERT checkpoint as a HuBERT's: its own code adds a spectrogram, or scales of residuals, that no
+    published checkpoint uses. `attention_relax` subtracts the largest score before the softmax, and so changes nothing.
     """
     config = checkpoint.config()
     for name in ("feature_extractor_cqt", "deepnorm"):
         if config.get(name):
-            raise UsageError(f"{checkpoint.folder}/config.json has {name}=true, which is not supported; use MERT v1 as published")
+            raise UsageError(
+                f"{checkpoint.folder}/config.json has {name}=true, which is not supported; use MERT v1 as published"
+            )
     own = {name: value for name, value in config.items() if name not in ("model_type", "architectures", "auto_map")}
     try:
         return transformers.HubertConfig(**own)

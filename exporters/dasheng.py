@@ -25,7 +25,7 @@ from xares_onnx.exporters.core import Spec
 from xares_onnx.exporters.logmel import HOP_SAMPLES, SAMPLE_RATE, MelPower
 from xares_onnx.exporters.pretrained import Checkpoint
 
-__all__ = ["DashengEncoder", "build", "htk_filters"]
+__all__ = ["Attention", "DashengEncoder", "build", "htk_filters"]
 
 BANDS = 64
 WINDOW_SAMPLES = 512
@@ -70,7 +70,9 @@ class DashengLogMel(nn.Module):
         return torch.maximum(decibels, decibels.amax(dim=(1, 2), keepdim=True) - 120)[:, None]
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    """Self-attention on [batch, tokens, dim], with one matrix for queries, keys and values."""
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -88,7 +90,7 @@ class _Block(nn.Module):
     def __init__(self, dim: int, inner: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = _Attention(dim, heads)
+        self.attn = Attention(dim, heads)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, inner), "fc2": nn.Linear(inner, dim)})
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,10 +23,15 @@ __all__ = ["FAMILIES", "export"]
 # Family: the module that builds its encoder.
 FAMILIES = {
     "ast": "spectrogram_transformer",
+    "beats": "beats",
+    "ced": "dasheng",
+    "clap": "clap",
     "dasheng": "dasheng",
     "data2vec": "speech",
+    "eat": "eat",
     "hubert": "speech",
     "logmel": "logmel",
+    "mert": "speech",
     "resemblyzer": "resemblyzer",
     "torch": "torch",
     "wav2vec2": "speech",

@@ -41,8 +41,8 @@ EXTERNAL_BYTES = 2_000_000_000  # weights of this size and more go into a file b
 class Spec:
     """What a family declares about its encoder, in samples at `sample_rate`.
 
-    The receptive field is the constant of its `law`, after any padding: 0 for a centred STFT. With `tokens`, the encoder gives
-    the tokens of a patch grid, and the law is that of the frames they make.
+    The receptive field is the constant of its `law`, after any padding: 0 for a centred STFT. With `tokens`, the encoder
+    gives the tokens of a patch grid, and the law is that of the frames they make.
     """
 
     model_type: str
@@ -71,7 +71,9 @@ class Spec:
     def metadata(self, dim: int, precision: Precision) -> dict[str, str]:
         """The file's `metadata_props`: the contract's `xares.*` keys, and the plain ones of sherpa-onnx."""
         plain = ("model_type", "sample_rate", "comment")
-        declared = {name if name in plain else f"xares.{name}": value for name, value in vars(self).items() if name != "tokens"}
+        declared = {
+            name if name in plain else f"xares.{name}": value for name, value in vars(self).items() if name != "tokens"
+        }
         if self.tokens:
             declared |= {f"xares.{TOKENS}prefix": self.tokens.prefix, f"xares.{TOKENS}grid": self.tokens.grid}
             declared |= {f"xares.{TOKENS}bands": self.tokens.join}

@@ -53,10 +53,12 @@ class MelPower(nn.Module):
         *,
         centred: bool,
         window_samples: int = WINDOW_SAMPLES,
+        hop_samples: int = HOP_SAMPLES,
         filters: NDArray[np.float64] | None = None,
     ) -> None:
         super().__init__()
         self.padding = window_samples // 2 if centred else 0
+        self.hop_samples = hop_samples
         time = np.arange(window_samples)
         phase = 2 * np.pi / window_samples * np.outer(np.arange(window_samples // 2 + 1), time)
         window = 0.5 - 0.5 * np.cos(2 * np.pi / window_samples * time)  # periodic Hann
@@ -67,7 +69,7 @@ class MelPower(nn.Module):
         self.register_buffer("filters", torch.from_numpy(np.tile(filters, 2)[:, :, None]).float())
 
     def forward(self, audio: Tensor) -> Tensor:
-        spectrum = functional.conv1d(audio[:, None], self.dft, stride=HOP_SAMPLES, padding=self.padding)
+        spectrum = functional.conv1d(audio[:, None], self.dft, stride=self.hop_samples, padding=self.padding)
         return functional.conv1d(spectrum.square(), self.filters).transpose(1, 2)
 
 

@@ -46,11 +46,11 @@ class Checkpoint:
     source: str
 
     @classmethod
-    def find(cls, family: str, checkpoint: str | None) -> Checkpoint:
+    def find(cls, family: str, checkpoint: str | None, *others: str) -> Checkpoint:
         """Find a checkpoint.
 
         Args:
-            family: The `model_type` that its config must have.
+            family: The `model_type` that its config must have, unless it has one of the `others`.
             checkpoint: A folder, or the name of a model in the local cache.
 
         Raises:
@@ -68,7 +68,7 @@ class Checkpoint:
                     f"there is no folder {checkpoint} and no model of that name in the local cache; download it first"
                 ) from error
             result = cls(folder, f"{checkpoint}@{folder.name}")
-        if (model_type := result.config().get("model_type")) != family:
+        if (model_type := result.config().get("model_type")) not in (family, *others):
             raise UsageError(
                 f"{checkpoint} holds a model of type {model_type!r}, not {family!r}; export it as its own family"
             )
@@ -89,10 +89,11 @@ class Checkpoint:
         """The preprocessor's settings. They are half of the encoder, so no default replaces them."""
         return self._json(_PREPROCESSOR)
 
-    def load(self, part: str = "") -> Any:
+    def load(self, part: str = "", config: transformers.PreTrainedConfig | None = None) -> Any:
         """Load the model in float32, for inference.
 
         Args:
+            config: Instead of the checkpoint's own, of a type that `transformers` knows.
             part: Every weight whose name starts with this must be in the file, since `transformers` would draw it at random.
 
         Raises:
@@ -102,6 +103,7 @@ class Checkpoint:
             try:
                 model, loading = transformers.AutoModel.from_pretrained(
                     self.folder,
+                    **({"config": config} if config is not None else {}),
                     local_files_only=True,
                     use_safetensors=True,
                     trust_remote_code=False,

@@ -31,7 +31,7 @@ def kept_patches(tokens: Tensor, lie: Tokens, times: int) -> Tensor:
 
 
 class FixedFbank(nn.Module):
-    """float32 [batch, any] -> normalised filter banks [batch, frames, bands], zeros before normalisation after the audio's."""
+    """float32 [batch, any] -> normalised filter banks [batch, frames, bands]; zeros follow, normalised alike."""
 
     def __init__(self, fbank: KaldiFbank, frames: int, mean: float, deviation: float) -> None:
         super().__init__()
@@ -68,10 +68,15 @@ def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
     config = local.config()
     # A checkpoint may omit them: these are the preprocessor's own defaults.
     bands, frames = settings.get("num_mel_bins", 128), settings.get("max_length", 1024)
-    for name, value in (("sampling_rate", SAMPLE_RATE), ("num_mel_bins", config.get("num_mel_bins", 128)),
-                        ("max_length", config.get("max_length", 1024))):
+    for name, value in (
+        ("sampling_rate", SAMPLE_RATE),
+        ("num_mel_bins", config.get("num_mel_bins", 128)),
+        ("max_length", config.get("max_length", 1024)),
+    ):
         if settings.get(name, value) != value:
-            raise UsageError(f"{local.folder}/preprocessor_config.json has {name}={settings[name]}; only {value} is supported")
+            raise UsageError(
+                f"{local.folder}/preprocessor_config.json has {name}={settings[name]}; only {value} is supported"
+            )
     model = local.load()
     normalize = settings.get("do_normalize", True)
     mean, deviation = (settings.get("mean", -4.2677393), 2 * settings.get("std", 4.5689974)) if normalize else (0.0, 1.0)

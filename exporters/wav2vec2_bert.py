@@ -58,7 +58,9 @@ def build(family: str, checkpoint: str | None) -> tuple[nn.Module, Spec]:
     settings = local.preprocessor()
     for name, value in {"sampling_rate": SAMPLE_RATE, "num_mel_bins": BANDS, "stride": STACKED}.items():
         if settings.get(name, value) != value:
-            raise UsageError(f"{local.folder}/preprocessor_config.json has {name}={settings[name]}; only {value} is supported")
+            raise UsageError(
+                f"{local.folder}/preprocessor_config.json has {name}={settings[name]}; only {value} is supported"
+            )
     model = local.load()
     if model.config.add_adapter:
         raise UsageError(f"{local.folder} has an adapter after its encoder, which is not supported; use the plain encoder")

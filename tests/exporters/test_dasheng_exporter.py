@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from corpus import score_of_sound
-from dasheng_reference import Reference, save
+from dasheng_reference import SMALL_CED, Reference, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,3 +78,21 @@ def test_a_checkpoint_that_is_not_whole_is_refused(lost: str, checkpoint: Path, 
     save_file({name: value for name, value in tensors.items() if name != lost}, folder / "model.safetensors")
     with pytest.raises(UsageError, match="is not a Dasheng encoder in safetensors"):
         export("dasheng", str(folder), tmp_path / "out.onnx")
+
+
+def test_ced_is_its_published_grid_of_patches(tmp_path: Path) -> None:
+    folder = save(tmp_path / "small-ced", SMALL_CED)
+    path = export("ced", str(folder), tmp_path / "ced.onnx").path
+    with torch.no_grad():
+        reference = Reference(folder)
+        assert core.check_parity(reference, path, dasheng.build("ced", str(folder))[1]) < 1e-4
+        with pytest.raises(ModelError, match="differs from the torch module"):
+            core.check_parity(Reference(folder, top_db=20), path, dasheng.build("ced", str(folder))[1])
+        audio = (0.1 * np.random.default_rng(0).standard_normal(30_001)).astype(np.float32)
+        tokens = reference(torch.from_numpy(audio)[None])[0].numpy()
+    with load_encoder(path, device="cpu", threads=1) as encoder:
+        contract = encoder.info.contract
+        (embedding,) = encoder.embed([audio], rate=16_000)
+    assert (contract.hop_samples, contract.receptive_field_samples, contract.tokens.grid) == (2560, 2400, "4xT")
+    assert (contract.max_samples, contract.chunk_samples) == (292 * 160 - 1, 32_000)
+    np.testing.assert_allclose(embedding.frames, tokens.reshape(4, -1, 32).mean(axis=0), atol=1e-4)

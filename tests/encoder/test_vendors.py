@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
-import msgspec
 import pytest
 from feature_models import feature_model
 from numpy.lib.stride_tricks import sliding_window_view

@@ -18,8 +18,8 @@ from ..contract.contract import AnyFrontend, FrontendModel
 from ..contract.declarations import Declarations, declared_frontend, declared_windows
 from ..contract.frontend import MODEL_KEYS, PREFIX
 from ..contract.windows import Windows, make_windows
-from .probe import HOW
 from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
+from .probe import HOW
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -323,7 +323,7 @@ def test_where_a_joined_file_may_lie(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     front = save(front_model(), tmp_path / "mel.onnx")
     model = save(feature_model("kaldi"), tmp_path / "a/model.onnx")
-    with pytest.raises(UsageError, match="is not in the folder of .*; put it there, or below"):
+    with pytest.raises(UsageError, match=r"is not in the folder of .*; put it there, or below"):
         join(model, front, [], tmp_path / "whole.onnx")
     front = save(front_model(), tmp_path / "a/mel.onnx")
     for target in (front, model, tmp_path, tmp_path / "none/whole.onnx"):

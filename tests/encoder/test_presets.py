@@ -1,4 +1,4 @@
-"""Presets of front ends beside Whisper's, Kaldi's and librosa's: by the formula of their source, and by figures of packages."""
+"""Presets of front ends beside Whisper's, Kaldi's and librosa's: by their sources' formulas, and by figures of packages."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_a_preset_is_its_formula(preset: str) -> None:
         np.testing.assert_allclose(features, expected, rtol=0, atol=2e-4)
 
 
-# By kaldi-native-fbank, Essentia 2.1-beta6 and onnx-asr 0.12 (its NumPy preprocessor), for frames and bands of `chirp`. Essentia
-# pads the last frame of the first two, and its VGGish takes a symmetric window.
+# By kaldi-native-fbank 1.23, Essentia 2.1-beta6 and onnx-asr 0.12 (its NumPy preprocessor), for frames and bands of `chirp`.
+# Essentia pads the last frame of the first two, and its VGGish takes a symmetric window.
 FRAMES, BANDS = (0, 40, -1), (0, 9, 30, 63)
 FIGURES: dict[str, tuple[list[str], list[list[float]]]] = {
     "musicnn": ([], [[3.37881, 2.99625, 0.48274, 0.70571], [0.76806, 0.0, 0.00138, 2e-05]]),

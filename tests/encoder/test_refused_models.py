@@ -90,7 +90,8 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "metadata with features": (
         lambda: feature_models.feature_model("kaldi", metadata={"xares.input_kind": "features"}),
         "metadata says that input 'features' takes features, but not how to make them; declare --contract "
-        "frontend.preset=whisper, kaldi or librosa, and its keys (docs/vendors.md), or export the model with its front",
+        "frontend.preset=kaldi or another (docs/vendors.md), or the graph that makes them by --contract "
+        "frontend.model=FILE.onnx, or export the model with its front end",
     ),
     "metadata with features where a waveform goes in": (
         lambda: models.encoder(metadata={"xares.frontend.preset": "whisper"}),
@@ -116,7 +117,12 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "features without a word": (
         lambda: feature_models.feature_model("whisper", name="mel"),
         "input 'mel' has the shape of features, ['batch', 80, 'frames'], and nothing declares how to make them; declare "
-        "--contract frontend.preset=whisper, kaldi or librosa, and its keys (docs/vendors.md), or export",
+        "--contract frontend.preset=kaldi or another (docs/vendors.md), or the graph that makes them by --contract "
+        "frontend.model=FILE.onnx, or export",
+    ),
+    "features in two axes without a word": (
+        lambda: feature_models.feature_model("kaldi", "TF", name="input", sizes={"F": "bands"}),
+        "; if it takes features, declare --contract frontend.preset=kaldi or another (docs/vendors.md), or the graph",
     ),
     "features in a window without a word": (
         lambda: feature_models.feature_model("kaldi", "B1TF", sizes={"T": 998, "B": 1}),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from xares_onnx import cli
 from xares_onnx.encoder.contract.declarations import declared_on_command_line
-from xares_onnx.encoder.contract.frontend import KEYS, make_frontend
+from xares_onnx.encoder.contract.frontend import KEYS, PRESETS, make_frontend
 from xares_onnx.encoder.encoder import load_encoder
 
 PAGE = (Path(__file__).parents[2] / "docs/vendors.md").read_text()
@@ -40,7 +41,7 @@ def run(*arguments: str) -> None:
 
 
 def annotate_as_shown() -> None:
-    (command,) = re.findall(r"^    xares-onnx (annotate .*)$", PAGE, flags=re.MULTILINE)
+    (command,) = re.findall(r"^    xares-onnx (annotate plain.onnx .*)$", PAGE, flags=re.MULTILINE)
     run(*shlex.split(command))
 
 
@@ -87,11 +88,12 @@ def test_the_keys_of_the_page_can_be_declared() -> None:
     keys = re.findall(r"`(\w+)`", " ".join([*rows, checked]))
     assert len(keys) > 15
     values = {"amplitude": "int16", "normalize": "zscore", "input_layout": "BT", "output_layout": "BTD"}
+    values |= {"chunk_overlap": "window"}
     assert len(declared_on_command_line(f"{key}={values.get(key, 400)}" for key in keys)) == len(keys)
 
 
 def test_the_table_of_front_ends_is_what_the_presets_are() -> None:
-    section = PAGE.split("\n## Features in")[1].split("\n## ")[0]
+    section = PAGE.split("\n## Features in")[1].split("\nFurther presets")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")]
     heads, rows = rows[0], rows[1:]
     keys = [key for row in rows for key in re.findall(r"`(\w+)`", row[0])]
@@ -103,7 +105,36 @@ def test_the_table_of_front_ends_is_what_the_presets_are() -> None:
             names, values = re.findall(r"`(\w+)`", row[0]), row[column].split(", ")
             for name, text in zip(names, values, strict=True):
                 found, value = getattr(frontend, name), said.get(text.strip("`"), text.strip("`"))
+                found = "window" if found is msgspec.UNSET else found
                 assert found == (type(found)(value) if not isinstance(found, bool) else value), (head, name)
+
+
+def test_the_further_presets_are_what_the_page_says() -> None:
+    section = PAGE.split("\nFurther presets")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")]
+    assert {row[0].strip("`") for row in rows} == set(PRESETS) - {"whisper", "kaldi", "librosa"}
+    for name, base, changes in rows:
+        declared = dict(re.findall(r"`(\w+)=(\S+)`", changes))
+        declared = {key: KEYS[f"frontend.{key}"](text) for key, text in declared.items()}
+        preset = make_frontend({"preset": name.strip("`")}, RATE)
+        changed = make_frontend({"preset": base.strip("`"), **declared}, RATE)
+        assert msgspec.structs.replace(changed, preset=preset.preset) == preset
+
+
+@pytest.mark.parametrize("heading", ["A front end that is a graph", "Windows"])
+def test_the_keys_of_the_other_tables_can_be_declared(heading: str) -> None:
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    keys = re.findall(r"`((?:frontend|window)\.\w+)`", " ".join(re.findall(r"^\| (.*?) \|", section, flags=re.MULTILINE)))
+    assert len(keys) >= 3
+    assert declared_on_command_line(f"{key}=2" for key in keys).keys() >= set(keys)
+
+
+def test_what_the_page_adds_for_each_family_can_be_declared() -> None:
+    section = PAGE.split("\n## My encoder is")[1].split("\n## ")[0]
+    pairs = re.findall(r"`((?:frontend|window|tokens|constant)\.\S+=\S+|amplitude=\S+|input_layout=\S+)`", section)
+    assert len(pairs) > 15
+    for pair in pairs:
+        assert declared_on_command_line([pair.replace("=N", "=2")])
 
 
 def test_the_flags_of_the_page_for_features(tmp_path: Path) -> None:

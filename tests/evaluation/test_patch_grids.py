@@ -1,4 +1,4 @@
-"""A frame task scored on the tokens of a spectrogram transformer: as on the frames of the canonical model, at the same times."""
+"""A frame task scored on the tokens of a spectrogram transformer: as on the canonical model's frames, at the same times."""
 
 from __future__ import annotations
 

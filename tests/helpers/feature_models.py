@@ -50,7 +50,7 @@ def feature_model(
 ) -> ModelProto:
     """The same encoder, that takes features in a layout such as BTF or B1FT. `extra` nodes change `bands` to `scaled`."""
     bands = bands or BANDS[kind]
-    shape = {"B": "batch", "T": "frames", "F": bands, "1": 1} | (sizes or {})
+    shape: dict[str, Any] = {"B": "batch", "T": "frames", "F": bands, "1": 1} | (sizes or {})
     single = [axis for axis, letter in enumerate(layout) if letter == "1"]
     letters = layout.replace("1", "")
     nodes = [helper.make_node("Cast", [name], ["float"], to=FLOAT)]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-4  # of the largest value: kernels may be fused otherwise
 _SECONDS = (0.31, 1.003, 2.77, 12.345)  # of the clips that both embed
 _OPSET = 13  # the oldest of the operators between the two graphs
+_FRONT = "front/"  # before the names of the front end, if the model uses some of them
 _FED, _ITEMS = "bridge/model/", "row/items"  # before the names of what the model is fed; the number of items
 _KEPT = ("sample_rate", "amplitude", "normalize", "chunk_samples", "first_frame_center_samples", "license", "source")
 _ASSUMED = ("default", "measured", "graph")
@@ -195,13 +196,13 @@ def _joined(front: onnx.ModelProto, model: onnx.ModelProto, contract: Contract) 
     front, model = _at(front, opset), _at(model, opset)
     front.ir_version = model.ir_version = max(front.ir_version, model.ir_version)
     _align(front, model)
-    front = compose.add_prefix(front, "front/", rename_inputs=False)
-    taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-    taken |= {value.name for value in model.graph.input}
-    for value in front.graph.input:
-        if value.name in taken:
-            _rename_input(front.graph, value.name, f"front/{value.name}")
-    output = f"front/{record.contract.output}"
+    output = record.contract.output
+    if taken := _names(front) & _names(model):
+        front = compose.add_prefix(front, _FRONT, rename_inputs=False)
+        output = _FRONT + output
+        for value in front.graph.input:
+            if value.name in taken:
+                _rename_input(front.graph, value.name, _FRONT + value.name)
     kept = next(value for value in front.graph.output if value.name == output)
     del front.graph.output[:]
     front.graph.output.append(kept)
@@ -243,6 +244,15 @@ def _shape_outputs(model: onnx.ModelProto, contract: Contract) -> None:
             kept.append(value)
     del model.graph.output[:]
     model.graph.output.extend(kept)
+
+
+def _names(model: onnx.ModelProto) -> set[str]:
+    """Every name that two graphs cannot both use."""
+    graph = model.graph
+    names = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
+    names |= {value.name for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info)}
+    names |= {tensor.values.name for tensor in graph.sparse_initializer}
+    return names - {""}
 
 
 def _opset(model: onnx.ModelProto) -> int:

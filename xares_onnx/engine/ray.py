@@ -315,7 +315,7 @@ def open_ray(encoder: Encoder, options: ModelOptions, cache: Path, paths: Sequen
     check_address(address)
     with contextlib.ExitStack() as resources:
         resources.enter_context(connection(address or LOCAL))
-        seen = [*paths, Path(encoder.info.path)]
+        seen = [*paths, Path(encoder.info.path), *([encoder.info.front] if encoder.info.front else [])]
         expected = resources.enter_context(expectation(cache.absolute(), seen, encoder.info))
         per_gpu = encoders_per_device(encoder, "cuda:0") if encoder.info.provider == CUDA else 0
         shares = _shares(options, per_gpu, sum(node.cpus for node in present_nodes().values()))

@@ -178,7 +178,8 @@ class FrontendModel(msgspec.Struct, frozen=True, kw_only=True):
 
     def described(self) -> str:
         law = self.law
-        return f"{self.bins} bins every {law.hop} samples, times {self.scale:g} plus {self.offset:g}"
+        scaled = "" if (self.scale, self.offset) == (1.0, 0.0) else f", times {self.scale:g} plus {self.offset:g}"
+        return f"{self.bins} bins every {law.hop} samples{scaled}"
 
     def facts(self) -> dict[str, str | int | float]:
         """For the record, by key without `frontend.`."""

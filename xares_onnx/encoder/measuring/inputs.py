@@ -19,6 +19,7 @@ from ..contract.declarations import Declarations, declared_frontend, declared_wi
 from ..contract.frontend import MODEL_KEYS, PREFIX
 from ..contract.windows import Windows, make_windows
 from .layouts import bins_fit, bins_shown, feature_layouts, input_layout, looks_like_features
+from .probe import HOW
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -27,10 +28,6 @@ _LENGTH_NAMES = ("length", "lens", "num_samples", "n_samples")
 _MASK_NAMES = {"mask", "attention_mask", "input_mask", "audio_mask"}
 _WAVEFORM_NAMES = {"audio", "waveform", "input_values"}
 _FEATURE_NAMES = {"input_features", "input_values", "features", "feats", "speech", "x"}
-_HOW = (
-    "declare --contract frontend.preset=whisper, kaldi or librosa, and its keys (docs/vendors.md), or export the model with "
-    "its front end"
-)
 _LISTED = 12  # names in a sentence
 _SHORTEST_WINDOW = 400  # samples; a fixed axis of fewer holds features or a state, not audio
 
@@ -212,10 +209,11 @@ def _only_or_named(
 
 
 def _waveform_error(audio: onnxruntime.NodeArg, declared: Declarations) -> ContractError:
+    axes = "; if its axes are frames and bins, --contract input_layout=TF" if len(audio.shape) == 2 else ""
     return ContractError(
         f"{declared['input_kind'].source} says that the model takes features, but input {quoted(audio.name)} has the "
         f"shape of a waveform, {foreign(str(list(audio.shape)))}; if its front end is inside, set --contract "
-        "input_kind=waveform"
+        f"input_kind=waveform{axes}"
     )
 
 
@@ -231,7 +229,7 @@ def _frontend(
         if input_layout(audio.shape) and not any(isinstance(size, int) and size > 1 for size in audio.shape[-2:]):
             raise _waveform_error(audio, declared)
         raise ContractError(
-            f"{kind.source} says that input {quoted(audio.name)} takes features, but not how to make them; {_HOW}"
+            f"{kind.source} says that input {quoted(audio.name)} takes features, but not how to make them; {HOW}"
         )
     frontend, sources = declared_frontend(declared, None)
     shown = None if PREFIX + "mels" in declared else bins_shown(audio.shape, frontend.bins)
@@ -276,7 +274,7 @@ def _layout(audio: onnxruntime.NodeArg, declared: Declarations) -> str:
     if layout is None and looks_like_features(shape):
         raise ContractError(
             f"input {quoted(audio.name)} has the shape of features, {foreign(str(shape))}, and nothing declares how to "
-            f"make them; {_HOW}"
+            f"make them; {HOW}"
         )
     if layout is None:
         raise ContractError(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ContractError, ContradictionError, ModelError, ModelLimitError, concerning, quoted
-from ..contract.contract import DEFAULT_CHUNK_SECONDS, DEFAULT_SAMPLE_RATE, Contract, FrontendModel
+from ..contract.contract import DEFAULT_SAMPLE_RATE, Contract, FrontendModel
 from ..contract.declarations import Declarations, declared_tokens
 from ..contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
 from ..contract.frontend import AMPLITUDES
@@ -26,6 +26,7 @@ from ..contract.windows import Windows
 from ..limits import UNTRUSTED
 from ..session import Session
 from . import patch_grid
+from .chunk_lengths import check_long_input, choose_chunk, choose_overlap
 from .frame_times import WINDOW_HOP, even_hop, first_center, first_center_in_window
 from .inputs import Inputs, choose_inputs, listed
 from .layouts import batch_axis, growing_axis, output_layout
@@ -182,24 +183,10 @@ def _measure_growing(probe: Probe, inputs: Inputs) -> int:
     else:
         _refuse_frames_of_a_clip(probe)
     probe.update(min_samples=_measure_minimum(probe, low))
-    probe.update(chunk_samples=_choose_chunk(probe))
-    _check_long_input(probe)
-    _choose_overlap(probe)
+    probe.update(chunk_samples=choose_chunk(probe))
+    check_long_input(probe)
+    choose_overlap(probe)
     return low
-
-
-def _choose_overlap(probe: Probe) -> None:
-    """Set whether chunks overlap, so that windows go on across their borders."""
-    contract = probe.contract
-    default = ("window", "default (of windows)") if contract.windows else (None, "default")
-    if probe.choose("chunk_overlap", *default) == "window":
-        if contract.law is None:
-            raise ContradictionError(
-                f"{probe.sources['chunk_overlap']} declares chunk_overlap=window, but output {quoted(contract.output)} "
-                "gives one vector per clip, without frames; drop it",
-                about="chunk_overlap",
-            )
-        probe.update(chunk_overlap="window")
 
 
 # ---------------------------------------------------------------- fixed windows
@@ -551,50 +538,6 @@ def _measure_minimum(probe: Probe, low: int) -> int:
             except ModelError:
                 continue
     return low
-
-
-def _choose_chunk(probe: Probe) -> int:
-    contract = probe.contract
-    usual = round(DEFAULT_CHUNK_SECONDS * contract.sample_rate)
-    if contract.windows:
-        usual = max(usual, contract.min_samples)
-    chunk = int(probe.choose("chunk_samples", usual))
-    if contract.max_samples is not None and chunk > contract.max_samples:
-        if "chunk_samples" in probe.declared:
-            problem = f"chunk_samples={chunk} is more than max_samples={contract.max_samples}"
-            raise ContradictionError(problem, about="chunk_samples")
-        chunk = contract.max_samples
-    if chunk < contract.min_samples:
-        raise _chunk_error(
-            probe, f"chunk_samples={chunk} is less than the {contract.min_samples} samples that the model needs"
-        )
-    return chunk
-
-
-def _check_long_input(probe: Probe) -> None:
-    """The law must hold at the chunk length too: an export may have frozen a maximum."""
-    contract = probe.contract
-    try:
-        frames = probe.frames(contract.chunk_samples)
-    except (ContractError, ModelLimitError):
-        raise
-    except ModelError as error:
-        raise _chunk_error(
-            probe,
-            f"the model fails on a chunk of {contract.chunk_samples / contract.sample_rate:g} s; declare a shorter "
-            f"one by --contract chunk_samples=N ({error})",
-        ) from error
-    if frames != (expected := contract.frames_of(contract.chunk_samples)):
-        raise _chunk_error(
-            probe,
-            f"{contract.chunk_samples} samples give {frames} frames, and by the law of shorter inputs {expected}; declare a "
-            "shorter --contract chunk_samples=N",
-        )
-
-
-def _chunk_error(probe: Probe, message: str) -> ContractError:
-    kind = ContradictionError if "chunk_samples" in probe.declared else ContractError
-    return kind(message, about="chunk_samples")
 
 
 def _measure_batch(probe: Probe, samples: int) -> dict[str, bool]:

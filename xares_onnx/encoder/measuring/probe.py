@@ -16,6 +16,11 @@ from ..contract.contract import Contract
 from ..contract.declarations import Declarations
 from ..session import Session
 
+HOW = (
+    "declare --contract frontend.preset=kaldi or another (docs/vendors.md), or the graph that makes them by --contract "
+    "frontend.model=FILE.onnx, or export the model with its front end"
+)
+"""What to do about an input of features."""
 _KEPT = 4  # inputs whose outputs are remembered
 
 
@@ -134,4 +139,5 @@ class Probe:
             except ModelError as error:
                 last_error = error
         tried = ", ".join(f"{samples / self.contract.sample_rate:g}" for samples in lengths)
-        raise ContractError(f"the model fails on inputs of {tried} s: {last_error}", about="time")
+        hint = "" if self.contract.features or len(self.contract.input_layout) != 2 else f"; if it takes features, {HOW}"
+        raise ContractError(f"the model fails on inputs of {tried} s: {last_error}{hint}", about="time")

@@ -149,6 +149,11 @@ def foreign(text: str) -> str:
     return printable(_cut(text, _MAX_FOREIGN))
 
 
+def sentences(text: str) -> str:
+    """Text of ours with a stranger's in it, such as a cell or a remark, to print: `printable`, and cut like a message."""
+    return printable(_cut(text, _MAX_MESSAGE))
+
+
 def quoted(value: object) -> str:
     """A stranger's text or value in quotes, for a message: as `repr` writes it, and at most 200 characters of it."""
     return repr(_cut(value, _MAX_FOREIGN)) if isinstance(value, str) else _cut(repr(value), _MAX_FOREIGN)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_models as models
 import pytest
 from bounds import bounded
+from cli_world import run
 from made_results import ENCODER, classes, saved
 
 from xares_onnx.errors import UsageError, foreign, printable, quoted
@@ -99,6 +100,107 @@ def test_formulas_in_csv(tmp_path: Path) -> None:
     for row in rows:
         for column in ("model", "file", "title"):
             assert row[heading.index(column)].startswith("'")
+
+
+LONG = f"{EVIL}##[x]::error::{'Z' * 4000}"
+_SHORT = 200  # characters of one foreign text
+
+
+def short(text: str) -> None:
+    """No stranger's text is longer than it may be, wherever it stands."""
+    assert max(map(len, re.findall("Z+", text)), default=0) <= _SHORT
+
+
+def evil_everywhere(path: Path, right: float = 1.0) -> Path:
+    """A result that has a stranger's text wherever one may stand without making it another run's."""
+    result(path, LONG, LONG, right, domain=LONG, notes=[LONG], published={LONG: 0.5})
+    raw = msgspec.json.decode(path.read_bytes())
+    (task,) = raw["tasks"]
+    task["clips"] = {"expected": 2, "read": 1, "dropped": [{"key": LONG, "shard": LONG, "reason": LONG}]}
+    taps = [{**task, "tap": f"{LONG}{i}"} for i in range(2)]
+    lost = {**task, "task": f"{LONG}lost", "status": "failed", "score": None, "reason": LONG, "predictions": None}
+    raw["tasks"] = [task, *taps, lost]
+    raw["encoder"] |= {
+        "taps": [LONG, f"{LONG}0", f"{LONG}1"],
+        "sha256": LONG,
+        "contract": {LONG: {"value": LONG, "source": LONG}},
+    }
+    raw["environment"] = {
+        LONG: LONG,
+        "machine": {"processor": LONG},
+        "provider": LONG,
+        "list": [LONG] * 100,
+        "deep": [[[LONG]]],
+    }
+    raw["settings"] |= {LONG: LONG, "other": LONG}
+    gate = {"gate": "baseline", "task": LONG, "method": LONG, "tap": LONG, "status": "fail", "message": LONG, "limit": 0.1}
+    raw |= {"created": LONG, "notes": [LONG] * 100, "gates": [gate]}
+    path.write_bytes(msgspec.json.encode(raw))
+    return path
+
+
+@pytest.mark.parametrize("format_", ["md", "csv", "html", "model-index"])
+def test_every_text_of_a_report_is_bounded(format_: str, tmp_path: Path) -> None:
+    paths = [evil_everywhere(tmp_path / "a.json"), evil_everywhere(tmp_path / "b.json", right=0.5)]
+    code, out, err = run("report", *map(str, paths[: 1 if format_ == "model-index" else 2]), "--format", format_)
+    assert code == 0, err
+    harmless(out + err, lines="<" if format_ == "html" else "")
+    short(out + err)
+    assert "Z" * 50 in out  # it is there, and cut
+
+
+@pytest.mark.parametrize("format_", ["text", "github", "junit"])
+def test_every_text_of_a_comparison_is_bounded(format_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    paths = [evil_everywhere(tmp_path / "a.json"), evil_everywhere(tmp_path / "b.json", right=0.5)]
+    code, out, err = run("compare", *map(str, paths), "--format", format_)
+    assert code == 1, err
+    harmless(re.sub(r"^::(error|warning) title=[^\n]*\n", "", out, flags=re.MULTILINE) + err)
+    short(out + err)
+    if format_ == "github":
+        summary = (tmp_path / "summary.md").read_text()
+        harmless(summary)
+        short(summary)
+
+
+@pytest.mark.parametrize("field", ["protocol", "limit", "seeds", "metric", "task", "predictions", "data_digest"])
+def test_a_text_that_makes_it_another_run_is_bounded_in_the_refusal(field: str, tmp_path: Path) -> None:
+    a, b = result(tmp_path / "a.json", "a"), result(tmp_path / "b.json", "b", right=0.5)
+    raw = msgspec.json.decode(b.read_bytes())
+    (raw["settings"] if field in ("protocol", "limit", "seeds") else raw["tasks"][0])[field] = LONG
+    b.write_bytes(msgspec.json.encode(raw))
+    for command in ("report", "compare"):
+        _, out, err = run(command, str(a), str(b))
+        harmless(out + err)
+        short(out + err)
+
+
+def evil_model(path: Path) -> Path:
+    """An encoder with a stranger's names for its nodes, tensors and operators' outputs, and such metadata."""
+    model = models.encoder(
+        metadata={f"xares.{key}": LONG for key in ("source", "license")} | {"sample_rate": "16000", LONG: LONG}
+    )
+    names = {name: f"{LONG[:900]}{name}" for item in model.graph.node for name in item.output if name != "embeddings"}
+    for item in model.graph.node:
+        item.name = f"{LONG[:3000]}{item.output[0]}"
+        item.input[:] = [names.get(name, name) for name in item.input]
+        item.output[:] = [names.get(name, name) for name in item.output]
+    model.producer_name = LONG
+    return models.save(model, path)
+
+
+@pytest.mark.parametrize("format_", ["text", "json", "junit", "github"])
+def test_every_text_of_a_check_is_bounded(format_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    path = evil_model(tmp_path / f"::stop-commands::x##[group]\u202e\x9b{'Z' * 201}.onnx")
+    outcome = bounded("check", path, "--profile", "--device", "cpu", "--format", format_, memory=8 << 30)
+    assert outcome.code in (0, 1), outcome.err
+    if format_ == "json":
+        return  # data for programs, which are whole
+    harmless(outcome.out + outcome.err, lines="::" if format_ == "github" else "")
+    short(re.sub(r"file=[^,]*,", "", outcome.out) + outcome.err)  # the file's own path is the user's
+    if format_ == "github":
+        harmless((tmp_path / "summary.md").read_text())
 
 
 def test_long_texts_in_a_report(tmp_path: Path) -> None:

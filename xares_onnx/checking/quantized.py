@@ -38,7 +38,16 @@ _UNSCALED = {"ConvInteger": 1, "MatMulInteger": 1}  # their products are scaled 
 _BYTES = {2, 3}  # TensorProto's types of a byte
 _SMALLER = {21, 22, 25, 26}  # and of 4 and 2 bits
 _FLOATS = {1, 10, 11, 16}
-_ENDS = {-128, -127, -64, -63, 63, 64, 127, 255}  # where quantizers to 8 and to 7 bits cut; 0 is the level of pruned weights too
+_ENDS = {
+    -128,
+    -127,
+    -64,
+    -63,
+    63,
+    64,
+    127,
+    255,
+}  # where quantizers to 8 and to 7 bits cut; 0 is the level of pruned weights too
 _LEAST_PER_SCALE = 16  # weights; of fewer, the largest are a good part
 
 _MULTIPLIED = {"Conv": 1, "ConvTranspose": 1, "FusedMatMul": 1, "GRU": 1, "Gemm": 1, "LSTM": 1, "MatMul": 1}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError, printable, worst_exit_code
+from ..errors import UsageError, foreign, printable, worst_exit_code
 from .app import app, put, put_json, reported, say, split
 from .options import (
     CacheOption,
@@ -100,7 +100,7 @@ def compare(
             observer=observer,
             **settings,
         )
-    title = f"{result.b.file} against {result.a.file}"
+    title = f"{foreign(result.b.file)} against {foreign(result.a.file)}"
     if format_ == "json":
         put_json(result)
     elif format_ == "junit":

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.catalog import in_group, shipped_tasks
-from ..errors import DataError, DataMissingError, ScoreUndefinedError, UsageError
+from ..errors import DataError, DataMissingError, ScoreUndefinedError, UsageError, foreign
 from ..metrics.bootstrap import Scorer, point, scored_alike
 from ..metrics.intervals import Estimate, Scale, adjusted, average, detectable, estimates, interval, p_value
 from ..scoring.protocol import Protocol
@@ -237,7 +237,9 @@ def check_settings(a: Side, name: str, settings: Mapping[str, Any], methods: Col
         other = settings.get(key, value)
         if value != other:
             readable = key in ("protocol", "limit", "seeds")
-            contrast = f"{option} {value} and {name} with {other}" if readable else f"another {option}"
+            contrast = (
+                f"{option} {foreign(str(value))} and {name} with {foreign(str(other))}" if readable else f"another {option}"
+            )
             raise UsageError(f"{a.name} was scored with {contrast}, so they cannot be compared; evaluate one of them again")
 
 
@@ -245,10 +247,13 @@ def check_alike(a: Side, record: TaskResult, name: str, definition: str | None, 
     """Raise `UsageError` if `definition` is not the record's, `DataError` if `data` is not; None is not known yet."""
     if definition is not None and record.definition_digest != definition:
         raise UsageError(
-            f"{record.task} is defined differently in {a.name} and in {name} (its task file has changed); evaluate again"
+            f"{foreign(record.task)} is defined differently in {a.name} and in {name} (its task file has changed); evaluate "
+            "again"
         )
     if data is not None and record.data_digest != data:
-        raise DataError(f"{a.name} was scored on other data of {record.task} than {name}; evaluate one of them again")
+        raise DataError(
+            f"{a.name} was scored on other data of {foreign(record.task)} than {name}; evaluate one of them again"
+        )
 
 
 def check_heads_alike(a: Side, ours: TaskResult, name: str, theirs: TaskResult) -> None:
@@ -256,8 +261,8 @@ def check_heads_alike(a: Side, ours: TaskResult, name: str, theirs: TaskResult) 
     if (ours.tuning is None) != (theirs.tuning is None):
         older = a.name if ours.tuning is None else name
         raise UsageError(
-            f"the head of {ours.task} in {older} was trained by an earlier version, with settings that nothing chose, so "
-            "the two scores cannot be compared; evaluate again"
+            f"the head of {foreign(ours.task)} in {older} was trained by an earlier version, with settings that nothing "
+            "chose, so the two scores cannot be compared; evaluate again"
         )
 
 
@@ -269,12 +274,13 @@ def verified(side: Side, record: TaskResult) -> tuple[Predictions, list[Scorer]]
         score = float(point(scorers).mean())
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DataError(
-            f"the predictions of {record.task} in {side.name} do not fit its metric, {record.metric}: {error}"
+            f"the predictions of {foreign(record.task)} in {side.name} do not fit its metric, {foreign(record.metric)}: "
+            f"{foreign(str(error))}"
         ) from error
     if record.score is None or not abs(score - record.score) <= _SAME_SCORE * max(1.0, abs(score)):
         raise DataError(
-            f"{side.name} records {record.score} for {record.task}, but its predictions give {score:.6g}: they are another "
-            "run's; evaluate again"
+            f"{side.name} records {record.score} for {foreign(record.task)}, but its predictions give {score:.6g}: they are "
+            "another run's; evaluate again"
         )
     return predictions, scorers
 

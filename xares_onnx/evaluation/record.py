@@ -259,13 +259,13 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
         DataMissingError: The predictions were not kept, or their file is absent.
         DataError: The file does not hold predictions as an evaluation writes them.
     """
-    name = f"{record.task}.{record.method}"
+    name = foreign(f"{record.task}.{record.method}")
     if record.predictions is None:
         raise DataMissingError(f"{path} keeps no predictions of {name}; evaluate again with --output")
     place = PurePosixPath(record.predictions)
     if place.is_absolute() or ".." in place.parts or "\\" in record.predictions or "\0" in record.predictions:
         raise DataError(f"{path} names predictions of {name} outside its own folder; it was not written by an evaluation")
-    file = path.parent / place
+    file, shown = path.parent / place, path.parent / foreign(record.predictions)
     try:
         with open_regular(file) as opened:
             with zipfile.ZipFile(opened) as archive:
@@ -284,7 +284,7 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
         if "group" in arrays and arrays["group"].dtype.kind != "U":
             raise ValueError("group must be a text")
     except NoFileError as error:
-        raise DataMissingError(f"the predictions of {name} are not at {file}; keep them beside {path.name}") from error
+        raise DataMissingError(f"the predictions of {name} are not at {shown}; keep them beside {path.name}") from error
     except (
         ForeignFileError,
         OSError,
@@ -297,7 +297,7 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
         zlib.error,
     ) as error:
         reason = foreign(f"there is no column {error}" if isinstance(error, KeyError) else str(error))
-        raise DataError(f"{file} does not hold predictions as an evaluation writes them: {reason}") from error
+        raise DataError(f"{shown} does not hold predictions as an evaluation writes them: {reason}") from error
     return arrays
 
 

@@ -147,9 +147,9 @@ def amount(difference: Difference | AverageDifference) -> str:
 def _score_name(difference: Difference, differences: Sequence[Difference]) -> str:
     """The task's title, with tap and method if the differences have several scores of the task."""
     several = sum(other.task == difference.task for other in differences) > 1
-    tap = f" at {difference.tap}" if difference.tap else ""
+    tap = f" at {foreign(difference.tap)}" if difference.tap else ""
     method = "kNN" if difference.family == "knn" else difference.method
-    return f"{difference.title}{tap}" + (f" ({method})" if several else "")
+    return f"{foreign(difference.title)}{tap}" + (f" ({method})" if several else "")
 
 
 def _doubt(difference: Difference) -> str:

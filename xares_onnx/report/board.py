@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from ..data.catalog import in_group, shipped_tasks
-from ..errors import UsageError, printable
+from ..errors import UsageError, foreign, printable
 from ..evaluation.averages import published_averages, weight_shares
 from ..evaluation.differences import (
     SIGNIFICANT,
@@ -84,7 +84,7 @@ class Row:
 
     @property
     def metric_name(self) -> str:
-        return METRIC_NAMES.get(self.metric, printable(self.metric))
+        return METRIC_NAMES.get(self.metric, foreign(self.metric))
 
     @property
     def record(self) -> TaskResult:
@@ -228,7 +228,7 @@ def _check_numbers(side: Side) -> None:
         positive = [record.weight, record.rtf, record.audio_hours]
         in_range = all(value is None or abs(value) <= _MAX_NUMBER for value in signed)
         if not (in_range and all(value is None or 0 <= value <= _MAX_NUMBER for value in positive)):
-            raise UsageError(f"{side.name} holds an impossible number for {record.task}; evaluate again")
+            raise UsageError(f"{side.name} holds an impossible number for {foreign(record.task)}; evaluate again")
 
 
 def _main(side: Side) -> Side:
@@ -242,7 +242,7 @@ def _labels(sides: Sequence[Side]) -> list[str]:
     encoders = [side.result.encoder for side in sides]
     stems = [printable(encoder.file.removesuffix(".onnx"))[:60] or "?" for encoder in encoders]
     longer = [f"{stem} {printable(encoder.sha256[:8])}" for stem, encoder in zip(stems, encoders, strict=True)]
-    longest = [f"{name} ({printable(side.name)})" for name, side in zip(longer, sides, strict=True)]
+    longest = [f"{name} ({foreign(side.name)})" for name, side in zip(longer, sides, strict=True)]
     labels = []
     for i in range(len(sides)):
         unique = (names[i] for names in (stems, longer, longest) if names.count(names[i]) == 1)
@@ -276,15 +276,20 @@ def _rows(models: Sequence[Model], draws: Draws) -> Iterator[Row]:
         verdicts = _verdicts(draws, records, first.higher_is_better)
         yield Row(
             task=task,
-            title=first.title,
-            domain=first.domain,
+            title=foreign(first.title),
+            domain=foreign(first.domain),
             method=method,
             metric=first.metric,
             higher_is_better=first.higher_is_better,
             weight=first.weight,
             cells=tuple(Cell(r, v) if r is not None else None for r, v in zip(records, verdicts, strict=True)),
-            published=next((r.published for r in records if r is not None and r.published), {}),
+            published=next((_published(r) for r in records if r is not None and r.published), {}),
         )
+
+
+def _published(record: TaskResult) -> dict[str, float]:
+    """Published scores by the names that they are shown by."""
+    return {foreign(name): score for name, score in record.published.items()}
 
 
 def _corrected(rows: Sequence[Row]) -> Iterator[Row]:
@@ -411,7 +416,7 @@ def _missing_notes(models: Sequence[Model]) -> Iterator[str]:
         all_tasks = dict.fromkeys(r.task for m in models for r in m.main if r.family == method and r.score is not None)
         for model, own_tasks in zip(models, scored, strict=True):
             if lacking := [task for task in all_tasks if task not in own_tasks]:
-                few = ", ".join(map(printable, lacking[:6])) + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
+                few = ", ".join(map(foreign, lacking[:6])) + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
                 yield f"{model.label} has no {method} score for {few}, so the averages here leave these tasks out"
 
 

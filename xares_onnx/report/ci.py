@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import msgspec
 
-from ..errors import MachineError, UsageError, escaped, foreign, printable
+from ..errors import MachineError, UsageError, escaped, foreign, sentences
 
 Status = Literal["pass", "warn", "fail", "skip"]
 
@@ -23,7 +23,7 @@ _LEVELS: dict[Status, str] = {"fail": "error", "warn": "warning"}
 _COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\[)", re.MULTILINE)
 
 
-_MAX_CELL = 2_000  # characters
+_MAX_TEXT = 20_000  # characters of the details of a case
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -39,12 +39,12 @@ class Case(msgspec.Struct, frozen=True):
 
 def junit(title: str, cases: Sequence[Case]) -> str:
     """JUnit XML, a testsuite a suite. A `warn` is a passed case whose text is in `system-out`."""
-    root = ElementTree.Element("testsuites", {"name": _xml(title), **_counts(cases)})
+    root = ElementTree.Element("testsuites", {"name": foreign(title), **_counts(cases)})
     for suite in dict.fromkeys(case.suite for case in cases):
         of_suite = [case for case in cases if case.suite == suite]
-        element = ElementTree.SubElement(root, "testsuite", {"name": _xml(suite), **_counts(of_suite)})
+        element = ElementTree.SubElement(root, "testsuite", {"name": foreign(suite), **_counts(of_suite)})
         for case in of_suite:
-            attributes = {"classname": _xml(suite), "name": _xml(case.name), "time": f"{case.seconds:.3f}"}
+            attributes = {"classname": foreign(suite), "name": foreign(case.name), "time": f"{case.seconds:.3f}"}
             _add_outcome(ElementTree.SubElement(element, "testcase", attributes), case)
     ElementTree.indent(root)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{_harmless(ElementTree.tostring(root, encoding="unicode"))}\n'
@@ -58,11 +58,11 @@ def github(title: str, cases: Sequence[Case], *, file: str | None, summary: str)
     lines = []
     for case in cases:
         if level := _LEVELS.get(case.status):
-            where = {"file": file, "title": f"{title}: {case.name}"}
+            where = {"file": file, "title": f"{foreign(title)}: {foreign(case.name)}"}
             properties = ",".join(f"{key}={_property(value)}" for key, value in where.items() if value)
             text = "\n".join(part for part in (case.message, case.details) if part)
             lines.append(f"::{level} {properties}::{_data(text)}")
-    return "\n".join([*lines, _harmless(summary)]).rstrip("\n") + "\n"
+    return "\n".join([*lines, *(_harmless(escaped(line)) for line in summary.splitlines())]).rstrip("\n") + "\n"
 
 
 def write_step_summary(markdown: str) -> bool:
@@ -84,7 +84,7 @@ def write_step_summary(markdown: str) -> bool:
 
 def markdown_cell(text: str) -> str:
     """A stranger's text in a cell of a Markdown table: no markup, no HTML, no further cell, no control characters."""
-    text = printable(" ".join(text[:_MAX_CELL].split()))
+    text = sentences(" ".join(text.split()))
     return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
@@ -115,7 +115,7 @@ def _add_outcome(element: ElementTree.Element, case: Case) -> None:
 
 def _xml(text: str) -> str:
     """Lines with what is not printable escaped, which holds all that XML 1.0 has no way to write."""
-    return "".join(part if part in "\t\r\n" else escaped(part) for part in re.split(r"([\t\r\n])", text))
+    return "".join(part if part in "\t\r\n" else escaped(part) for part in re.split(r"([\t\r\n])", text[:_MAX_TEXT]))
 
 
 def _data(text: str) -> str:

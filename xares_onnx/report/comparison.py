@@ -77,7 +77,7 @@ def cases(comparison: Comparison) -> list[Case]:
         status = gate_of(difference.ci95, difference.tolerance)
         listed.append(Case(suite, score_name(difference), status, loss(difference, status)))
     for lost in comparison.unpaired:
-        listed.append(Case("scores", f"{lost.task} {lost.method}", "skip", lost.reason))
+        listed.append(Case("scores", f"{foreign(lost.task)} {foreign(lost.method)}", "skip", lost.reason))
     listed += [Case("models", failure.model, "fail", failure.message) for failure in comparison.failures]
     return sorted(listed, key=lambda case: ("fail", "warn", "pass", "skip").index(case.status))
 
@@ -99,7 +99,7 @@ def _score_cells(difference: Difference | AverageDifference) -> tuple[str, ...]:
     if isinstance(difference, AverageDifference):
         clips = f"{len(difference.tasks)} tasks"
     else:
-        metric, clips = METRIC_NAMES.get(difference.metric, difference.metric), str(difference.clips)
+        metric, clips = METRIC_NAMES.get(difference.metric, foreign(difference.metric)), str(difference.clips)
         if difference.mcnemar is not None:
             discordant, p = f"{difference.mcnemar.only_a} : {difference.mcnemar.only_b}", _p(difference.mcnemar.p)
     scores = f"{difference.a:.3f}", f"{difference.b:.3f}", signed(difference.difference), _signed(difference.ci95)
@@ -108,15 +108,15 @@ def _score_cells(difference: Difference | AverageDifference) -> tuple[str, ...]:
 
 
 def score_name(difference: Difference | AverageDifference) -> str:
-    tap = f" at {difference.tap}" if difference.tap else ""
+    tap = f" at {foreign(difference.tap)}" if difference.tap else ""
     if isinstance(difference, AverageDifference):
         return f"average {difference.group} {difference.method}{tap}"
-    return f"{difference.task} {difference.method}{tap}"
+    return f"{foreign(difference.task)} {foreign(difference.method)}{tap}"
 
 
 def _drift_cells(drift: Drift) -> tuple[str, ...]:
     values = (drift.cosine_mean, drift.cosine_p05, drift.cosine_min, drift.cka)
-    return drift.task, str(drift.clips), *("" if value is None else f"{value:.4f}" for value in values)
+    return foreign(drift.task), str(drift.clips), *("" if value is None else f"{value:.4f}" for value in values)
 
 
 def _cost_rows(comparison: Comparison) -> Rows:
@@ -133,10 +133,10 @@ def _cost_rows(comparison: Comparison) -> Rows:
 
 
 def _remarks(comparison: Comparison) -> list[str]:
-    seeds, protocol = comparison.settings["seeds"], comparison.settings["protocol"]
+    seeds, protocol = (foreign(str(comparison.settings[name])) for name in ("seeds", "protocol"))
     remarks = [
-        f"protocol {protocol}, {seeds} seed{'' if seeds == 1 else 's'}; {_DIRECTION}; 95 %: paired bootstrap over the test "
-        "clips, and what seeds differ by; could show: the smallest difference that these clips find in four cases of "
+        f"protocol {protocol}, {seeds} seed{'' if seeds == '1' else 's'}; {_DIRECTION}; 95 %: paired bootstrap over the "
+        "test clips, and what seeds differ by; could show: the smallest difference that these clips find in four cases of "
         "five; better, worse: also after Benjamini and Hochberg's correction for all scores; p: McNemar's exact test; "
         f"same: within {comparison.tolerance:g}, of an error that share"
     ]
@@ -146,7 +146,7 @@ def _remarks(comparison: Comparison) -> list[str]:
         if difference.only_in_a or difference.only_in_b:
             alone = f"{difference.only_in_a} clips that A alone has and {difference.only_in_b} that B alone has"
             remarks.append(f"{score_name(difference)}: {alone} are left out")
-    remarks += [f"{lost.task} {lost.method}: {lost.reason}" for lost in comparison.unpaired]
+    remarks += [f"{foreign(lost.task)} {foreign(lost.method)}: {foreign(lost.reason)}" for lost in comparison.unpaired]
     return [*remarks, *comparison.notes]
 
 
@@ -155,7 +155,7 @@ def _gate_cells(gate: Gate) -> tuple[str, ...]:
 
 
 def _gate_score(gate: Gate) -> str:
-    return f"{gate.task} {gate.method}" + (f" at {gate.tap}" if gate.tap else "")
+    return f"{foreign(gate.task)} {foreign(gate.method)}" + (f" at {foreign(gate.tap)}" if gate.tap else "")
 
 
 def _terminal_table(console: Console, headings: Headings, rows: Rows) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..errors import foreign
 from ..evaluation.record import Interval, Result, TaskResult
 from ..evaluation.settings import Method
 from ..scoring.mixing import MIX
@@ -55,12 +56,12 @@ def tap_curves(results: Sequence[Result]) -> Iterator[Curve]:
             weights = mix_weights(mix)
             yield Curve(
                 task=task,
-                title=known[0].title,
+                title=foreign(known[0].title),
                 method=method,
                 metric=known[0].metric,
                 higher_is_better=known[0].higher_is_better,
                 model=number,
-                steps=tuple(taps),
+                steps=tuple(map(foreign, taps)),
                 scores=tuple(record.score if record else None for record in records),
                 ci95=tuple(record.ci95 if record else None for record in records),
                 best=next(i for i, record in enumerate(records) if record is best.record),
@@ -86,7 +87,7 @@ def shot_curves(results: Sequence[Result]) -> Iterator[Curve]:
             by_count = [rows.get(count) for count in counts]
             yield Curve(
                 task=task,
-                title=record.title,
+                title=foreign(record.title),
                 method="head",
                 metric=record.metric,
                 higher_is_better=record.higher_is_better,

@@ -6,11 +6,10 @@ from typing import Any
 
 import msgspec
 
-from ..errors import UsageError, printable
+from ..errors import UsageError, foreign
 from ..evaluation.record import TaskResult
 from ..version import __version__
 from .board import Board, Row
-from .tables import METRIC_NAMES
 
 # Names in model cards, by metric: the task, and the metric if it has another name there.
 _TASK_TYPES = {"one_minus_wer": "automatic-speech-recognition", "recall_at_1": "feature-extraction"}
@@ -36,7 +35,7 @@ def model_index(board: Board) -> str:
             row.task,
             {
                 "task": {"type": _TASK_TYPES.get(row.metric, "audio-classification")},
-                "dataset": {"name": printable(row.title), "type": printable(row.task)},
+                "dataset": {"name": row.title, "type": foreign(row.task)},
                 "metrics": [],
             },
         )
@@ -52,7 +51,7 @@ def model_index(board: Board) -> str:
                 "metrics": [],
             },
         )
-        args = {**_args(board), **_interval(cell_of_average.ci95), "tasks": list(map(printable, average.tasks))}
+        args = {**_args(board), **_interval(cell_of_average.ci95), "tasks": list(map(foreign, average.tasks))}
         name = f"weighted average, {average.method}, of {len(average.tasks)} of {average.group_size} tasks"
         entry["metrics"].append({"type": "weighted_average", "value": cell_of_average.weighted, "name": name, "args": args})
     if not results:
@@ -62,21 +61,25 @@ def model_index(board: Board) -> str:
 
 
 def _metric(row: Row, record: TaskResult, board: Board) -> dict[str, Any]:
-    value, ci95, name = record.score or 0.0, record.ci95, METRIC_NAMES.get(row.metric, row.metric)
+    value, ci95, name = record.score or 0.0, record.ci95, row.metric_name
     if row.metric == "one_minus_wer":
         rate = record.metrics.get("word_error_rate", 1 - value)  # the score stops at 0, a rate may exceed 1
         value, ci95, name = rate, (1 - ci95[1], 1 - ci95[0]) if ci95 else None, "WER"
     return {
-        "type": _METRIC_TYPES.get(row.metric, row.metric),
+        "type": _METRIC_TYPES.get(row.metric, foreign(row.metric)),
         "value": value,
-        "name": f"{name}, {'kNN' if record.family == 'knn' else printable(record.method) + ' head'}",
+        "name": f"{name}, {'kNN' if record.family == 'knn' else foreign(record.method) + ' head'}",
         "args": {**_args(board), **_interval(ci95), "test_clips": record.n_test},
     }
 
 
 def _args(board: Board) -> dict[str, Any]:
     settings = board.settings
-    return {"protocol": settings.get("protocol"), "seeds": settings.get("seeds"), "xares_onnx": __version__}
+    return {"protocol": _plain(settings.get("protocol")), "seeds": _plain(settings.get("seeds")), "xares_onnx": __version__}
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, int | float | None) else foreign(str(value))
 
 
 def _interval(ci95: tuple[float, float] | None) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import printable
+from ..errors import foreign
 from .board import Board, Model, Row, Verdict
 from .profile import NOTE, aspects
 
 MAX_LINES = 60  # of remarks per model
-_MAX_VALUE, _MAX_DEPTH = 300, 4  # characters, levels of nesting
+_MAX_DEPTH = 4  # levels of nesting
 _MARKS = {"best": " ★", "within_noise": " ≈"}
 _METHOD_NAMES = {"head": "trained heads", "knn": "nearest neighbours"}
 
@@ -111,17 +111,18 @@ def remarks(model: Model) -> list[str]:
     lines: list[str] = []
     for record in model.main:
         if record.status != "ok":
-            lines.append(f"{record.task}, {record.method}: {record.status.replace('_', ' ')}: {record.reason}")
+            status = foreign(record.status.replace("_", " "))
+            lines.append(f"{foreign(record.task)}, {foreign(record.method)}: {status}: {foreign(record.reason or '')}")
         elif record.clips.dropped:
             drop = record.clips.dropped[0]
             lines.append(
-                f"{record.task}: {len(record.clips.dropped)} of {record.clips.expected} clips dropped, the first "
-                f"{drop.key}: {drop.reason}"
+                f"{foreign(record.task)}: {len(record.clips.dropped)} of {record.clips.expected} clips dropped, the first "
+                f"{foreign(drop.key)}: {foreign(drop.reason)}"
             )
     for record in model.main:
-        lines += [f"{record.task}: {note}" for note in record.notes]
-    lines += model.result.notes
-    unique = list(dict.fromkeys(short(line) for line in lines))
+        lines += [f"{foreign(record.task)}: {foreign(note)}" for note in record.notes]
+    lines += map(foreign, model.result.notes)
+    unique = list(dict.fromkeys(lines))
     return unique[:MAX_LINES] + ([f"and {len(unique) - MAX_LINES} more"] if len(unique) > MAX_LINES else [])
 
 
@@ -137,8 +138,7 @@ def short(value: Any, depth: int = 0) -> str:
         value = ", ".join(f"{name} {short(inner, depth + 1)}" for name, inner in value.items())
     elif isinstance(value, list | tuple):
         value = ", ".join(short(inner, depth + 1) for inner in value)
-    text = printable(str(value))
-    return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 1]}…"
+    return foreign(str(value))
 
 
 def plain_score(row: Row, number: int) -> str:

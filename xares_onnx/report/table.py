@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UsageError, printable
+from ..errors import UsageError, foreign
 from ..evaluation.differences import Side
 from ..evaluation.record import Result, TaskResult
 from .board import Board, Cell, Model, make_board
@@ -148,5 +148,5 @@ def _csv_cell(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    text = printable(str(value))
+    text = foreign(str(value))
     return f"'{text}" if text.lstrip().startswith(_FORMULA) else text

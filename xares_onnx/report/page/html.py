@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ...errors import printable
+from ...errors import foreign, printable, sentences
 from ...evaluation.settings import METHODS
 from ...version import __version__
 from ..board import Board, Model, Row
@@ -123,9 +123,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        finalize=lambda value: sentences(value) if type(value) is str else value,
     )
     filters: dict[str, Callable[..., Any]] = {
+        "foreign": lambda value: foreign(str(value)),
         "score": lambda value: "" if value is None else f"{value:.3f}",
         "span": lambda ci95: f"{ci95[0]:.3f}{_DASH}{ci95[1]:.3f}" if ci95 else "",
         "size": data_size,
@@ -252,10 +253,11 @@ def _drawn(board: Board, mistakes: Mistakes) -> _Mistakes:
 def _about(model: Model) -> dict[str, Any]:
     encoder = model.result.encoder
     contract = [
-        (name, short(field.get("value")), short(field.get("source", ""))) for name, field in sorted(encoder.contract.items())
+        (foreign(name), short(field.get("value")), short(field.get("source", "")))
+        for name, field in sorted(encoder.contract.items())
     ]
-    facts = [("model", encoder.file), ("sha256", encoder.sha256)]
-    facts += [("result", model.side.name), ("scored", model.result.created)]
-    facts += [(name, short(value)) for name, value in model.result.settings.items()]
-    facts += [(name, short(value)) for name, value in model.result.environment.items()]
+    facts = [("model", foreign(encoder.file)), ("sha256", foreign(encoder.sha256))]
+    facts += [("result", foreign(model.side.name)), ("scored", foreign(model.result.created))]
+    facts += [(foreign(name), short(value)) for name, value in model.result.settings.items()]
+    facts += [(foreign(name), short(value)) for name, value in model.result.environment.items()]
     return {"contract": contract, "facts": facts}

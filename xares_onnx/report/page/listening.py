@@ -14,7 +14,7 @@ from ...data.audio import decode, resample
 from ...data.catalog import Digests, cache_folder, data_folder, shipped_tasks, task_folder
 from ...data.selection import TaskData, prepare
 from ...data.shards import index_shard, read_extent
-from ...errors import ClipError, DataError, DataMissingError
+from ...errors import ClipError, DataError, DataMissingError, foreign
 from ...evaluation.record import TaskResult
 from ...progress import ignore
 from .mistakes import Mistakes
@@ -58,13 +58,13 @@ def load_sounds(mistakes: Sequence[Mistakes], data: Path | None, cache: Path | N
             for key, sound in _sounds(scored, keys):
                 if len(sound) > bytes_left:
                     listening.notes.append(
-                        f"{task}: some clips are left out, since a page holds at most {MAX_PAGE_BYTES >> 20} MiB"
+                        f"{foreign(task)}: some clips are left out, since a page holds at most {MAX_PAGE_BYTES >> 20} MiB"
                     )
                     break
                 bytes_left -= len(sound)
                 listening.sounds[task, key] = sound
         except DataError as error:
-            listening.notes.append(f"{task}: its clips cannot be heard here: {error}")
+            listening.notes.append(f"{foreign(task)}: its clips cannot be heard here: {error}")
     return listening
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.catalog import shipped_tasks
-from ...errors import DataError, DataMissingError, printable
+from ...errors import DataError, DataMissingError, foreign, printable
 from ...evaluation.differences import verified
 from ...evaluation.record import TaskResult
 from ...metrics.bootstrap import Array
@@ -97,7 +97,9 @@ def find_mistakes(board: Board, row: Row) -> Mistakes:
         confusions = _confusions(models, clips_by_model) if row.metric == "accuracy" else ()
         clips = _worst(clips_by_model, row.higher_is_better)
     except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
-        raise DataError(f"the predictions of {row.task} do not fit the metric {row.metric}: {error}") from error
+        raise DataError(
+            f"the predictions of {foreign(row.task)} do not fit the metric {row.metric_name}: {foreign(str(error))}"
+        ) from error
     return Mistakes(row, tuple(models), confusions, clips, missing[0] if missing else None)
 
 

@@ -129,7 +129,7 @@ def test_no_file_and_too_large_a_file(tmp_path: Path) -> None:
     huge = tmp_path / "huge.json"
     with huge.open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(UsageError, match="it is larger than 33.5"):
+    with pytest.raises(UsageError, match="it is larger than 33"):
         read_result(huge)
 
 

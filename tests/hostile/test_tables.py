@@ -8,6 +8,7 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import made_results
@@ -18,7 +19,9 @@ from bounds import Outcome, bounded, refused
 from pack_makers import short
 from shard_makers import clip_members, encoded, noise, write_tar
 
+from xares_onnx.data import audio as audio_module
 from xares_onnx.data.shards import MAX_LABEL_BYTES, MAX_SHARD_LABEL_BYTES, index_shard
+from xares_onnx.errors import ClipError
 from xares_onnx.foreign import ForeignFileError, read_arrays
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -230,3 +233,33 @@ def test_arrays(members: dict[str, bytes], says: str, tmp_path: Path) -> None:
 def test_plain_arrays_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.arange(3), y=np.array(["a"]))
     assert read_arrays(tmp_path / "a.npz", 1000)["x"].tolist() == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- audio
+
+
+def test_a_slow_decoder_costs_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is of the thread that decodes, so that a busy machine drops nothing."""
+    monkeypatch.setattr(audio_module, "DECODING_SECONDS", -1.0)
+    with pytest.raises(ClipError, match="it takes longer to decode than any plausible clip"):
+        audio_module.load(encoded(noise(1.0)), 16_000, nullcontext())
+    monkeypatch.setattr(audio_module, "DECODING_SECONDS", 20.0)
+    assert len(audio_module.load(encoded(noise(1.0)), 16_000, nullcontext())[0]) == 16_000
+
+
+def test_large_clips_are_in_memory_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    class Alone:
+        def __enter__(self) -> None:
+            entered.append(True)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    long = encoded(noise(40.0), container="WAV")
+    audio_module.load(long, 16_000, Alone())
+    assert not entered
+    monkeypatch.setattr(audio_module, "_LONG_FRAMES", 600_000)
+    audio_module.load(long, 16_000, Alone())
+    assert entered == [True]

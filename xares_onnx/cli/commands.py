@@ -1,0 +1,9 @@
+"""Every command, in the order of `--help`: each module adds its own."""
+
+import sys
+
+from . import check, compare, data, download, embed, evaluate, models, pack, report  # noqa: F401
+from .app import app
+
+# `xares_onnx.cli.app` is the program, and not the module in which it is made.
+sys.modules[__name__.rpartition(".")[0]].__dict__["app"] = app

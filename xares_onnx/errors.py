@@ -22,12 +22,14 @@ each says why one clip is dropped, and the drop is counted.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 # Characters of a message, so that what slipped through `foreign` is no flood either.
 _MAX_MESSAGE = 2_000
 _MAX_FOREIGN = 200
+_MAX_KNOWN = 1_000  # names among which a close one is looked for
 
 
 class XaresError(Exception):
@@ -175,6 +177,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The clause `; did you mean 'esc50' or 'fsd50k'?`, or nothing if no known name is close."""
     if len(name) > _MAX_FOREIGN:  # the search takes time in the square of the name
         return ""
-    names = [other for other in known if len(other) <= _MAX_FOREIGN]
+    names = [other for other in itertools.islice(known, _MAX_KNOWN) if len(other) <= _MAX_FOREIGN]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,6 +25,7 @@ SMALL_BYTES = 64_000  # of a file that holds a few settings
 _BLOCK = 1 << 16
 _MAX_DEPTH = 32
 _MAX_PARTS = 16  # of a dotted key
+_MAX_ARRAYS = 1_000
 _MAX_WORD = 200  # characters of a number or a bare key
 
 # Both match at every quote, closed or not, so that a scan takes time in proportion to the text. As in tomllib, up to two
@@ -130,6 +132,39 @@ def decode_json(data: bytes, type: type[T]) -> T:
         return msgspec.json.decode(data, type=type)
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
         raise ForeignFileError(f"it is not valid json: {foreign(str(error))}") from error
+
+
+def read_arrays(path: Path, limit: int) -> dict[str, Any]:
+    """The arrays of a `.npz` file, by name; nothing in it is unpickled.
+
+    Args:
+        path: The file.
+        limit: Bytes that it may hold, uncompressed.
+
+    Raises:
+        NoFileError: It does not exist.
+        ForeignFileError: It cannot be read, holds more, or something else.
+    """
+    import numpy as np
+
+    with open_regular(path) as opened:
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                members = archive.infolist()
+                if sum(member.file_size for member in members) > limit or len(members) > _MAX_ARRAYS:
+                    raise ForeignFileError(f"it holds more than {limit >> 20} MiB, or more than {_MAX_ARRAYS} arrays")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except ForeignFileError:
+            raise
+        except Exception as error:  # zipfile, zlib, numpy and its tokenizer raise different ones for a damaged file
+            raise ForeignFileError(
+                f"it is no .npz file of plain arrays: {foreign(str(error) or type(error).__name__)}"
+            ) from error
+    if any(not isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ForeignFileError("it holds something other than arrays")
+    return arrays
 
 
 def _check(bare: str) -> None:

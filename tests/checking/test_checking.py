@@ -342,7 +342,7 @@ ONES = np.ones(16_000, np.float32)
         ({"waveform": ONES * np.nan, "embeddings": np.ones((98, 4)), "rate": 16_000}, "waveform 0 must be finite floats"),
         ({"waveform": ONES, "embeddings": np.ones((2, 98, 4)), "rate": 16_000}, "embeddings 0 must be floats"),
         ({"waveform": np.ones((2, 9)), "embeddings": np.ones((3, 1, 4)), "rate": 16_000}, "must be (samples,) and"),
-        ({"waveform": np.array([{}]), "embeddings": np.ones((98, 4)), "rate": 16_000}, "is not a .npz file of plain arrays"),
+        ({"waveform": np.array([{}]), "embeddings": np.ones((98, 4)), "rate": 16_000}, "it is no .npz file of plain arrays"),
     ],
 )
 def test_a_reference_file_that_is_wrong_usage(

@@ -16,7 +16,7 @@ from corpus import tones, write_task
 from shard_makers import write_shard
 
 from xares_onnx import __version__, cli
-from xares_onnx.cli.app import Terminated
+from xares_onnx.cli.interrupts import Terminated
 from xares_onnx.data.catalog import shipped_tasks
 from xares_onnx.errors import DiskFullError, XaresError, worst_exit_code
 from xares_onnx.evaluation import evaluation

@@ -129,7 +129,7 @@ def test_no_file_and_too_large_a_file(tmp_path: Path) -> None:
     huge = tmp_path / "huge.json"
     with huge.open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(UsageError, match="it is larger than 268"):
+    with pytest.raises(UsageError, match="it is larger than 33"):
         read_result(huge)
 
 
@@ -192,7 +192,7 @@ def test_a_bomb_is_not_unpacked(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (record,) = read_result(path).tasks
     read_predictions(path, record)
     monkeypatch.setattr(results, "_MAX_PREDICTION_BYTES", 100)
-    with pytest.raises(DataError, match="larger than predictions are"):
+    with pytest.raises(DataError, match="holds more than 512 MiB"):
         read_predictions(path, record)
 
 

@@ -1,7 +1,16 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print. Nothing is imported before signals are handled (`start`)."""
 
-# Each module adds its commands; `--help` lists them in this order.
-from . import evaluate, embed, check, compare, diagnose, report, data, download, pack, models  # noqa: F401, I001
-from .app import app, main
+from typing import Any
+
+from .start import main
 
 __all__ = ["app", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import commands  # noqa: F401 - each adds itself
+    from .app import app
+
+    return app

@@ -5,9 +5,7 @@ Heavy imports happen inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
-import errno
 import functools
-import io
 import os
 import sys
 import traceback
@@ -19,6 +17,7 @@ import typer
 from ..errors import XaresError, printable
 from ..version import __version__
 from .interrupts import INTERRUPTS, Terminated
+from .start import ending
 
 # The parser's own error class: click's, or that of the copy of click which newer versions of typer hold.
 _ParserError: type[Any] = typer.BadParameter.__mro__[1]
@@ -36,23 +35,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 gate, 2 usage, 3 model, 4 data, 5 machine, 70 our fault, 130/143 interrupted."""
-    INTERRUPTS.install()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+def run() -> int:
+    """Parse the command line and run the command; the exit code."""
     try:
-        code = app(standalone_mode=False)
+        return int(app(standalone_mode=False) or 0)
     except typer.Abort:
-        code = 130
+        raise KeyboardInterrupt from None
     except _ParserError as error:  # in one line, like every other error; without arguments it is the help
-        code, message = error.exit_code, error.format_message()
+        message = error.format_message()
         if "\n" in message:
             put(f"{message}\n", sys.stderr)
         else:
             command = f"{error.ctx.command_path} " if error.ctx else ""
             say(f"{message.rstrip('.')}; `{command}--help` shows what there is")
-    sys.exit(code)
+        return int(error.exit_code)
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
@@ -67,8 +63,9 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except (KeyboardInterrupt, Terminated) as stop:
             INTERRUPTS.heard()
-            say("interrupted; finished shards are stored, so the same command goes on from there")
-            raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
+            code, sentence = ending(stop)
+            say(sentence)
+            raise typer.Exit(code) from None
         except XaresError as error:
             if debug:
                 traceback.print_exc()
@@ -79,13 +76,9 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                say(
-                    f"the {'memory' if isinstance(error, MemoryError) else 'disk'} of this machine does not suffice: {error}"
-                )
-                raise typer.Exit(5) from None
-            say(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)")
-            raise typer.Exit(70) from None
+            code, sentence = ending(error)
+            say(sentence)
+            raise typer.Exit(code) from None
 
     return run
 

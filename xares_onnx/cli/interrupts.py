@@ -36,6 +36,12 @@ class Interrupts:
         self._unheard = None
         self._arm(0)
 
+    def ignore(self) -> None:
+        """What comes now is too late: the exit code is known, and the interpreter must end in peace."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        self._arm(0)
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self._unheard = number
         self._arm(_AGAIN_SECONDS)

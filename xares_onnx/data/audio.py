@@ -7,6 +7,7 @@ for more memory than `MAX_FRAMES` samples.
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import BinaryIO, Literal
@@ -33,6 +34,9 @@ MAX_FRAMES = 1 << 28  # 1 GiB of mono float32
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz; a header that claims another rate lies
 MIN_TAIL_SECONDS = 1.0
 LONG_SECONDS = 900.0
+_LONG_FRAMES = 1 << 26
+DECODING_SECONDS = 20.0  # of processor time, for a clip of any length; libsndfile takes a hundredth
+_LEAST_SPEED = 60.0  # times real time, beside that
 _BLOCK_SAMPLES = 1 << 19  # of all channels together
 
 
@@ -70,9 +74,16 @@ def load(data: bytes, target_rate: int, alone: AbstractContextManager[object]) -
     """
     with ExitStack() as held:
         with _Bytes(data) as buffer, _opened(buffer) as (file, rate):
-            if file.frames > LONG_SECONDS * rate:
-                held.enter_context(alone)
-            samples = _joined(list(_blocks(file, rate)))
+            long = min(LONG_SECONDS * rate, _LONG_FRAMES)
+            blocks: list[Waveform] = []
+            frames, is_alone = 0, False
+            for block in _blocks(file, rate):
+                blocks.append(block)
+                frames += len(block)
+                if not is_alone and max(frames, file.frames) > long:  # the header may say less than there is
+                    held.enter_context(alone)
+                    is_alone = True
+            samples = _joined(blocks)
         return resample(samples, rate, target_rate), len(samples) / rate
 
 
@@ -100,11 +111,14 @@ def _blocks(file: soundfile.SoundFile, rate: int) -> Iterator[Waveform]:
     limit = min(MAX_FRAMES, MAX_SECONDS * rate)
     # The header may lie about the length: blocks are read until the decoder says that it ends.
     frames = 0
+    started = time.thread_time()
     block_frames = max(1, _BLOCK_SAMPLES // file.channels)
     while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
         frames += len(block)
         if frames > limit:
             raise ClipError(f"longer than {limit / rate / 60:.0f} minutes")
+        if time.thread_time() - started > DECODING_SECONDS + frames / rate / _LEAST_SPEED:
+            raise ClipError("it takes longer to decode than any plausible clip")
         samples = _mono(block)
         if not np.isfinite(samples).all():
             raise ClipError("audio holds NaN or infinite samples")

@@ -23,7 +23,8 @@ from ..errors import ClipError, DataError, DataMissingError, LabelError, escaped
 from .audio import AUDIO_EXTENSIONS
 
 MAX_AUDIO_BYTES = 1 << 31
-MAX_LABEL_BYTES = 1 << 22
+MAX_LABEL_BYTES = 1 << 20
+MAX_SHARD_LABEL_BYTES = 1 << 27  # of all clips of a shard, whose labels are in memory together
 MAX_KEY = 1_000  # characters
 _MAX_HEADER_BYTES = 1 << 20  # of a name or attributes with a header of their own; tarfile reads them whole
 _EXTRA_HEADERS = frozenset(
@@ -31,7 +32,7 @@ _EXTRA_HEADERS = frozenset(
 )
 _TAIL_BLOCK = 1 << 20
 # What tarfile raises at damaged headers.
-_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
 class Drop(msgspec.Struct, frozen=True):
@@ -109,8 +110,13 @@ def index_shard(path: Path) -> ShardIndex:
         else:
             part = Extent(member.offset_data, member.size)
             (group.label if extension == "json" else group.audio).append(part)
+    label_bytes = 0
     for key, group in groups.items():
-        if reason := _unusable(group):
+        reason = _unusable(group)
+        label_bytes += 0 if reason else group.label[0].size
+        if not reason and label_bytes > MAX_SHARD_LABEL_BYTES:
+            reason = f"the labels of its shard are larger than {MAX_SHARD_LABEL_BYTES >> 20} MiB"
+        if reason:
             index.drops.append(Drop(key, reason))
             continue
         index.samples.append(Sample(key, group.audio[0], group.label[0]))
@@ -236,6 +242,17 @@ class _Header(tarfile.TarInfo):
         if header.type in _EXTRA_HEADERS and header.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         return header
+
+    def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """Skip a header for all members that follow: tarfile would give each a copy of it, and none says where one lies."""
+        if self.type != tarfile.XGLTYPE:
+            return super()._proc_pax(archive)  # type: ignore[misc, no-any-return]
+        file: Any = archive.fileobj
+        file.seek(-(-self.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, 1)
+        try:
+            return self.fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
 
     def _proc_gnusparse_10(self, next: tarfile.TarInfo, *_: object) -> None:
         """Skip the member's map, for which tarfile may read to the end of the file. Sparse members are dropped anyway."""

@@ -19,12 +19,20 @@ from .text import normalise
 MAX_CLASSES = 100_000
 
 
-@functools.cache
-def _index(classes: tuple[str, ...]) -> dict[str, int]:
-    return {name: index for index, name in enumerate(classes)}
+class _Vocabulary(msgspec.Struct, frozen=True, dict=True):
+    """A target with class names. `numbers` is made once: to find it by the tuple would take as long as making it."""
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """The index of each class."""
+        return {name: number for number, name in enumerate(self.class_names)}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        raise NotImplementedError
 
 
-class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="class", tag_field="kind"):
+class ClassTarget(_Vocabulary, frozen=True, forbid_unknown_fields=True, tag="class", tag_field="kind"):
     """One class name per clip, from `classes`."""
 
     key: str
@@ -43,9 +51,9 @@ class ClassTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         value = _field(label, self.key)
         if not isinstance(value, str):
             raise LabelError(f"label {self.key} is {_shown(value)}, not a class name")
-        if value not in _index(self.classes):
+        if value not in self.numbers:
             raise LabelError(f"unknown label {self.key}={_shown(value)}")
-        return _index(self.classes)[value]
+        return self.numbers[value]
 
 
 class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="integer", tag_field="kind"):
@@ -71,7 +79,7 @@ class IntegerTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
         return number
 
 
-class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tags", tag_field="kind"):
+class TagsTarget(_Vocabulary, frozen=True, forbid_unknown_fields=True, tag="tags", tag_field="kind"):
     """Any number of class names per clip: a list, or a text with `separator` between them."""
 
     key: str
@@ -92,12 +100,12 @@ class TagsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="t
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise LabelError(f"label {self.key} is {_shown(value)}, neither a text nor a list of class names")
         names = [name.strip() for name in names if name.strip()]
-        if unknown := [name for name in names if name not in _index(self.classes)]:
+        if unknown := [name for name in names if name not in self.numbers]:
             raise LabelError(f"unknown label {self.key}={_shown(unknown[0])}")
-        return tuple(sorted({_index(self.classes)[name] for name in names}))
+        return tuple(sorted({self.numbers[name] for name in names}))
 
 
-class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="events", tag_field="kind"):
+class EventsTarget(_Vocabulary, frozen=True, forbid_unknown_fields=True, tag="events", tag_field="kind"):
     """Events in time: the json is a list of them (or holds one as `events`), each with its start and end in seconds."""
 
     start: str
@@ -131,9 +139,9 @@ class EventsTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
                 number = _whole_number(event_class)
                 event_class = _shown(event_class) if number is None else str(number)
             for name in filter(None, (part.strip() for part in event_class.split(self.separator))):
-                if name in _index(self.classes):
+                if name in self.numbers:
                     times.append((float(start), float(end)))
-                    classes.append(_index(self.classes)[name])
+                    classes.append(self.numbers[name])
                 else:
                     outside += 1
         bounds = np.array(times, np.float64).reshape(-1, 2)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # the worker imports this module, and starts in half the time
 
 NOT_FINITE = "the model gives NaN or infinity for it"
 _PROGRESS_SECONDS = 0.1
-_DECODING_SECONDS = 300  # longest wait for one clip: a long recording is no hanging model
+_DECODING_SECONDS = 900  # longest wait for one clip: a long recording is no hanging model
 _DISK_SECONDS = 900.0  # longest wait for a slow disk
 _SECONDS_AHEAD = 900.0  # most decoded audio that waits for the model
 _GROUP_SECONDS = 10.0  # audio that a thread decodes before it hands over
@@ -346,7 +346,7 @@ class _Decoded:
     def _decode_group(self, group: Sequence[Sample]) -> list[_DecodedClip | ClipError]:
         """The first clips of a group, at least one, until they are long enough together."""
         outcomes: list[_DecodedClip | ClipError] = []
-        seconds = 0.0
+        seconds, started = 0.0, time.thread_time()
         with open_shard(self._spec.shard) as shard:
             for sample in group:
                 try:
@@ -355,7 +355,7 @@ class _Decoded:
                     outcomes.append(clip)
                 except ClipError as error:
                     outcomes.append(error)
-                if seconds >= _GROUP_SECONDS:
+                if seconds >= _GROUP_SECONDS or time.thread_time() - started > _GROUP_SECONDS:
                     break
         return outcomes
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -23,7 +21,7 @@ import numpy as np
 from ..data.shards import Clips
 from ..errors import DataError, DataMissingError, MachineError, UsageError, foreign
 from ..files import check_target, disk_error, indented, write_aside
-from ..foreign import ForeignFileError, NoFileError, decode_json, open_regular, read_small
+from ..foreign import ForeignFileError, NoFileError, decode_json, read_arrays, read_small
 from ..probes.tuning import Tuning
 from ..scoring.scoring import Predictions
 from ..scoring.shots import Shots
@@ -38,8 +36,10 @@ Status = Literal["ok", "not_applicable", "undefined", "skipped", "failed"]
 Interval = tuple[float, float]
 
 # More than any result holds: a larger file is a mistake, or meant to exhaust the machine.
-_MAX_RESULT_BYTES = 256 << 20
-_MAX_PREDICTION_BYTES = 4 << 30
+_MAX_RESULT_BYTES = 32 << 20
+_MAX_RECORDS = 20_000  # of tasks, methods and taps
+_MAX_NUMBER = 1e12  # of clips, and of a score
+_MAX_PREDICTION_BYTES = 512 << 20
 
 
 class Encoder(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,7 +240,13 @@ def read_result(path: Path) -> Result:
             raise UsageError(
                 f"{path} has schema_version {version}, and this version of xares-onnx reads {SCHEMA_VERSION}; evaluate again"
             )
-        return decode_json(data, Result)
+        result = decode_json(data, Result)
+        if len(result.tasks) > _MAX_RECORDS:
+            raise ForeignFileError(f"it has {len(result.tasks)} records of tasks")
+        for record in result.tasks:
+            if not 0 <= (record.weight or 0) <= _MAX_NUMBER or abs(record.score or 0) > _MAX_NUMBER:
+                raise ForeignFileError(f"the weight or score of {foreign(record.task)} is not plausible")
+        return result
     except ForeignFileError as error:
         raise UsageError(f"{path} is not a result of `xares-onnx evaluate`: {error}") from error
 
@@ -267,15 +273,7 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
         raise DataError(f"{path} names predictions of {name} outside its own folder; it was not written by an evaluation")
     file, shown = path.parent / place, path.parent / foreign(record.predictions)
     try:
-        with open_regular(file) as opened:
-            with zipfile.ZipFile(opened) as archive:
-                if sum(member.file_size for member in archive.infolist()) > _MAX_PREDICTION_BYTES:
-                    raise ValueError("it is larger than predictions are")
-            opened.seek(0)
-            with np.load(opened, allow_pickle=False) as archive:
-                arrays: Predictions = {column: archive[column] for column in archive.files}
-        if any(not isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError("it holds something other than arrays")
+        arrays: Predictions = read_arrays(file, _MAX_PREDICTION_BYTES)
         rows = len(arrays["key"])
         if any(array.ndim < 1 or len(array) != rows for array in arrays.values()):
             raise ValueError("its columns differ in length")
@@ -285,17 +283,7 @@ def read_predictions(path: Path, record: TaskResult) -> Predictions:
             raise ValueError("group must be a text")
     except NoFileError as error:
         raise DataMissingError(f"the predictions of {name} are not at {shown}; keep them beside {path.name}") from error
-    except (
-        ForeignFileError,
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        MemoryError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (ForeignFileError, ValueError, KeyError) as error:
         reason = foreign(f"there is no column {error}" if isinstance(error, KeyError) else str(error))
         raise DataError(f"{shown} does not hold predictions as an evaluation writes them: {reason}") from error
     return arrays

@@ -58,6 +58,14 @@ class Balance:
             for clip in index.of_part(part):
                 self.of_part.update((name, part) for name in labels.classes(json.loads(clip.label or "")))
 
+    @cached_property
+    def _all(self) -> Counter[str]:
+        """Clips by class, of all parts."""
+        counts: Counter[str] = Counter()
+        for (name, _), clips in self.of_part.items():
+            counts[name] += clips
+        return counts
+
     def table(self) -> dict[str, dict[str, int]]:
         """Clips by class and part."""
         return {name: {part: self.of_part[name, part] for part in self.parts} for name in self.names}
@@ -65,9 +73,9 @@ class Balance:
     def trained_and_tested(self, folds: bool) -> Iterator[tuple[str, dict[str, int], dict[str, int]]]:
         """For each test part: its name, and by class the clips in training and in test."""
         for test in self.parts if folds else ("test",):
-            train = [part for part in self.parts if part != test] if folds else ["train"]
-            trained = {name: sum(self.of_part[name, part] for part in train) for name in self.names}
-            yield test, trained, {name: self.of_part[name, test] for name in self.names}
+            tested = {name: self.of_part[name, test] for name in self.names}
+            trained = {name: self._all[name] - tested[name] if folds else self.of_part[name, "train"] for name in self.names}
+            yield test, trained, tested
 
 
 def check_balance(balance: Balance, folds: bool) -> list[str]:

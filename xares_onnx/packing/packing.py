@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from ..data.catalog import shipped_tasks
-from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, Drop, parse_label
+from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, MAX_LABEL_BYTES, Drop, parse_label
 from ..data.targets import Target
 from ..data.task import MAX_GROUP, Data, Domain, Score, Task, load_task
 from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest, quoted
@@ -415,12 +416,18 @@ def _read_labels(run: _Run) -> Balance:
     fields = labels.target(balance.names, numbers)
     if labels.kind == "number" and not fields["low"] < fields["high"]:
         raise DataError(f"every score is {numbers[0]:g}, or --low is not below --high: there is nothing to learn")
+    if labels.kind == "number" and math.isinf(fields["high"] - fields["low"]):
+        raise DataError(
+            f"scores from {fields['low']:g} to {fields['high']:g} lie too far apart to compute with; rescale them"
+        )
     target = msgspec.convert({"kind": labels.kind, **fields}, Target)
     events = late = 0
     for batch in index.clips():
         faults, strata = [], []
         for clip in batch:
             try:
+                if len(clip.label or "") > MAX_LABEL_BYTES:
+                    raise LabelError(f"its label is larger than {MAX_LABEL_BYTES >> 20} MiB")
                 target.encode(parse_label(clip.label or ""))
             except LabelError as error:
                 faults.append((str(error), clip.id))

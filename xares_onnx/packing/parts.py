@@ -12,6 +12,8 @@ from .columns import Columns
 from .index import Index
 from .splits import SPLITS, TEST, draw, make_splits, make_units, pool_small
 
+MAX_FOLDS = 1_000
+
 
 def name_parts(index: Index, columns: Columns, seed: int, note: Callable[[str], None]) -> bool:
     """Give every clip its split or its fold's number.
@@ -39,6 +41,11 @@ def name_parts(index: Index, columns: Columns, seed: int, note: Callable[[str], 
                 )
         return False
     if columns.fold:
+        if len(parts) > MAX_FOLDS:
+            raise DataError(
+                f"column {quoted(columns.fold)} names {len(parts)} folds, and each would train a head of its own; join them "
+                f"to {MAX_FOLDS} at most"
+            )
         if len(parts) < 2:
             raise DataError(f"every clip is in fold {quoted(parts[0])}; a test needs at least two folds")
         _number_folds(index, parts, note)

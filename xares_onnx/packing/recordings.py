@@ -112,6 +112,9 @@ class AudioFolder(AudioSource):
         return StoredFile(self._root / clip.path)
 
 
+_MAX_NAME = 255  # bytes of a file's or folder's name, on nearly every system
+
+
 @dataclass(frozen=True)
 class Recording:
     """A decoded file of `size` bytes. `content` is a digest of its mono samples, as an encoder gets them, and their rate."""
@@ -139,6 +142,8 @@ def path_below(root: Path, name: str, where: str) -> str:
         target = (root / below).resolve()
     except (ValueError, OSError, RuntimeError) as error:  # a zero byte, half a surrogate pair, links in a circle
         raise UsageError(f"{where} names the file {quoted(name)}, which cannot exist ({error})") from error
+    if any(len(os.fsencode(part)) > _MAX_NAME for part in below.split("/")):
+        raise UsageError(f"{where} names the file {quoted(name)}, whose name is longer than any file's")
     if below == ".." or below.startswith("../") or not target.is_relative_to(root):
         raise UsageError(f"{where} names {quoted(name)}, which lies outside {root}; the table's paths start there")
     return below

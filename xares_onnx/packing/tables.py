@@ -12,6 +12,7 @@ import io
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from .recordings import AudioFolder, AudioSource
 Row = tuple[int, dict[str, Any]]
 
 MAX_LINE_BYTES = 1 << 24
+MAX_COLUMNS = 10_000
 
 
 class Table(ABC):
@@ -51,7 +53,9 @@ class Table(ABC):
         self.path = path
         with self._opened():
             self.columns: tuple[str, ...] = tuple(self._read_columns())
-        if repeated := sorted({name for name in self.columns if self.columns.count(name) > 1}):
+        if len(self.columns) > MAX_COLUMNS:
+            raise DataError(f"table {path} has {len(self.columns)} columns; leave out those that mean nothing here")
+        if repeated := sorted(name for name, count in Counter(self.columns).items() if count > 1):
             raise UsageError(f"{path} has two columns {quoted(repeated[0])}; rename one")
 
     @abstractmethod
@@ -126,7 +130,7 @@ class DelimitedTable(Table):
 
     def _clean(self, cell: str) -> str:
         cell = cell.strip()
-        if self._tabs and re.fullmatch(r'"(?:[^"]|"")*"', cell):
+        if self._tabs and re.fullmatch(r'"(?:[^"]++|"")*+"', cell):
             return cell[1:-1].replace('""', '"').strip()
         return cell
 

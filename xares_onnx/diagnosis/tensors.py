@@ -114,6 +114,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
 
 
+_Kind = tuple[str, bool, bool]  # operator, whether it has constant matrices, whether B computes it in integers
+
+
 @dataclass
 class _Sums:
     """Sums over clips for one operator."""
@@ -385,7 +388,7 @@ class _Measuring:
     # ---------------------------------------------------------------- figures
 
     def _figures(self, tracked: Mapping[int, _Tracked]) -> list[StepFigures]:
-        noises: dict[tuple[str, bool], dict[int, float]] = {}
+        noises: dict[_Kind, dict[int, float]] = {}
         for number, of_step in tracked.items():
             if of_step.local is not None and of_step.local.shape_b is None:
                 noises.setdefault(self._kind(number), {})[number] = of_step.local.noise
@@ -424,19 +427,19 @@ class _Measuring:
             )
         return figures
 
-    def _kind(self, number: int) -> tuple[str, bool]:
+    def _kind(self, number: int) -> _Kind:
         i, j = self._paired.steps[number]
-        return self._a.steps[i].operator, self._b.steps[j].integer
+        return self._a.steps[i].operator, bool(self._a.steps[i].weights), self._b.steps[j].integer
 
-    def _expected(self, number: int, noises: Mapping[tuple[str, bool], Mapping[int, float]]) -> float:
+    def _expected(self, number: int, noises: Mapping[_Kind, Mapping[int, float]]) -> float:
         """The local noise of the operator's kind: the median of the others, or more if its arithmetic explains more."""
-        operator, integer = self._kind(number)
+        *_, integer = self._kind(number)
         halves = 10 in (self._probed[0][self._names(number)[0]].kind, self._probed[1][self._names(number)[1]].kind)
         floor = _EXPECTED["integer" if integer else "float16" if halves else "float32"]
-        others = [noise for other, noise in noises.get((operator, integer), {}).items() if other != number]
+        others = [noise for other, noise in noises.get(self._kind(number), {}).items() if other != number]
         if len(others) < _FEWEST_PEERS:
             others = [
-                n for (_, quantized), each in noises.items() if quantized == integer for k, n in each.items() if k != number
+                n for (*_, quantized), each in noises.items() if quantized == integer for k, n in each.items() if k != number
             ]
         finite = [noise for noise in others if math.isfinite(noise)]
         return max(floor, float(np.median(finite))) if len(finite) >= _FEWEST_PEERS else floor
@@ -453,7 +456,9 @@ class _Measuring:
             values_a, _, local = sessions.run(batch)
             name_a, _ = self._names(number)
             if number in local:
-                patterns[number] = pattern_of(values_a[name_a], local[number], self._probed[0][name_a].time)
+                patterns[number] = pattern_of(
+                    values_a[name_a], local[number], self._probed[0][name_a].time, figures[number].expected
+                )
             self._tell(Beat())
         return patterns
 

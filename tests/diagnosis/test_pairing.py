@@ -1,4 +1,4 @@
-"""Which operator of one graph is which of another, and what is measured of each: planted faults, other names, other fusions."""
+"""Which operator of one graph is which of another, and what is measured of each: faults, other names, other fusions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from onnx import helper
 from planted_faults import FAMILIES, FAULTS, save_as
 
 from xares_onnx.diagnosis.diagnosing import suspects
+from xares_onnx.diagnosis.figures import Measurement
 from xares_onnx.diagnosis.graph import Graph
 from xares_onnx.diagnosis.groups import Trials, groups_of, try_groups
 from xares_onnx.diagnosis.pairing import pair, unpaired
 from xares_onnx.diagnosis.surgery import load
-from xares_onnx.diagnosis.tensors import Measurement, measure
+from xares_onnx.diagnosis.tensors import measure
 from xares_onnx.encoder.encoder import open_encoder
 from xares_onnx.encoder.spec import ModelOptions
 from xares_onnx.progress import ignore

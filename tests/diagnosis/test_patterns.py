@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from xares_onnx.diagnosis.figures import cka
 from xares_onnx.diagnosis.patterns import pattern_of
-from xares_onnx.diagnosis.tensors import cka
 
 X = np.random.default_rng(0).standard_normal((3, 40, 8)).astype(np.float32)
 

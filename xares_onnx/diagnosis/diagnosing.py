@@ -24,12 +24,13 @@ from ..progress import Event, Note, Observer, ignore
 from ..scoring.protocol import ProtocolName
 from .attribution import Judge, points_of
 from .clips import ShardClips, read_clips, shards_of
+from .figures import Measurement, StepFigures
 from .findings import Departure, Diagnosis, Fix, Points, Regained
 from .fixing import fix_within
 from .groups import Trials, groups_of, try_groups
 from .reference_tensors import NamedFigures, compare_tensors, read_tensors
 from .running import clip_samples
-from .tensors import Measurement, StepFigures, measure
+from .tensors import measure
 
 OWN_TASKS = ("synthetic_pitch", "synthetic_vowel", "synthetic_tempo")
 """What is scored and heard if no data are named: tasks whose clips the program makes itself."""
@@ -147,7 +148,7 @@ def diagnose(
             side_a, side_b = judge.side(Path(a), "A"), judge.side(Path(b), "B")
             lost = points_of(side_b, side_a)
             differences = find_differences(side_a, side_b, tolerance).tasks
-            regained = judge.regained(trials.trials, side_b, groups)
+            regained = judge.regained(trials, side_b, groups)
             if fix is not None:
                 written = fix_within(judge, side_a, side_b, regained, Path(fix), budget, tolerance)
     ranked = suspects(measurement.steps)

@@ -6,8 +6,8 @@ import msgspec
 
 from ..evaluation.differences import Difference, gate_of
 from ..evaluation.record import Interval
+from .figures import StepFigures
 from .reference_tensors import NamedFigures
-from .tensors import StepFigures
 
 
 class Points(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
+from ..diagnosis.figures import StepFigures
 from ..diagnosis.findings import Diagnosis, Fix, Regained
 from ..diagnosis.reference_tensors import NamedFigures
-from ..diagnosis.tensors import StepFigures
 from ..errors import printable
 from .ci import Case, Status, markdown_cell
 from .tables import empty_table

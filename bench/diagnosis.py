@@ -15,7 +15,8 @@ from pathlib import Path
 from planted_faults import FAMILIES, FAULTS, save_as
 
 from xares_onnx.diagnosis.diagnosing import suspects
-from xares_onnx.diagnosis.tensors import Measurement, measure
+from xares_onnx.diagnosis.figures import Measurement
+from xares_onnx.diagnosis.tensors import measure
 from xares_onnx.encoder.encoder import open_encoder
 from xares_onnx.encoder.spec import ModelOptions
 

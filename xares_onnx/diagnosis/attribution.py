@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from ..evaluation.gates import Gates
 from ..evaluation.settings import Settings
 from ..metrics.intervals import average, interval
 from ..progress import Event, Note, Observer, Progress
+from .figures import Measurement
 from .findings import Points, Regained
 from .groups import Group, Trial, Trials, try_groups, write_group
-from .tensors import Measurement
 
 LEAST_BYTES = 1_000  # more than a group is taken to cost, so that what costs nothing is not infinitely cheap
 
@@ -46,6 +46,8 @@ class Judge:
     measurement: Measurement
     waveforms: list[npt.NDArray[np.float32]]
     observer: Observer
+    scored: dict[tuple[int, ...], tuple[Path, Side]] = field(default_factory=dict)
+    """Files and scores of the groups so far."""
 
     def try_groups(self, groups: list[Group]) -> list[Trial]:
         """How near the embeddings come to A's with each group in float."""
@@ -63,10 +65,17 @@ class Judge:
             raise evaluation.errors[0] if evaluation.errors else DataError(f"{name} has no score of these tasks")
         return side
 
-    def write(self, steps: Sequence[int], number: int) -> Path:
+    def with_float(self, steps: tuple[int, ...], name: str) -> tuple[Path, Side]:
+        """B with some operators as in A: the file, and its scores."""
+        if steps not in self.scored:
+            path = self._write(steps)
+            self.scored[steps] = path, self.side(path, name)
+        return self.scored[steps]
+
+    def _write(self, steps: tuple[int, ...]) -> Path:
         """B with some operators as in A, beside copies of what B's file has beside it."""
         source = Path(self.b.info.path)
-        folder = self.folder / str(number)
+        folder = self.folder / str(len(self.scored))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / source.name
         for beside in (source.with_suffix(".toml"), source.parent / CONFIG, source.parent / PREPROCESSOR_CONFIG):
@@ -79,7 +88,7 @@ class Judge:
             self.a.spec.threads,
             self.options.trust,
             self.measurement,
-            tuple(steps),
+            steps,
             str(path.absolute()),
             returns=int,
             observer=self.observer,
@@ -95,40 +104,21 @@ class Judge:
             self.observer(Note(f"time could not be measured: {error}"))
             return None
 
-    def regained(self, trials: Sequence[Trial], side_b: Side, most: int) -> list[Regained]:
+    def regained(self, tried: Trials, side_b: Side, most: int) -> list[Regained]:
         """Score `most` groups, those that bring the output nearest to A's for their bytes; most points per byte first."""
-        chosen = self._chosen(trials, most)
+        chosen = _chosen(tried, most)
         results = []
-        for number, trial in enumerate(trials):
+        for trial in tried.trials:
             points, ratio = None, None
             if trial.group in chosen:
                 try:
-                    path = self.write(trial.group.steps, number)
-                    points = points_of(side_b, self.side(path, trial.group.title))
+                    path, side = self.with_float(trial.group.steps, trial.group.title)
+                    points = points_of(side_b, side)
                     ratio = self.time_ratio(path)
                 except XaresError as error:
                     self.observer(Note(f"{trial.group.title} in float could not be scored: {error}"))
             results.append(self._regained(trial, points, ratio))
         return sorted(results, key=_order)
-
-    def _chosen(self, trials: Sequence[Trial], most: int) -> list[Group]:
-        usable = [t for t in trials if t.noise is not None and len(t.group.steps) < len(trials[-1].group.steps)]
-        noises = {t.group: t.noise for t in trials}
-        ranked = sorted(usable, key=lambda t: -self._gain(t) / max(t.more_bytes or 0, LEAST_BYTES))
-        nearest = sorted(usable, key=lambda t: noises[t.group] or 0.0)
-        chosen: list[Group] = []
-        for pair in zip(ranked, nearest, strict=True):  # by turns, since the cheapest may regain next to nothing
-            for trial in pair:
-                if trial.group not in chosen and len(chosen) < most:
-                    chosen.append(trial.group)
-        return chosen or [trial.group for trial in trials[:most]]
-
-    def _gain(self, trial: Trial) -> float:
-        return max(0.0, self.noise - (trial.noise or 0.0))
-
-    @property
-    def noise(self) -> float:
-        return max((step.noise for step in self.measurement.steps[-1:]), default=0.0)
 
     def _regained(self, trial: Trial, points: Points | None, ratio: float | None) -> Regained:
         steps = self.measurement.steps
@@ -141,6 +131,21 @@ class Judge:
             time_ratio=ratio,
             steps=list(trial.group.steps),
         )
+
+
+def _chosen(tried: Trials, most: int) -> list[Group]:
+    """The groups to score, by turns those that regain the most for their bytes and those that come nearest to A."""
+    trials = tried.trials
+    everything = max((len(trial.group.steps) for trial in trials), default=0)
+    usable = [trial for trial in trials if trial.noise is not None and len(trial.group.steps) < everything]
+
+    def cheapness(trial: Trial) -> float:
+        return max(0.0, tried.noise - (trial.noise or 0.0)) / max(trial.more_bytes or 0, LEAST_BYTES)
+
+    cheapest = sorted(usable, key=lambda trial: -cheapness(trial))
+    nearest = sorted(usable, key=lambda trial: trial.noise or 0.0)
+    by_turns = [trial.group for pair in zip(cheapest, nearest, strict=True) for trial in pair]
+    return list(dict.fromkeys(by_turns or [trial.group for trial in trials]))[:most]
 
 
 def points_of(a: Side, b: Side) -> Points:

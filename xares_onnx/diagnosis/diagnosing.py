@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import inf, isfinite, log10
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -22,10 +24,13 @@ from ..progress import Event, Note, Observer, ignore
 from ..scoring.protocol import ProtocolName
 from .attribution import Judge, points_of
 from .clips import ShardClips, read_clips, shards_of
+from .figures import Measurement, StepFigures
 from .findings import Departure, Diagnosis, Fix, Points, Regained
+from .fixing import fix_within
 from .groups import Trials, groups_of, try_groups
+from .reference_tensors import NamedFigures, compare_tensors, read_tensors
 from .running import clip_samples
-from .tensors import Measurement, StepFigures, measure
+from .tensors import measure
 
 OWN_TASKS = ("synthetic_pitch", "synthetic_vowel", "synthetic_tempo")
 """What is scored and heard if no data are named: tasks whose clips the program makes itself."""
@@ -58,7 +63,7 @@ def diagnose(
     """Find where B departs from A, what that costs in points of the tasks, and what gets them back.
 
     Args:
-        a: The reference model.
+        a: The reference: a model, or a `.npz` of named inner tensors (see `reference_tensors`).
         b: Its copy: quantised, in half precision, exported again.
         tasks: Tasks that are scored, as for `evaluate`; three synthetic ones if no suite and no `data` are named either.
         suite, data, cache, seeds, protocol, contract, threads, trust, observer: As for `evaluate`. Models run on the CPU.
@@ -86,6 +91,10 @@ def diagnose(
         raise UsageError(f"--budget {budget:g} must be at least 0 and below 100 points")
     if fix is not None and not points:
         raise UsageError("--fix needs the points, to know what the file loses; leave out --no-points")
+    if Path(a).suffix == ".npz":
+        if fix is not None:
+            raise UsageError("--fix takes operators from A, so A must be a model and not a .npz")
+        return _against_tensors(Path(a), Path(b), contract, threads, trust, cache_folder(cache), observer)
     notes: list[str] = []
 
     def observe(event: Event) -> None:
@@ -139,10 +148,8 @@ def diagnose(
             side_a, side_b = judge.side(Path(a), "A"), judge.side(Path(b), "B")
             lost = points_of(side_b, side_a)
             differences = find_differences(side_a, side_b, tolerance).tasks
-            regained = judge.regained(trials.trials, side_b, groups)
+            regained = judge.regained(trials, side_b, groups)
             if fix is not None:
-                from .fixing import fix_within
-
                 written = fix_within(judge, side_a, side_b, regained, Path(fix), budget, tolerance)
     ranked = suspects(measurement.steps)
     result = Diagnosis(
@@ -167,8 +174,6 @@ def diagnose(
         fix=written,
         notes=[*notes, *measurement.notes, *trials.notes],
     )
-    import msgspec
-
     return msgspec.structs.replace(result, verdict=verdict_of(result))
 
 
@@ -203,14 +208,69 @@ def verdict_of(diagnosis: Diagnosis) -> str:
 
 def _departure(steps: Sequence[StepFigures]) -> Departure | None:
     """The first operator in topological order that does what its kind does not."""
-    from math import isfinite, log10
-
     for step in steps:
         if step.excess > SUSPECT_DECIBELS:
             noise = step.local_noise
             snr = -10 * log10(noise) if noise and isfinite(noise) else None
             return Departure(tensor=step.tensor_b, title=step.title, pattern=step.pattern, cosine=step.cosine, snr=snr)
     return None
+
+
+def _against_tensors(
+    a: Path, b: Path, contract: Sequence[str], threads: int | None, trust: bool, cache: Path, observer: Observer
+) -> Diagnosis:
+    """The diagnosis of B against named inner tensors."""
+    reference = read_tensors(a)
+    notes: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+        observer(event)
+
+    options = ModelOptions(device="cpu", threads=threads, contract=tuple(contract), trust=trust)
+    with open_encoder(b, options, cache=cache, observer=observe) as encoder:
+        if encoder.contract.sample_rate != reference.rate:
+            raise UsageError(
+                f"{a} is of {reference.rate} Hz and B takes {encoder.contract.sample_rate} Hz; write tensors of B's rate"
+            )
+        arguments = (encoder.info, encoder.spec.threads, trust, reference.waveforms, reference.tensors)
+        named = encoder.call(compare_tensors, *arguments, returns=list[NamedFigures], observer=observer)
+        first = next((figures for figures in named if not figures.right and figures.tensor is not None), None)
+        right = sum(figures.right for figures in named)
+        verdict = f"{right} of {len(named)} tensors are right"
+        if first is not None:
+            verdict = f"wrong from {first.name} on ({first.title}): {first.pattern or 'everywhere'}; {verdict}"
+        return Diagnosis(
+            verdict=verdict,
+            a=a.name,
+            b=Path(encoder.info.path).name,
+            bytes_a=a.stat().st_size,
+            bytes_b=encoder.info.scan.bytes,
+            tasks=[],
+            clips=len(reference.waveforms),
+            seconds=reference.waveforms.size / reference.rate,
+            layers=0,
+            lost=None,
+            differences=[],
+            output_noise=named[-1].noise,
+            suspects=[],
+            departure=None if first is None else _departure_of(first),
+            steps=[],
+            unpaired_a=[figures.name for figures in named if figures.tensor is None],
+            unpaired_b=[],
+            regained=[],
+            fix=None,
+            named=named,
+            notes=notes,
+        )
+
+
+def _departure_of(figures: NamedFigures) -> Departure:
+    snr = -10 * log10(figures.noise) if 0 < figures.noise < inf else None
+    return Departure(
+        tensor=figures.tensor or "", title=figures.title, pattern=figures.pattern, cosine=figures.cosine, snr=snr
+    )
 
 
 def _check_alike(a: Encoder, b: Encoder) -> None:

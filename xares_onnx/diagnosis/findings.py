@@ -6,7 +6,8 @@ import msgspec
 
 from ..evaluation.differences import Difference, gate_of
 from ..evaluation.record import Interval
-from .tensors import StepFigures
+from .figures import StepFigures
+from .reference_tensors import NamedFigures
 
 
 class Points(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +89,8 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
     unpaired_b: list[str]
     regained: list[Regained]
     fix: Fix | None
+    named: list[NamedFigures] = []
+    """The tensors of a `.npz`, if that was the reference; there are no operators of A then."""
     notes: list[str]
 
     @property
@@ -97,5 +100,6 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def exit_code(self) -> int:
-        """1 if B is certainly worse by more than the tolerance, or if a file was asked for and none could be kept."""
-        return int(bool(self.failed) or (self.fix is not None and self.fix.path is None))
+        """1 if B is certainly worse by more than the tolerance, if a named tensor departs, or if no file could be kept."""
+        departs = any(not figures.right for figures in self.named if figures.tensor is not None)
+        return int(bool(self.failed) or departs or (self.fix is not None and self.fix.path is None))

@@ -34,13 +34,11 @@ def fix_within(
     lost = points_of(side_b, side_a)
     candidate = Path(judge.b.info.path)
     steps: tuple[int, ...] = ()
-    number = 1_000
     while lost.points > budget and (entry := _next(judge, regained, steps)) is not None:
         steps = tuple(sorted({*steps, *entry.steps}))
         chosen.append(entry)
-        number += 1
-        candidate = judge.write(steps, number)
-        lost = points_of(judge.side(candidate, f"B with {len(chosen)} groups in float"), side_a)
+        candidate, side = judge.with_float(steps, f"B with {len(chosen)} groups in float")
+        lost = points_of(side, side_a)
     excluded = sorted({judge.measurement.steps[step].name for step in steps})
     recipe = judge.a.call(
         recipe_of, (judge.a.info, judge.b.info), judge.options.trust, excluded, returns=Recipe, observer=judge.observer
@@ -66,6 +64,8 @@ def _next(judge: Judge, regained: Sequence[Regained], steps: tuple[int, ...]) ->
     """The group to add to `steps`: first the one of most points per byte; then, since what a group regains depends on those
     before it, the one that brings the embeddings nearest to A's for its bytes; None if there is no other.
     """
+    if not regained:
+        return None
     if not steps and regained[0].points is not None and regained[0].points.points > 0:
         return regained[0]
     rest = [entry for entry in regained if entry.noise is not None and not set(entry.steps) <= set(steps)]

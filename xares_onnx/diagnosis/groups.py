@@ -17,10 +17,11 @@ from ..encoder.spec import EncoderInfo
 from ..encoder.worker import Beat, Tell
 from ..errors import ModelError, UsageError
 from ..progress import Doing, Progress
+from .figures import Measurement, StepFigures
 from .graph import Graph
+from .opening import Paired, open_pair
 from .running import PartSession, RunError, clip_samples, feeds_of, types_of
 from .surgery import serialized, spliced
-from .tensors import Measurement, Paired, StepFigures, open_pair
 
 _MOST_GROUPS = 40
 _CLIPS = 8

@@ -11,13 +11,16 @@ _MOST_SHARE = 0.5  # of indices that a pattern may name
 _NAMED = 4
 
 
-def pattern_of(expected: npt.NDArray[np.generic], value: npt.NDArray[np.generic], time: int | None) -> str:
+def pattern_of(
+    expected: npt.NDArray[np.generic], value: npt.NDArray[np.generic], time: int | None, noise: float = 0.0
+) -> str:
     """What is wrong in `value` (batch, ...) against `expected`, in a few words; empty if nothing stands out.
 
     Args:
         expected: The reference.
         value: What is compared with it.
         time: The axis of time, None if there is none.
+        noise: The share of power that is rounding.
     """
     if value.ndim != expected.ndim:
         return f"has {value.ndim} axes instead of {expected.ndim}"
@@ -30,7 +33,7 @@ def pattern_of(expected: npt.NDArray[np.generic], value: npt.NDArray[np.generic]
     if power == 0:
         return ""
     factor = float((x * y).sum()) / power
-    if abs(factor - 1) > 0.01 and float(((y - factor * x) ** 2).sum()) < _EXACT * factor * factor * power:
+    if abs(factor - 1) > 0.01 and float(((y - factor * x) ** 2).sum()) < max(_EXACT, 20 * noise) * factor * factor * power:
         return f"a constant factor of {factor:.3g}"
     if (order := _order_of_channels(x, y, time)) is not None:
         return order

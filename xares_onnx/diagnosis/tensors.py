@@ -10,161 +10,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..encoder.contract.contract import Contract
-from ..encoder.limits import memory_bytes
-from ..encoder.model_file import check_unchanged
 from ..encoder.spec import EncoderInfo
-from ..encoder.worker import Beat, Tell, limit_memory
+from ..encoder.worker import Beat, Tell
 from ..errors import ModelError
 from ..progress import Doing, Progress
-from .graph import Graph
-from .pairing import pair, unpaired
+from .figures import Measurement, StepFigures, Sums, Tracked, cka
+from .opening import Paired, open_pair
 from .patterns import pattern_of
-from .places import Place, places
+from .places import places
 from .running import Feeds, PartSession, RunError, clip_samples, feeds_of, types_of
-from .surgery import cut_out, load, side_by_side
+from .surgery import cut_out, side_by_side
 
-_GROUP_BYTES = 192 << 20  # of exposed tensors of one clip, in both models together
+_GROUP_BYTES = 384 << 20  # of exposed tensors of one clip, in both models together
 _MOST_POOLED = 4_096  # values per clip that CKA compares
 _BATCH = 3  # clips in one call, for what depends on neighbours
 _MOST_FAILURES = 40  # parts that do not run alone, before local figures are given up
 # The noise, as a share of power, that an operator has by itself: in float32 by another order of sums, in float16 by
 # rounding, in integers by 8 bits. What its kind has in the rest of the model counts instead, if that is more.
 _EXPECTED = {"float32": 1e-8, "float16": 1e-5, "integer": 1e-4}
-_SAME = 1e-9  # noise of the same arithmetic in another order
+_LOADING_PATIENCE = 30.0  # more seconds of silence, since three sessions are loaded
 _FEWEST_PEERS = 2
-_SCALED = 0.1  # of the expected noise: what an error that scales the tensor may have, since chance scales by far less
 _SHOWN_PATTERNS = 8  # suspects whose error is looked at along time and channels
 
 
-class StepFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One operator of A and B, and how far its output differs. Noise is the power of the difference over that of A's."""
-
-    operator: str
-    name: str
-    place: Place
-    tensor_a: str
-    tensor_b: str
-    integer: bool
-    weighted: bool
-    """Whether it has constant matrices."""
-    types: tuple[int, int]
-    """Of both tensors, as `TensorProto.DataType` counts them."""
-    shape: tuple[int, ...]
-    """Of A's tensor, for one clip."""
-    cosine: float
-    noise: float
-    cka: float | None
-    local_cosine: float | None
-    local_noise: float | None
-    """Null if this part of B does not run by itself."""
-    local_gain: float
-    """The part of the local noise that a constant factor explains."""
-    batch_noise: float | None
-    """Local noise if clips share a call, where that is more; null if they do not."""
-    expected: float
-    """Local noise of its kind."""
-    shape_b: tuple[int, ...] | None = None
-    """Of B's tensor, if it is another."""
-    local_shape: tuple[int, ...] | None = None
-    """Of what B makes of A's tensors, if that is another than A's."""
-    pattern: str = ""
-
-    @property
-    def excess(self) -> float:
-        """Decibels of local noise above what its kind has."""
-        if self.local_shape is not None:
-            return math.inf
-        if self.local_noise is None:
-            return -math.inf
-        noise = max(self.local_noise, self.batch_noise or 0.0, self.local_gain / _SCALED)
-        return 10 * math.log10(max(noise, 1e-30) / self.expected) if math.isfinite(noise) else math.inf
-
-    @property
-    def differs(self) -> bool:
-        """Whether B computes it in another way than A."""
-        return self.integer or self.local_shape is not None or (self.local_noise or 0.0) > _SAME or bool(self.batch_noise)
-
-    @property
-    def title(self) -> str:
-        where = self.place.text
-        return f"{where}: {self.operator} {self.name}" if where else f"{self.operator} {self.name}"
-
-
-class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """All paired operators in topological order, what was not paired, and what was used."""
-
-    steps: list[StepFigures]
-    unpaired_a: list[str]
-    unpaired_b: list[str]
-    layers: int
-    clips: int
-    seconds: float
-    """Of audio."""
-    opset_a: int
-    opset_b: int
-    notes: list[str]
-
-
-@dataclass
-class _Sums:
-    """Sums over clips for one operator."""
-
-    xx: float = 0.0
-    yy: float = 0.0
-    xy: float = 0.0
-    dd: float = 0.0
-    shape_b: tuple[int, ...] | None = None
-
-    def add(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
-        if x.shape != y.shape:
-            self.shape_b = tuple(y.shape)
-            if x.ndim != y.ndim:
-                self.dd = math.inf
-                return
-            common = tuple(slice(0, min(one, other)) for one, other in zip(x.shape, y.shape, strict=True))
-            x, y = x[common], y[common]
-        x, y = x.ravel().astype(np.float32, copy=False), y.ravel().astype(np.float32, copy=False)
-        with np.errstate(all="ignore"):
-            difference = x - y
-            self.xx += float(np.vdot(x, x))
-            self.yy += float(np.vdot(y, y))
-            self.xy += float(np.vdot(x, y))
-            self.dd += float(np.vdot(difference, difference))
-
-    @property
-    def noise(self) -> float:
-        noise = self.dd / self.xx if self.xx > 0 else (0.0 if self.dd == 0 else math.inf)
-        return noise if math.isfinite(noise) else math.inf
-
-    @property
-    def gain(self) -> float:
-        gain = (self.xy / self.xx - 1) ** 2 if self.xx > 0 else 0.0
-        return gain if math.isfinite(gain) else 0.0
-
-    @property
-    def cosine(self) -> float:
-        norm = math.sqrt(self.xx * self.yy) if self.xx * self.yy > 0 else 0.0
-        cosine = self.xy / norm if norm > 0 else float(self.xx == self.yy)
-        return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else 0.0
-
-
-@dataclass
-class _Tracked:
-    """What is gathered of one operator."""
-
-    cumulative: _Sums = field(default_factory=_Sums)
-    local: _Sums | None = None
-    batched: _Sums | None = None
-    pooled: tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]] = field(default_factory=lambda: ([], []))
+_Kind = tuple[str, bool, bool]  # operator, whether it has constant matrices, whether B computes it in integers
 
 
 @dataclass(frozen=True)
@@ -175,52 +51,6 @@ class _Probed:
     time: int | None
     kind: int
     size: int
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two loaded models and their paired, measured steps: `steps` holds (number in A, number in B)."""
-
-    a: Graph
-    b: Graph
-    steps: list[tuple[int, int]]
-    contracts: tuple[Contract, Contract]
-
-    @property
-    def tensors(self) -> dict[str, str]:
-        """Tensors of A by those of B."""
-        return {self.b.steps[j].output: self.a.steps[i].output for i, j in self.steps}
-
-
-def open_pair(
-    infos: tuple[EncoderInfo, EncoderInfo], threads: int, trust: bool, tell: Tell
-) -> tuple[Paired, list[str], list[str]]:
-    """Load both models and pair them; also the names of what was not paired in A and in B."""
-    limit_memory(memory_bytes(sum(info.scan.solid_bytes for info in infos), trust, threads))
-    graphs = []
-    for info in infos:
-        tell(Doing("reading the model", 60.0))
-        check_unchanged(Path(info.path), info.scan.stamps)
-        graph = Graph(load(Path(info.path), trust=trust))
-        output = info.contract.output
-        keep = cut_out(graph, [output] if output in graph.maker else graph.outputs)
-        keep.metadata_props.extend(graph.model.metadata_props)
-        graphs.append(Graph(_with_types(keep, graph.model)))
-        tell(Beat())
-    tell(Doing("pairing the operators", 120.0))
-    a, b = graphs
-    pairs = pair(a, b)
-    steps = [(i, j) for i, j in sorted(pairs.b_of.items()) if a.steps[i].measured]
-    lost = [[f"{s.operator} {s.name}" for s in unpaired(g, k)] for g, k in ((a, pairs.b_of), (b, pairs.a_of))]
-    return Paired(a, b, steps, (infos[0].contract, infos[1].contract)), lost[0], lost[1]
-
-
-def _with_types(part: Any, whole: Any) -> Any:
-    outputs = {value.name: value for value in whole.graph.output}
-    names = [value.name for value in part.graph.output]
-    del part.graph.output[:]
-    part.graph.output.extend(outputs[name] for name in names)
-    return part
 
 
 def measure(
@@ -256,7 +86,7 @@ class _Measuring:
         self._places = places(self._a, paired.contracts[0].output)
 
     def measurement(self, lost_a: list[str], lost_b: list[str]) -> Measurement:
-        tracked: dict[int, _Tracked] = {}
+        tracked: dict[int, Tracked] = {}
         groups = list(self._groups())
         for number, group in enumerate(groups):
             tracked |= self._measure_group(group, number, len(groups))
@@ -324,7 +154,7 @@ class _Measuring:
         size = 0
         for number in range(len(self._paired.steps)):
             name_a, name_b = self._names(number)
-            own = 2 * self._probed[0][name_a].size + 2 * self._probed[1][name_b].size
+            own = self._probed[0][name_a].size + 2 * self._probed[1][name_b].size  # B's by itself, too
             if group and size + own > _GROUP_BYTES:
                 yield group
                 group, size = [], 0
@@ -335,8 +165,8 @@ class _Measuring:
 
     # ---------------------------------------------------------------- clips
 
-    def _measure_group(self, group: Sequence[int], done: int, total: int) -> dict[int, _Tracked]:
-        tracked = {number: _Tracked() for number in group}
+    def _measure_group(self, group: Sequence[int], done: int, total: int) -> dict[int, Tracked]:
+        tracked = {number: Tracked() for number in group}
         sessions = _Sessions(self, group)
         batches = [[waveform] for waveform in self._waveforms]
         for count, batch in enumerate(batches):
@@ -357,7 +187,7 @@ class _Measuring:
         sessions: _Sessions,
         group: Sequence[int],
         batch: Sequence[npt.NDArray[np.float32]],
-        tracked: Mapping[int, _Tracked],
+        tracked: Mapping[int, Tracked],
         *,
         batched: bool,
     ) -> None:
@@ -367,7 +197,7 @@ class _Measuring:
             x, of_step = values_a[name_a], tracked[number]
             if batched:
                 if number in local:
-                    of_step.batched = of_step.batched or _Sums()
+                    of_step.batched = of_step.batched or Sums()
                     of_step.batched.add(x, local[number])
                 continue
             y = values_b[name_b]
@@ -379,13 +209,13 @@ class _Measuring:
                     vector = value.mean(axis=probed.time, dtype=np.float32) if probed.time is not None else value
                 pooled.append(vector.ravel()[:_MOST_POOLED].astype(np.float32))
             if number in local:
-                of_step.local = of_step.local or _Sums()
+                of_step.local = of_step.local or Sums()
                 of_step.local.add(x, local[number])
 
     # ---------------------------------------------------------------- figures
 
-    def _figures(self, tracked: Mapping[int, _Tracked]) -> list[StepFigures]:
-        noises: dict[tuple[str, bool], dict[int, float]] = {}
+    def _figures(self, tracked: Mapping[int, Tracked]) -> list[StepFigures]:
+        noises: dict[_Kind, dict[int, float]] = {}
         for number, of_step in tracked.items():
             if of_step.local is not None and of_step.local.shape_b is None:
                 noises.setdefault(self._kind(number), {})[number] = of_step.local.noise
@@ -424,19 +254,19 @@ class _Measuring:
             )
         return figures
 
-    def _kind(self, number: int) -> tuple[str, bool]:
+    def _kind(self, number: int) -> _Kind:
         i, j = self._paired.steps[number]
-        return self._a.steps[i].operator, self._b.steps[j].integer
+        return self._a.steps[i].operator, bool(self._a.steps[i].weights), self._b.steps[j].integer
 
-    def _expected(self, number: int, noises: Mapping[tuple[str, bool], Mapping[int, float]]) -> float:
+    def _expected(self, number: int, noises: Mapping[_Kind, Mapping[int, float]]) -> float:
         """The local noise of the operator's kind: the median of the others, or more if its arithmetic explains more."""
-        operator, integer = self._kind(number)
+        *_, integer = self._kind(number)
         halves = 10 in (self._probed[0][self._names(number)[0]].kind, self._probed[1][self._names(number)[1]].kind)
         floor = _EXPECTED["integer" if integer else "float16" if halves else "float32"]
-        others = [noise for other, noise in noises.get((operator, integer), {}).items() if other != number]
+        others = [noise for other, noise in noises.get(self._kind(number), {}).items() if other != number]
         if len(others) < _FEWEST_PEERS:
             others = [
-                n for (_, quantized), each in noises.items() if quantized == integer for k, n in each.items() if k != number
+                n for (*_, quantized), each in noises.items() if quantized == integer for k, n in each.items() if k != number
             ]
         finite = [noise for noise in others if math.isfinite(noise)]
         return max(floor, float(np.median(finite))) if len(finite) >= _FEWEST_PEERS else floor
@@ -453,7 +283,9 @@ class _Measuring:
             values_a, _, local = sessions.run(batch)
             name_a, _ = self._names(number)
             if number in local:
-                patterns[number] = pattern_of(values_a[name_a], local[number], self._probed[0][name_a].time)
+                patterns[number] = pattern_of(
+                    values_a[name_a], local[number], self._probed[0][name_a].time, figures[number].expected
+                )
             self._tell(Beat())
         return patterns
 
@@ -467,6 +299,7 @@ class _Sessions:
         a, b = measuring._a, measuring._b
         self._tensors = {name_b: name_a for name_a, name_b in map(measuring._names, range(len(measuring._paired.steps)))}
         outputs_b = list(dict.fromkeys(measuring._names(number)[1] for number in group))
+        measuring._tell(Doing("loading parts of the models", _LOADING_PATIENCE))
         self._part = self._local()
         needed = dict.fromkeys(measuring._names(number)[0] for number in group)
         needed |= dict.fromkeys(
@@ -475,7 +308,7 @@ class _Sessions:
         self._session_a = PartSession(cut_out(a, list(needed)), measuring._threads)
         measuring._tell(Beat())
         self._session_b = PartSession(cut_out(b, outputs_b), measuring._threads)
-        measuring._tell(Beat())
+        measuring._tell(Doing("running the models"))
 
     def _local(self) -> PartSession | None:
         while numbers := [number for number in self._group if number not in self._m._dead]:
@@ -512,17 +345,3 @@ class _Sessions:
                 continue
             return values_a, values_b, {int(name.removeprefix("local")): value for name, value in results.items()}
         return values_a, values_b, {}
-
-
-def cka(x: Sequence[npt.NDArray[np.float32]], y: Sequence[npt.NDArray[np.float32]]) -> float | None:
-    """Linear CKA of two lists of vectors, one per clip, by their Gram matrices; None if it is not defined."""
-    if len(x) < 3 or len({len(vector) for vector in (*x,)}) != 1 or len({len(vector) for vector in y}) != 1:
-        return None
-    grams = []
-    for vectors in (x, y):
-        matrix = np.stack(vectors).astype(np.float64)
-        matrix -= matrix.mean(axis=0)
-        grams.append(matrix @ matrix.T)
-    scale = float(np.linalg.norm(grams[0]) * np.linalg.norm(grams[1]))
-    value = float((grams[0] * grams[1]).sum()) / scale if scale > 0 else math.nan
-    return min(1.0, value) if math.isfinite(value) else None

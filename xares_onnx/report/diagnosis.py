@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
+from ..diagnosis.figures import StepFigures
 from ..diagnosis.findings import Diagnosis, Fix, Regained
-from ..diagnosis.tensors import StepFigures
+from ..diagnosis.reference_tensors import NamedFigures
 from ..errors import printable
 from .ci import Case, Status, markdown_cell
 from .tables import empty_table
@@ -18,6 +19,7 @@ from .units import data_size
 _SUSPECTS = ("suspect", "operator"), ("own SNR", "its kind", "excess"), ("pattern",)
 _DEPTH = ("depth",), ("cosine", "SNR", "CKA"), ("", "worst operator there", "its own SNR")
 _REGAINED = ("as in A",), ("operators", "points", "file", "time", "SNR of embeddings"), ()
+_NAMED = ("tensor", "operator", "found by"), ("cosine", "SNR"), ("departs",)
 _MOST_ROWS = 10
 _MOST_UNPAIRED = 5
 _FULL_BAR_DECIBELS = 60.0
@@ -61,6 +63,9 @@ def cases(diagnosis: Diagnosis) -> list[Case]:
     for number in diagnosis.suspects[:_MOST_ROWS]:
         step = diagnosis.steps[number]
         listed.append(Case("operators", step.title, "warn", _suspicion(step)))
+    for figures in diagnosis.named:
+        status = "pass" if figures.right else "fail" if figures.tensor is not None else "warn"
+        listed.append(Case("tensors", figures.name, status, figures.pattern or f"SNR {decibels(figures.noise)}"))
     if diagnosis.fix is not None:
         listed.append(Case("fix", "file", "fail" if diagnosis.fix.path is None else "pass", diagnosis.fix.verdict))
     return sorted(listed, key=lambda case: ("fail", "warn", "pass", "skip").index(case.status))
@@ -87,6 +92,9 @@ def _own(step: StepFigures) -> float | None:
 
 
 def _tables(diagnosis: Diagnosis) -> Iterator[tuple[str, Headings, Rows]]:
+    if diagnosis.named:
+        yield "The reference's tensors, in their order", _NAMED, [_named_cells(figures) for figures in diagnosis.named]
+        return
     if diagnosis.suspects:
         rows = [_suspect_cells(diagnosis.steps[number]) for number in diagnosis.suspects[:_MOST_ROWS]]
         yield "Operators with more error of their own than their kind, fed with A's tensors", _SUSPECTS, rows
@@ -95,6 +103,11 @@ def _tables(diagnosis: Diagnosis) -> Iterator[tuple[str, Headings, Rows]]:
         ranked = [entry for entry in diagnosis.regained if entry.points is not None]
         ranked += sorted((e for e in diagnosis.regained if e.points is None), key=_noise_of)
         yield "Put back to float", _REGAINED, [_regained_cells(entry) for entry in ranked[:_MOST_ROWS]]
+
+
+def _named_cells(figures: NamedFigures) -> tuple[str, ...]:
+    state = "" if figures.right else figures.pattern or "wrong"
+    return figures.name, figures.title, figures.found_by, f"{figures.cosine:.5f}", decibels(figures.noise), state
 
 
 def _noise_of(entry: Regained) -> float:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from ..encoder.measuring.measure import COUPLING_TOLERANCE
+from ..encoder.measuring.batches import COUPLING_TOLERANCE
 from ..errors import ModelError, ModelLimitError
 from .findings import Outcome, failed, passed, skipped, warned
 from .model_under_test import Bench, difference

@@ -20,9 +20,11 @@ from ..contract.frame_law import FrameLaw, fit_frame_law, law_holds
 from ..exposure import ALL_LAYERS, Exposure
 from ..limits import UNTRUSTED
 from ..session import Session
+from .batches import batching, loud_pair
 from .frame_times import WINDOW_HOP, even_hop, first_center, first_center_in_window
 from .layers import layers_of
-from .measure import batching, find_layouts, loud_pair, measure_contract, too_wide
+from .measure import measure_contract
+from .outputs import find_layouts, too_wide
 from .probe import Probe
 
 

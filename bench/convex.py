@@ -38,9 +38,9 @@ def clusters(clips: int, classes: int) -> tuple[NDArray[np.float32], NDArray[np.
     centres = SPREAD * rng.standard_normal((classes, DIM), dtype=np.float32)
     labels = rng.integers(0, classes, clips)
     x = np.empty((clips, DIM), np.float32)
-    for start in range(0, clips, 10_000):
-        part = labels[start : start + 10_000]
-        x[start : start + 10_000] = (centres[part] + rng.standard_normal((len(part), DIM), dtype=np.float32)) @ axes
+    for start in range(0, clips, 1000):  # larger parts would count in the peak
+        part = labels[start : start + 1000]
+        x[start : start + 1000] = (centres[part] + rng.standard_normal((len(part), DIM), dtype=np.float32)) @ axes
     return x, np.where(rng.random(clips) < LABEL_NOISE, rng.integers(0, classes, clips), labels)
 
 

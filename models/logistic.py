@@ -449,6 +449,7 @@ class _Descent:
             taken = down[groups[columns]]
             if taken.any():
                 point = point.with_columns(columns[taken], trial.of(np.flatnonzero(taken)))
+            del trial  # before the next one is made
             moved |= down
             pending &= ~down
             bow = 2 * (rise - scale * slope)

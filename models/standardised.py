@@ -173,6 +173,11 @@ class Design:
         return self._on_device
 
     @property
+    def reusable_axes(self) -> Floats | None:
+        """The axes if they may serve another design: a large one computes its own."""
+        return None if self._kept is None else self.axes
+
+    @property
     def rank(self) -> int:
         return len(self.variances)
 

@@ -396,7 +396,7 @@ class Logistic:
         bias = bias.copy()
         bias[loss.taught] = solved.bias
         convergence = Convergence(solution.relative_gradient_norm, solution.iterations, solution.converged)
-        return Fit(Head(design.standardisation, weight, bias), solution.strength, convergence, design.axes)
+        return Fit(Head(design.standardisation, weight, bias), solution.strength, convergence, design.reusable_axes)
 
 
 def _constant(design: Design, loss: Loss, bias: Floats, strength: float) -> Fit:

@@ -105,6 +105,36 @@ class _Layer(nn.Module):
         return hidden
 
 
+class _Layers(nn.Module):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        dim, taps = config["encoder_embed_dim"], config["conv_pos"]
+        self.pos_conv = nn.Conv1d(dim, dim, taps, padding=taps // 2, groups=config["conv_pos_groups"])
+        self.layer_norm = nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config["encoder_layers"]))
+        self.relative_attention_bias = nn.Embedding(config["num_buckets"], config["encoder_attention_heads"])
+        self.norm_first = config["layer_norm_first"]
+        self.buckets, self.longest = config["num_buckets"], config["max_distance"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, dim] to the same."""
+        places = self.pos_conv(x.transpose(1, 2))[..., : x.shape[1]]  # an even kernel gives one too many
+        x = x + functional.gelu(places).transpose(1, 2)
+        x = x if self.norm_first else self.layer_norm(x)
+        bias = self._bias(x)
+        for layer in self.layers:
+            x = layer(x, bias)
+        hidden: Tensor = self.layer_norm(x) if self.norm_first else x
+        return hidden
+
+    def _bias(self, x: Tensor) -> Tensor:
+        """[heads, tokens, tokens], before gating."""
+        places = torch.arange(x.shape[1], device=x.device)
+        buckets = _bucket(places[None] - places[:, None], self.buckets, self.longest)
+        bias: Tensor = self.relative_attention_bias(buckets).permute(2, 0, 1)
+        return bias
+
+
 class BeatsBody(nn.Module):
     """Filter banks [batch, frames, 128] -> tokens [batch, times * bands, dim]; names are the checkpoint's."""
 
@@ -115,36 +145,12 @@ class BeatsBody(nn.Module):
         self.patch_embedding = nn.Conv2d(1, narrow, patch, patch, bias=config["conv_bias"])
         self.layer_norm = nn.LayerNorm(narrow)
         self.post_extract_proj = nn.Linear(narrow, dim) if narrow != dim else nn.Identity()
-        encoder = nn.Module()
-        encoder.pos_conv = nn.Conv1d(
-            dim, dim, config["conv_pos"], padding=config["conv_pos"] // 2, groups=config["conv_pos_groups"]
-        )
-        encoder.layer_norm = nn.LayerNorm(dim)
-        encoder.layers = nn.ModuleList(_Layer(config) for _ in range(config["encoder_layers"]))
-        encoder.relative_attention_bias = nn.Embedding(config["num_buckets"], config["encoder_attention_heads"])
-        self.encoder = encoder
+        self.encoder = _Layers(config)
 
     def forward(self, banks: Tensor) -> Tensor:
         patches = self.patch_embedding(banks[:, None]).flatten(2).transpose(1, 2)
-        x = self.post_extract_proj(self.layer_norm(patches))
-        positions = self.encoder.pos_conv(x.transpose(1, 2))
-        # An even kernel gives one position too many.
-        positions = positions[..., : x.shape[1]] if self.config["conv_pos"] % 2 == 0 else positions
-        x = x + functional.gelu(positions).transpose(1, 2)
-        norm_first = self.config["layer_norm_first"]
-        x = x if norm_first else self.encoder.layer_norm(x)
-        bias = self._bias(x)
-        for layer in self.encoder.layers:
-            x = layer(x, bias)
-        tokens: Tensor = self.encoder.layer_norm(x) if norm_first else x
+        tokens: Tensor = self.encoder(self.post_extract_proj(self.layer_norm(patches)))
         return tokens
-
-    def _bias(self, x: Tensor) -> Tensor:
-        """[heads, tokens, tokens], before gating."""
-        places = torch.ones_like(x[0, :, 0]).cumsum(0).float().long()  # a trace would freeze a number of tokens
-        buckets = _bucket(places[None] - places[:, None], self.config["num_buckets"], self.config["max_distance"])
-        bias: Tensor = self.encoder.relative_attention_bias(buckets).permute(2, 0, 1)
-        return bias
 
 
 class NormalizedFbank(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.onnx.operators import shape_as_tensor
 
 from xares_onnx.encoder.contract.frontend import make_frontend
 from xares_onnx.encoder.contract.tokens import Tokens
@@ -48,7 +49,7 @@ class RepeatedLogMel(nn.Module):
         self.register_buffer("counts", torch.arange(settings["max_length_s"] * rate))
 
     def forward(self, audio: Tensor) -> Tensor:
-        samples = torch.onnx.operators.shape_as_tensor(audio)[1]  # a trace would freeze a number
+        samples = shape_as_tensor(audio)[1]  # a trace would freeze a number
         whole = samples * (self.counts.shape[0] // samples)
         repeated = audio[:, self.counts % samples] * (self.counts < whole)
         power: Tensor = self.power(functional.pad(repeated, (self.margin, self.margin), mode="reflect"))

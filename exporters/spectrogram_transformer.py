@@ -26,7 +26,7 @@ PREFIX = 2  # class and distillation token
 
 def kept_patches(tokens: Tensor, lie: Tokens, times: int) -> Tensor:
     """Leading tokens, and of the patches after them, all times of the first band first, `times` of each band."""
-    patches = tokens[:, lie.prefix :].unflatten(1, (lie.bands, -1))[:, :, :times]
+    patches = tokens[:, lie.prefix :].reshape(tokens.shape[0], lie.bands, -1, tokens.shape[2])[:, :, :times]
     return torch.cat([tokens[:, : lie.prefix], patches.flatten(1, 2)], dim=1)
 
 

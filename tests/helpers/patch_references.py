@@ -86,7 +86,8 @@ def save_eat(folder: Path, **changes: Any) -> Path:
     dim = config["embed_dim"]
     inner = int(dim * config["mlp_ratio"])
     shapes = {"local_encoder.proj.weight": (dim, 1, 16, 16), "local_encoder.proj.bias": (dim,), "extra_tokens": (1, 1, dim)}
-    shapes |= {"fixed_positional_encoder.positions": (1, 12 * 8, dim), "fc_norm.weight": (dim,)}
+    positions = config["img_size"][0] // 16 * 8 + 16  # more than the window has
+    shapes |= {"fixed_positional_encoder.positions": (1, positions, dim), "fc_norm.weight": (dim,)}
     shapes |= {"pre_norm.weight": (dim,), "pre_norm.bias": (dim,)}
     for number in range(config["depth"]):
         linears = (("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.fc1", inner, dim), ("mlp.fc2", dim, inner))
@@ -121,7 +122,9 @@ class EatReference(nn.Module):
         stored = load_file(folder / "model.safetensors")
         self.state = {name.removeprefix("model."): value for name, value in stored.items()}
         self.frames, dim = config["img_size"][0], config["embed_dim"]
-        layer = nn.TransformerEncoderLayer(dim, config["num_heads"], 2 * dim, 0.0, "gelu", 1e-6, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            dim, config["num_heads"], int(dim * config["mlp_ratio"]), 0.0, "gelu", 1e-6, batch_first=True
+        )
         self.blocks = nn.TransformerEncoder(layer, config["depth"], enable_nested_tensor=False)
         renamed = {}
         for name, value in self.state.items():

@@ -155,7 +155,11 @@ class Plain(nn.Module):
             patches = hidden[:, 2:].reshape(1, 12, -1, hidden.shape[2])[:, :, : (samples - 2800) // 1600 + 1]
             return torch.cat([hidden[:, :2], patches.reshape(1, -1, hidden.shape[2])], dim=1)
         if kind == "clap_audio_model":  # [1, dim, bands, times]
-            return hidden[..., : -(-samples // 502)].flatten(2).transpose(1, 2)
+            tower, front = self.model.config, self.extractor
+            stretched = tower.spec_size * (tower.spec_size // tower.num_mel_bins)
+            merged = tower.patch_stride[1] * 2 ** (len(tower.depths) - 1)
+            hop = round(merged * (front.nb_max_samples // front.hop_length * front.hop_length) / (stretched - 1))
+            return hidden[..., : -(-samples // hop)].flatten(2).transpose(1, 2)
         return hidden
 
 

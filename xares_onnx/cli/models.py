@@ -23,7 +23,11 @@ _ARITHMETIC = {
 @reported
 def export(
     family: Annotated[
-        str, typer.Argument(help="dasheng, data2vec, hubert, logmel, resemblyzer, torch, wav2vec2, wavlm or whisper.")
+        str,
+        typer.Argument(
+            help="ast, beats, ced, clap, dasheng, data2vec, eat, hubert, logmel, mert, resemblyzer, torch, wav2vec2, "
+            "wav2vec2-bert, wavlm or whisper."
+        ),
     ],
     checkpoint: Annotated[
         str | None,

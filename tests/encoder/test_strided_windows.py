@@ -159,8 +159,10 @@ def test_the_windows_that_a_preset_is_used_with(preset: str, frames: int, hop: i
     np.testing.assert_allclose(embedding.frames, vectors, rtol=0, atol=1e-5)
 
 
-def test_another_window_of_a_preset_is_not_strided(tmp_path: Path) -> None:
-    contract = load(window_model(150, bands=96), tmp_path, "frontend.preset=musicnn").contract
+def test_another_window_of_a_preset_is_not_strided_and_how_to_is_said(tmp_path: Path) -> None:
+    told: list[Any] = []
+    contract = load(window_model(150, bands=96), tmp_path, "frontend.preset=musicnn", observer=told.append).contract
+    assert any("; --contract window.hop_frames=N makes a frame of each, N apart" in str(note) for note in told)
     assert contract.clip_only
     assert contract.fixed_window
 
@@ -228,6 +230,12 @@ def test_windows_that_meet_in_a_batch_run_one_by_one(tmp_path: Path) -> None:
             DECLARED,
             ContractError,
             "several axes could hold the dim",
+        ),
+        (
+            lambda: models.encoder("BT", "BD", samples=15_600),
+            ["hop_samples=7680"],
+            ContractError,
+            "gives one vector per clip, without frames; for a frame per window, declare --contract window.hop_samples=N",
         ),
         (
             lambda: models.encoder("BT", "BD"),

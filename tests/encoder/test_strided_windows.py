@@ -89,6 +89,9 @@ def test_windows_of_features(form: str, tmp_path: Path) -> None:
     window = 400 + 160 * (FRAMES - 1)
     assert (contract.hop_samples, contract.receptive_field_samples, contract.min_samples) == (HOP * 160, window, window)
     assert (contract.first_frame_center_samples, contract.dim, contract.chunk_overlap) == (window / 2, WINDOW_DIM, "window")
+    batch = FORMS[form].get("batch", 1 if "B" not in FORMS[form]["layout"] else None)
+    assert contract.windows == Windows(FRAMES, HOP, batch or 64, batch)
+    assert (contract.dynamic_batch, contract.batch_coupled, contract.fixed_batch) == (True, False, None)
     described = contract.described()
     assert described["window.frames"] == {"value": FRAMES, "source": "graph"}
     assert described["window.hop_frames"] == {"value": HOP, "source": "--contract"}

@@ -233,6 +233,7 @@ JOINED: dict[str, tuple[ModelProto, ModelProto, list[str]]] = {
     "inputs of one name": (front_model("kaldi", name="features"), feature_model("kaldi"), []),
     "other operator sets": (front_model("kaldi", opset=13), feature_model("kaldi"), []),
     "lengths": (with_lengths(), counting(1), []),
+    "a window": (front_model("kaldi"), feature_model("kaldi", "BTF", sizes={"T": 198}), []),
     "no batch": (front_model("kaldi"), feature_model("kaldi", "FT"), []),
     "double precision": (front_model("kaldi"), feature_model("kaldi", element=TensorProto.DOUBLE), []),
 }

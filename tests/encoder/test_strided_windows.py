@@ -89,6 +89,9 @@ def test_windows_of_features(form: str, tmp_path: Path) -> None:
     window = 400 + 160 * (FRAMES - 1)
     assert (contract.hop_samples, contract.receptive_field_samples, contract.min_samples) == (HOP * 160, window, window)
     assert (contract.first_frame_center_samples, contract.dim, contract.chunk_overlap) == (window / 2, WINDOW_DIM, "window")
+    batch = FORMS[form].get("batch", 1 if "B" not in FORMS[form]["layout"] else None)
+    assert contract.windows == Windows(FRAMES, HOP, batch or 64, batch)
+    assert (contract.dynamic_batch, contract.batch_coupled, contract.fixed_batch) == (True, False, None)
     described = contract.described()
     assert described["window.frames"] == {"value": FRAMES, "source": "graph"}
     assert described["window.hop_frames"] == {"value": HOP, "source": "--contract"}
@@ -159,8 +162,10 @@ def test_the_windows_that_a_preset_is_used_with(preset: str, frames: int, hop: i
     np.testing.assert_allclose(embedding.frames, vectors, rtol=0, atol=1e-5)
 
 
-def test_another_window_of_a_preset_is_not_strided(tmp_path: Path) -> None:
-    contract = load(window_model(150, bands=96), tmp_path, "frontend.preset=musicnn").contract
+def test_another_window_of_a_preset_is_not_strided_and_how_to_is_said(tmp_path: Path) -> None:
+    told: list[Any] = []
+    contract = load(window_model(150, bands=96), tmp_path, "frontend.preset=musicnn", observer=told.append).contract
+    assert any("; --contract window.hop_frames=N makes a frame of each, N apart" in str(note) for note in told)
     assert contract.clip_only
     assert contract.fixed_window
 
@@ -228,6 +233,12 @@ def test_windows_that_meet_in_a_batch_run_one_by_one(tmp_path: Path) -> None:
             DECLARED,
             ContractError,
             "several axes could hold the dim",
+        ),
+        (
+            lambda: models.encoder("BT", "BD", samples=15_600),
+            ["hop_samples=7680"],
+            ContractError,
+            "gives one vector per clip, without frames; for a frame per window, declare --contract window.hop_samples=N",
         ),
         (
             lambda: models.encoder("BT", "BD"),

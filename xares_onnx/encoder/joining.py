@@ -122,6 +122,8 @@ def _declared(contract: Contract) -> Declarations:
         key: getattr(contract, key) for key in _KEPT if not contract.sources.get(key, "default").startswith(_ASSUMED)
     }
     values |= {"input_kind": "waveform", "sample_rate": contract.sample_rate}
+    if contract.fixed_window:
+        values |= dict.fromkeys(("min_samples", "max_samples", "chunk_samples"), contract.chunk_samples)
     if contract.chunk_overlap:
         values["chunk_overlap"] = contract.chunk_overlap
     if contract.tokens:

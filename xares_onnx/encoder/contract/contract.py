@@ -112,7 +112,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
             values |= {f"{TOKENS}bands": self.tokens.join, f"{TOKENS}use": self.tokens.use}
         if self.windows:
             unit = "samples" if self.features is None else "frames"
-            values |= {f"{WINDOW}{unit}": self.windows.length, f"{WINDOW}hop_{unit}": self.windows.hop}
+            values |= {f"{WINDOW}{unit}": self.windows.length, hop_key(self): self.windows.hop}
         if self.chunk_overlap:
             values["chunk_overlap"] = self.chunk_overlap
         values["input_kind"] = "waveform" if self.features is None else "features"
@@ -198,6 +198,11 @@ class FrontendModel(msgspec.Struct, frozen=True, kw_only=True):
 AnyFrontend = Frontend | FrontendModel
 
 
+def hop_key(contract: Contract) -> str:
+    """The key that declares the hop of the windows that a model takes."""
+    return f"{WINDOW}hop_{'samples' if contract.features is None else 'frames'}"
+
+
 def remarks(contract: Contract) -> list[str]:
     """Notes for the user: what was assumed, and what the model's limits cost."""
     notes = []
@@ -226,6 +231,7 @@ def remarks(contract: Contract) -> list[str]:
         notes.append(
             f"the model takes windows of exactly {contract.chunk_samples} samples, so clips are cut into these, and "
             f"the last one is filled up with {filling}"
+            + (f"; --contract {hop_key(contract)}=N makes a frame of each, N apart" if contract.clip_only else "")
         )
     if contract.fixed_batch is not None and contract.fixed_batch > 1:
         notes.append(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from ...errors import ContractError, ContradictionError, ModelError, concerning, quoted
-from ..contract.contract import DEFAULT_SAMPLE_RATE, Contract, FrontendModel
+from ..contract.contract import DEFAULT_SAMPLE_RATE, Contract, FrontendModel, hop_key
 from ..contract.declarations import Declarations, declared_tokens
 from ..contract.frame_law import FrameLaw, fit_frame_law, frames_of_dimension, law_holds
 from ..contract.frontend import AMPLITUDES
@@ -262,9 +262,14 @@ def _times_in_window(probe: Probe, samples: int, frames: int) -> tuple[float, fl
 def _refuse_frames_of_a_clip(probe: Probe) -> None:
     if contradicted := probe.declared.keys() & _FRAME_KEYS:
         key = min(contradicted)
+        cure = (
+            f"; for a frame per window, declare --contract {hop_key(probe.contract)}=N"
+            if probe.contract.fixed_window
+            else ""
+        )
         raise ContradictionError(
             f"{probe.declared[key].source} declares {key}={probe.declared[key].value}, but output "
-            f"{quoted(probe.contract.output)} gives one vector per clip, without frames",
+            f"{quoted(probe.contract.output)} gives one vector per clip, without frames{cure}",
             about=key,
         )
 

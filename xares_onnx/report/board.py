@@ -276,7 +276,7 @@ def _rows(models: Sequence[Model], draws: Draws) -> Iterator[Row]:
         verdicts = _verdicts(draws, records, first.higher_is_better)
         yield Row(
             task=task,
-            title=foreign(first.title),
+            title=foreign(" ".join(first.title.split())),
             domain=foreign(first.domain),
             method=method,
             metric=first.metric,

@@ -95,7 +95,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "remarks": remarks_by_model,
         "shots": list(_shots(board)),
         "signs": plots.legend(board.models),
-        "sounds": listening.sounds,
+        "sounds": {clip: Markup(uri) for clip, uri in listening.sounds.items()},  # base64, and longer than any text
         "tuned": any(cell and grid_range(cell.record) for row in board.rows for cell in row.cells),
         "title": f"X-ARES scores of {listed([model.label for model in board.models])}",
         "version": __version__,

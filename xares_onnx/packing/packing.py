@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +23,8 @@ from ..data.catalog import shipped_tasks
 from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, MAX_LABEL_BYTES, Drop, parse_label
 from ..data.targets import Target
 from ..data.task import MAX_GROUP, Data, Domain, Score, Task, load_task
-from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest, quoted
+from ..encoder.decoding import Decoder
+from ..errors import DataError, DataMissingError, LabelError, UsageError, nearest, quoted
 from ..progress import Note, Observer, Progress, ignore
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
@@ -70,6 +70,7 @@ class _Run:
     table: Table
     columns: Columns
     index: Index
+    decoder: Decoder
     name: str
     observer: Observer
     notes: list[str] = field(default_factory=list)
@@ -153,8 +154,9 @@ def pack(
     source = Source(root.name, labels.name if labels is not None else None)
     if output is not None:
         check_output(output, name, source)
-    with scratch_folder(output, name) as scratch, Index(scratch) as index:
-        run = _Run(root, table, columns, index, name, observer)
+    with scratch_folder(output, name) as scratch, Index(scratch) as index, Decoder([root]) as decoder:
+        decoder.begin()  # while the table is read
+        run = _Run(root, table, columns, index, decoder, name, observer)
         _read_rows(run)
         _join_rows(run)
         _check_missing(run, allow_drops)
@@ -325,27 +327,20 @@ def _decode_all(run: _Run, threads: int | None) -> None:
     """Decode every clip: its recording into the index, or its fault."""
     _, total = run.index.count()
     done = 0
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        for batch in run.index.clips():
-            run.observer(Progress("inspect", run.name, done, total))
-            recordings, faults = [], []
-            paths = (run.root / clip.path for clip in batch)
-            for clip, result in zip(batch, pool.map(_recording_or_fault, paths), strict=True):
-                if isinstance(result, str):
-                    faults.append((result, clip.id))
-                else:
-                    recordings.append((result.content, result.seconds, result.size, clip.id))
-            run.index.set_recordings(recordings)
-            run.index.leave_out(faults, "unusable")
-            done += len(batch)
+    for batch in run.index.clips():
+        run.observer(Progress("inspect", run.name, done, total))
+        recordings, faults = [], []
+        paths = [run.root / clip.path for clip in batch]
+        results = run.decoder.each(decode_recording, paths, Recording, threads or os.cpu_count() or 1)
+        for clip, result in zip(batch, results, strict=True):
+            if isinstance(result, str):
+                faults.append((result, clip.id))
+            else:
+                recordings.append((result.content, result.seconds, result.size, clip.id))
+        run.index.set_recordings(recordings)
+        run.index.leave_out(faults, "unusable")
+        done += len(batch)
     run.observer(Progress("inspect", run.name, total, total))
-
-
-def _recording_or_fault(path: Path) -> Recording | str:
-    try:
-        return decode_recording(path)
-    except ClipError as error:
-        return str(error)
 
 
 def _check_copies(run: _Run, leaks: str) -> None:

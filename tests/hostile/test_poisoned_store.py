@@ -10,11 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bounds import Outcome, bounded
+from bounds import Outcome
+from cli_world import run
 from corpus import write_encoder, write_task, write_tones
 from safetensors.numpy import load_file, save_file
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks, and needs pipes")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="needs pipes"),
+    pytest.mark.usefixtures("shared_process"),
+    pytest.mark.timeout(100),  # for a pipe that is waited for
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scored(folder: Path, cache: Path) -> Outcome:
     where = ("--tasks", folder / "good.toml", "--data", folder / "data", "--cache", cache)
-    return bounded("evaluate", folder / "bank.onnx", *where, "--method", "knn", "--output", cache / "r.json", seconds=100)
+    arguments = ("evaluate", folder / "bank.onnx", *where, "--method", "knn", "--output", cache / "r.json")
+    return Outcome(*run(*map(str, arguments)))
 
 
 def score(cache: Path) -> object:

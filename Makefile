@@ -67,9 +67,9 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 gpu: .venv/installed-resemblyzer  ## what a CUDA device does: agreement with the CPU, scores, throughput, heads
 	$(BIN)/python bench/gpu.py --folder build/gpu --output build/gpu/gpu.json
 
-fuzz: .venv/installed  ## look for bytes that break a reader, guided by coverage; FUZZ_SECONDS for each of six readers
+fuzz: .venv/installed  ## look for bytes that break a reader, guided by coverage; FUZZ_SECONDS for each of ten readers
 	$(BIN)/pip install --quiet atheris
-	for reader in audio shard task dimension declared model; do \
+	for reader in audio shard task dimension declared model table result arrays stored; do \
 	  PYTHONPATH=tests/helpers $(BIN)/python tests/fuzz.py $$reader -max_total_time=$(FUZZ_SECONDS) || exit; done
 
 escape: .venv/installed  ## try every way out of a model's process: network, programs, files
@@ -77,6 +77,7 @@ escape: .venv/installed  ## try every way out of a model's process: network, pro
 
 chaos: .venv/installed  ## kill the worker, the parent and the disk twenty times; every rerun must end as if nothing had been
 	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos.py
+	MOMENTS=16 $(BIN)/python -m pytest tests/hostile/test_surroundings.py -k moment
 
 browser: .venv/installed logmel.onnx  ## a report in Chromium (apt-get install chromium): console, requests, contrast, keys, pictures
 	mkdir -p build/browser

@@ -95,3 +95,30 @@ def taught_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_lm import make_folder
 
     return make_folder(tmp_path_factory.mktemp("models") / "tiny-lm")
+
+
+@pytest.fixture(scope="session")
+def _decoding_process() -> Iterator[Worker]:
+    from xares_onnx.encoder.worker import Worker
+
+    with Worker() as worker:
+        yield worker
+
+
+@pytest.fixture(autouse=True)
+def _decoders_share_a_process(_decoding_process: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audio of all packings is decoded in one process, so that a test costs no start of one."""
+    from xares_onnx.encoder import decoding
+    from xares_onnx.packing import packing
+
+    owner = os.getpid()
+
+    class Borrowed(decoding.Decoder):
+        def begin(self) -> None:
+            pass
+
+        def call(self, *arguments: Any, **options: Any) -> Any:
+            mine = os.getpid() == owner
+            return _decoding_process.call(*arguments, **options) if mine else super().call(*arguments, **options)
+
+    monkeypatch.setattr(packing, "Decoder", Borrowed)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tempfile
@@ -13,13 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx_models as models
+from made_results import record, result
 from shard_makers import clip_members, encoded, noise, task_toml, write_tar
 
+from xares_onnx.checking.parity import read_reference
 from xares_onnx.data import audio
 from xares_onnx.data.shards import index_shard, parse_label, read_extent, read_label
 from xares_onnx.data.task import load_task
+from xares_onnx.embedding.store import STORE_VERSION, Clip, EmbeddedShard, Header, Store
 from xares_onnx.encoder.contract.declarations import (
     declared_by_preprocessor,
     declared_in_metadata,
@@ -28,7 +33,10 @@ from xares_onnx.encoder.contract.declarations import (
 )
 from xares_onnx.encoder.contract.frame_law import frames_of_dimension
 from xares_onnx.encoder.model_file import scan_model
-from xares_onnx.errors import ClipError, ContractError, LabelError, ModelError, TaskFileError, UsageError
+from xares_onnx.errors import ClipError, ContractError, DataError, LabelError, ModelError, TaskFileError, UsageError
+from xares_onnx.evaluation.record import read_predictions, read_result
+from xares_onnx.packing.columns import find_columns
+from xares_onnx.packing.tables import open_table
 
 _ROOM = tempfile.TemporaryDirectory()
 _FOLDER = Path(_ROOM.name)
@@ -76,6 +84,10 @@ def check_shard(data: bytes) -> None:
         for extent in (sample.audio, sample.label):
             assert 0 <= extent.offset <= extent.offset + extent.size <= len(data)
         assert len(read_extent(path, sample.audio)) == sample.audio.size
+        try:
+            audio.decode(read_extent(path, sample.audio), seconds=1.0)
+        except ClipError as error:
+            str(error).encode()
         try:
             parse_label(read_label(path, sample.label))
         except (ClipError, LabelError) as error:
@@ -194,6 +206,113 @@ def model_seeds() -> list[bytes]:
     return [model.SerializeToString() for model in found]
 
 
+def check_table(data: bytes) -> None:
+    """The same bytes as a table of each kind but parquet, which is pyarrow's."""
+    for ending in ("csv", "tsv", "jsonl"):
+        path = _FOLDER / f"t.{ending}"
+        path.write_bytes(data)
+        try:
+            table = open_table(path)
+            columns = find_columns(table)
+            for _, cells in table.rows(columns.wanted):
+                try:
+                    json.dumps(columns.labels.join([columns.labels.read(cells)]))
+                    columns.part(cells, "here")
+                except (LabelError, UsageError) as error:
+                    _is_sentence(error, any_lines=True)
+        except (DataError, UsageError) as error:
+            _is_sentence(error, any_lines=True)
+
+
+def table_seeds() -> list[bytes]:
+    return [
+        b'path,label,split\na.wav,dog,train\nb.wav,"c, d",test\n',
+        b'file\tlabels\tfold\na.wav\t"x;y"\t1\n',
+        b"path,start,end,label\na.wav,0.5,1,bark\n",
+        b'{"path": "a.wav", "events": [{"onset": 0, "offset": 1, "event": "x"}]}\n{"path": "b.wav", "events": null}\n',
+        b"path,score,group\na.wav,1e3,x\n",
+    ]
+
+
+def check_result(data: bytes) -> None:
+    path = _FOLDER / "r.json"
+    path.write_bytes(data)
+    try:
+        result = read_result(path)
+    except UsageError as error:
+        _is_sentence(error, any_lines=True)
+        return
+    for scored in result.tasks:
+        try:
+            read_predictions(path, scored)
+        except DataError as error:  # there are none
+            _is_sentence(error, any_lines=True)
+
+
+def result_seeds() -> list[bytes]:
+    records = [record("a", 0.5, predictions="r.predictions/a.linear.npz"), record("b", None)]
+    return [msgspec.json.encode(result(records))]
+
+
+def check_arrays(data: bytes) -> None:
+    """As predictions and as a reference."""
+    path = _FOLDER / "p.npz"
+    path.write_bytes(data)
+    for reader in (lambda: read_predictions(path, record("a", 0.5, predictions="p.npz")), lambda: read_reference(path)):
+        try:
+            reader()
+        except (DataError, UsageError) as error:
+            _is_sentence(error, any_lines=True)
+
+
+def array_seeds() -> list[bytes]:
+    seeds = []
+    for save in (np.savez, np.savez_compressed):
+        with io.BytesIO() as buffer:
+            save(buffer, key=np.array(["a", "b"]), fold=np.array(["f", "f"]), seed=np.array([0, 0]), target=np.ones((2, 3)))
+            seeds.append(buffer.getvalue())
+    with io.BytesIO() as buffer:
+        np.savez(buffer, rate=16_000, waveform=np.ones(320, np.float32), embeddings=np.ones((2, 4), np.float32))
+        seeds.append(buffer.getvalue())
+    return seeds
+
+
+def check_stored(data: bytes) -> None:
+    """Bytes up to the first NUL, NUL as a shard's rows, the rest as its tensors: it is read, or not there."""
+    store = Store(_FOLDER / "store")
+    rows, _, tensors = data.partition(b"\0\0")
+    folder = store.root / "ab"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{_STORED}.jsonl").write_bytes(rows)
+    (folder / f"{_STORED}.safetensors").write_bytes(tensors)
+    store.header(_STORED)
+    shard = store.read(_STORED)
+    if shard is not None:
+        assert np.isfinite(shard.pooled).all()
+        assert len(shard.pooled) == len(shard.clip_of_crop)
+
+
+def stored_seeds() -> list[bytes]:
+    store = Store(_FOLDER / "made")
+    header = Header(
+        store_version=STORE_VERSION,
+        model="m",
+        model_sha256="0",
+        task="t",
+        shard="s",
+        expected=2,
+        damage=None,
+        audio_seconds=1.0,
+    )
+    pooled, clips = np.ones((2, 3), np.float32), [Clip("a", 0.5, "{}"), Clip("b", 0.5, "[]")]
+    store.write(_STORED, EmbeddedShard(header, pooled, np.arange(2), clips, []))
+    folder = store.root / "ab"
+    return [b"\0\0".join((folder / f"{_STORED}{ending}").read_bytes() for ending in (".jsonl", ".safetensors"))]
+
+
+_STORED = "ab" * 20
+
+
 def _are_declarations(declared: dict[str, object]) -> None:
     json.dumps({key: getattr(by, "value") for key, by in declared.items()}).encode()  # noqa: B009
 
@@ -213,4 +332,8 @@ TARGETS = {
     "dimension": Target(check_dimension, dimension_seeds),
     "declared": Target(check_declared, declared_seeds),
     "model": Target(check_model, model_seeds),
+    "table": Target(check_table, table_seeds),
+    "result": Target(check_result, result_seeds),
+    "arrays": Target(check_arrays, array_seeds),
+    "stored": Target(check_stored, stored_seeds),
 }

@@ -10,7 +10,8 @@ from fuzz_targets import TARGETS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = {"audio": 300, "shard": 200, "task": 200, "dimension": 300, "declared": 300, "model": 200}
+EXAMPLES = {"audio": 300, "shard": 200, "task": 200, "dimension": 300, "declared": 300, "model": 200, "table": 150}
+EXAMPLES |= {"result": 100, "arrays": 150, "stored": 150}
 
 
 @functools.cache

@@ -9,8 +9,11 @@ import signal
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from xares_onnx.errors import ClipError
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -89,6 +92,17 @@ def clone_by_hand() -> None:
     process = LIBC.syscall({"x86_64": 56, "aarch64": 220}[os.uname().machine], signal.SIGCHLD, 0, 0, 0, 0)
     if not process:
         os._exit(0)
+    called(process)
+
+
+def fork_by_hand() -> None:
+    numbers = {"x86_64": (57, 58)}.get(os.uname().machine, (220,))  # fork, vfork, or clone with no flag
+    for number in numbers:
+        process = LIBC.syscall(number, 0, 0, 0, 0, 0)
+        if not process:
+            os._exit(0)
+        if process > 0:
+            return
     called(process)
 
 
@@ -221,6 +235,7 @@ def store(folder: str) -> None:
     """Make a folder, write, sync, rename, read, remove: as a store does."""
     shard = Path(folder) / "ab"
     shard.mkdir()
+    (shard / "x.part").write_bytes(b"longer than embeddings")
     (shard / "x.part").write_bytes(b"embeddings")
     os.replace(shard / "x.part", shard / "x.safetensors")
     assert (shard / "x.safetensors").read_bytes() == b"embeddings"
@@ -230,3 +245,26 @@ def store(folder: str) -> None:
 def nothing() -> None:
     os.kill(os.getpid(), 0)
     Path("/dev/null").write_bytes(b"")
+
+
+# ---------------------------------------------------------------- decoders
+
+
+@dataclass
+class Length:
+    """What a decoder gives for a clip."""
+
+    characters: int
+
+
+def decoded(name: str) -> Length:
+    """A clip's length; some names are those of clips that a decoder does not survive."""
+    if name == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "end":
+        os._exit(0)
+    if name == "memory":
+        bytearray(64 << 30)
+    if name == "unreadable":
+        raise ClipError("it cannot be read")
+    return Length(len(name))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import escapes
 import made_results
 import msgspec
 import numpy as np
@@ -21,8 +22,10 @@ from shard_makers import clip_members, encoded, noise, write_tar
 
 from xares_onnx.data import audio as audio_module
 from xares_onnx.data.shards import MAX_LABEL_BYTES, MAX_SHARD_LABEL_BYTES, index_shard
+from xares_onnx.encoder.decoding import Decoder
 from xares_onnx.errors import ClipError
 from xares_onnx.foreign import ForeignFileError, read_arrays
+from xares_onnx.packing.recordings import Recording, decode_recording
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -263,3 +266,31 @@ def test_large_clips_are_in_memory_one_at_a_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(audio_module, "_LONG_FRAMES", 600_000)
     audio_module.load(long, 16_000, Alone())
     assert entered == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("crash", "the process that decodes audio died (SIGSEGV)"),
+        ("end", "the process that decodes audio died (exit code 0)"),
+        ("memory", "it needs more memory than there is"),
+        ("unreadable", "it cannot be read"),
+    ],
+)
+def test_a_clip_that_ends_its_decoder_costs_no_other(name: str, says: str, tmp_path: Path) -> None:
+    names = [*"abc", name, *"defgh"]
+    with Decoder([tmp_path]) as decoder:
+        outcomes = decoder.each(escapes.decoded, names, escapes.Length, 2)
+    assert [outcome for outcome in outcomes if isinstance(outcome, escapes.Length)] == [escapes.Length(1)] * 8
+    assert str(outcomes[3]).startswith(says)
+
+
+def test_a_decoder_reads_what_it_was_given_alone(tmp_path: Path) -> None:
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio/a.wav").write_bytes(short(1))
+    (tmp_path / "b.wav").write_bytes(short(2))
+    with Decoder([tmp_path / "audio"]) as decoder:
+        inside, outside = decoder.each(decode_recording, [tmp_path / "audio/a.wav", tmp_path / "b.wav"], Recording)
+    assert isinstance(inside, Recording)
+    if decoder.standing and "reading" in decoder.standing:
+        assert outside == "it cannot be read (Permission denied)"

@@ -106,6 +106,7 @@ def test_a_socket_file(prison: Prison) -> None:
         "spawn",
         "fork",
         "clone_by_hand",
+        "fork_by_hand",
         "signal_parent",
         "signal_group",
         "signal_everyone",

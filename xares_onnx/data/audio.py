@@ -7,6 +7,7 @@ for more memory than `MAX_FRAMES` samples.
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -40,11 +41,12 @@ _LEAST_SPEED = 60.0  # times real time, beside that
 _BLOCK_SAMPLES = 1 << 19  # of all channels together
 
 
-def decode(data: bytes) -> tuple[Waveform, int]:
+def decode(data: bytes, seconds: float = math.inf) -> tuple[Waveform, int]:
     """Decode an audio file.
 
     Args:
         data: The encoded file.
+        seconds: Where to stop; a little more may be returned.
 
     Returns:
         Mono samples (frames,), the mean of the channels, and the sampling rate in Hz.
@@ -53,9 +55,15 @@ def decode(data: bytes) -> tuple[Waveform, int]:
         ClipError: libsndfile cannot read the bytes, or they contain no samples, NaN or infinity.
     """
     # soundfile keeps a file object in a reference cycle; closing the buffer frees the bytes at once.
-    with _Bytes(data) as buffer:
-        blocks, rates = zip(*decode_blocks(buffer), strict=True)
-    return _joined(blocks), rates[0]
+    blocks: list[Waveform] = []
+    frames = 0
+    with _Bytes(data) as buffer, _opened(buffer) as (file, rate):
+        for block in _blocks(file, rate):
+            blocks.append(block)
+            frames += len(block)
+            if frames >= seconds * rate:
+                break
+    return _joined(blocks), rate
 
 
 def load(data: bytes, target_rate: int, alone: AbstractContextManager[object]) -> tuple[Waveform, float]:

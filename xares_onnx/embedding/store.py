@@ -169,6 +169,7 @@ class Store:
             drops = [row.drop for row in rows if row.drop is not None]
             pooled, clip_of_crop = arrays["pooled"], arrays["clip_of_crop"]
             whole = len(clips) + len(drops) == header.expected and len(pooled) == len(clip_of_crop)
+            whole = whole and pooled.ndim == 2 and pooled.dtype == np.float32 and bool(np.isfinite(pooled).all())
             whole = whole and set(clip_of_crop.tolist()) == set(range(len(clips)))
             kept = None
             if "offsets" in arrays:
@@ -187,9 +188,9 @@ class Store:
         if key not in self:
             return None
         try:
-            with self._rows(key).open("rb") as file:
-                header = msgspec.json.decode(file.readline(), type=Header)
-        except (OSError, msgspec.MsgspecError):
+            with open_regular(self._rows(key)) as file:
+                header = msgspec.json.decode(file.readline(_MAX_HEADER_LINE), type=Header)
+        except (ForeignFileError, OSError, msgspec.MsgspecError, RecursionError):
             return None
         return header if header.store_version == STORE_VERSION else None
 

@@ -314,6 +314,8 @@ class _Remembered:
             check_unchanged(self._model, info.scan.stamps)
         except (ForeignFileError, ModelError):
             return None
+        if not all(tap.contract.is_plausible for tap in info.taps):
+            return None
         if info.scan.solid_bytes > sum(size for _, size, *_ in info.scan.stamps.values()):
             return None
         return msgspec.structs.replace(info, path=str(self._model))  # another path may lead to the same file

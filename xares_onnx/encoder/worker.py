@@ -32,7 +32,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, ClassVar, TypeVar
+from typing import IO, Any, ClassVar, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -215,7 +215,7 @@ class Worker:
         if self._end is not None:
             self._end()
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

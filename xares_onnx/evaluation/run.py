@@ -238,6 +238,9 @@ class Run:
         of_task.times_lacking += 1
         if of_task.times_lacking > _MOST_LACKING:
             raise RuntimeError(f"the store lost {lacking[0]} right after it was written")
+        names = f"{len(lacking)} shard{'' if len(lacking) == 1 else 's'}"
+        told = f"{of_task.shards.task}: the stored embeddings of {names} were damaged or gone, and are made anew"
+        self._observer(Note(told))  # no score depends on it: not recorded
         of_task.head = msgspec.structs.replace(of_task.head, needs=tuple(lacking))
         return [*of_task.shards.again(lacking, self._store), of_task.head]
 

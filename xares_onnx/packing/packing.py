@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,8 @@ from ..data.catalog import shipped_tasks
 from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, MAX_LABEL_BYTES, Drop, parse_label
 from ..data.targets import Target
 from ..data.task import MAX_GROUP, Data, Domain, Score, Task, load_task
-from ..errors import ClipError, DataError, DataMissingError, LabelError, UsageError, nearest, quoted
+from ..encoder.decoding import Decoder
+from ..errors import DataError, DataMissingError, LabelError, UsageError, nearest, quoted
 from ..progress import Note, Observer, Progress, ignore
 from .balance import Balance, check_balance
 from .columns import Columns, find_columns
@@ -73,6 +73,7 @@ class _Run:
     audio: AudioSource
     columns: Columns
     index: Index
+    decoder: Decoder
     name: str
     observer: Observer
     notes: list[str] = field(default_factory=list)
@@ -157,8 +158,14 @@ def pack(
     source = Source(root.name, labels.name if labels is not None else None)
     if output is not None:
         check_output(output, name, source)
-    with scratch_folder(output, name) as scratch, Index(scratch) as index, closing(table.audio(root)) as recordings:
-        run = _Run(root, table, recordings, columns, index, name, observer)
+    with (
+        scratch_folder(output, name) as scratch,
+        Index(scratch) as index,
+        closing(table.audio(root)) as recordings,
+        Decoder([root]) as decoder,
+    ):
+        decoder.begin()  # while the table is read
+        run = _Run(root, table, recordings, columns, index, decoder, name, observer)
         for text in table.notes:
             run.note(text)
         _read_rows(run)
@@ -340,20 +347,19 @@ def _decode_all(run: _Run, threads: int | None) -> None:
     """Decode every clip: its recording into the index, or its fault."""
     _, total = run.index.count()
     done = 0
-    threads = threads or os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in run.index.clips():
-            run.observer(Progress("inspect", run.name, done, total))
-            recordings, faults = [], []
-            files = (run.audio.file(clip) for clip in batch)
-            for clip, result in zip(batch, decode_recordings(files, pool, threads), strict=True):
-                if isinstance(result, ClipError):
-                    faults.append((str(result), clip.id))
-                else:
-                    recordings.append((result.content, result.seconds, result.size, clip.id))
-            run.index.set_recordings(recordings)
-            run.index.leave_out(faults, "unusable")
-            done += len(batch)
+    for batch in run.index.clips():
+        run.observer(Progress("inspect", run.name, done, total))
+        recordings, faults = [], []
+        files = (run.audio.file(clip) for clip in batch)
+        results = decode_recordings(files, run.decoder, threads or os.cpu_count() or 1)
+        for clip, result in zip(batch, results, strict=True):
+            if isinstance(result, str):
+                faults.append((result, clip.id))
+            else:
+                recordings.append((result.content, result.seconds, result.size, clip.id))
+        run.index.set_recordings(recordings)
+        run.index.leave_out(faults, "unusable")
+        done += len(batch)
     run.observer(Progress("inspect", run.name, total, total))
 
 

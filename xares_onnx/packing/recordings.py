@@ -8,18 +8,17 @@ import os
 import posixpath
 import stat
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..data.audio import AUDIO_EXTENSIONS, READABLE_EXTENSIONS, decode_blocks
+from ..encoder.decoding import Decoder
 from ..errors import ClipError, UsageError, quoted
 from .index import Clip
 
-_BYTES_IN_FLIGHT = 1 << 28  # of encoded audio that waits to be decoded, besides one clip
+_BYTES_PER_CALL = 1 << 26  # of encoded audio that is handed to the decoder at once, unless one clip has more
 
 
 class AudioFile(ABC):
@@ -174,24 +173,12 @@ def decode_recording(audio: AudioFile) -> Recording:
     return Recording(digest.digest(), seconds, size)
 
 
-def decode_recordings(files: Iterable[AudioFile], pool: ThreadPoolExecutor, threads: int) -> Iterator[Recording | ClipError]:
-    """`decode_recording` of each file, in their order. Few files are waiting at a time, since they may be in memory."""
-    waiting: deque[tuple[int, Future[Recording]]] = deque()
-    held = 0
-
-    def first() -> Recording | ClipError:
-        nonlocal held
-        size, future = waiting.popleft()
-        held -= size
-        error = future.exception()
-        if isinstance(error, ClipError):
-            return error
-        return future.result()
-
+def decode_recordings(files: Iterable[AudioFile], decoder: Decoder, threads: int) -> Iterator[Recording | str]:
+    """`decode_recording` of each file, in their order, or why it cannot be used. Files in memory wait a few at a time."""
+    waiting: list[AudioFile] = []
     for file in files:
-        while waiting and (len(waiting) > 2 * threads or held + file.bytes_held > _BYTES_IN_FLIGHT):
-            yield first()
-        held += file.bytes_held
-        waiting.append((file.bytes_held, pool.submit(decode_recording, file)))
-    while waiting:
-        yield first()
+        if waiting and sum(other.bytes_held for other in (*waiting, file)) > _BYTES_PER_CALL:
+            yield from decoder.each(decode_recording, waiting, Recording, threads)
+            waiting = []
+        waiting.append(file)
+    yield from decoder.each(decode_recording, waiting, Recording, threads)

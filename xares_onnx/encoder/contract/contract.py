@@ -22,6 +22,7 @@ from .windows import Windows
 
 DEFAULT_SAMPLE_RATE = 16_000
 DEFAULT_CHUNK_SECONDS = 10.0
+_MOST = 1 << 40  # of anything that is counted
 
 
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +75,17 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     def features(self) -> AnyFrontend | None:
         """What makes the features of a model that takes them."""
         return self.frontend_model or self.frontend
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether its numbers can be those of a model; a remembered contract may have been changed."""
+        counts = [self.dim, self.sample_rate, self.chunk_samples, *(self.fixed_batch, self.window_frames, self.max_samples)]
+        if any(count is not None and not 1 <= count <= _MOST for count in counts):
+            return False
+        lengths = (self.min_samples, self.receptive_field_samples, self.first_frame_center_samples)
+        if any(length is not None and not abs(length) <= _MOST for length in lengths):
+            return False
+        return self.hop_samples is None or 1e-3 <= self.hop_samples <= _MOST
 
     @property
     def clip_only(self) -> bool:

@@ -13,8 +13,9 @@ import soundfile
 from ...data.audio import decode, resample
 from ...data.catalog import Digests, cache_folder, data_folder, shipped_tasks, task_folder
 from ...data.selection import TaskData, prepare
-from ...data.shards import index_shard, read_extent
-from ...errors import ClipError, DataError, DataMissingError, foreign
+from ...data.shards import Extent, index_shard, read_extent
+from ...encoder.decoding import Decoder
+from ...errors import DataError, DataMissingError, foreign
 from ...evaluation.record import TaskResult
 from ...progress import ignore
 from .mistakes import Mistakes
@@ -25,6 +26,13 @@ MAX_CLIP_BYTES = 64 << 20  # of a clip's audio file
 MAX_PAGE_BYTES = 6 << 20
 
 Sounds = dict[tuple[str, str], str]  # data: URIs by task and key
+
+
+@dataclass
+class Sound:
+    """A `data:` URI."""
+
+    uri: str
 
 
 @dataclass
@@ -82,22 +90,32 @@ def _scored_data(record: TaskResult, folder: Path, cache: Path) -> TaskData:
 def _sounds(data: TaskData, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Key and sound of the clips that can be decoded."""
     remaining = set(keys)
-    for shard in sorted({path for paths in data.parts.values() for path in paths}):
-        if not any(key.startswith(data.key(shard, "")) for key in remaining):
-            continue
-        for sample in index_shard(shard).samples:
-            key = data.key(shard, sample.key)
-            if key in remaining and sample.audio.size <= MAX_CLIP_BYTES:
-                remaining.discard(key)
-                try:
-                    yield key, data_uri(read_extent(shard, sample.audio))
-                except ClipError:
-                    pass  # the evaluation has already reported the dropped clip
+    shards = sorted({path for paths in data.parts.values() for path in paths})
+    with Decoder(shards) as decoder:
+        for shard in shards:
+            yield from _sounds_of(data, shard, remaining, decoder)
+
+
+def _sounds_of(data: TaskData, shard: Path, remaining: set[str], decoder: Decoder) -> Iterator[tuple[str, str]]:
+    if not any(key.startswith(data.key(shard, "")) for key in remaining):
+        return
+    for sample in index_shard(shard).samples:
+        key = data.key(shard, sample.key)
+        if key in remaining and sample.audio.size <= MAX_CLIP_BYTES:
+            remaining.discard(key)
+            (sound,) = decoder.each(sound_of, [(shard, sample.audio)], Sound)
+            if isinstance(sound, Sound):  # else the evaluation has already reported the dropped clip
+                yield key, sound.uri
+
+
+def sound_of(place: tuple[Path, Extent]) -> Sound:
+    """The sound of a clip by its shard and its bytes there. Runs in the decoder's process; raises `ClipError`."""
+    return Sound(data_uri(read_extent(*place)))
 
 
 def data_uri(encoded: bytes) -> str:
     """The first 6 s of an audio file as a `data:` URI of mono MP3 at 16 kHz. Raises `ClipError` if it cannot be decoded."""
-    samples, rate = decode(encoded)
+    samples, rate = decode(encoded, CLIP_SECONDS)
     mono = resample(samples[: int(CLIP_SECONDS * rate)], rate, CLIP_RATE)
     with io.BytesIO() as buffer:
         soundfile.write(buffer, mono.clip(-1, 1), CLIP_RATE, format="MP3", subtype="MPEG_LAYER_III")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MachineError, UsageError
+from .device import torch_device
 
 MOST_NEW_TOKENS = 200
 REPETITION_PENALTY = 1.1  # Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1
@@ -79,7 +80,9 @@ class LanguageModel:
         """
         transformers = _transformers()
         folder = _folder(source)
-        self.device = _torch_device(device)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch_device(device)
         with _quiet(transformers):
             self.tokenizer, self.model = _load(transformers, folder)
         try:
@@ -234,20 +237,6 @@ def _folder(source: str | Path) -> Path:
         return Path(hub.snapshot_download(str(source), local_files_only=True))
     except (OSError, ValueError) as error:
         raise UsageError(f"{source} is neither a folder nor a model in the local Hugging Face cache") from error
-
-
-def _torch_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"{device!r} is not a device; choose auto, cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"the llm head does not run on {device!r}; choose auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise MachineError(f"torch finds no device {device!r} on this machine; choose auto or cpu")
-    return chosen
 
 
 def _load(transformers: Any, folder: Path) -> tuple[Any, Any]:

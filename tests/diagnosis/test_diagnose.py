@@ -120,6 +120,13 @@ def test_each_format_says_it(world: World) -> None:
     assert out.startswith("::warning ")
     assert "MatMul 2.ffn.out.MatMul" in out.splitlines()[0]
     assert run(*arguments, "--format", "yaml")[0] == 2
+    page = world.folder / "page.html"
+    run(*arguments, "--html", str(page))
+    text = page.read_text()
+    assert "Drift along the depth" in text
+    assert "2.ffn.out.MatMul" in text
+    assert text.count("<svg") == 1  # no points, so no drawing of them
+    assert "<script" not in text
 
 
 # ---------------------------------------------------------------- named tensors

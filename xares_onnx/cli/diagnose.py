@@ -43,7 +43,7 @@ def diagnose(
         bool, typer.Option("--points/--no-points", help="Whether tasks are scored, or tensors compared alone.")
     ] = True,
     groups: Annotated[int, typer.Option(help="Groups of operators that are put back to float and scored.")] = 4,
-    clips: Annotated[int, typer.Option(help="Clips that tensors are compared on.")] = 64,
+    clips: Annotated[int, typer.Option(help="Clips that tensors are compared on.")] = 32,
     limit: Annotated[int, typer.Option(help="At most N clips per split are scored, chosen by key hash.")] = 200,
     seeds: SeedsOption = None,
     contract: ContractOption = None,

@@ -35,7 +35,7 @@ from .tensors import measure
 
 OWN_TASKS = ("synthetic_pitch", "synthetic_vowel", "synthetic_tempo")
 """What is scored and heard if no data are named: tasks whose clips the program makes itself."""
-CLIPS, LIMIT, GROUPS = 64, 200, 4
+CLIPS, LIMIT, GROUPS = 32, 200, 4
 SUSPECT_DECIBELS = 10.0
 
 

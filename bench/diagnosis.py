@@ -1,6 +1,6 @@
 """Planted faults that `diagnose` finds and misses: four families, two opsets, four precisions, six faults, each in layer 2.
 
-    PYTHONPATH=tests/helpers python bench/diagnosis.py [FAMILY ...]
+    PYTHONPATH=tests/helpers python bench/diagnosis.py [FAMILY | PRECISION ...]
 
 A fault is found if the first suspect lies where it was planted. Prints a row per family, opset and precision.
 """
@@ -24,7 +24,9 @@ PRECISIONS = ("float32", "float16", "dynamic", "static")
 LAYER = 2
 
 
-def main(families: list[str]) -> None:
+def main(chosen: list[str]) -> None:
+    families = [family for family in FAMILIES if family in chosen] or list(FAMILIES)
+    precisions = [precision for precision in PRECISIONS if precision in chosen] or list(PRECISIONS)
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -33,12 +35,12 @@ def main(families: list[str]) -> None:
     print(f"| family | opset | precision | {' | '.join(FAULTS)} |")
     print("|---" * (3 + len(FAULTS)) + "|")
     options = ModelOptions(device="cpu", threads=1)
-    for family in families or list(FAMILIES):
+    for family in families:
         for opset in (13, 17):
             with tempfile.TemporaryDirectory() as folder:
                 reference = save_as(FAMILIES[family](opset), Path(folder) / "a.onnx", "float32")
                 with open_encoder(reference, options) as a:
-                    for precision in PRECISIONS:
+                    for precision in precisions:
                         if (family, precision) == ("lstm", "float16"):  # ONNX Runtime dies while it loads one
                             continue
                         cells = []

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from planted_faults import FAMILIES, FAULTS, save_as
 
-from xares_onnx.diagnosis import attribution
+from xares_onnx.diagnosis import attribution, process
 from xares_onnx.diagnosis.diagnosing import diagnose
 from xares_onnx.diagnosis.findings import Diagnosis
+from xares_onnx.encoder.worker import Worker
 from xares_onnx.errors import UsageError
 from xares_onnx.evaluation.comparison import compare
 
@@ -54,6 +55,15 @@ def set_weight(model: onnx.ModelProto, name: str, values: NDArray[np.float64]) -
 @pytest.fixture(scope="module")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def _one_process(_shared_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Borrowed(Worker):
+        def call(self, *arguments: Any, **options: Any) -> Any:
+            return _shared_worker.call(*arguments, **options)
+
+    monkeypatch.setattr(process, "Worker", Borrowed)
 
 
 @pytest.fixture
@@ -105,13 +115,17 @@ def test_no_file_is_written_that_is_not_within_the_budget(world: World, monkeypa
 def test_each_format_says_it(world: World) -> None:
     arguments = ["diagnose", str(world.a), str(world.b), "--tasks", world.task, "--no-points", "--clips", "3"]
     arguments += ["--data", str(world.options["data"]), "--cache", str(world.options["cache"]), "--threads", "1"]
-    code, out, _ = run(*arguments, "--quiet")
+    assert run(*arguments, "--format", "yaml")[0] == 2
+    page = world.folder / "page.html"
+    code, out, _ = run(*arguments, "--html", str(page))
     assert code == 0
     assert out.startswith("suspect: layer 2's feed-forward: MatMul 2.ffn.out.MatMul")
-    assert len(out.splitlines()) == 1
-    code, out, _ = run(*arguments)
     assert "Drift along the depth" in out
     assert "after layer 3" in out
+    text = page.read_text()
+    assert "2.ffn.out.MatMul" in text
+    assert text.count("<svg") == 1  # no points, so no drawing of them
+    assert "<script" not in text
     code, out, _ = run(*arguments, "--format", "json")
     record = json.loads(out)
     assert record["lost"] is None
@@ -119,7 +133,6 @@ def test_each_format_says_it(world: World) -> None:
     code, out, _ = run(*arguments, "--format", "github")
     assert out.startswith("::warning ")
     assert "MatMul 2.ffn.out.MatMul" in out.splitlines()[0]
-    assert run(*arguments, "--format", "yaml")[0] == 2
 
 
 # ---------------------------------------------------------------- named tensors

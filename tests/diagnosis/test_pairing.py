@@ -16,6 +16,7 @@ from xares_onnx.diagnosis.figures import Measurement
 from xares_onnx.diagnosis.graph import Graph
 from xares_onnx.diagnosis.groups import Trials, groups_of, try_groups
 from xares_onnx.diagnosis.pairing import pair, unpaired
+from xares_onnx.diagnosis.requantizing import Recipe, recipe_of
 from xares_onnx.diagnosis.surgery import load
 from xares_onnx.diagnosis.tensors import measure
 from xares_onnx.encoder.encoder import open_encoder
@@ -177,3 +178,29 @@ def test_all_of_it_put_back_to_float_is_the_reference(tmp_path: Path, precision:
     guilty = noises["layer 2's feed-forward"]
     assert guilty < 0.3 * result.noise
     assert guilty < min(noises["layer 1"], noises["layer 3"], noises["layer 2's attention"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "call"),
+    [
+        (
+            "dynamic",
+            'quantize_dynamic("a.onnx", "fixed.onnx", op_types_to_quantize=["Conv", "MatMul"], weight_type=QuantType.QInt8',
+        ),
+        ("static", 'quantize_static("a.onnx", "fixed.onnx", reader, op_types_to_quantize=['),
+        ("float16", "B is not quantised"),
+    ],
+)
+def test_the_recipe_is_read_off_the_copy(tmp_path: Path, precision: str, call: str) -> None:
+    model = FAMILIES["wav2vec2"](17)
+    a, b = save_as(model, tmp_path / "a.onnx", "float32"), save_as(model, tmp_path / "b.onnx", precision)
+    options = ModelOptions(device="cpu", threads=1)
+    with open_encoder(a, options) as first, open_encoder(b, options) as second:
+        infos = (first.info, second.info)
+        excluded = ["2.ffn.in.MatMul"]
+        recipe = first.call(recipe_of, infos, False, excluded, returns=Recipe, observer=ignore)
+    text = "\n".join(recipe.lines)
+    assert call in text
+    assert "2.ffn.in.MatMul" in text
+    assert recipe.dynamic == (precision == "dynamic")
+    assert not recipe.per_channel

@@ -43,7 +43,7 @@ def diagnose(
         bool, typer.Option("--points/--no-points", help="Whether tasks are scored, or tensors compared alone.")
     ] = True,
     groups: Annotated[int, typer.Option(help="Groups of operators that are put back to float and scored.")] = 4,
-    clips: Annotated[int, typer.Option(help="Clips that tensors are compared on.")] = 64,
+    clips: Annotated[int, typer.Option(help="Clips that tensors are compared on.")] = 32,
     limit: Annotated[int, typer.Option(help="At most N clips per split are scored, chosen by key hash.")] = 200,
     seeds: SeedsOption = None,
     contract: ContractOption = None,
@@ -53,18 +53,25 @@ def diagnose(
         float, typer.Option(help="Tolerated loss of score, as a fraction; exit code 1 if B certainly loses more.")
     ] = 0.01,
     format_: Annotated[str, typer.Option("--format", help="text, json or github.")] = "text",
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page too: the drift drawn, points regained, tables.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; of the text, the verdict alone.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Find which operators of B depart from A, what each costs in points of the tasks, and the file that regains them."""
     from ..diagnosis.diagnosing import diagnose as find
     from ..errors import printable
+    from ..files import check_target
     from ..report import ci
     from ..report import diagnosis as report
     from ..report.observer import TerminalObserver, stdout_console
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r} must be text, json or github")
+    for target in (fix, html):
+        if target is not None:
+            check_target(target)
     check_counts(threads=threads, groups=groups, clips=clips, limit=limit)
     with TerminalObserver(quiet=quiet) as observer:
         result = find(
@@ -87,6 +94,11 @@ def diagnose(
             tolerance=tolerance,
             observer=observer,
         )
+    if html is not None:
+        from ..files import write_aside
+        from ..report.page.diagnosed import page
+
+        write_aside(html, page(result).encode())
     if format_ == "json":
         put_json(result)
     elif format_ == "github":

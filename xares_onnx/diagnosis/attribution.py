@@ -25,6 +25,7 @@ from ..progress import Event, Note, Observer, Progress
 from .figures import Measurement
 from .findings import Points, Regained
 from .groups import Group, Trial, Trials, try_groups, write_group
+from .process import Process
 
 LEAST_BYTES = 1_000  # more than a group is taken to cost, so that what costs nothing is not infinitely cheap
 
@@ -38,6 +39,7 @@ class Judge:
 
     a: Encoder
     b: Encoder
+    process: Process
     options: ModelOptions
     settings: Settings
     tasks: Sequence[str]
@@ -53,7 +55,7 @@ class Judge:
         """How near the embeddings come to A's with each group in float."""
         infos, threads, trust = (self.a.info, self.b.info), self.a.spec.threads, self.options.trust
         arguments = (infos, threads, trust, self.measurement, groups, self.waveforms)
-        return self.a.call(try_groups, *arguments, returns=Trials, observer=self.observer).trials
+        return self.process.call(try_groups, *arguments, returns=Trials).trials
 
     def side(self, path: Path, name: str) -> Side:
         """Score a model. Raises its first error if it has no score at all."""
@@ -82,7 +84,7 @@ class Judge:
             if beside.is_file():
                 shutil.copyfile(beside, folder / beside.name)
         infos = (self.a.info, self.b.info)
-        self.a.call(
+        self.process.call(
             write_group,
             infos,
             self.a.spec.threads,
@@ -91,7 +93,6 @@ class Judge:
             steps,
             str(path.absolute()),
             returns=int,
-            observer=self.observer,
         )
         return path
 

@@ -28,13 +28,14 @@ from .figures import Measurement, StepFigures
 from .findings import Departure, Diagnosis, Fix, Points, Regained
 from .fixing import fix_within
 from .groups import Trials, groups_of, try_groups
+from .process import Process
 from .reference_tensors import NamedFigures, compare_tensors, read_tensors
 from .running import clip_samples
 from .tensors import measure
 
 OWN_TASKS = ("synthetic_pitch", "synthetic_vowel", "synthetic_tempo")
 """What is scored and heard if no data are named: tasks whose clips the program makes itself."""
-CLIPS, LIMIT, GROUPS = 64, 200, 4
+CLIPS, LIMIT, GROUPS = 32, 200, 4
 SUSPECT_DECIBELS = 10.0
 
 
@@ -117,15 +118,14 @@ def diagnose(
         )
         _check_alike(encoder_a, encoder_b)
         prepared = [prepare(task, folder, Digests(cache), limit, observe) for task, folder in selection]
-        waveforms = _waveforms(encoder_a, encoder_b, shards_of(prepared), clips, observe)
         infos = (encoder_a.info, encoder_b.info)
-        measurement = encoder_a.call(
-            measure, infos, encoder_a.spec.threads, trust, waveforms, returns=Measurement, observer=observe
-        )
+        process = stack.enter_context(Process(infos, trust, observe))
+        waveforms = _waveforms(encoder_a, encoder_b, process, shards_of(prepared), clips)
+        measurement = process.call(measure, infos, encoder_a.spec.threads, trust, waveforms, returns=Measurement)
         chosen = groups_of(measurement)
         trials = Trials(noise=measurement.steps[-1].noise, trials=[], notes=[])
         if chosen and points:
-            trials = encoder_a.call(
+            trials = process.call(
                 try_groups,
                 infos,
                 encoder_a.spec.threads,
@@ -134,7 +134,6 @@ def diagnose(
                 chosen,
                 waveforms,
                 returns=Trials,
-                observer=observe,
             )
         lost: Points | None = None
         differences: list[Difference] = []
@@ -144,7 +143,9 @@ def diagnose(
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="xares-onnx-diagnose-")))
             where = {"suite": suite, "data": data, "cache": cache}
             names = [] if suite else [task.name for task, _ in selection] if not tasks else list(tasks)
-            judge = Judge(encoder_a, encoder_b, options, settings, names, where, folder, measurement, waveforms, observe)
+            judge = Judge(
+                encoder_a, encoder_b, process, options, settings, names, where, folder, measurement, waveforms, observe
+            )
             side_a, side_b = judge.side(Path(a), "A"), judge.side(Path(b), "B")
             lost = points_of(side_b, side_a)
             differences = find_differences(side_a, side_b, tolerance).tasks
@@ -229,13 +230,15 @@ def _against_tensors(
         observer(event)
 
     options = ModelOptions(device="cpu", threads=threads, contract=tuple(contract), trust=trust)
-    with open_encoder(b, options, cache=cache, observer=observe) as encoder:
+    with ExitStack() as stack:
+        encoder = stack.enter_context(open_encoder(b, options, cache=cache, observer=observe))
+        process = stack.enter_context(Process((encoder.info,), trust, observer))
         if encoder.contract.sample_rate != reference.rate:
             raise UsageError(
                 f"{a} is of {reference.rate} Hz and B takes {encoder.contract.sample_rate} Hz; write tensors of B's rate"
             )
         arguments = (encoder.info, encoder.spec.threads, trust, reference.waveforms, reference.tensors)
-        named = encoder.call(compare_tensors, *arguments, returns=list[NamedFigures], observer=observer)
+        named = process.call(compare_tensors, *arguments, returns=list[NamedFigures])
         first = next((figures for figures in named if not figures.right and figures.tensor is not None), None)
         right = sum(figures.right for figures in named)
         verdict = f"{right} of {len(named)} tensors are right"
@@ -282,11 +285,11 @@ def _check_alike(a: Encoder, b: Encoder) -> None:
 
 
 def _waveforms(
-    a: Encoder, b: Encoder, shards: list[ShardClips], count: int, observer: Observer
+    a: Encoder, b: Encoder, process: Process, shards: list[ShardClips], count: int
 ) -> list[npt.NDArray[np.float32]]:
     least = min(max(a.contract.min_samples, b.contract.min_samples), clip_samples(a.contract, b.contract))
     rate = a.contract.sample_rate
-    arrays = a.call(read_clips, shards, count, rate, least, returns=list[Array], observer=observer)
+    arrays = process.call(read_clips, shards, count, rate, least, returns=list[Array])
     if not arrays:
         raise DataError("no clip of these tasks could be decoded, so there is nothing to compare tensors on")
     return [array.numpy() for array in arrays]

@@ -40,9 +40,7 @@ def fix_within(
         candidate, side = judge.with_float(steps, f"B with {len(chosen)} groups in float")
         lost = points_of(side, side_a)
     excluded = sorted({judge.measurement.steps[step].name for step in steps})
-    recipe = judge.a.call(
-        recipe_of, (judge.a.info, judge.b.info), judge.options.trust, excluded, returns=Recipe, observer=judge.observer
-    )
+    recipe = judge.process.call(recipe_of, (judge.a.info, judge.b.info), judge.options.trust, excluded, returns=Recipe)
     made_by = "A's operators put into B"
     if steps and recipe.dynamic:
         remade = judge.folder / "requantized" / candidate.name
@@ -51,7 +49,7 @@ def fix_within(
             if beside.name != candidate.name:
                 shutil.copyfile(beside, remade.parent / beside.name)
         try:
-            judge.a.call(requantize, judge.a.info, recipe, str(remade.absolute()), returns=int, observer=judge.observer)
+            judge.process.call(requantize, judge.a.info, recipe, str(remade.absolute()), returns=int)
             lost_again = points_of(judge.side(remade, "the requantised file"), side_a)
             if lost_again.points <= max(budget, lost.points + _REQUANTIZED_NEAR):
                 candidate, lost, made_by = remade, lost_again, "onnxruntime.quantization.quantize_dynamic"
@@ -82,6 +80,11 @@ def _next(judge: Judge, regained: Sequence[Regained], steps: tuple[int, ...]) ->
     return best or max(rest, key=lambda entry: len(entry.steps), default=None)
 
 
+def _faults(judge: Judge, path: Path) -> set[str]:
+    """The properties that `check` finds a model to lack."""
+    return set(check(path, contract=judge.options.contract, device="cpu", trust=judge.options.trust).named("fail"))
+
+
 def _kept(
     judge: Judge,
     candidate: Path,
@@ -93,11 +96,9 @@ def _kept(
     made_by: str,
     recipe: Recipe,
 ) -> Fix:
-    before, after = (
-        set(check(file, contract=judge.options.contract, device="cpu", trust=judge.options.trust).named("fail"))
-        for file in (Path(judge.b.info.path), candidate)
-    )
-    faults = sorted(after - before)
+    faults = _faults(judge, candidate)
+    if faults:  # those that B has too are not the fix's
+        faults -= _faults(judge, Path(judge.b.info.path))
     size = candidate.stat().st_size
     within = lost.points <= budget
     kept = within and not faults
@@ -108,7 +109,7 @@ def _kept(
     if kept:
         verdict = f"{path.name} keeps {share:.0%} of A's bytes and scores {loses} against A; `check` finds nothing new"
     elif faults:
-        verdict = f"no file was written: `check` finds {', '.join(faults)} in the one within the budget"
+        verdict = f"no file was written: `check` finds {', '.join(sorted(faults))} in the one within the budget"
     else:
         verdict = f"no file was written: the best scores {loses} against A, and the budget is {budget:g} points"
     return Fix(

@@ -23,7 +23,7 @@ from .opening import Paired, open_pair
 from .running import PartSession, RunError, clip_samples, feeds_of, types_of
 from .surgery import serialized, spliced
 
-_MOST_GROUPS = 40
+_MOST_GROUPS = 24
 _CLIPS = 8
 
 
@@ -174,7 +174,7 @@ class Splicer:
     def outputs(self, graph: Graph, side: int, clips: Sequence[npt.NDArray[np.float32]]) -> list[npt.NDArray[np.float32]]:
         """The embeddings of clips by a graph that is fed as A (0) or B (1) is."""
         self._tell(Doing("loading the model", 30.0))
-        session = PartSession(graph.model, self._threads)
+        session = PartSession(lambda: graph.model, self._threads)
         self._tell(Doing("running the model"))
         contract, types = self.paired.contracts[side], types_of(graph.model)
         values = []

@@ -44,11 +44,7 @@ def open_pair(
     for info in infos:
         tell(Doing("reading the model", 60.0))
         check_unchanged(Path(info.path), info.scan.stamps)
-        graph = Graph(load(Path(info.path), trust=trust))
-        output = info.contract.output
-        keep = cut_out(graph, [output] if output in graph.maker else graph.outputs)
-        keep.metadata_props.extend(graph.model.metadata_props)
-        graphs.append(Graph(_with_types(keep, graph.model)))
+        graphs.append(_graph(info, trust))
         tell(Beat())
     tell(Doing("pairing the operators", 120.0))
     a, b = graphs
@@ -56,6 +52,15 @@ def open_pair(
     steps = [(i, j) for i, j in sorted(pairs.b_of.items()) if a.steps[i].measured]
     lost = [[f"{s.operator} {s.name}" for s in unpaired(g, k)] for g, k in ((a, pairs.b_of), (b, pairs.a_of))]
     return Paired(a, b, steps, (infos[0].contract, infos[1].contract)), lost[0], lost[1]
+
+
+def _graph(info: EncoderInfo, trust: bool) -> Graph:
+    """The part of a model that leads to its embeddings."""
+    graph = Graph(load(Path(info.path), trust=trust))
+    output = info.contract.output
+    part = cut_out(graph, [output] if output in graph.maker else graph.outputs)
+    part.metadata_props.extend(graph.model.metadata_props)
+    return Graph(_with_types(part, graph.model))
 
 
 def _with_types(part: onnx.ModelProto, whole: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def _values(
     graph: Graph, numbers: range | list[int], feeds: Mapping[str, npt.NDArray[Any]], threads: int
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     names = [graph.steps[number].output for number in numbers]
-    values = PartSession(cut_out(graph, list(dict.fromkeys(names))), threads).run(dict(feeds))
+    values = PartSession(partial(cut_out, graph, list(dict.fromkeys(names))), threads).run(dict(feeds))
     for number, name in zip(numbers, names, strict=True):
         yield number, values[name].astype(np.float32)
 

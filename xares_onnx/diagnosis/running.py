@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +41,12 @@ class RunError(ModelError):
 
 
 class PartSession:
-    """A session on the CPU for a model in memory."""
+    """A session on the CPU for a model that `make` returns.
 
-    def __init__(self, model: onnx.ModelProto, threads: int) -> None:
+    The model goes through a file and is forgotten before ONNX Runtime reads that, so that its weights are held once.
+    """
+
+    def __init__(self, make: Callable[[], onnx.ModelProto], threads: int) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
@@ -50,12 +55,15 @@ class PartSession:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                serialized(model), options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
-        except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            raise RunError(_short(error), None) from error
+        with TemporaryDirectory(prefix="xares-onnx-part-") as folder:
+            path = Path(folder) / "part.onnx"
+            path.write_bytes(serialized(make()))
+            try:
+                self._session = onnxruntime.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+                )
+            except Exception as error:  # onnxruntime's exceptions share no base but Exception
+                raise RunError(_short(error), None) from error
         self.inputs = {value.name for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
         self._run_options = onnxruntime.RunOptions()

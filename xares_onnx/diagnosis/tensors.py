@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -134,7 +135,7 @@ class _Measuring:
             names = list(dict.fromkeys(self._names(k)[side] for k in range(len(self._paired.steps))))
             of_side: dict[str, _Probed] = {}
             for start in range(0, len(names), 64):
-                session = PartSession(cut_out(graph, names[start : start + 64]), self._threads)
+                session = PartSession(partial(cut_out, graph, names[start : start + 64]), self._threads)
                 self._tell(Beat())
                 results = [session.run(self._feeds(side, [clip])) for clip in clips]
                 self._tell(Beat())
@@ -305,9 +306,9 @@ class _Sessions:
         needed |= dict.fromkeys(
             self._tensors[name] for name in (self._part.inputs if self._part else ()) if name in self._tensors
         )
-        self._session_a = PartSession(cut_out(a, list(needed)), measuring._threads)
+        self._session_a = PartSession(partial(cut_out, a, list(needed)), measuring._threads)
         measuring._tell(Beat())
-        self._session_b = PartSession(cut_out(b, outputs_b), measuring._threads)
+        self._session_b = PartSession(partial(cut_out, b, outputs_b), measuring._threads)
         measuring._tell(Doing("running the models"))
 
     def _local(self) -> PartSession | None:
@@ -315,7 +316,7 @@ class _Sessions:
             types = {name: self._m._probed[1][name].kind for name in self._tensors}
             outputs = {self._m._names(number)[1]: f"local{number}" for number in numbers}
             try:
-                session = PartSession(side_by_side(self._m._b, outputs, types), self._m._threads)
+                session = PartSession(partial(side_by_side, self._m._b, outputs, types), self._m._threads)
             except RunError as error:
                 self._drop(error, numbers)
                 continue

@@ -31,24 +31,24 @@ Rows = list[tuple[str, ...]]
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     """The verdict, then what departs, the drift along the depth, what regains points, and the file that was written."""
     console.print(Text(printable(diagnosis.verdict), style="bold"))
-    for title, headings, rows in _tables(diagnosis):
+    for title, headings, rows in tables(diagnosis):
         console.print(Text(title))
         table = empty_table(console, *headings)
         for row in rows:
             table.add_row(*map(printable, row))
         console.print(table, soft_wrap=False)
-    for line in _remarks(diagnosis):
+    for line in remarks(diagnosis):
         console.print(Text(printable(line)))
 
 
 def markdown(diagnosis: Diagnosis) -> str:
     """For a step summary or a comment."""
     parts = [f"### {markdown_cell(diagnosis.verdict)}"]
-    for title, (words, numbers, more), rows in _tables(diagnosis):
+    for title, (words, numbers, more), rows in tables(diagnosis):
         aligned = ["---"] * len(words) + ["---:"] * len(numbers) + ["---"] * len(more)
         lines = [[*words, *numbers, *more], aligned, *([markdown_cell(cell) for cell in row] for row in rows)]
         parts += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    parts += ["\n".join(f"- {markdown_cell(line)}" for line in _remarks(diagnosis))]
+    parts += ["\n".join(f"- {markdown_cell(line)}" for line in remarks(diagnosis))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,7 +91,7 @@ def _own(step: StepFigures) -> float | None:
     return step.local_noise if step.batch_noise is None else max(step.batch_noise, step.local_noise or 0.0)
 
 
-def _tables(diagnosis: Diagnosis) -> Iterator[tuple[str, Headings, Rows]]:
+def tables(diagnosis: Diagnosis) -> Iterator[tuple[str, Headings, Rows]]:
     if diagnosis.named:
         yield "The reference's tensors, in their order", _NAMED, [_named_cells(figures) for figures in diagnosis.named]
         return
@@ -154,7 +154,7 @@ def _regained_cells(entry: Regained) -> tuple[str, ...]:
     )
 
 
-def _remarks(diagnosis: Diagnosis) -> Iterator[str]:
+def remarks(diagnosis: Diagnosis) -> Iterator[str]:
     scored = f", scored on {', '.join(diagnosis.tasks)}" if diagnosis.lost is not None else ""
     yield (
         f"A {diagnosis.a} of {data_size(diagnosis.bytes_a)}, B {diagnosis.b} of {data_size(diagnosis.bytes_b)}; "

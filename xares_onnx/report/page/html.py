@@ -64,7 +64,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
     by_task = [find_mistakes(board, row) for row in board.rows if row.method == "head"]
     shown_mistakes = [mistakes for mistakes in by_task if mistakes.clips or mistakes.confusions or mistakes.models]
     listening = load_sounds(shown_mistakes, data, cache) if data is not None else Listening({}, [])
-    css, js = (_source(name) for name in ("page.css", "page.js"))
+    css, js = (source(name) for name in ("page.css", "page.js"))
     remarks_by_model = [(number, lines) for number, model in enumerate(board.models) if (lines := remarks(model))]
     page = {
         "abouts": [_about(model) for model in board.models],
@@ -89,7 +89,7 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "mistakes": [_drawn(board, mistakes) for mistakes in shown_mistakes],
         "noise": noise(board),
         "notes": board.notes,
-        "policy": _policy(css, js),
+        "policy": policy(css, js),
         "profile": list(_profile(board)),
         "profile_note": NOTE,
         "remarks": remarks_by_model,
@@ -113,10 +113,10 @@ def html(board: Board, *, data: Path | None = None, cache: Path | None = None) -
         "settings": ("Contract and settings", True),
     }
     sections = [(anchor, name) for anchor, (name, present) in titles.items() if present]
-    return _environment().from_string(_source("page.html.jinja")).render(page, sections=sections)
+    return environment().from_string(source("page.html.jinja")).render(page, sections=sections)
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -136,11 +136,11 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
     return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
-def _policy(css: str, js: str) -> str:
+def policy(css: str, js: str) -> str:
     """A content security policy that allows this page's own style and script, its sounds and its icon."""
     style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (css, js))
     return (

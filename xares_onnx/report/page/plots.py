@@ -61,12 +61,12 @@ def dumbbells(board: Board, rows: Sequence[Row], name: str) -> Markup:
     def at(score: float) -> float:
         return _LABEL_WIDTH + span * min(1.0, max(0.0, score))
 
-    parts = [_axis_x(at, (0, 0.2, 0.4, 0.6, 0.8, 1), top - 4, height - 8)]
+    parts = [axis_x(at, (0, 0.2, 0.4, 0.6, 0.8, 1), top - 4, height - 8)]
     for i, row in enumerate(rows):
         y = top + _LINE_HEIGHT * (i + 0.5)
         cells = enumerate(row.cells[:SERIES])
         scored = [(m, c.score, c.record.ci95) for m, c in cells if c is not None and c.score is not None]
-        parts.append(_text(_LABEL_WIDTH - 8, y + 4, _cut(row.title, 25), "end"))
+        parts.append(text_at(_LABEL_WIDTH - 8, y + 4, cut(row.title, 25), "end"))
         for encoder, score in row.published.items():
             title = f"{printable(encoder)}, published: {score:.3f}"
             parts.append(
@@ -90,7 +90,7 @@ def dumbbells(board: Board, rows: Sequence[Row], name: str) -> Markup:
     description = (
         "A line per task from 0 to 1, with each model's score and 95 % interval; short strokes are published scores."
     )
-    return _svg(width, height, name, description, parts)
+    return svg(width, height, name, description, parts)
 
 
 def costs(board: Board, values: Sequence[float | None], name: str, unit: str) -> Markup:
@@ -111,11 +111,11 @@ def costs(board: Board, values: Sequence[float | None], name: str, unit: str) ->
     def y_of(score: float) -> float:
         return top + (height - top - bottom) * (1 - (score - bottom_score) / max(1e-9, top_score - bottom_score))
 
-    parts = [_axis_y(y_of, _ticks(bottom_score, top_score), left, width - 16)]
+    parts = [axis_y(y_of, round_ticks(bottom_score, top_score), left, width - 16)]
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(left, height - bottom, width - 16))
     for tick in _decades(low, high):
-        parts.append(_text(x_of(tick), height - bottom + 17, f"{tick:g}", "middle"))
-    parts.append(_text((left + width - 16) / 2, height - 8, unit, "middle"))
+        parts.append(text_at(x_of(tick), height - bottom + 17, f"{tick:g}", "middle"))
+    parts.append(text_at((left + width - 16) / 2, height - 8, unit, "middle"))
     best, path = -1.0, ""
     for _, value, cell in sorted(points, key=lambda point: (point[1], -point[2].weighted)):
         if cell.weighted > best:
@@ -133,8 +133,8 @@ def costs(board: Board, values: Sequence[float | None], name: str, unit: str) ->
         label = board.models[model].label
         parts.append(marker(model, x, y, f"{label}: {cell.weighted:.3f} at {value:.3g} {unit}"))
         if len(points) <= _MAX_NAMED:
-            parts.append(names.beside(x, y, _cut(label, 24)))
-    return _svg(
+            parts.append(names.beside(x, y, cut(label, 24)))
+    return svg(
         width, height, name, "Each model's average with its 95 % interval; upwards is better, leftwards is cheaper.", parts
     )
 
@@ -153,7 +153,7 @@ class _Names:
         free = (y + by for by in moves if all(e < start or s > end or abs(h - y - by) > 12 for s, e, h in self._placed))
         height = next(free, y - 7)
         self._placed.append((start, end, height))
-        return _text(end if left else start, height, name, "end" if left else "start")
+        return text_at(end if left else start, height, name, "end" if left else "start")
 
 
 def curves(board: Board, lines: Sequence[Curve], name: str, axis: str) -> Markup:
@@ -171,10 +171,10 @@ def curves(board: Board, lines: Sequence[Curve], name: str, axis: str) -> Markup
     def y_of(score: float) -> float:
         return top + (height - top - bottom) * (1 - (score - low) / (high - low))
 
-    parts = [_axis_y(y_of, _ticks(low, high), left, width - right)]
-    parts.append(_text(left, height - 22, _cut(lines[0].steps[0], 18), "start"))
-    parts.append(_text(width - right, height - 22, _cut(lines[0].steps[-1], 18), "end"))
-    parts.append(_text((left + width - right) / 2, height - 6, axis, "middle"))
+    parts = [axis_y(y_of, round_ticks(low, high), left, width - right)]
+    parts.append(text_at(left, height - 22, cut(lines[0].steps[0], 18), "start"))
+    parts.append(text_at(width - right, height - 22, cut(lines[0].steps[-1], 18), "end"))
+    parts.append(text_at((left + width - right) / 2, height - 6, axis, "middle"))
     for line in lines:
         points = [
             (x_of(i, len(line.steps)), y_of(s), s, line.ci95[i], step)
@@ -189,7 +189,7 @@ def curves(board: Board, lines: Sequence[Curve], name: str, axis: str) -> Markup
                 parts.append(Markup('<path class="ci s{}" d="{}"/>').format(line.model % SERIES, d))
             label = board.models[line.model].label
             parts.append(marker(line.model, x, y, f"{label}, {printable(step)}: {score:.3f}{_interval(ci95)}", 3.5))
-    return _svg(width, height, name, f"A line per model; {axis}.", parts)
+    return svg(width, height, name, f"A line per model; {axis}.", parts)
 
 
 def heat_map(matrix: Array, classes: Sequence[str], name: str) -> Markup:
@@ -209,7 +209,7 @@ def heat_map(matrix: Array, classes: Sequence[str], name: str) -> Markup:
             parts.append(Markup('<path class="heat h{}" d="{}"/>').format(shade, Markup("".join(paths))))
     for i, label in enumerate(classes if named else ()):
         middle = 4 + (i + 0.5) * cell
-        parts.append(_text(left - 5, middle + 3.5, label, "end", "small"))
+        parts.append(text_at(left - 5, middle + 3.5, label, "end", "small"))
         x = left + (i + 0.5) * cell + 3.5
         parts.append(
             Markup('<text class="small" text-anchor="end" transform="translate({:.1f} {}) rotate(-90)">{}</text>').format(
@@ -217,14 +217,14 @@ def heat_map(matrix: Array, classes: Sequence[str], name: str) -> Markup:
             )
         )
     if not named:
-        parts.append(_text(left + n * cell / 2, n * cell + 18, "predicted", "middle", "small"))
+        parts.append(text_at(left + n * cell / 2, n * cell + 18, "predicted", "middle", "small"))
         parts.append(
             Markup(
                 '<text class="small" text-anchor="middle" transform="translate({} {:.1f}) rotate(-90)">true</text>'
             ).format(left - 6, 4 + n * cell / 2)
         )
     description = "Rows are true classes, columns predicted ones; the darker a field, the larger its share of the row."
-    return _svg(left + n * cell + 8, n * cell + below + 8, name, description, parts)
+    return svg(left + n * cell + 8, n * cell + below + 8, name, description, parts)
 
 
 def bars(names: Sequence[str], shares: Sequence[float | None], name: str) -> Markup:
@@ -235,37 +235,37 @@ def bars(names: Sequence[str], shares: Sequence[float | None], name: str) -> Mar
     for i, (text, share) in enumerate(shown):
         y = line * i + 4
         length = (width - left - 50) * min(1.0, max(0.0, share))
-        parts.append(_text(left - 8, y + 12, _cut(text, 18), "end", "small"))
+        parts.append(text_at(left - 8, y + 12, cut(text, 18), "end", "small"))
         parts.append(
             Markup('<rect class="bar" x="{}" y="{}" width="{:.1f}" height="{}"/>').format(left, y, length, line - 5)
         )
-        parts.append(_text(left + length + 6, y + 12, f"{100 * share:.0f} %", "start", "small"))
+        parts.append(text_at(left + length + 6, y + 12, f"{100 * share:.0f} %", "start", "small"))
     description = "; ".join(f"{printable(text)} {100 * share:.0f} %" for text, share in shown)
-    return _svg(width, line * len(shown) + 8, name, description, parts)
+    return svg(width, line * len(shown) + 8, name, description, parts)
 
 
-def _svg(width: float, height: float, name: str, description: str, parts: Sequence[Markup]) -> Markup:
+def svg(width: float, height: float, name: str, description: str, parts: Sequence[Markup]) -> Markup:
     return Markup(
         '<svg class="plot" viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" role="img" '
         'aria-label="{2}. {3}">{4}</svg>'
     ).format(width, height, name, description, _EMPTY.join(parts))
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> Markup:
+def text_at(x: float, y: float, text: str, anchor: str, kind: str = "label") -> Markup:
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, text)
 
 
-def _axis_x(at: Callable[[float], float], ticks: Sequence[float], top: float, bottom: float) -> Markup:
+def axis_x(at: Callable[[float], float], ticks: Sequence[float], top: float, bottom: float) -> Markup:
     lines = [Markup('<path class="grid" d="M{:.1f} {}V{}"/>').format(at(t), top, bottom) for t in ticks]
-    return _EMPTY.join([*lines, *(_text(at(t), top - 6, f"{t:g}", "middle") for t in ticks)])
+    return _EMPTY.join([*lines, *(text_at(at(t), top - 6, f"{t:g}", "middle") for t in ticks)])
 
 
-def _axis_y(at: Callable[[float], float], ticks: Sequence[float], left: float, right: float) -> Markup:
+def axis_y(at: Callable[[float], float], ticks: Sequence[float], left: float, right: float) -> Markup:
     lines = [Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(left, at(t), right) for t in ticks]
-    return _EMPTY.join([*lines, *(_text(left - 6, at(t) + 4, f"{t:g}", "end") for t in ticks)])
+    return _EMPTY.join([*lines, *(text_at(left - 6, at(t) + 4, f"{t:g}", "end") for t in ticks)])
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Round values from low to high, about five."""
     span = max(high - low, 1e-9)
     step = 10.0 ** math.floor(math.log10(span / 4))
@@ -285,7 +285,7 @@ def _decades(low: float, high: float) -> list[float]:
     ]
 
 
-def _cut(text: str, limit: int) -> str:
+def cut(text: str, limit: int) -> str:
     text = printable(text)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 

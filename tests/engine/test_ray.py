@@ -121,7 +121,7 @@ def test_a_lost_node_costs_its_unfinished_shards_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_engine, "_WATCH_SECONDS", 0.05)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 50_000)  # each shard is three or four
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100_000)  # each shard is two
     third = nodes.add("third")
 
     def lose() -> None:

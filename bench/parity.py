@@ -16,8 +16,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from heads_here import heads_here
 from numpy.typing import NDArray
+from patched_heads import heads_here
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from heads_here import heads_here
+from patched_heads import heads_here
 
 from xares_onnx.data.targets import NumberTarget
 from xares_onnx.evaluation import task_scores

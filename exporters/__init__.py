@@ -2,7 +2,7 @@
 
 `FAMILIES` maps each family to a module with `build(family, checkpoint) -> (torch module, Spec)`. To add a family, write such
 a module, or a row in `speech`, and name it there. `core` exports the module, writes the metadata and checks the file against
-the torch module; `pretrained` reads checkpoints, and `precision` makes files smaller.
+the torch module; `pretrained` reads checkpoints, `kaldi` has filter banks, and `precision` makes files smaller.
 
 Importing this package loads neither torch nor onnx nor transformers; the last comes with the `export` extra.
 """

@@ -123,7 +123,11 @@ def test_nodes_that_come_and_go_change_the_slots(
         engine._closing.set()
         watch.join()
     assert reports.empty()
-    assert engine.described() == {"engine": "ray", "workers": 2}
+    incidents = [
+        "node goes is gone; its unfinished jobs run elsewhere",
+        "node differs is new and gets no work: it has libsndfile 1.0.20",
+    ]
+    assert engine.described() == {"engine": "ray", "workers": 2, "incidents": incidents}
 
 
 def node(name: str, cpus: int = 0, gpus: int = 0) -> Node:

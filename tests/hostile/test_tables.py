@@ -204,8 +204,8 @@ def test_a_result_of_absurd_numbers(field: str, value: float, tmp_path: Path) ->
         content["tasks"][0][field] = value  # type: ignore[index]
 
     path = result(tmp_path, change)
-    refused(bounded("report", path, seconds=20), 2, "the weight or score of a is not plausible")
-    refused(bounded("compare", path, path, seconds=20), 2, "the weight or score of a is not plausible")
+    refused(bounded("report", path, seconds=20), 2, "it holds an impossible number for a")
+    refused(bounded("compare", path, path, seconds=20), 2, "it holds an impossible number for a")
 
 
 def npy(header: str) -> bytes:

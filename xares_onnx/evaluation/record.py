@@ -38,7 +38,7 @@ Interval = tuple[float, float]
 # More than any result holds: a larger file is a mistake, or meant to exhaust the machine.
 _MAX_RESULT_BYTES = 32 << 20
 _MAX_RECORDS = 20_000  # of tasks, methods and taps
-_MAX_NUMBER = 1e12  # of clips, and of a score
+_MAX_NUMBER, _MAX_SIZE = 1e9, 1 << 60
 _MAX_PREDICTION_BYTES = 512 << 20
 
 
@@ -243,12 +243,25 @@ def read_result(path: Path) -> Result:
         result = decode_json(data, Result)
         if len(result.tasks) > _MAX_RECORDS:
             raise ForeignFileError(f"it has {len(result.tasks)} records of tasks")
-        for record in result.tasks:
-            if not 0 <= (record.weight or 0) <= _MAX_NUMBER or abs(record.score or 0) > _MAX_NUMBER:
-                raise ForeignFileError(f"the weight or score of {foreign(record.task)} is not plausible")
+        _check_numbers(result)
         return result
     except ForeignFileError as error:
         raise UsageError(f"{path} is not a result of `xares-onnx evaluate`: {error}") from error
+
+
+def _check_numbers(result: Result) -> None:
+    """A file may hold any number; only those that an evaluation can give are drawn and averaged."""
+    encoder = result.encoder
+    if not (0 <= encoder.bytes <= _MAX_SIZE and 0 <= encoder.parameters <= _MAX_SIZE):
+        raise ForeignFileError("it holds an impossible encoder size")
+    for record in result.tasks:
+        signed = [record.score, *(record.ci95 or ()), *record.per_seed, *record.published.values()]
+        signed += [value for row in record.shots for value in (row.clips_per_class, row.score, *(row.ci95 or ()))]
+        signed += [trial.test for trial in record.tuning.tried] if record.tuning else []
+        positive = [record.weight, record.rtf, record.audio_hours]
+        in_range = all(value is None or abs(value) <= _MAX_NUMBER for value in signed)
+        if not (in_range and all(value is None or 0 <= value <= _MAX_NUMBER for value in positive)):
+            raise ForeignFileError(f"it holds an impossible number for {foreign(record.task)}")
 
 
 def read_predictions(path: Path, record: TaskResult) -> Predictions:

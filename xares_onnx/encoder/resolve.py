@@ -70,7 +70,10 @@ def resolve(
     front = None
     if session.front is not None and front_scan is not None:
         front = measure_front_model(session.front, front_file or "", front_scan.sha256, declarations, beat)
-    open_exposing = functools.partial(_session, model, device, front=front_file)
+
+    def open_exposing(exposure: Exposure | None) -> Session:
+        return _session(model, device, exposure, front_file)  # by position, as everywhere: one key of its cache
+
     measured = measure_taps(path, open_exposing, declarations, taps, beat, max_dim=limits(trust).dim, front=front)
     check_unchanged(path, scan.stamps)  # taps were read from the file again
     info = EncoderInfo(

@@ -72,7 +72,7 @@ def resolve(
         front = measure_front_model(session.front, front_file or "", front_scan.sha256, declarations, beat)
 
     def open_exposing(exposure: Exposure | None) -> Session:
-        return _session(model, device, exposure, front_file)  # named arguments would be another key of the cache
+        return _session(model, device, exposure, front_file)  # by position, as everywhere: one key of its cache
 
     measured = measure_taps(path, open_exposing, declarations, taps, beat, max_dim=limits(trust).dim, front=front)
     check_unchanged(path, scan.stamps)  # taps were read from the file again

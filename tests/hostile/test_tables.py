@@ -21,11 +21,11 @@ from pack_makers import short
 from shard_makers import clip_members, encoded, noise, write_tar
 
 from xares_onnx.data import audio as audio_module
+from xares_onnx.data.recordings import Recording, decode_recording
 from xares_onnx.data.shards import MAX_LABEL_BYTES, MAX_SHARD_LABEL_BYTES, index_shard
 from xares_onnx.encoder.decoding import Decoder
 from xares_onnx.errors import ClipError
 from xares_onnx.foreign import ForeignFileError, read_arrays
-from xares_onnx.packing.recordings import Recording, decode_recording
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 

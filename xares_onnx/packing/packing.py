@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from ..data.catalog import shipped_tasks
+from ..data.recordings import Recording, decode_recording
 from ..data.shards import MAX_DROP_SHARE, MAX_DROPS, MAX_LABEL_BYTES, Drop, parse_label
 from ..data.targets import Target
 from ..data.task import MAX_GROUP, Data, Domain, Score, Task, load_task
@@ -31,7 +32,7 @@ from .columns import Columns, find_columns
 from .index import Clip, Index
 from .output import Manifest, Part, Source, check_output, put_in_place, scratch_folder
 from .parts import name_parts
-from .recordings import Recording, decode_recording, path_below
+from .recordings import path_below
 from .shard_writer import Member, key_of, write_shards
 from .splits import SPLITS
 from .tables import FolderTable, Table, open_table

@@ -192,7 +192,7 @@ def test_a_bomb_is_not_unpacked(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (record,) = read_result(path).tasks
     read_predictions(path, record)
     monkeypatch.setattr(results, "_MAX_PREDICTION_BYTES", 100)
-    with pytest.raises(DataError, match="holds more than 512 MiB"):
+    with pytest.raises(DataError, match="holds more than"):
         read_predictions(path, record)
 
 

@@ -63,6 +63,7 @@ bench: .venv/installed-resemblyzer logmel.onnx resemblyzer.onnx  ## speed and me
 	$(BIN)/python bench/rerun.py logmel.onnx
 	$(BIN)/python bench/memory.py resemblyzer.onnx
 	$(BIN)/python bench/packing.py logmel.onnx
+	$(BIN)/python bench/walls.py
 
 gpu: .venv/installed-resemblyzer  ## what a CUDA device does: agreement with the CPU, scores, throughput, heads
 	$(BIN)/python bench/gpu.py --folder build/gpu --output build/gpu/gpu.json

@@ -21,11 +21,11 @@ from pack_makers import short
 from shard_makers import clip_members, encoded, noise, write_tar
 
 from xares_onnx.data import audio as audio_module
+from xares_onnx.data.recordings import Recording, StoredFile, decode_recording
 from xares_onnx.data.shards import MAX_LABEL_BYTES, MAX_SHARD_LABEL_BYTES, index_shard
 from xares_onnx.encoder.decoding import Decoder
 from xares_onnx.errors import ClipError
 from xares_onnx.foreign import ForeignFileError, read_arrays
-from xares_onnx.packing.recordings import Recording, decode_recording
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -290,7 +290,9 @@ def test_a_decoder_reads_what_it_was_given_alone(tmp_path: Path) -> None:
     (tmp_path / "audio/a.wav").write_bytes(short(1))
     (tmp_path / "b.wav").write_bytes(short(2))
     with Decoder([tmp_path / "audio"]) as decoder:
-        inside, outside = decoder.each(decode_recording, [tmp_path / "audio/a.wav", tmp_path / "b.wav"], Recording)
+        inside, outside = decoder.each(
+            decode_recording, [StoredFile(tmp_path / "audio/a.wav"), StoredFile(tmp_path / "b.wav")], Recording
+        )
     assert isinstance(inside, Recording)
     if decoder.standing and "reading" in decoder.standing:
         assert outside == "it cannot be read (Permission denied)"

@@ -224,6 +224,11 @@ def test_a_gpu_needs_more_but_no_network_and_no_program(tmp_path: Path, monkeypa
         assert own.standing == ("network", "programs", "writing")
 
 
+def test_the_process_of_heads_has_no_network_and_starts_no_program(head_process: Worker, tmp_path: Path) -> None:
+    for name in ("udp", "run_program", "fork", "read_parent_memory"):
+        assert Prison(head_process, tmp_path).attempt(name) == "PermissionError"
+
+
 def test_an_encoder_runs_within_its_walls(tmp_path: Path) -> None:
     model = save(encoder(), tmp_path / "model.onnx")
     with open_encoder(model, ModelOptions(device="cpu")) as opened:

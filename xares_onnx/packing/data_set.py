@@ -16,13 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..data.audio import AUDIO_EXTENSIONS
+from ..data.recordings import AudioFile, StoredBytes, StoredFile
 from ..errors import DataError, UsageError, foreign, quoted
 from ..foreign import ForeignFileError, parse_json, read_small
 from .arrow_files import ROW_FILES, RowFile, pyarrow_for
 from .columns import PATHS, SPLIT_OF
 from .features import Features, decode, is_audio, kind_of, read_features, states_classes
 from .index import Clip
-from .recordings import AudioFile, AudioSource, Place, StoredBytes, StoredFile, path_below
+from .recordings import AudioSource, Place, path_below
 from .tables import Row, Table
 
 _MAX_DEPTH = 4  # folders

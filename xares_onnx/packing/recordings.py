@@ -1,66 +1,20 @@
-"""A clip's audio: where it lies, whether it can be decoded, and a digest of the decoded samples."""
+"""Where the audio of a table's rows lies, and what decoding tells of it."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import posixpath
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from ..data.audio import AUDIO_EXTENSIONS, READABLE_EXTENSIONS, decode_blocks
+from ..data.recordings import AudioFile, Recording, StoredFile, decode_recording
 from ..encoder.decoding import Decoder
-from ..errors import ClipError, UsageError, quoted
+from ..errors import UsageError, quoted
 from .index import Clip
 
 _BYTES_PER_CALL = 1 << 26  # of encoded audio that is handed to the decoder at once, unless one clip has more
-
-
-class AudioFile(ABC):
-    """An encoded file. Its name's ending says what it is."""
-
-    name: str
-    bytes_held = 0
-
-    @abstractmethod
-    def open(self) -> tuple[BinaryIO, int]:
-        """The open file and its size in bytes; `ClipError` if it cannot be opened."""
-
-
-@dataclass(frozen=True)
-class StoredFile(AudioFile):
-    path: Path
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.path.name
-
-    def open(self) -> tuple[BinaryIO, int]:
-        try:
-            status = self.path.stat()
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe could block for ever
-                raise ClipError("it is not a regular file")
-            return self.path.open("rb"), status.st_size
-        except OSError as error:
-            raise ClipError(f"it cannot be read ({error.strerror})") from error
-
-
-@dataclass(frozen=True)
-class StoredBytes(AudioFile):
-    name: str
-    data: bytes
-
-    @property
-    def bytes_held(self) -> int:  # type: ignore[override]
-        return len(self.data)
-
-    def open(self) -> tuple[BinaryIO, int]:
-        return io.BytesIO(self.data), len(self.data)
 
 
 class Place(NamedTuple):
@@ -114,15 +68,6 @@ class AudioFolder(AudioSource):
 _MAX_NAME = 255  # bytes of a file's or folder's name, on nearly every system
 
 
-@dataclass(frozen=True)
-class Recording:
-    """A decoded file of `size` bytes. `content` is a digest of its mono samples, as an encoder gets them, and their rate."""
-
-    content: bytes
-    seconds: float
-    size: int
-
-
 def path_below(root: Path, name: str, where: str) -> str:
     """The path of a file relative to `root`, with `/`.
 
@@ -146,31 +91,6 @@ def path_below(root: Path, name: str, where: str) -> str:
     if below == ".." or below.startswith("../") or not target.is_relative_to(root):
         raise UsageError(f"{where} names {quoted(name)}, which lies outside {root}; the table's paths start there")
     return below
-
-
-def decode_recording(audio: AudioFile) -> Recording:
-    """Decode a file from end to end, a block at a time.
-
-    Raises:
-        ClipError: An evaluation would drop it.
-    """
-    stem, dot, extension = audio.name.rpartition(".")
-    extension = extension.lower() if dot else ""
-    file, size = audio.open()
-    with file:
-        if extension not in READABLE_EXTENSIONS:
-            kind = f"{extension} audio" if extension in AUDIO_EXTENSIONS else "this kind of file"
-            raise ClipError(f"{kind} is not supported; convert it, as by `ffmpeg -i {audio.name} {stem}.flac`")
-        digest, seconds = hashlib.sha256(), 0.0
-        try:
-            for samples, rate in decode_blocks(file):
-                if not seconds:
-                    digest.update(f"{rate} Hz\n".encode())
-                digest.update(samples.data)
-                seconds += len(samples) / rate
-        except OSError as error:
-            raise ClipError(f"it cannot be read ({error.strerror})") from error
-    return Recording(digest.digest(), seconds, size)
 
 
 def decode_recordings(files: Iterable[AudioFile], decoder: Decoder, threads: int) -> Iterator[Recording | str]:

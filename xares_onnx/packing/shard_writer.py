@@ -11,9 +11,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.recordings import AudioFile
 from ..errors import ClipError, DataError
 from ..files import disk_error
-from .recordings import AudioFile
 
 MAX_SHARD_CLIPS = 5000
 MAX_SHARD_BYTES = 500_000_000

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
-
-from ...data.audio import decode, resample
 from ...data.catalog import Digests, cache_folder, data_folder, shipped_tasks, task_folder
+from ...data.recordings import Sound, sound_of
 from ...data.selection import TaskData, prepare
-from ...data.shards import Extent, index_shard, read_extent
+from ...data.shards import index_shard
 from ...encoder.decoding import Decoder
 from ...errors import DataError, DataMissingError, foreign
 from ...evaluation.record import TaskResult
 from ...progress import ignore
 from .mistakes import Mistakes
 
-CLIP_SECONDS = 6.0
-CLIP_RATE = 16_000
 MAX_CLIP_BYTES = 64 << 20  # of a clip's audio file
 MAX_PAGE_BYTES = 6 << 20
 
 Sounds = dict[tuple[str, str], str]  # data: URIs by task and key
-
-
-@dataclass
-class Sound:
-    """A `data:` URI."""
-
-    uri: str
 
 
 @dataclass
@@ -106,17 +93,3 @@ def _sounds_of(data: TaskData, shard: Path, remaining: set[str], decoder: Decode
             (sound,) = decoder.each(sound_of, [(shard, sample.audio)], Sound)
             if isinstance(sound, Sound):  # else the evaluation has already reported the dropped clip
                 yield key, sound.uri
-
-
-def sound_of(place: tuple[Path, Extent]) -> Sound:
-    """The sound of a clip by its shard and its bytes there. Runs in the decoder's process; raises `ClipError`."""
-    return Sound(data_uri(read_extent(*place)))
-
-
-def data_uri(encoded: bytes) -> str:
-    """The first 6 s of an audio file as a `data:` URI of mono MP3 at 16 kHz. Raises `ClipError` if it cannot be decoded."""
-    samples, rate = decode(encoded, CLIP_SECONDS)
-    mono = resample(samples[: int(CLIP_SECONDS * rate)], rate, CLIP_RATE)
-    with io.BytesIO() as buffer:
-        soundfile.write(buffer, mono.clip(-1, 1), CLIP_RATE, format="MP3", subtype="MPEG_LAYER_III")
-        return f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

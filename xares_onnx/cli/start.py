@@ -114,20 +114,34 @@ def _open_streams() -> None:
 def _stream(stream: Any, number: int) -> Any:
     if stream is not None and not (isinstance(stream, io.TextIOWrapper) and stream.fileno() == number):
         return stream  # somebody else's, such as a test's
-    raw = _Unbroken(number, "w", closefd=False)
+    raw = io.FileIO(number, "w", closefd=False)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     # A name that the terminal cannot show is escaped.
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=number == 2 or raw.isatty())
+    return io.TextIOWrapper(_Unbroken(raw), encoding, "backslashreplace", line_buffering=number == 2 or raw.isatty())
 
 
-class _Unbroken(io.FileIO):
-    """A stream whose reader may go, as `| head` does: work and exit code do not change. Of stderr any error is such."""
+class _Unbroken(io.BufferedWriter):
+    """A stream whose reader may go, as `| head` does: work and exit code do not change. Of stderr any error is such.
+
+    Not the raw file: a signal raised in its `write`, after the system's, would have the same bytes written twice.
+    """
 
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data) or 0
+            return super().write(data)
         except OSError as error:
-            if self.fileno() != 2 and not isinstance(error, BrokenPipeError):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            self._lose(error)
             return len(data)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """Write to nothing from now on; raises `error` if it says more than that the reader is gone."""
+        number = self.fileno()
+        if number != 2 and not isinstance(error, BrokenPipeError):
+            raise error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)

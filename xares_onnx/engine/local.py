@@ -78,7 +78,8 @@ class LocalEngine:
         for worker in self._workers:
             worker.close()
         for thread in self._threads:
-            thread.join(_JOIN_SECONDS)
+            if thread.is_alive():  # one that a signal kept from starting cannot be joined
+                thread.join(_JOIN_SECONDS)
         for worker in self._workers:  # that started in the meantime
             worker.close()
 

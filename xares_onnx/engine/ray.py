@@ -163,7 +163,8 @@ class RayEngine:
             with contextlib.suppress(Exception):  # it, or Ray, may be gone
                 ray.kill(actor)
         for thread in self._threads:
-            thread.join(_JOIN_SECONDS)
+            if thread.is_alive():  # one that a signal kept from starting cannot be joined
+                thread.join(_JOIN_SECONDS)
         self._resources.close()
 
     def __enter__(self) -> RayEngine:

@@ -61,7 +61,6 @@ def contract() -> Any:
     return SimpleNamespace(
         sample_rate=RATE,
         chunk_samples=4 * RATE,
-        chunk_overlap=None,
         min_samples=HOP,
         hop_samples=HOP,
         first_frame_center_samples=HOP / 2,

@@ -95,16 +95,18 @@ def ours(model: Path, shards: dict[str, list[Path]], folder: Path, threads: int)
     from xares_onnx.data.audio import CropSettings
     from xares_onnx.data.catalog import shipped_tasks
     from xares_onnx.data.selection import ShardPlan
-    from xares_onnx.embedding.embed import embed_shards, shard_specs
+    from xares_onnx.embedding.embed import ShardReport, embed_shard, shard_specs
     from xares_onnx.embedding.store import Store
-    from xares_onnx.encoder.encoder import load_encoder
+    from xares_onnx.encoder.encoder import Reach, open_encoder
+    from xares_onnx.encoder.spec import ModelOptions
     from xares_onnx.files import stamp
     from xares_onnx.progress import ignore
     from xares_onnx.scoring.kinds import kind_of
     from xares_onnx.scoring.protocol import Protocol
 
     store, known = Store(folder), shipped_tasks()
-    with load_encoder(model, device="cpu", threads=threads) as encoder:
+    reach = Reach([path for paths in shards.values() for path in paths], [folder])
+    with open_encoder(model, ModelOptions(device="cpu", threads=threads), reach=reach) as encoder:
         encoder.embed([np.zeros(RATE)], RATE)
         clips, hours, clock, before = 0, 0.0, Clock(), worker_seconds(encoder)
         for task, paths in shards.items():
@@ -112,7 +114,7 @@ def ours(model: Path, shards: dict[str, list[Path]], folder: Path, threads: int)
             crops = Protocol("corrected").crops(known[task]) if task in known else CropSettings(None)
             frames = task in known and kind_of(known[task]).needs_frames
             specs = shard_specs(encoder, task, plans, crops, store, frames=frames)
-            _, reports = embed_shards(encoder, specs, store, ignore)
+            reports = [encoder.call(embed_shard, spec, returns=ShardReport, observer=ignore) for spec in specs.values()]
             clips += sum(report.clips for report in reports)
             hours += sum(report.audio_seconds for report in reports) / 3600
         return {**clock.read(worker_seconds(encoder) - before), "clips": clips, "hours": hours}

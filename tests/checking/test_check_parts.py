@@ -154,3 +154,4 @@ def test_two_devices_are_compared(tmp_path: Path) -> None:
 def test_the_page_lists_every_property_in_order() -> None:
     rows = [line.split("|")[1].strip(" `") for line in DOCS.read_text().splitlines() if line.startswith("| `")]
     assert rows == list(PROPERTIES)
+    assert f"{len(PROPERTIES)} properties in all" in (DOCS.parents[1] / "README.md").read_text()

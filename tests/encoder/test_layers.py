@@ -261,7 +261,7 @@ def check_layers(file: Path, plain: nn.Module, layers: nn.ModuleList, *, last_is
     """Every tap against what goes into the first of PyTorch's layers, what comes out of each, and the output."""
     with load_encoder(file, taps=["all-layers"]) as encoder:
         names = [tap.name for tap in encoder.info.taps]
-        found = {name: encoder.embed(clips(), 16_000, tap=name) for name in names}
+        found = {name: encoder.embed(clips(), encoder.contract.sample_rate, tap=name) for name in names}
     assert names == ["embeddings", *(f"layer.{i}" for i in range(len(layers) + 1 - last_is_output))]
     for number, clip in enumerate(clips()):
         states: list[Tensor] = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,33 +76,33 @@ def killing(victims: Callable[[], list[psutil.Process]]) -> tuple[Callable[[Even
     return observer, notes
 
 
-class KillerOfJobs:
-    """Kills the process of every job of a kind: it is stopped before the job reaches it, so that the job cannot end."""
+def die(*arguments: Any, tell: Callable[[Any], None]) -> None:
+    """In a process of models or heads: its end, in the middle of a job."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(
-        self, kind: type[AnyJob], times: int, victims: Callable[[], list[psutil.Process]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+
+class KilledJobs:
+    """Has the first jobs of a kind kill the process that runs them; and the notes that a run hears."""
+
+    def __init__(self, kind: type[AnyJob], times: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.notes: list[str] = []
         self._left = times
-        start = local.LocalEngine.start
+        if kind is EmbedJob:
+            call = EmbedJob.call
+            monkeypatch.setattr(EmbedJob, "call", lambda job, *where: (die, ()) if self._next() else call(job, *where))
+        else:
+            train = local.LocalEngine._train
+            monkeypatch.setattr(
+                local.LocalEngine,
+                "_train",
+                lambda engine, job, hear: train(
+                    engine, msgspec.structs.replace(job, function=die) if self._next() else job, hear
+                ),
+            )
 
-        def start_and_kill(engine: local.LocalEngine, job: AnyJob, report: Any) -> None:
-            if not isinstance(job, kind) or not self._left:
-                start(engine, job, report)
-                return
-            self._left -= 1
-            processes = victims()
-            for process in processes:
-                process.suspend()
-            start(engine, job, report)
-            time.sleep(0.5)  # until the job has been sent to the stopped process
-            deadline = time.monotonic() + 60
-            while not processes and time.monotonic() < deadline:  # there was none, and the job starts it
-                processes = victims()
-            for process in processes:
-                process.kill()
-
-        monkeypatch.setattr(local.LocalEngine, "start", start_and_kill)
+    def _next(self) -> bool:
+        self._left -= 1
+        return self._left >= 0
 
     def observer(self, event: Event) -> None:
         if isinstance(event, Note):
@@ -126,27 +126,20 @@ def test_killed_encoders_cost_time_alone(
 
 
 def test_a_killed_process_of_heads_costs_time_alone(
-    world: EngineWorld,
-    expected: dict[str, Any],
-    tmp_path: Path,
-    head_process: Worker,
-    monkeypatch: pytest.MonkeyPatch,
+    world: EngineWorld, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def heads() -> list[psutil.Process]:
-        return [psutil.Process(head_process._process.pid)] if head_process._process else []
-
-    killer = KillerOfJobs(HeadJob, 1, heads, monkeypatch)
-    world.run(tmp_path, observer=killer.observer)
+    killed = KilledJobs(HeadJob, 1, monkeypatch)
+    world.run(tmp_path, observer=killed.observer)
     assert left(tmp_path) == expected
-    assert [note for note in killer.notes if "the process that trains heads died (SIGKILL)" in note]
+    assert [note for note in killed.notes if "the process that trains heads died (SIGKILL)" in note]
 
 
 def test_an_encoder_that_is_killed_again_and_again_ends_the_run(
-    world: EngineWorld, tmp_path: Path, head_process: Worker, monkeypatch: pytest.MonkeyPatch
+    world: EngineWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killer = KillerOfJobs(EmbedJob, 1000, lambda: other_children(head_process), monkeypatch)
-    done = world.run(tmp_path, observer=killer.observer)
-    assert len([note for note in killer.notes if "goes on with it" in note]) == LOSSES
+    killed = KilledJobs(EmbedJob, 1000, monkeypatch)
+    done = world.run(tmp_path, observer=killed.observer)
+    assert len([note for note in killed.notes if "goes on with it" in note]) == LOSSES
     (error,) = done.errors
     assert isinstance(error, ModelError)
     assert [record.status for record in done.result.tasks] == ["failed", "failed", "skipped", "skipped"]

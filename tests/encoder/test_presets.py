@@ -49,13 +49,12 @@ def centred(window: Doubles, fft: int) -> Doubles:
 
 def wespeaker(clip: Doubles) -> Doubles:
     """torchaudio's kaldi.fbank with a Hamming window, less the mean over time."""
-    frames = []
-    for start in range(0, len(clip) - 399, 160):
-        piece = clip[start : start + 400] - clip[start : start + 400].mean()
-        piece = piece - 0.97 * np.concatenate([piece[:1], piece[:-1]])
-        frames.append(spectra(piece, np.hamming(400), 400, 512)[0] ** 2)
+    pieces = np.lib.stride_tricks.sliding_window_view(clip, 400)[::160]
+    pieces = pieces - pieces.mean(axis=1, keepdims=True)
+    pieces = pieces - 0.97 * np.concatenate([pieces[:, :1], pieces[:, :-1]], axis=1)
+    power = spectra(pieces.ravel(), np.hamming(400), 400, 512) ** 2
     bank = filters(257, 80, 20, 8_000, norm=None, mel_scale="kaldi", triangularize_in_mel_space=True)
-    levels = np.log(np.maximum(np.stack(frames) @ bank, np.finfo(np.float32).eps))
+    levels = np.log(np.maximum(power @ bank, np.finfo(np.float32).eps))
     return np.asarray(levels - levels.mean(axis=0))
 
 

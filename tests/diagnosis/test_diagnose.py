@@ -195,7 +195,7 @@ def test_a_tensor_that_is_wrong_in_its_last_frames_alone(world: World) -> None:
         ({"rate": np.array(16_000), "waveform": np.zeros(100, np.float32)}, "holds no tensor beside"),
         ({"rate": np.array(16_000), "waveform": np.full(9, np.nan, np.float32), "x": np.ones(3, np.float32)}, "finite"),
         ({"rate": np.array(0.5), "waveform": np.zeros(9, np.float32), "x": np.ones(3, np.float32)}, "whole rate"),
-        ({"rate": np.array([object()])}, "not a .npz file of plain arrays"),
+        ({"rate": np.array([object()])}, "no .npz file of plain arrays"),
     ],
 )
 def test_an_npz_that_is_no_reference_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:

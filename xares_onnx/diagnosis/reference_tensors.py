@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,8 @@ from ..encoder.limits import memory_bytes
 from ..encoder.model_file import check_unchanged
 from ..encoder.spec import EncoderInfo
 from ..encoder.worker import Beat, Tell, limit_memory
-from ..errors import UsageError, foreign
-from ..foreign import ForeignFileError, open_regular
+from ..errors import UsageError
+from ..foreign import ForeignFileError, read_arrays
 from ..progress import Doing, Progress
 from .graph import Graph, Step
 from .patterns import pattern_of
@@ -65,19 +64,9 @@ class Reference(msgspec.Struct, frozen=True):
 def read_tensors(path: Path) -> Reference:
     """Read a reference. Nothing in it is unpickled. Raises `UsageError` if it cannot be read, or holds something else."""
     try:
-        with open_regular(path) as opened:
-            with zipfile.ZipFile(opened) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > _MOST_BYTES:
-                    raise UsageError(f"reference {path} holds more than 2 GB; reduce it to a second or two of a few clips")
-            opened.seek(0)
-            with np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-    except UsageError:
-        raise
+        arrays = read_arrays(path, _MOST_BYTES)
     except ForeignFileError as error:
-        raise UsageError(f"reference {path} cannot be read ({error})") from error
-    except Exception as error:  # zipfile, zlib and numpy raise different errors for a damaged file
-        raise UsageError(f"reference {path} is not a .npz file of plain arrays ({foreign(str(error))})") from error
+        raise UsageError(f"reference {path} cannot be read ({error}); give a second or two of a few clips") from error
     rate, waveform = arrays.pop("rate", None), arrays.pop("waveform", None)
     tensors = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f" and array.size}
     if rate is None or rate.size != 1 or rate.dtype.kind not in "iuf" or waveform is None or waveform.dtype.kind != "f":
